@@ -1,0 +1,51 @@
+"""The mathematics of differentially private training.
+
+The names below are looked up on first use: reading this package costs nothing, and the static map says which room a
+name lives in.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_WHERE = {
+    "Layout": "tree",
+    "Tree": "tree",
+    "Release": "release",
+    "Relation": "release",
+    "Bounded": "release",
+    "Observed": "release",
+    "Batch": "loss",
+    "Loss": "loss",
+    "CrossEntropy": "loss",
+    "Clip": "clip",
+    "Unclipped": "clip",
+    "Flat": "clip",
+    "Noise": "noise",
+    "NoNoise": "noise",
+    "Gaussian": "noise",
+    "Sampler": "sampler",
+    "Poisson": "sampler",
+    "Fixed": "sampler",
+    "Full": "sampler",
+    "Shuffle": "sampler",
+    "Optimizer": "optimizer",
+    "SGD": "optimizer",
+    "Adam": "optimizer",
+    "Path": "path",
+    "EMA": "path",
+    "Method": "method",
+    "Ledger": "account",
+    "Engine": "engines.engine",
+    "Plain": "engines.plain",
+    "Loop": "engines.loop",
+    "Vmap": "engines.vmap",
+    "Ghost": "engines.ghost",
+}
+
+__all__ = list(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

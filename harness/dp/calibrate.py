@@ -1,0 +1,93 @@
+"""The noise multiplier that a target epsilon asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from dp_accounting import DpEvent, mechanism_calibration
+from dp_accounting.mechanism_calibration import (
+    BracketInterval,
+    ExplicitBracketInterval,
+    LowerEndpointAndGuess,
+    calibrate_dp_mechanism,
+)
+
+from harness.dp.account import ACCOUNTANTS, Ledger, epsilon, quiet
+from harness.dp.method import Method
+
+
+def calibrate(
+    method: Method,
+    n: int,
+    batch: int,
+    steps: int,
+    target: float,
+    delta: float,
+    accountant: str = "pld",
+    cache: Path | None = None,
+) -> float:
+    """The smallest noise multiplier, to 1e-4 relative, at which the whole plan costs at most `target` at `delta`.
+
+    `accountant` is used where it knows every planned event, else the first one that does. Results are kept as small
+    files under `cache`. Raises ValueError where no accountant can bound the plan, or no multiplier will do.
+    """
+    relation = method.sampler.relation
+
+    def ledger(sigma: float) -> Ledger:
+        return method.plan(sigma, n, batch, steps)
+
+    known = [a for a in (accountant, *ACCOUNTANTS) if math.isfinite(epsilon(ledger(8.0), delta, relation, a))]
+    if not known:
+        raise ValueError(f"no accountant knows the events of this plan: {ledger(8.0).composed()}")
+    key = json.dumps([ledger(s).to_json() for s in (1.0, 2.0)] + [known[0], relation.value, target, delta, _version()])
+    file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json" if cache else None
+    if file and file.exists():
+        return float(json.loads(file.read_text())["noise_multiplier"])
+
+    def event(sigma: float) -> DpEvent:
+        return ledger(sigma).total()
+
+    def solve(name: str, bracket: BracketInterval, tol: float) -> float:
+        with quiet():
+            make = ACCOUNTANTS[name]
+            sigma = calibrate_dp_mechanism(lambda: make(relation), event, target, delta, bracket, tol=tol)
+        return float(sigma)
+
+    def spent(sigma: float) -> float:
+        return epsilon(ledger(sigma), delta, relation, known[0])
+
+    try:
+        # RDP's epsilon is quick to compute and never below PLD's, so its multiplier brackets PLD's from above. From
+        # below we go down by steps: at a multiplier far too small PLD's grid is so wide that it takes minutes.
+        upper = solve("rdp", LowerEndpointAndGuess(0.05, 1.0), 1e-4 if known[0] == "rdp" else 1e-2)
+    except mechanism_calibration.NoBracketIntervalFoundError as error:
+        raise ValueError(
+            f"no noise multiplier from 0.05 up meets epsilon = {target} at delta = {delta}: take fewer steps or a"
+            " smaller batch"
+        ) from error
+    sigma = upper
+    if known[0] != "rdp":
+        lower = 0.85 * upper
+        while spent(lower) <= target:
+            lower, upper = 0.85 * lower, lower
+        sigma = solve(known[0], ExplicitBracketInterval(lower, upper), 1e-4 * min(1.0, upper))
+    if file:
+        _write(file, {"noise_multiplier": sigma, "epsilon": target, "delta": delta, "accountant": known[0]})
+    return sigma
+
+
+def _version() -> str:
+    return version("dp-accounting")
+
+
+def _write(file: Path, value: dict[str, object]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
+        json.dump(value, temporary)
+    os.replace(temporary.name, file)

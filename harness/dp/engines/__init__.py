@@ -1,0 +1,1 @@
+"""Engines: the only rooms that see raw gradients or know of microbatches."""

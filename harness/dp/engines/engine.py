@@ -1,0 +1,133 @@
+"""What an engine is, and what all per-example engines share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from harness.dp.clip import Clip, State
+from harness.dp.loss import Batch, Loss
+from harness.dp.release import Bounded, Observed, Relation, Release
+from harness.dp.tree import Tree
+
+SPEED = {"speed": True}  # marks a field that changes how fast, never what: it stays out of a run's identity
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name; a tied parameter once, a frozen one not at all."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Turns a logical batch into bounded releases."""
+
+    def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
+        """None, or the reason why this engine cannot serve them: the run is then skipped with that reason."""
+        return None
+
+    def bounded(
+        self,
+        loss: Loss,
+        clip: Clip,
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
+        sigma: float,
+        relation: Relation,
+    ) -> Bounded:
+        """The releases of one logical step, not yet noised: "grad" (a sum, never a mean) and the rule's side releases.
+
+        `w` holds the trainable parameters to differentiate at; the model supplies code, buffers and frozen parameters.
+        """
+        raise NotImplementedError
+
+
+class Clipped(NamedTuple):
+    """One microbatch: the weighted sum, norms [B, G] and weights [B, G] (None where none was needed), losses [B]."""
+
+    total: Tree
+    norms: Tensor | None
+    weights: Tensor | None
+    losses: Tensor
+
+
+@dataclass(frozen=True)
+class PerExample(Engine):
+    """An engine that bounds one gradient per example and adds them up, microbatch by microbatch.
+
+    The microbatch is compute only: noise, step and ledger belong to the logical batch. None means all at once, or
+    what the engine thinks best.
+    """
+
+    microbatch: int | None = field(default=None, metadata=SPEED)
+
+    def __post_init__(self) -> None:
+        if self.microbatch is not None and self.microbatch < 1:
+            raise ValueError(f"a microbatch holds at least one example, not {self.microbatch}")
+
+    def chunk(self, model: nn.Module, batch: Batch) -> int:
+        """How many examples to take at once."""
+        return self.microbatch or max(1, len(batch))
+
+    def clipped_sum(
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
+    ) -> Clipped:
+        """The weighted sum of one non-empty microbatch's gradients.
+
+        `groups` maps each name of `w` to its clipping group. An example whose gradient is not finite adds zero.
+        """
+        raise NotImplementedError
+
+    def bounded(
+        self,
+        loss: Loss,
+        clip: Clip,
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
+        sigma: float,
+        relation: Relation,
+    ) -> Bounded:
+        groups = clip.groups(w.names)
+        chunk = self.chunk(model, batch)
+        total = torch.zeros_like(w.flat)
+        parts: list[Clipped] = []
+        for x, y in zip(batch.x.split(chunk), batch.y.split(chunk), strict=True):
+            if len(x):
+                part = self.clipped_sum(loss, clip, groups, model, w, Batch(x, y), state)
+                total += part.total.flat
+                parts.append(part)
+        norms, observed = observe(parts, w, 1 + max(groups.values(), default=0))
+        releases = {"grad": Release(w.with_flat(total), clip.sensitivity(state, relation), clip.split(sigma)["grad"])}
+        if norms is not None:
+            releases |= clip.side(norms, state, relation, sigma)
+        return Bounded(releases, observed)
+
+
+def observe(parts: list[Clipped], w: Tree, groups: int) -> tuple[Tensor | None, Observed]:
+    """All norms [B, G] of a logical batch (None if no microbatch has any), and the diagnosis."""
+    none = w.flat.new_zeros(0)
+    losses = torch.cat([p.losses for p in parts]) if parts else none
+    if parts and (parts[0].norms is None or parts[0].weights is None):
+        return None, Observed(losses, None, none.sum(), (~losses.isfinite()).sum())
+    norms = torch.cat([p.norms for p in parts if p.norms is not None]) if parts else w.flat.new_zeros(0, groups)
+    weights = torch.cat([p.weights for p in parts if p.weights is not None]) if parts else norms
+    finite = norms.isfinite().all(1)
+    clipped = ((weights < 1).any(1) & finite).sum()
+    return norms, Observed(losses, norms, clipped, (~finite).sum())
+
+
+def group_norms(squares: Mapping[str, Tensor], groups: Mapping[str, int]) -> Tensor:
+    """Norms [B, G] from squared norms [B] of each parameter's gradient; inf or NaN wherever a square is not finite."""
+    count = 1 + max(groups.values())
+    columns = [[] for _ in range(count)]  # type: list[list[Tensor]]
+    for name, group in groups.items():
+        columns[group].append(squares[name])
+    return torch.stack([torch.stack(column).sum(0) for column in columns], 1).sqrt()

@@ -1,0 +1,91 @@
+"""Fast clipping by two passes: norms without gradients, then one backward pass of the reweighted loss.
+
+Lee and Kifer, "Scaling up differentially private deep learning with fast per-example gradient clipping"
+(arXiv:2009.03106), with the rules of `harness.dp.engines.rules` in place of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from harness.dp.clip import Clip, State
+from harness.dp.engines.engine import Clipped, PerExample, group_norms
+from harness.dp.engines.rules import Gradient
+from harness.dp.engines.tape import gradients, plan_for, run
+from harness.dp.engines.vmap import plain_sum, refusal
+from harness.dp.loss import Batch, Loss
+from harness.dp.tree import Tree
+
+
+@dataclass(frozen=True)
+class Ghost(PerExample):
+    """Norms from each layer's input and output gradient; then a second backward pass, weighted.
+
+    The first pass stops at the layers' outputs and computes no weight gradient. Where a norm needs a layer's
+    per-example gradients after all, because that is cheaper than its Gram matrices, they are kept and added up, and
+    the second pass leaves that layer out. With several clipping groups there is no second pass, which would be one for
+    each group: the weighted sums come from the tape.
+    """
+
+    def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
+        return refusal(model)
+
+    def clipped_sum(
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
+    ) -> Clipped:
+        if not clip.needs_norms:
+            total, losses = plain_sum(loss, model, w, batch)
+            if total.isfinite().all():
+                return Clipped(w.with_flat(total), None, None, losses)
+        plan = plan_for(loss, model, w.views, batch)
+        leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
+        taped, _ = run(loss, model, leaves, batch, plan.paths, plan.copy)
+        found = gradients(plan, model, w.views, taped, loss, batch)
+        losses = taped.losses.detach()
+        zero = losses.new_zeros(len(batch), dtype=torch.float64)
+        norms = group_norms({n: found[n].squares() if n in found else zero for n in w.names}, groups)
+        weights = clip.weights(norms, state)
+        good = norms.isfinite().all(1)
+        if good.all():
+            total = self.weighted_sum(w, groups, weights, taped.losses, leaves, found)
+        else:  # weight 0 would not do: 0 * inf is not a number
+            total = torch.zeros_like(w.flat)
+            if good.any():
+                part = self.clipped_sum(loss, clip, groups, model, w, Batch(batch.x[good], batch.y[good]), state)
+                total = part.total.flat
+                if part.norms is not None and part.weights is not None:  # other numbers if the model draws any
+                    norms[good], weights[good] = part.norms, part.weights
+        if not clip.needs_norms:
+            return Clipped(w.with_flat(total), None, None, losses)
+        return Clipped(w.with_flat(total), norms, weights, losses)
+
+    def weighted_sum(
+        self,
+        w: Tree,
+        groups: Mapping[str, int],
+        weights: Tensor,
+        losses: Tensor,
+        leaves: Mapping[str, Tensor],
+        found: Mapping[str, Gradient],
+    ) -> Tensor:
+        """The flat sum of all gradients, each example's weighted by `weights` [B, G]."""
+        one_group = weights.shape[1] == 1
+        again = [n for n in w.names if one_group and n in found and not found[n].held]
+        second = {}
+        if again:
+            v = weights[:, 0].to(losses.dtype)
+            second = dict(zip(again, torch.autograd.grad(losses, [leaves[n] for n in again], v), strict=True))
+        parts = []
+        for name, t in w.items():
+            if name in second:
+                part = second[name]
+            elif name in found:
+                part = found[name].weighted(weights[:, groups[name]])
+            else:
+                part = torch.zeros_like(t)
+            parts.append(part.to(t.dtype).reshape(-1))
+        return torch.cat(parts)

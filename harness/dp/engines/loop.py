@@ -1,0 +1,40 @@
+"""The naive loop: one backward pass per example. Slow, and right: every other engine is judged by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from harness.dp.clip import Clip, State
+from harness.dp.engines.engine import Clipped, PerExample, group_norms
+from harness.dp.loss import Batch, Loss
+from harness.dp.tree import Tree
+
+
+@dataclass(frozen=True)
+class Loop(PerExample):
+    """Abadi et al.'s definition, read aloud: for each example, differentiate, weigh, add."""
+
+    def clipped_sum(
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
+    ) -> Clipped:
+        leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
+        total = torch.zeros_like(w.flat)
+        norms, weights, losses = [], [], []
+        for x, y in zip(batch.x.split(1), batch.y.split(1), strict=True):
+            value = loss.per_example(functional_call(model, leaves, (x,)), y)
+            grads = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+            squares = {name: g.double().square().sum()[None] for name, g in zip(leaves, grads, strict=True)}
+            norm = group_norms(squares, groups)
+            weight = clip.weights(norm, state)
+            if norm.isfinite().all():  # weight 0 would not do: 0 * inf is not a number
+                grad = [g * weight[0, groups[name]].to(g.dtype) for name, g in zip(leaves, grads, strict=True)]
+                total += torch.cat([g.reshape(-1) for g in grad])
+            norms.append(norm)
+            weights.append(weight)
+            losses.append(value.detach())
+        return Clipped(w.with_flat(total), torch.cat(norms), torch.cat(weights), torch.cat(losses))

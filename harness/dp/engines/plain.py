@@ -1,0 +1,32 @@
+"""The ordinary backward pass, for training without privacy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from harness.dp.clip import Clip, State
+from harness.dp.engines.engine import Clipped, PerExample
+from harness.dp.loss import Batch, Loss
+from harness.dp.tree import Tree
+
+
+@dataclass(frozen=True)
+class Plain(PerExample):
+    """One backward pass of the summed loss: what a step costs when nobody clips. Serves only rules without norms."""
+
+    def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
+        return f"{type(clip).__name__} clips each example, and one plain backward pass cannot" if clip.needs_norms else None
+
+    def clipped_sum(
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
+    ) -> Clipped:
+        leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
+        losses = loss.per_example(functional_call(model, leaves, (batch.x,)), batch.y)
+        grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        total = torch.cat([g.reshape(-1) for g in grads])
+        return Clipped(w.with_flat(total), None, None, losses.detach())

@@ -1,0 +1,71 @@
+"""A method is a value made of seven parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from dp_accounting import DpEvent
+
+from harness.dp.account import Ledger
+from harness.dp.clip import Clip, Flat
+from harness.dp.engines.engine import Engine
+from harness.dp.engines.vmap import Vmap
+from harness.dp.loss import CrossEntropy, Loss
+from harness.dp.noise import Gaussian, Noise
+from harness.dp.optimizer import SGD, Optimizer
+from harness.dp.path import Path
+from harness.dp.sampler import Poisson, Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What one training method is. Every part has a default, and `Method()` is DP-SGD.
+
+    The accountant is no part: it reads the ledger afterwards, so no method can choose the one that flatters it.
+    """
+
+    loss: Loss = field(default_factory=CrossEntropy)
+    engine: Engine = field(default_factory=Vmap)
+    clip: Clip = field(default_factory=Flat)
+    noise: Noise = field(default_factory=Gaussian)
+    sampler: Sampler = field(default_factory=Poisson)
+    optimizer: Optimizer = field(default_factory=SGD)
+    path: Path = field(default_factory=Path)
+
+    def event(self, sigma: float, n: int, batch: int, step: int) -> DpEvent:
+        """What one step will be billed: the noise's event on all releases, amended by the path, amplified by the
+        sampler. Known before any data is seen."""
+        event = self.path.amend(self.noise.event(self.clip.split(sigma).values()))
+        return self.sampler.wrap(event, n, batch, step)
+
+    def plan(self, sigma: float, n: int, batch: int, steps: int) -> Ledger:
+        """The ledger that `steps` steps will have written. Calibration solves on it; a run must match it."""
+        ledger = Ledger()
+        for step in range(steps):
+            ledger.add(self.event(sigma, n, batch, step))
+        return ledger
+
+
+def parts(method: Method) -> dict[str, Any]:
+    """The seven parts by name."""
+    return {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+
+
+def describe(method: Method) -> dict[str, dict[str, Any]]:
+    """The parts as JSON values, with defaults expanded and without what changes only speed: what identity is made of."""
+    return {name: _describe(part) for name, part in parts(method).items()}
+
+
+def _describe(part: Any) -> Any:
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        fields = [f for f in dataclasses.fields(part) if not f.metadata.get("speed")]
+        return {"type": type(part).__name__} | {f.name: _describe(getattr(part, f.name)) for f in fields}
+    if isinstance(part, (list, tuple)):
+        return [_describe(item) for item in part]
+    if isinstance(part, dict):
+        return {str(key): _describe(value) for key, value in part.items()}
+    if part is None or isinstance(part, (bool, int, float, str)):
+        return part
+    raise TypeError(f"a part holds numbers, strings, collections of them and parts, not a {type(part).__name__}")

@@ -1,0 +1,68 @@
+"""Noise: the only door between a private value and a public one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
+
+from harness.dp.release import Release
+from harness.dp.tree import Tree
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Makes releases public and says what that costs."""
+
+    @property
+    def private(self) -> bool:
+        """Whether anything is protected at all."""
+        return True
+
+    def add(self, release: Release, rng: torch.Generator) -> Tree:
+        """The public version of `release`. `rng` gives fresh draws for every release of every step."""
+        raise NotImplementedError
+
+    def event(self, sigmas: Iterable[float]) -> DpEvent:
+        """The event of releasing together, from one sample, values with these noise multipliers."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NoNoise(Noise):
+    """Releases the private value itself."""
+
+    @property
+    def private(self) -> bool:
+        return False
+
+    def add(self, release: Release, rng: torch.Generator) -> Tree:
+        return release.value
+
+    def event(self, sigmas: Iterable[float]) -> DpEvent:
+        return NonPrivateDpEvent()
+
+
+@dataclass(frozen=True)
+class Gaussian(Noise):
+    """Independent N(0, (sigma * sensitivity)^2) on every coordinate of every release.
+
+    Releases computed from the same sample are one Gaussian mechanism on the concatenation, each block scaled by its
+    own sensitivity and multiplier: the joint multiplier is (sum of sigma_i^-2)^(-1/2).
+    """
+
+    def add(self, release: Release, rng: torch.Generator) -> Tree:
+        if not (math.isfinite(release.sensitivity) and release.sensitivity > 0):
+            raise ValueError(f"Gaussian noise needs a finite sensitivity, and this release has {release.sensitivity}")
+        flat = release.value.flat
+        noise = torch.randn(flat.shape, generator=rng, dtype=flat.dtype, device=flat.device)
+        return release.value.with_flat(torch.add(flat, noise, alpha=release.sigma * release.sensitivity))
+
+    def event(self, sigmas: Iterable[float]) -> DpEvent:
+        sigmas = list(sigmas)
+        if len(sigmas) == 1:
+            return GaussianDpEvent(sigmas[0])  # not through a power and back: the ledger holds sigma to the last bit
+        return GaussianDpEvent(sum(s**-2 for s in sigmas) ** -0.5)

@@ -1,0 +1,56 @@
+"""What leaves the private world: a number, its sensitivity, and the noise it is owed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from torch import Tensor
+
+from harness.dp.tree import Tree
+
+
+class Relation(Enum):
+    """Which pairs of data sets are neighbours. An epsilon without its relation means nothing."""
+
+    ADD_OR_REMOVE = "add-or-remove"
+    REPLACE_ONE = "replace-one"
+
+    @property
+    def moves(self) -> int:
+        """How many contributions of norm C a sum of clipped contributions can move by: one in or out, or both."""
+        return 1 if self is Relation.ADD_OR_REMOVE else 2
+
+
+class Release(NamedTuple):
+    """A private value on its way out.
+
+    `value` is the exact private sum; `sensitivity` bounds the l2 distance between its values on neighbouring data
+    sets; `sigma` is the noise multiplier: the noise part adds N(0, (sigma * sensitivity)^2) to every coordinate.
+    """
+
+    value: Tree
+    sensitivity: float
+    sigma: float
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What an engine saw while it worked: for diagnosis only, computed from private values and never released.
+
+    `losses` [B] per-example losses, `norms` [B, G] gradient norms per clipping group (None where nothing was
+    clipped), `clipped` and `non_finite` counts of examples, as scalar tensors.
+    """
+
+    losses: Tensor
+    norms: Tensor | None
+    clipped: Tensor
+    non_finite: Tensor
+
+
+class Bounded(NamedTuple):
+    """What an engine returns: the releases by name (always one called "grad"), and what it observed."""
+
+    releases: dict[str, Release]
+    observed: Observed

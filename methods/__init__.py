@@ -1,0 +1,1 @@
+"""The methods: one file each, found by `harness.registry`; they import the parts they are made of and nothing else."""

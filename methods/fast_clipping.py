@@ -1,0 +1,10 @@
+"""Fast per-example clipping: the clipped sum from two passes, no per-example gradient (Lee and Kifer, PoPETs 2021)."""
+
+from harness.dp import SGD, Flat, Ghost, Method
+from harness.registry import method
+
+
+@method("fast-clipping", paper="arXiv:2009.03106", family="engine")
+def fast_clipping(clip: float = 1.0, lr: float = 1.0, momentum: float = 0.9, weight_decay: float = 0.0) -> Method:
+    """DP-SGD by another engine: the same mechanism, so only speed and memory may differ."""
+    return Method(engine=Ghost(), clip=Flat(clip), optimizer=SGD(lr, momentum, weight_decay=weight_decay))
