@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,8 @@ from harness.dp.release import Observed
 from harness.dp.sampler import generator
 from harness.dp.tree import Layout, Tree
 from harness.measure import Clock
+
+Split = Literal["train", "test"]
 
 
 class Parts(NamedTuple):
@@ -55,8 +57,12 @@ def step(
 ) -> Stepped:
     """One logical step of any method. `denominator` is public: it never depends on who is in the batch."""
     probe = m.path.probe(w, s.path)
-    releases, observed = m.engine.bounded(m.loss, m.clip, model, probe, batch, s.clip, sigma, m.sampler.relation)
-    public = {name: m.noise.add(r, rng.noise) / denominator for name, r in releases.items()}  # raw values die here
+    releases, observed = m.engine.bounded(
+        m.loss, m.clip, model, probe, batch, s.clip, sigma, m.sampler.relation
+    )
+    public = {
+        name: m.noise.add(r, rng.noise) / denominator for name, r in releases.items()
+    }  # raw values die here
     g = public.pop("grad")
     new, optimizer = m.optimizer.update(g, s.optimizer, m.path.base(w, s.path, rng.path))
     parts = Parts(optimizer, m.path.after(w, new, g, s.path), m.clip.update(s.clip, public))
@@ -77,7 +83,7 @@ class Data(Protocol):
         """Number of examples to evaluate on."""
         ...
 
-    def batch(self, indices: Tensor, split: str = "train") -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, split: Split = "train") -> tuple[Tensor, Tensor]:
         """Normalised inputs and labels."""
         ...
 
@@ -193,7 +199,11 @@ def train(
             size, lap = 0, now
         if logging:
             clipped, non_finite = (int(c) for c in torch.stack(counts).sum(0))
-            p.seen, p.clipped, p.non_finite = p.seen + examples, p.clipped + clipped, p.non_finite + non_finite
+            p.seen, p.clipped, p.non_finite = (
+                p.seen + examples,
+                p.clipped + clipped,
+                p.non_finite + non_finite,
+            )
             p.loss = float(torch.stack(losses).sum()) / examples if examples else None
             if not p.w.flat.isfinite().all():
                 raise Diverged(f"weights are not finite after step {p.step}")
@@ -213,7 +223,7 @@ def bill(method: Method, sigmas: tuple[float, ...], n: int, batch: int, step: in
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, w: Tree, loss: Loss, data: Data, split: str = "test") -> dict[str, float]:
+def evaluate(model: nn.Module, w: Tree, loss: Loss, data: Data, split: Split = "test") -> dict[str, float]:
     """Accuracy and mean loss of weights `w` on a split. Raises Diverged if an output is not finite."""
     was_training = model.training
     model.eval()
@@ -243,12 +253,19 @@ def write_checkpoint(file: Path, p: Progress) -> None:
         "ledger": p.ledger.to_json(),
         "sensitivity": p.sensitivity,
         "loss": p.loss,
-        **{name: getattr(p, name) for name in ("seconds", "sizes", "seen", "clipped", "non_finite", "sessions", "trace")},
+        **{
+            name: getattr(p, name)
+            for name in ("seconds", "sizes", "seen", "clipped", "non_finite", "sessions", "trace")
+        },
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     with open(temporary, "wb") as out:
-        out.write(save({name: t.contiguous() for name, t in tensors.items()}, metadata={"progress": json.dumps(head)}))
+        out.write(
+            save(
+                {name: t.contiguous() for name, t in tensors.items()}, metadata={"progress": json.dumps(head)}
+            )
+        )
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, file)
@@ -282,7 +299,9 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_pack(item, tensors) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"a part's state holds trees, tensors, numbers and collections of them, not {type(value).__name__}")
+    raise TypeError(
+        f"a part's state holds trees, tensors, numbers and collections of them, not {type(value).__name__}"
+    )
 
 
 def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:

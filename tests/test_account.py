@@ -66,7 +66,9 @@ def test_calibration_meets_the_golden_multipliers_and_is_tight(n, batch, epochs,
 def test_a_single_gaussian_is_calibrated_as_the_analytic_formula_says(target, sigma):
     found = calibrate(Method(sampler=Full()), 1000, 1000, 1, target, 1e-6)
     assert found == pytest.approx(sigma, abs=1e-3)
-    spent = norm.cdf(0.5 / found - target * found) - math.exp(target) * norm.cdf(-0.5 / found - target * found)
+    spent = norm.cdf(0.5 / found - target * found) - math.exp(target) * norm.cdf(
+        -0.5 / found - target * found
+    )
     assert spent <= 1.001e-6
 
 

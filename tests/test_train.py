@@ -8,10 +8,36 @@ import torch
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from torch import nn
 
-from harness.dp import EMA, SGD, Adam, Batch, Flat, Full, Gaussian, Loop, Method, NoNoise, Plain, Poisson, Tree, Unclipped, Vmap
+from harness.dp import (
+    EMA,
+    SGD,
+    Adam,
+    Batch,
+    Flat,
+    Full,
+    Gaussian,
+    Loop,
+    Method,
+    NoNoise,
+    Plain,
+    Poisson,
+    Tree,
+    Unclipped,
+    Vmap,
+)
 from harness.dp.engines.engine import trainable
 from harness.dp.sampler import generator
-from harness.train import Diverged, Schedule, Streams, evaluate, read_checkpoint, start, step, train, write_checkpoint
+from harness.train import (
+    Diverged,
+    Schedule,
+    Streams,
+    evaluate,
+    read_checkpoint,
+    start,
+    step,
+    train,
+    write_checkpoint,
+)
 
 SEEDS = SimpleNamespace(sampling=11, noise=22, path=33)
 
@@ -38,7 +64,16 @@ def net(dtype: torch.dtype = torch.float64) -> nn.Module:
 def run(method: Method, steps: int = 12, sigma: float = 1.0, **kwargs):
     model = net()
     progress = kwargs.pop("progress", None) or start(method, model)
-    return train(method, model, Toy(), sigma, Schedule(steps, 10, 4, **kwargs.pop("schedule", {})), SEEDS, progress, **kwargs)
+    return train(
+        method,
+        model,
+        Toy(),
+        sigma,
+        Schedule(steps, 10, 4, **kwargs.pop("schedule", {})),
+        SEEDS,
+        progress,
+        **kwargs,
+    )
 
 
 def streams(seed: int = 0) -> Streams:
@@ -46,9 +81,16 @@ def streams(seed: int = 0) -> Streams:
 
 
 def test_the_ledger_is_the_plan():
-    for method in (Method(), Method(optimizer=Adam(), path=EMA()), Method(sampler=Full()), Method(noise=NoNoise())):
+    for method in (
+        Method(),
+        Method(optimizer=Adam(), path=EMA()),
+        Method(sampler=Full()),
+        Method(noise=NoNoise()),
+    ):
         assert run(method, steps=9).ledger == method.plan(1.0, 60, 10, 9)
-    assert run(Method(), steps=9).ledger.entries == [(PoissonSampledDpEvent(10 / 60, GaussianDpEvent(1.0)), 9)]
+    assert run(Method(), steps=9).ledger.entries == [
+        (PoissonSampledDpEvent(10 / 60, GaussianDpEvent(1.0)), 9)
+    ]
 
 
 def test_an_empty_batch_is_a_step_with_noise_and_a_bill():
@@ -64,14 +106,22 @@ def test_an_empty_batch_is_a_step_with_noise_and_a_bill():
 
 def test_the_denominator_is_public():
     """The same sum divides by the same number, whoever was drawn."""
-    method, model, data = Method(engine=Plain(), clip=Unclipped(), noise=NoNoise(), optimizer=SGD(1.0)), net().eval(), Toy()
+    method, model, data = (
+        Method(engine=Plain(), clip=Unclipped(), noise=NoNoise(), optimizer=SGD(1.0)),
+        net().eval(),
+        Toy(),
+    )
     p = start(method, model)
 
     def moved(n: int) -> torch.Tensor:
-        return (p.w - step(method, model, p.w, Batch(*data.batch(torch.arange(n))), p.parts, 0, 10, streams()).w).flat
+        return (
+            p.w - step(method, model, p.w, Batch(*data.batch(torch.arange(n))), p.parts, 0, 10, streams()).w
+        ).flat
 
     assert torch.allclose(moved(1) + (moved(3) - moved(1)), moved(3))
-    single = torch.autograd.grad(nn.functional.cross_entropy(model(data.x[:1]), data.y[:1]), list(model.parameters()))
+    single = torch.autograd.grad(
+        nn.functional.cross_entropy(model(data.x[:1]), data.y[:1]), list(model.parameters())
+    )
     assert torch.allclose(moved(1) * 10, torch.cat([g.flatten() for g in single]))
 
 
@@ -83,7 +133,10 @@ def test_learning_rate_zero_leaves_the_weights():
 
 def test_the_microbatch_changes_nothing():
     def without_dropout(microbatch):
-        method, model = Method(engine=Vmap(microbatch=microbatch)), net().apply(lambda m: setattr(m, "p", 0.0))
+        method, model = (
+            Method(engine=Vmap(microbatch=microbatch)),
+            net().apply(lambda m: setattr(m, "p", 0.0)),
+        )
         return train(method, model, Toy(), 1.0, Schedule(12, 10, 4), SEEDS, start(method, model)).w.flat
 
     reference = without_dropout(None)

@@ -80,7 +80,9 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, dict):
         kind = getattr(dp_accounting, str(value.get("type")), None)
         if not (isinstance(kind, type) and issubclass(kind, DpEvent)):
-            raise ValueError(f"a ledger names the event {value.get('type')!r}, which dp_accounting does not have")
+            raise ValueError(
+                f"a ledger names the event {value.get('type')!r}, which dp_accounting does not have"
+            )
         return kind(**{key: _from_json(item) for key, item in value.items() if key != "type"})
     return [_from_json(item) for item in value] if isinstance(value, list) else value
 
@@ -104,9 +106,13 @@ class _Pld(PLDAccountant):
         self._stated = relation
 
     def _maybe_compose(self, event: DpEvent, count: int, do_compose: bool) -> Any:
-        sampled = isinstance(event, (dp_accounting.PoissonSampledDpEvent, dp_accounting.TruncatedSubsampledGaussianDpEvent))
+        sampled = isinstance(
+            event, (dp_accounting.PoissonSampledDpEvent, dp_accounting.TruncatedSubsampledGaussianDpEvent)
+        )
         if sampled and self._stated is not Relation.ADD_OR_REMOVE:
-            return self.CompositionErrorDetails(invalid_event=event, error_message="Poisson sampling needs add-or-remove")
+            return self.CompositionErrorDetails(
+                invalid_event=event, error_message="Poisson sampling needs add-or-remove"
+            )
         return super()._maybe_compose(event, count, do_compose)
 
 

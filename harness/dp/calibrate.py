@@ -45,7 +45,9 @@ def calibrate(
     known = [a for a in (accountant, *ACCOUNTANTS) if math.isfinite(epsilon(ledger(8.0), delta, relation, a))]
     if not known:
         raise ValueError(f"no accountant knows the events of this plan: {ledger(8.0).composed()}")
-    key = json.dumps([ledger(s).to_json() for s in (1.0, 2.0)] + [known[0], relation.value, target, delta, _version()])
+    key = json.dumps(
+        [ledger(s).to_json() for s in (1.0, 2.0)] + [known[0], relation.value, target, delta, _version()]
+    )
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json" if cache else None
     if file and file.exists():
         return float(json.loads(file.read_text())["noise_multiplier"])

@@ -88,7 +88,9 @@ class Flat(Clip):
             raise ValueError(f"the clipping norm must be positive and finite, not {self.clip}")
 
     def weights(self, norms: Tensor, state: State) -> Tensor:
-        weights = (self.clip / norms).clamp(max=1.0)  # 0/0 cannot arise: clip > 0, so a zero norm gives inf, then 1
+        weights = (self.clip / norms).clamp(
+            max=1.0
+        )  # 0/0 cannot arise: clip > 0, so a zero norm gives inf, then 1
         return torch.where(norms.isfinite(), weights, torch.zeros_like(weights))
 
     def sensitivity(self, state: State, relation: Relation) -> float:

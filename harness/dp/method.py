@@ -54,7 +54,7 @@ def parts(method: Method) -> dict[str, Any]:
 
 
 def describe(method: Method) -> dict[str, dict[str, Any]]:
-    """The parts as JSON values, with defaults expanded and without what changes only speed: what identity is made of."""
+    """The parts as JSON values, with defaults expanded and without what changes only speed: identity is made of it."""
     return {name: _describe(part) for name, part in parts(method).items()}
 
 
@@ -68,4 +68,6 @@ def _describe(part: Any) -> Any:
         return {str(key): _describe(value) for key, value in part.items()}
     if part is None or isinstance(part, (bool, int, float, str)):
         return part
-    raise TypeError(f"a part holds numbers, strings, collections of them and parts, not a {type(part).__name__}")
+    raise TypeError(
+        f"a part holds numbers, strings, collections of them and parts, not a {type(part).__name__}"
+    )

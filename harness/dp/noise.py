@@ -56,7 +56,9 @@ class Gaussian(Noise):
 
     def add(self, release: Release, rng: torch.Generator) -> Tree:
         if not (math.isfinite(release.sensitivity) and release.sensitivity > 0):
-            raise ValueError(f"Gaussian noise needs a finite sensitivity, and this release has {release.sensitivity}")
+            raise ValueError(
+                f"Gaussian noise needs a finite sensitivity, and this release has {release.sensitivity}"
+            )
         flat = release.value.flat
         noise = torch.randn(flat.shape, generator=rng, dtype=flat.dtype, device=flat.device)
         return release.value.with_flat(torch.add(flat, noise, alpha=release.sigma * release.sensitivity))
@@ -64,5 +66,7 @@ class Gaussian(Noise):
     def event(self, sigmas: Iterable[float]) -> DpEvent:
         sigmas = list(sigmas)
         if len(sigmas) == 1:
-            return GaussianDpEvent(sigmas[0])  # not through a power and back: the ledger holds sigma to the last bit
+            return GaussianDpEvent(
+                sigmas[0]
+            )  # not through a power and back: the ledger holds sigma to the last bit
         return GaussianDpEvent(sum(s**-2 for s in sigmas) ** -0.5)

@@ -79,5 +79,7 @@ class Adam(Optimizer):
         m = state["m"].flat.lerp(g.flat, 1 - self.beta1)
         v = state["v"].flat.mul(self.beta2).addcmul_(g.flat, g.flat, value=1 - self.beta2)
         scale = (v / (1 - self.beta2**t)).sqrt_().add_(self.eps)
-        new = w.flat.mul(1 - self.lr * self.weight_decay).addcdiv_(m, scale, value=-self.lr / (1 - self.beta1**t))
+        new = w.flat.mul(1 - self.lr * self.weight_decay).addcdiv_(
+            m, scale, value=-self.lr / (1 - self.beta1**t)
+        )
         return w.with_flat(new), {"t": t, "m": w.with_flat(m), "v": w.with_flat(v)}

@@ -42,7 +42,8 @@ class Layout:
         """`flat` [numel] cut into its named tensors: views, no copy."""
         pieces = flat.split(self.sizes) if self.names else ()
         return {
-            name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
+            name: piece.view(shape)
+            for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
         }
 
 
@@ -57,7 +58,9 @@ class Tree:
 
     def __init__(self, layout: Layout, flat: Tensor) -> None:
         if flat.shape != (layout.numel,):
-            raise ValueError(f"flat buffer of shape {tuple(flat.shape)}, the layout holds {layout.numel} elements")
+            raise ValueError(
+                f"flat buffer of shape {tuple(flat.shape)}, the layout holds {layout.numel} elements"
+            )
         self.layout = layout
         self.flat = flat
         self._views: dict[str, Tensor] | None = None

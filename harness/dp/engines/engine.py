@@ -76,7 +76,14 @@ class PerExample(Engine):
         return self.microbatch or max(1, len(batch))
 
     def clipped_sum(
-        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
+        self,
+        loss: Loss,
+        clip: Clip,
+        groups: Mapping[str, int],
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
     ) -> Clipped:
         """The weighted sum of one non-empty microbatch's gradients.
 
@@ -105,7 +112,9 @@ class PerExample(Engine):
                 total += part.total.flat
                 parts.append(part)
         norms, observed = observe(parts, w, 1 + max(groups.values(), default=0))
-        releases = {"grad": Release(w.with_flat(total), clip.sensitivity(state, relation), clip.split(sigma)["grad"])}
+        releases = {
+            "grad": Release(w.with_flat(total), clip.sensitivity(state, relation), clip.split(sigma)["grad"])
+        }
         if norms is not None:
             releases |= clip.side(norms, state, relation, sigma)
         return Bounded(releases, observed)
@@ -117,7 +126,9 @@ def observe(parts: list[Clipped], w: Tree, groups: int) -> tuple[Tensor | None, 
     losses = torch.cat([p.losses for p in parts]) if parts else none
     if parts and (parts[0].norms is None or parts[0].weights is None):
         return None, Observed(losses, None, none.sum(), (~losses.isfinite()).sum())
-    norms = torch.cat([p.norms for p in parts if p.norms is not None]) if parts else w.flat.new_zeros(0, groups)
+    norms = (
+        torch.cat([p.norms for p in parts if p.norms is not None]) if parts else w.flat.new_zeros(0, groups)
+    )
     weights = torch.cat([p.weights for p in parts if p.weights is not None]) if parts else norms
     finite = norms.isfinite().all(1)
     clipped = ((weights < 1).any(1) & finite).sum()

@@ -20,19 +20,30 @@ class Loop(PerExample):
     """Abadi et al.'s definition, read aloud: for each example, differentiate, weigh, add."""
 
     def clipped_sum(
-        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
+        self,
+        loss: Loss,
+        clip: Clip,
+        groups: Mapping[str, int],
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
     ) -> Clipped:
         leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
         total = torch.zeros_like(w.flat)
         norms, weights, losses = [], [], []
         for x, y in zip(batch.x.split(1), batch.y.split(1), strict=True):
             value = loss.per_example(functional_call(model, leaves, (x,)), y)
-            grads = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(
+                value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
             squares = {name: g.double().square().sum()[None] for name, g in zip(leaves, grads, strict=True)}
             norm = group_norms(squares, groups)
             weight = clip.weights(norm, state)
             if norm.isfinite().all():  # weight 0 would not do: 0 * inf is not a number
-                grad = [g * weight[0, groups[name]].to(g.dtype) for name, g in zip(leaves, grads, strict=True)]
+                grad = [
+                    g * weight[0, groups[name]].to(g.dtype) for name, g in zip(leaves, grads, strict=True)
+                ]
                 total += torch.cat([g.reshape(-1) for g in grad])
             norms.append(norm)
             weights.append(weight)

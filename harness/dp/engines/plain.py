@@ -20,13 +20,26 @@ class Plain(PerExample):
     """One backward pass of the summed loss: what a step costs when nobody clips. Serves only rules without norms."""
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
-        return f"{type(clip).__name__} clips each example, and one plain backward pass cannot" if clip.needs_norms else None
+        return (
+            f"{type(clip).__name__} clips each example, and one plain backward pass cannot"
+            if clip.needs_norms
+            else None
+        )
 
     def clipped_sum(
-        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
+        self,
+        loss: Loss,
+        clip: Clip,
+        groups: Mapping[str, int],
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
     ) -> Clipped:
         leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
         losses = loss.per_example(functional_call(model, leaves, (batch.x,)), batch.y)
-        grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(
+            losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
         total = torch.cat([g.reshape(-1) for g in grads])
         return Clipped(w.with_flat(total), None, None, losses.detach())

@@ -21,34 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK = 512  # squares that float32 may add up before float64 takes over
+from harness.dp.engines.rows import squared_norms, weighted_rows, wide
+
 ROW_COST = 41  # writing, squaring and summing one element of a per-example gradient, in multiply-adds
-HALF = (torch.float16, torch.bfloat16)
-
-
-def squared_norms(g: Tensor) -> Tensor:
-    """Squared l2 norms [B], in float64, of the rows of `g` [B, ...].
-
-    A float32 norm over a million elements reads low by 1e-4, and a clipped gradient then exceeds its bound. Here
-    float32 adds only within short blocks and float64 adds the blocks: one pass over memory, right to about 1e-8.
-    """
-    rows = wide(g.reshape(len(g), -1))
-    whole = rows.shape[1] // BLOCK * BLOCK
-    tail = torch.linalg.vector_norm(rows[:, whole:], dim=1).double().square()
-    if not whole:
-        return tail
-    blocks = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, BLOCK)), dim=2)
-    return blocks.double().square().sum(1) + tail
-
-
-def weighted_rows(v: Tensor, g: Tensor) -> Tensor:
-    """The sum over i of v[i] * g[i], of the shape of one row of `g` [B, ...]."""
-    return (v.to(g.dtype) @ g.reshape(g.shape[0], g.shape[1:].numel())).view(g.shape[1:])
-
-
-def wide(t: Tensor) -> Tensor:
-    """`t`, in float32 if it was narrower: norms are never computed in half precision."""
-    return t.float() if t.dtype in HALF else t
 
 
 def scaled(v: Tensor, g: Tensor) -> Tensor:

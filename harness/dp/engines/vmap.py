@@ -11,9 +11,10 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Clipped, PerExample, group_norms
-from harness.dp.engines.rules import squared_norms, weighted_rows
+from harness.dp.engines.rows import squared_norms, weighted_rows
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
+
 
 def per_example_gradients(
     loss: Loss, model: nn.Module, w: Mapping[str, Tensor], names: Iterable[str], batch: Batch
@@ -34,7 +35,9 @@ def plain_sum(loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[Tens
     """The unweighted sum of gradients, flat, and the losses [B]: one backward pass."""
     leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
     losses = loss.per_example(functional_call(model, leaves, (batch.x,)), batch.y)
-    grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
     return torch.cat([g.reshape(-1) for g in grads]), losses.detach()
 
 
@@ -76,7 +79,14 @@ class Vmap(PerExample):
         return self.microbatch or best_chunk(model, batch)
 
     def clipped_sum(
-        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
+        self,
+        loss: Loss,
+        clip: Clip,
+        groups: Mapping[str, int],
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
     ) -> Clipped:
         if not clip.needs_norms:
             total, losses = plain_sum(loss, model, w, batch)

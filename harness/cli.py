@@ -1,0 +1,991 @@
+"""The command ``epsbench``: ls, check, plan, run, status, show, merge, report, track, bench.
+
+Only the verb that is asked for imports what it needs: ``ls`` and ``--help`` answer without torch. What a
+user can get wrong is a :class:`UserError` (or an error of the room that found it) and is printed as one
+message: what is wrong, where, what to write instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import __version__
+
+if TYPE_CHECKING:
+    from harness import launch, store
+    from harness.cell import Cell
+    from harness.suite import Suite
+
+OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+CODES = "exit codes: 0 all is well; 1 some runs or checks failed; 2 the request is wrong; 130 stopped"
+
+# Exceptions of other rooms that say what a user should change. Looked up only where the room is loaded.
+_USER_ERRORS = {
+    "harness.registry": ("RegistryError",),
+    "harness.suite": ("SuiteError",),
+    "harness.store": ("StoreError",),
+    "harness.data": ("DatasetError",),
+    "harness.models": ("CrossExampleLayer",),
+    "harness.track": ("TrackingError",),
+}
+
+
+class UserError(Exception):
+    """A request cannot be met; the message says what is wrong, where, and what to write instead."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given and not given[0].startswith("-") and given[0] not in _VERBS:
+            raise UserError(f'there is no command "{given[0]}"; there are {", ".join(_VERBS)}.'
+                            + _hint(given[0], _VERBS))  # fmt: skip
+        if given[:1] == ["bench"]:
+            return _bench(given[1:])
+        options = _parser().parse_args(given)
+        options.command = ["epsbench", *given]
+        code: int = options.verb(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has seen enough; nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        print(message, file=sys.stderr)
+        return USER_ERROR
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user, or None for an error that is ours and deserves its traceback."""
+    if isinstance(error, UserError):
+        return f"epsbench: {error}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"epsbench: {error.filename}: {error.strerror}"
+    for module, names in _USER_ERRORS.items():
+        loaded = sys.modules.get(module)
+        kinds = tuple(kind for name in names if (kind := getattr(loaded, name, None)) is not None)
+        if kinds and isinstance(error, kinds):
+            return f"epsbench: {error}" if "\n" not in str(error) else str(error)
+    return None
+
+
+def _hint(word: str, candidates: Iterable[str]) -> str:
+    from harness.registry import did_you_mean
+
+    near = did_you_mean(word, candidates)
+    return f' Did you mean "{near}"?' if near else ""
+
+
+# Arguments ------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="epsbench",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train differentially private methods under one suite, record every run, compare them.",
+        epilog=textwrap.dedent(f"""\
+            a first look:
+              epsbench ls                                what there is: methods, data sets, models, suites
+              epsbench plan suites/smoke.toml            what would run, with which noise, for how long
+              epsbench run suites/smoke.toml --report    run it and write its leaderboard
+              epsbench show 3f2a                         all about the run whose id begins so
+
+            epsbench COMMAND --help tells more, with examples.
+            {CODES}
+            """),
+    )
+    parser.add_argument("--version", action="version", version=f"epsbench {__version__}")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def verb(name: str, function: Callable[[argparse.Namespace], int], text: str, examples: str) -> Any:
+        made = verbs.add_parser(
+            name,
+            help=text.split(". ")[0].rstrip("."),
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"examples:\n{textwrap.indent(textwrap.dedent(examples).strip(), '  ')}\n\n{CODES}",
+        )
+        made.set_defaults(verb=function)
+        return made
+
+    ls = verb("ls", _ls, "List methods, data sets, models and suites.", """
+        epsbench ls
+        epsbench ls methods                 with paper, family, parameters and defaults
+        epsbench ls methods --method my.py  with those of a file of yours
+        """)  # fmt: skip
+    ls.add_argument("what", nargs="?", choices=(*_KINDS, "suites"), metavar="methods|datasets|models|suites")
+    _method_option(ls)
+
+    check = verb("check", _check, "Check a suite for all errors at once, or what a method promises.", """
+        epsbench check suites/core.toml    all that is wrong with it, each with its line
+        epsbench check dp-sgd              sensitivity, ledger, microbatches, resuming, ...
+        epsbench check my.py               the same for each method of a file of yours
+        """)  # fmt: skip
+    check.add_argument("subject", metavar="SUITE.toml|METHOD|METHOD.py")
+    _method_option(check)
+
+    plan = verb("plan", _plan, "Show what a run would do: ids, noise, epsilon, what is done, time left.", """
+        epsbench plan suites/core.toml
+        epsbench plan suites/core.toml --only dp-sgd eps=3
+        """)  # fmt: skip
+    _suite_options(plan)
+
+    run = verb("run", _run, "Run what is missing of a suite: finished runs are kept, half-done go on.", """
+        epsbench run suites/core.toml --report
+        epsbench run suites/core.toml --only dp-sgd dp-adam eps=3    these two methods, at epsilon 3
+        epsbench run suites/core.toml --only 3f2a                    the run whose id begins so
+        epsbench run suites/smoke.toml --method my.py                with methods of a file of yours
+        epsbench run suites/core.toml --retry                        crashed, oom and timeout once more
+        epsbench run suites/fashion.toml --device cuda:0             the suite's runs, on a GPU
+        """)  # fmt: skip
+    _suite_options(run)
+    run.add_argument("--jobs", type=_positive, metavar="N",
+                     help="runs at once (default: cores / threads of a run; one for each GPU)")  # fmt: skip
+    run.add_argument(
+        "--retry", action="store_true", help="run again what crashed, ran out of memory or of time"
+    )
+    run.add_argument(
+        "--stale", action="store_true", help="run again what was made by other code than today's"
+    )
+    run.add_argument(
+        "--report", action="store_true", help="write the leaderboard at the end and print its top"
+    )
+    run.add_argument("--no-track", action="store_true", help="do not send anything to MLflow")
+    _reports_option(run)
+
+    status = verb("status", _status, "Count what is done, failed, stale, running and missing.", """
+        epsbench status                     every suite that has results
+        epsbench status suites/core.toml    against what the suite asks for today
+        """)  # fmt: skip
+    status.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
+    _results_option(status)
+    _method_option(status)
+
+    show = verb("show", _show, "Show one record, and the command that makes it again.", """
+        epsbench show 3f2a
+        epsbench show 3f2a --json | jq .privacy
+        """)  # fmt: skip
+    show.add_argument(
+        "id", metavar="ID", help="the first digits of a run's id; id.2 names its second attempt"
+    )
+    show.add_argument("--json", action="store_true", help="print the record as it is")
+    _results_option(show)
+
+    merge = verb("merge", _merge, "Add the records of other results folders. Nothing is overwritten.", """
+        epsbench merge ../other-machine/results
+        epsbench merge a/results b/results --results all
+        """)  # fmt: skip
+    merge.add_argument(
+        "sources", nargs="+", metavar="DIR", type=Path, help="folders that hold <suite>/<id>/record.json"
+    )
+    _results_option(merge)
+
+    report = verb("report", _report, "Write leaderboards from records: HTML, Markdown, CSV and figures.", """
+        epsbench report                     every suite that has results
+        epsbench report suites/core.toml
+        """)  # fmt: skip
+    report.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
+    _results_option(report)
+    _reports_option(report)
+    _method_option(report)
+
+    track = verb("track", _track, "Bring the records that MLflow lacks into MLflow.", """
+        epsbench track                       what is not known to be there
+        epsbench track --rebuild             compare with the store itself, and add or replace what differs
+        MLFLOW_TRACKING_URI=http://host:5000 epsbench track
+        """)  # fmt: skip
+    track.add_argument(
+        "--rebuild", action="store_true", help="ask the store itself, not the list of what was sent"
+    )
+    track.add_argument(
+        "--uri", help="the tracking store (default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)"
+    )
+    _results_option(track)
+
+    verb("bench", lambda options: OK, "Time engines side by side, and the share of a step outside them.", """
+        epsbench bench
+        epsbench bench --help
+        """)  # fmt: skip
+    return parser
+
+
+_VERBS = ("ls", "check", "plan", "run", "status", "show", "merge", "report", "track", "bench")
+_KINDS = {"methods": "method", "datasets": "dataset", "models": "model"}
+
+
+def _suite_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suite", metavar="SUITE", help="a TOML file, or its name under suites/")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", metavar="GLOB",
+        help="an id's first digits, a method or its label, a task or data set, eps=3, seed=0; of one kind "
+             "any may hold, of different kinds all must",
+    )  # fmt: skip
+    parser.add_argument("--device", metavar="cpu|cuda:N", help="run here whatever device the suite names")
+    _results_option(parser)
+    _method_option(parser)
+
+
+def _results_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
+                        help="where the records are (default: results)")  # fmt: skip
+
+
+def _reports_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reports", type=Path, default=Path("reports"), metavar="DIR",
+                        help="where the reports go (default: reports)")  # fmt: skip
+
+
+def _method_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", action="append", default=[], metavar="FILE",
+                        help="a Python file with methods of your own; may be repeated")  # fmt: skip
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,4}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs; write 1 or more")
+    return int(text)
+
+
+def _add_files(files: Iterable[str]) -> None:
+    from harness import registry
+
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(
+                f"--method {file}: no such file; name a Python file with an @method function in it."
+            )
+        registry.add_file(file)
+
+
+# Text -----------------------------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), indent: str = "") -> str:
+    """Columns aligned by their widest entry; the last is not padded."""
+    lines = [header, *rows] if header else list(rows)
+    if not lines:
+        return ""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        (indent + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))).rstrip()
+        for line in lines
+    )
+
+
+def _wrap(text: str, indent: str) -> str:
+    width = max(60, shutil.get_terminal_size((110, 24)).columns)
+    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def _epsilon(value: float | None) -> str:
+    return "inf" if value is None else f"{value:.4g}"
+
+
+def _counts(words: Iterable[str]) -> str:
+    """ "ok 3, diverged 1" in order of frequency."""
+    found: dict[str, int] = {}
+    for word in words:
+        found[word] = found.get(word, 0) + 1
+    return ", ".join(f"{word} {n}" for word, n in sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+# ls and check ---------------------------------------------------------------------------------------------
+
+
+def _ls(options: argparse.Namespace) -> int:
+    from harness import registry
+
+    _add_files(options.method)
+    kinds = [options.what] if options.what else [*_KINDS, "suites"]
+    for kind in kinds:
+        print(kind if len(kinds) > 1 else "", end="\n" if len(kinds) > 1 else "")
+        if kind == "suites":
+            print(_table(_suite_rows(), indent="  ") or "  none: no *.toml under suites/")
+        else:
+            _ls_entries(list(registry.index(_KINDS[kind]).values()), detail=len(kinds) == 1)
+            for broken in registry.broken(_KINDS[kind]):
+                print(f"  ! {broken}")
+        if len(kinds) > 1:
+            print()
+    return OK
+
+
+def _ls_entries(entries: Sequence[Any], detail: bool) -> None:
+    names = [f"{e.name}:{e.argument.upper()}" if e.argument else e.name for e in entries]
+    rows = [
+        [name, str(e.meta.get("family") or ""), str(e.meta.get("paper") or ""), e.summary]
+        for name, e in zip(names, entries, strict=True)
+    ]
+    used = [i for i in range(4) if any(row[i] for row in rows)]
+    lines = _table([[row[i] for i in used] for row in rows], indent="  ").splitlines()
+    for entry, line in zip(entries, lines, strict=True):
+        print(line)
+        if detail and entry.parameters:
+            shown = (
+                f"{name}: {p.type}" + ("" if p.required else f" = {p.default!r}")
+                for name, p in entry.parameters.items()
+            )
+            print(_wrap(", ".join(shown), " " * 6))
+
+
+def _suite_rows() -> list[list[str]]:
+    rows = []
+    for path in sorted(Path("suites").glob("*.toml")):
+        try:
+            header = tomllib.loads(path.read_text())["suite"]
+            rows.append([str(path), str(header["question"])])
+        except (ValueError, KeyError, TypeError):
+            rows.append([str(path), f"cannot be read: epsbench check {path}"])
+    return rows
+
+
+def _check(options: argparse.Namespace) -> int:
+    if options.subject.endswith(".toml"):
+        suite = _load(options)
+        cells = suite.cells()
+        print(
+            f"{suite.file}: {len(cells)} runs of {len({c.group for c in cells})} settings; nothing is wrong."
+        )
+        return OK
+    _add_files(options.method)
+    if options.subject.endswith(".py"):
+        _add_files([options.subject])
+    else:
+        from harness import registry
+
+        registry.resolve("method", options.subject)
+    from harness import verify
+
+    verdict = verify.check(options.subject)
+    if not verdict:
+        raise UserError(
+            f"{options.subject}: holds no method; mark a function that returns a Method with @method."
+        )
+    print(_table([["ok" if ok else "FAILED", name, detail] for name, ok, detail in verdict]))
+    return OK if all(ok for _, ok, _ in verdict) else FAILED
+
+
+# Suites and their cells -----------------------------------------------------------------------------------
+
+
+def _find(text: str) -> Path:
+    """The file of a suite that is named by path, or by its name under suites/."""
+    path = Path(text)
+    if path.is_file():
+        return path
+    known = sorted(Path("suites").glob("*.toml"))
+    for candidate in known:
+        if candidate.stem == text:
+            return candidate
+    near = _hint(path.stem, [one.stem for one in known])
+    there = ", ".join(map(str, known)) or "none under suites/"
+    raise UserError(f"{text}: no such suite; there are {there}.{near}")
+
+
+def _load(options: argparse.Namespace) -> Suite:
+    named = _find(getattr(options, "suite", None) or options.subject)
+    _add_files(options.method)
+    from harness import suite
+
+    return suite.load(named, options.method)
+
+
+def _cells(options: argparse.Namespace) -> tuple[Suite, list[Cell]]:
+    """The suite and those of its cells that are asked for, on the device that is asked for."""
+    suite = _load(options)
+    cells = suite.cells()
+    if options.device is not None:
+        if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", options.device):
+            raise UserError(f'--device {options.device}: no such kind of device; write "cpu" or "cuda:0".')
+        cells = [cell.on(options.device) for cell in cells]
+    return suite, _only(cells, options.only or []) if options.only else cells
+
+
+def _only(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """The cells that match: any pattern of one kind, and every kind. Raises UserError where nothing does."""
+    kinds: dict[str, set[str]] = {}
+    for pattern in patterns:
+        kind, ids = _match(cells, pattern)
+        kinds[kind] = kinds.get(kind, set()) | ids
+    kept = [cell for cell in cells if all(cell.id in ids for ids in kinds.values())]
+    if not kept:
+        raise UserError(
+            f"--only {shlex.join(patterns)}: each matches some run, but no run matches all of them; patterns "
+            "of one kind are alternatives, those of different kinds must all hold."
+        )
+    return kept
+
+
+def _match(cells: Sequence[Cell], pattern: str) -> tuple[str, set[str]]:
+    """The kind of a pattern and the ids of the cells it matches."""
+
+    def fits(value: object) -> bool:
+        return str(value) == pattern or fnmatch.fnmatchcase(str(value), pattern)
+
+    setting = re.fullmatch(r"(eps|seed)=(.+)", pattern)
+    if setting:
+        key, wanted = setting.groups()
+        values = {c.id: _epsilon(c.privacy["epsilon"]) if key == "eps" else str(c.seed) for c in cells}
+        with contextlib.suppress(ValueError):
+            wanted = _epsilon(float(wanted)) if key == "eps" else wanted
+        found = {id for id, value in values.items() if value == wanted}
+        if not found:
+            there = ", ".join(dict.fromkeys(values.values()))
+            raise UserError(
+                f"--only {pattern}: the suite has {key} {there}; write {key}=VALUE with one of these."
+            )
+        return key, found
+    tests: dict[str, Callable[[Cell], bool]] = {
+        "method": lambda c: fits(c.method) or fits(c.label),
+        "task": lambda c: fits(c.task["name"]) or fits(c.task["dataset"]),
+        "id": lambda c: bool(re.fullmatch("[0-9a-f]{3,12}", pattern)) and c.id.startswith(pattern),
+    }
+    for kind, test in tests.items():
+        found = {cell.id for cell in cells if test(cell)}
+        if found:
+            return kind, found
+    methods = dict.fromkeys(name for c in cells for name in (c.method, c.label))
+    tasks = dict.fromkeys(c.task["name"] for c in cells)
+    raise UserError(
+        f"--only {pattern}: matches no run. Methods: {', '.join(methods)}. Tasks: {', '.join(tasks)}. Also "
+        f"an id's first digits (3 or more), eps=3, seed=0.{_hint(pattern, [*methods, *tasks])}"
+    )
+
+
+def _codes(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
+    """Today's code of each cell, by id; worked out once for each method and model."""
+    from harness import run
+
+    known: dict[str, dict[str, Any]] = {}
+    codes: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        key = json.dumps([cell.method, cell.parameters, cell.task["architecture"]["name"], cell.method_file])
+        if key not in known:
+            known[key] = run.code_of(cell)
+        codes[cell.id] = known[key]
+    return codes
+
+
+# plan and status ------------------------------------------------------------------------------------------
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from harness import launch
+
+    suite, cells = _cells(options)
+    codes = _codes(cells)
+    selection = launch.select(cells, options.results, suite.name, codes=codes)
+    states = _states(selection)
+    prepared = _prepared(cells)
+    accountants = list(dict.fromkeys(name for one in prepared.values() for name in one.get("planned") or {}))
+    rows = []
+    for cell in cells:
+        one = prepared[cell.group]
+        planned = one.get("planned") or {}
+        rows.append([
+            cell.id, cell.label, cell.task["name"], _epsilon(cell.privacy["epsilon"]), str(cell.seed),
+            str(cell.schedule["batch"]), str(cell.schedule["steps"]), _number(one.get("noise_multiplier")),
+            *(_number(planned.get(name)) for name in accountants),
+            states[cell.id] + (f" ({one['reason']})" if "reason" in one else ""),
+        ])  # fmt: skip
+    names = ["id", "method", "task", "eps", "seed", "batch", "steps", "sigma", *accountants, "state"]
+    print(_table(rows, names))
+    print(f"\n{len(cells)} runs of suite {suite.name}: {_counts(states.values())}")
+    at_once = launch.slots(cells)
+    print(_time_left([job.cell for job in selection.todo], options.results, at_once))
+    return OK
+
+
+def _states(selection: launch.Selection) -> dict[str, str]:
+    """A word on each cell by id."""
+    from harness import store
+
+    states = {record["id"]: f"done, {record['status']}" for record in selection.done}
+    states |= {record["id"]: f"stale, {record['status']}" for record in selection.stale}
+    states |= {record["id"]: f"failed, {record['status']}" for record in selection.failed}
+    for job in selection.todo:
+        if not job.folder.exists():
+            states[job.cell.id] = "missing"
+        else:
+            states[job.cell.id] = "running" if store.locked(job.folder) else "half done"
+    return states
+
+
+def _prepared(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
+    """Noise multiplier and planned epsilon by group, or the reason why there are none."""
+    from harness import run
+
+    found: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        if cell.group not in found:
+            try:
+                found[cell.group] = run.prepare(cell)
+            except ValueError as error:  # no noise reaches the target: the run would end as skipped
+                found[cell.group] = {"reason": f"would be skipped: {error}"}
+    return found
+
+
+def _time_left(todo: Sequence[Cell], results: Path, at_once: int) -> str:
+    """The time for what is to be run, from the pace of finished runs of the same kind on this device."""
+    from harness import launch, measure, store
+
+    if not todo:
+        return "nothing is left to run"
+    pace: dict[tuple[str, str, str], list[float]] = {}
+    for record in store.load(results):
+        wall, cell = record["measured"].get("wall_seconds"), record["cell"]
+        if record["status"] == "ok" and wall:
+            key = (cell["method"]["name"], cell["task"]["name"], str(record["device"].get("fingerprint")))
+            pace.setdefault(key, []).append(wall / cell["schedule"]["steps"])
+    prints: dict[tuple[str, int], str] = {}
+    total, unknown = 0.0, 0
+    for cell in todo:
+        place = (str(cell.device.get("device") or "cpu"), int(cell.device.get("threads") or 1))
+        if place not in prints:
+            _need_device(place[0])
+            prints[place] = measure.device_info(*place)["fingerprint"]
+        seconds = pace.get((cell.method, cell.task["name"], prints[place]))
+        if seconds:
+            total += sorted(seconds)[len(seconds) // 2] * cell.schedule["steps"]
+        else:
+            unknown += 1
+    text = f"time for the {len(todo)} to run, {at_once} at once: "
+    if unknown == len(todo):
+        return text + "unknown, no run of these methods and tasks has finished on this device"
+    text += launch.duration(total / at_once)
+    return text + (
+        f" and that of {unknown} runs of which none has finished on this device" if unknown else ""
+    )
+
+
+def _need_device(spec: str) -> None:
+    """Raise UserError where this machine lacks the device."""
+    if not spec.startswith("cuda"):
+        return
+    import torch
+
+    number, count = int(spec.partition(":")[2] or 0), torch.cuda.device_count()
+    if number >= count:
+        raise UserError(f"{spec}: this machine has {count} CUDA devices; write --device cpu"
+                        + (f" or --device cuda:{count - 1}." if count else "."))  # fmt: skip
+
+
+def _status(options: argparse.Namespace) -> int:
+    from harness import launch, store
+
+    if options.suite is None:
+        return _status_of_all(options.results)
+    suite = _load(options)
+    cells = suite.cells()
+    selection = launch.select(cells, options.results, suite.name, codes=_codes(cells))
+    states = _states(selection)
+    print(f"suite {suite.name}: {len(cells)} runs")
+    advice = {
+        "stale": f"epsbench run {options.suite} --stale", "failed": f"epsbench run {options.suite} --retry",
+        "half done": f"epsbench run {options.suite}", "missing": f"epsbench run {options.suite}",
+    }  # fmt: skip
+    rows = []
+    for state in ("done", "stale", "failed", "running", "half done", "missing"):
+        words = [word.partition(", ")[2] for word in states.values() if word.partition(", ")[0] == state]
+        if words:
+            rows.append([state, str(len(words)), _counts(filter(None, words)), advice.get(state, "")])
+    print(_table(rows, indent="  "))
+    for record in selection.failed:
+        print(f"  {record['id']}  {launch.describe(record['cell'])}: {record['status']}, {_first(record)}")
+    known = {cell.id for cell in cells}
+    extra = {record["id"] for record in store.load(options.results, suite.name)} - known
+    if extra:
+        print(f"  {len(extra)} more have records but are not in the suite as it is today")
+    _say_broken(selection.broken)
+    return FAILED if selection.failed else OK
+
+
+def _status_of_all(results: Path) -> int:
+    from harness import store
+
+    records = store.load(results)
+    counted: dict[str, list[str]] = {}
+    for record in store.current(records):
+        counted.setdefault(record["suite"], []).append(record["status"])
+    rows = [[suite, str(len(words)), _counts(words)] for suite, words in counted.items()]
+    print(
+        _table(rows, ["suite", "runs", ""])
+        if rows
+        else f"{results}: holds no records; epsbench run SUITE makes some"
+    )
+    _say_broken(records.broken)
+    return FAILED if any(word in store.FAILED for words in counted.values() for word in words) else OK
+
+
+def _first(record: store.Record) -> str:
+    return (str(record.get("reason") or "no reason given").splitlines() or [""])[0][:200]
+
+
+def _say_broken(broken: Sequence[store.Broken]) -> None:
+    for one in broken:
+        print(f"  ! left out: {one}")
+
+
+# run ------------------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    from harness import launch
+
+    suite, cells = _cells(options)
+    codes = _codes(cells)
+    selection = launch.select(
+        cells, options.results, suite.name, codes=codes, retry=options.retry, rerun_stale=options.stale
+    )
+    for spec in dict.fromkeys(str(job.cell.device.get("device") or "cpu") for job in selection.todo):
+        _need_device(spec)
+    at_once = launch.slots([job.cell for job in selection.todo], options.jobs)
+    _say_selection(options, suite, cells, selection, at_once)
+    on_terminal = sys.stdout.isatty() and bool(selection.todo)
+    reporter: launch.Reporter = launch.Bar() if on_terminal else launch.Lines()
+    tracker = None if options.no_track else _tracker(options.results, suite.name, selection, reporter)
+    summary = launch.run(
+        selection.todo,
+        suite.name,
+        at_once=options.jobs,
+        codes=codes,
+        reporter=reporter,
+        watch=tracker.watch if tracker else None,
+    )
+    if tracker:
+        tracker.close(5.0 if summary.interrupted else 60.0)
+    if summary.interrupted:
+        half = sum(job.folder.exists() for job in summary.left)
+        print(
+            f"\nstopped: {len(summary.outcomes)} runs finished, {half} half done, "
+            f"{len(summary.left) - half} not begun. Nothing is lost; go on with\n"
+            f"  {shlex.join(options.command)}"
+        )
+        return INTERRUPTED
+    return _end(options, suite, cells, codes, summary)
+
+
+def _say_selection(
+    options: argparse.Namespace,
+    suite: Suite,
+    cells: Sequence[Cell],
+    selection: launch.Selection,
+    at_once: int,
+) -> None:
+    from harness import measure
+
+    parts = [f"{len(selection.done)} are done"]
+    if selection.stale:
+        fate = "and run again" if options.stale else "and kept (--stale runs them again)"
+        parts.append(f"{len(selection.stale)} are stale {fate}")
+    if selection.failed:
+        parts.append(
+            f"{len(selection.failed)} failed {'and run' if options.retry else '(--retry runs them)'} again"
+        )
+    todo = len(selection.todo)
+    parts.append(f"{todo} to run, {min(at_once, todo)} at once" if todo else "nothing to run")
+    print(f"suite {suite.name}: {len(cells)} runs; {'; '.join(parts)}", flush=True)
+    if selection.stale and not options.stale:
+        for record in selection.stale[:10]:
+            print(f"  stale: {record['id']}, made by code {record['code'].get('hash')}")
+        if len(selection.stale) > 10:
+            print(f"  and {len(selection.stale) - 10} more: epsbench plan {options.suite}")
+    _say_broken(selection.broken)
+    threads = max((int(job.cell.device.get("threads") or 1) for job in selection.todo), default=1)
+    if options.jobs and options.jobs * threads > measure.cores():
+        print(
+            f"  {options.jobs} runs of {threads} threads share {measure.cores()} cores: "
+            "their throughput will suffer"
+        )
+
+
+def _tracker(results: Path, suite: str, selection: launch.Selection, reporter: launch.Reporter) -> Any:
+    """What follows runs into MLflow; None where nothing is new, so that MLflow is not even imported."""
+    from harness import track
+
+    pending = track.pending(results, suites=[suite])
+    if not selection.todo and not pending:
+        return None
+    tracker = track.Tracker(say=reporter.say)
+    for folder in pending:
+        tracker.watch(folder)
+    return tracker
+
+
+def _end(
+    options: argparse.Namespace,
+    suite: Suite,
+    cells: Sequence[Cell],
+    codes: Mapping[str, Mapping[str, Any]],
+    summary: launch.Summary,
+) -> int:
+    """Say how it stands now, write the report where asked, and give the exit code."""
+    from harness import launch
+
+    now = launch.select(cells, options.results, suite.name, codes=codes)
+    if summary.outcomes:
+        ends = _counts(outcome.record["status"] for outcome in summary.outcomes)
+        place = options.results / suite.name
+        print(f"{len(summary.outcomes)} runs finished: {ends}; records are in {place}")
+    for record in now.failed:
+        print(f"  {record['id']}  {launch.describe(record['cell'])}: {record['status']}, {_first(record)}")
+    if options.report:
+        _write_report(options, suite, codes)
+    return FAILED if now.failed else OK
+
+
+# show, merge ----------------------------------------------------------------------------------------------
+
+
+def _show(options: argparse.Namespace) -> int:
+    from harness import launch, store
+
+    record, others = _one_record(options.results, options.id)
+    if options.json:
+        print(store.dumps({key: value for key, value in record.items() if key != "path"}), end="")
+        return OK
+    cell, privacy, measured = record["cell"], record["privacy"], record["measured"]
+    code, device = record["code"], record["device"]
+    rate, target, task = measured.get("examples_per_second") or {}, cell["privacy"], cell["task"]
+
+    def pairs(values: Mapping[str, Any] | None, digits: int = 4) -> str:
+        return ", ".join(f"{k} {_shown(v, digits)}" for k, v in (values or {}).items()) or "-"
+
+    speed = [_number(rate.get(key), 5) for key in ("median", "q1", "q3")]
+    rows = [["id", f"{record['id']}, group {record['group']}, suite {record['suite']}"]]
+
+    def row(name: str, *parts: Any) -> None:
+        rows.append([name, "; ".join(str(part) for part in parts if part not in (None, "")) or "-"])
+
+    row("status", record["status"], record.get("reason"))
+    row("record", record["path"])
+    row("method", f"{cell['method']['name']}({pairs(cell['method'].get('parameters'), 6)})")
+    row("card", *(record.get("card") or {}).values())
+    row("task", task["name"], f"data {task.get('digest')}", f"evaluated on {task.get('evaluate')}")
+    row("schedule", pairs(cell["schedule"], 8), cell["numerics"].get("dtype"), f"seed {cell['seed']}")
+    if target.get("epsilon") is None:
+        row("target", "no privacy")
+    else:
+        row("target", f"epsilon {_epsilon(target['epsilon'])}, delta {target['delta']}", target["relation"])
+    row(
+        "mechanism",
+        privacy.get("sampling"),
+        f"noise multiplier {_number(privacy.get('noise_multiplier'), 6)}",
+        f"sensitivity {pairs(privacy.get('sensitivity'))}",
+        f"public data: {privacy.get('public_data') or '-'}",
+    )
+    row("planned", pairs(privacy.get("planned")))
+    row("spent", pairs(privacy.get("spent")), privacy.get("accountant") and f"{privacy['accountant']} ranks")
+    row("claimed", pairs(privacy.get("claimed")))
+    row("metrics", pairs(record["metrics"]))
+    row(
+        "speed",
+        f"{speed[0]} examples/s, quartiles {speed[1]} to {speed[2]}",
+        f"{measured.get('jobs')} at once",
+    )
+    if measured.get("wall_seconds") is not None:
+        row("time", launch.duration(measured["wall_seconds"]), f"{measured.get('sessions') or 1} session(s)")
+    row("memory", f"{_number(measured.get('peak_memory_mib'), 5)} MiB at the peak")
+    row("device", device.get("name"), device.get("spec"), f"{device.get('threads')} threads")
+    row("diagnostics", pairs(record.get("diagnostics")))
+    row(
+        "code",
+        code.get("hash"),
+        f"commit {code.get('commit')}" + (" with changes" if code.get("dirty") else ""),
+    )
+    row("weights", record.get("weights_sha256"))
+    row("ran", f"{record.get('started')} to {record.get('finished')}")
+    print(launch.describe(cell))
+    print(_table(rows, indent="  "))
+    for other in others:
+        print(f"  another attempt: {other['path']}: {other['status']}")
+    print("\nto make it again:")
+    for line in _recipe(record):
+        print(f"  {line}")
+    return OK
+
+
+def _shown(value: Any, digits: int) -> str:
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return "-" if value is None else str(value)
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def _one_record(results: Path, wanted: str) -> tuple[store.Record, list[store.Record]]:
+    """The record that an id's first digits name, and the other attempts at the same cell."""
+    from harness import store
+
+    where, _, name = wanted.rpartition("/")
+    prefix, _, attempt = name.partition(".")
+    if not re.fullmatch(r"[0-9a-f]{1,12}", prefix) or (attempt and not attempt.isdigit()):
+        raise UserError(
+            f"{wanted}: not an id; write the first of its 12 hex digits (epsbench plan SUITE lists them)."
+        )
+    records = store.load(results)
+    found = [r for r in records if r["id"].startswith(prefix) and where in ("", r["suite"])]
+    names = {(record["suite"], record["id"]) for record in found}
+    if not found:
+        broken = [str(one) for one in records.broken if one.path.parent.name.startswith(prefix)]
+        raise UserError(
+            f"{wanted}: no record under {results} has this id; epsbench plan SUITE lists ids."
+            + "".join(f"\nThere is a broken one: {text}" for text in broken)
+        )
+    if len(names) > 1:
+        there = "\n".join(f"  {id}  ({suite})" for suite, id in sorted(names))
+        ids = {id for _, id in names}
+        rest = "write more digits" if len(ids) > 1 else "write SUITE/ID"
+        raise UserError(f"{wanted}: {len(names)} records begin so; {rest}:\n{there}")
+    chosen = store.current(found)[0]
+    if attempt:
+        numbered = [record for record in found if store.attempt_of(record) == int(attempt)]
+        if not numbered:
+            raise UserError(f"{wanted}: no such attempt; there are {len(found)}.")
+        chosen = numbered[0]
+    return chosen, [record for record in found if record["path"] != chosen["path"]]
+
+
+def _recipe(record: store.Record) -> list[str]:
+    """The commands that repeat a run, into a folder where it has no record yet."""
+    lines = []
+    commit, dirty = record["code"].get("commit"), record["code"].get("dirty")
+    if commit:
+        unknown = "    # and the changes it was run with, which git does not know" if dirty else ""
+        lines.append(f"git checkout {commit}{unknown}")
+    file = f"suites/{record['suite']}.toml"
+    lines.append(f"epsbench run {shlex.quote(file)} --only {record['id']} --results again --no-track")
+    return lines
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from harness import store
+
+    result = store.merge(options.sources, options.results)
+    print(f"{len(result.added)} records added to {options.results}, {len(result.same)} were there already")
+    for title, ones in (("conflict", result.conflicts), ("refused", result.refused)):
+        for one in ones:
+            print(f"  {title}: {one}")
+    return FAILED if result.conflicts or result.refused else OK
+
+
+# report, track, bench -------------------------------------------------------------------------------------
+
+
+def _report(options: argparse.Namespace) -> int:
+    from harness import store
+
+    if options.suite is not None:
+        suite = _load(options)
+        _write_report(options, suite, None)
+        return OK
+    names = list(dict.fromkeys(record["suite"] for record in store.load(options.results)))
+    if not names:
+        raise UserError(f"{options.results}: holds no records to report; epsbench run SUITE makes some.")
+    for name in names:
+        file = Path("suites") / f"{name}.toml"
+        if file.is_file():
+            options.suite = str(file)
+            _write_report(options, _load(options), None)
+        else:
+            print(
+                f"{name}: there is no {file}, so its records are shown without question and published values"
+            )
+            _build(options, name, "", store.current(store.load(options.results, name)))
+    return OK
+
+
+def _write_report(
+    options: argparse.Namespace, suite: Suite, codes: Mapping[str, Mapping[str, Any]] | None
+) -> None:
+    """The report of what the suite asks for today; `codes` (by id) are worked out where they are missing."""
+    from harness import store
+    from harness.suite import SuiteError
+
+    records: list[store.Record] = store.load(options.results, suite.name)
+    try:
+        cells = suite.cells()
+    except SuiteError as error:  # data that is not here is no reason to hide what was measured elsewhere
+        print(f"{suite.file}: taken as it is, without looking for stale records, because:\n{error}")
+        cells = []
+    if cells:
+        wanted = {cell.id for cell in cells}
+        missing = [cell for cell in cells if codes is None or cell.id not in codes]
+        today = {**(codes or {}), **_codes(missing)}
+        extra = {record["id"] for record in records} - wanted
+        if extra:
+            print(
+                f"{len(extra)} runs have records but are not in the suite as it is today; they are left out"
+            )
+        records = store.current([record for record in records if record["id"] in wanted], today)
+    else:
+        records = store.current(records)
+    if not records:
+        raise UserError(
+            f"{options.results / suite.name}: holds no records to report; epsbench run {suite.file}"
+        )
+    _build(
+        options,
+        suite.name,
+        suite.question,
+        records,
+        published=[row.model_dump() for row in suite.published],
+        tuning=suite.tuning.model_dump() if suite.tuning else None,
+    )
+
+
+def _build(
+    options: argparse.Namespace, name: str, question: str, records: Iterable[store.Record], **more: Any
+) -> None:
+    from harness import report
+
+    placed = [{**one, "path": str(Path(one["path"]).relative_to(options.results))} for one in records]
+    made = report.build(name, question, placed, options.reports, results=options.results, **more)
+    print(f"\n{made.top.rstrip()}\n\nleaderboard: {made.index}")
+
+
+def _track(options: argparse.Namespace) -> int:
+    from harness import track
+
+    if not options.results.is_dir():
+        raise UserError(f"{options.results}: no such folder; name one with --results DIR")
+    waiting = track.pending(options.results, options.uri)
+    if not waiting and not options.rebuild:
+        print("MLflow has every record; --rebuild asks the store itself")
+        return OK
+    added = track.rebuild(options.results, options.uri)
+    print(f"{added} records added to {track.resolve_uri(options.uri)}")
+    return OK
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    from harness import bench
+
+    return bench.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""A hash of the code that a run's numbers come from, found statically.
+
+The closure starts at the modules of a method, its parts and its model and follows imports inside the
+packages of this project. Names taken from a package are followed to the module that defines them, so that a
+method which uses ``Flat`` does not depend on an engine it never calls. Files are compared as syntax trees
+without docstrings and comments: mending a sentence makes no record stale.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+__all__ = ["IGNORED", "closure", "code_hash", "hashes"]
+
+# Decorators hand their function back unchanged, so the registry takes no part in any number.
+IGNORED: frozenset[str] = frozenset({"harness.registry"})
+# Packages whose imports are followed, besides those that the starting modules belong to.
+FOLLOWED: frozenset[str] = frozenset({"harness", "methods"})
+
+
+def code_hash(files: Iterable[Path]) -> str:
+    """12 hex digits over the contents of Python files; order, names and places do not matter."""
+    digests = sorted(_digest(file) for file in {f.resolve() for f in files})
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:12]
+
+
+def hashes(files: Iterable[Path], roots: Iterable[Path] | None = None) -> dict[str, str]:
+    """Path relative to its root (the bare name where it is under none) to 12 hex digits, by path."""
+    places = _roots(roots)
+    found: dict[str, str] = {}
+    for file in {f.resolve() for f in files}:
+        root = next((r for r in places if file.is_relative_to(r)), file.parent)
+        found[file.relative_to(root).as_posix()] = _digest(file)[:12]
+    return dict(sorted(found.items()))
+
+
+def closure(
+    modules: Iterable[str | Path], roots: Iterable[Path] | None = None, skip: Collection[str] = IGNORED
+) -> list[Path]:
+    """Files that the modules import, directly or not, themselves included, in order of paths.
+
+    ``modules`` are import names or paths of files; ``roots`` are the folders that hold the packages, by
+    default the one that holds ``harness``; ``skip`` are modules that are left out. Imports inside functions
+    count; those under ``if TYPE_CHECKING`` do not. A package's ``__init__`` is part of the closure only
+    where something it defines is imported, or the package as a whole. Raises ``LookupError`` where a
+    starting module has no source.
+    """
+    graph = _Graph(_roots(roots), frozenset(skip))
+    starts: list[tuple[Path, str]] = []
+    for one in modules:
+        starts.append(
+            (one.resolve(), graph.name_of(one)) if isinstance(one, Path) else (graph.start(one), one)
+        )
+    graph.followed = FOLLOWED | {module.split(".")[0] for _, module in starts if module}
+    for file, module in starts:
+        graph.visit(file.resolve(), module)
+        if module:
+            graph.module(module)
+    return sorted(graph.seen)
+
+
+def _roots(roots: Iterable[Path] | None) -> tuple[Path, ...]:
+    found = (Path(__file__).parent.parent,) if roots is None else tuple(roots)
+    return tuple(root.resolve() for root in found)
+
+
+class _Graph:
+    """Depth-first walk over imports; ``seen`` are the files of the closure."""
+
+    def __init__(self, roots: tuple[Path, ...], skip: frozenset[str]) -> None:
+        self.roots = roots
+        self.skip = skip
+        self.followed = FOLLOWED
+        self.seen: set[Path] = set()
+        self._trees: dict[Path, ast.Module] = {}
+
+    def start(self, module: str) -> Path:
+        """The file of a starting module; one that a user named is found among the imported modules."""
+        file = self.file(module)
+        if file is None:
+            loaded = getattr(sys.modules.get(module), "__file__", None)
+            if loaded is None or not loaded.endswith(".py"):
+                places = ", ".join(map(str, self.roots))
+                raise LookupError(f"module {module!r} has no Python source under {places}")
+            file = Path(loaded)
+        return file
+
+    def name_of(self, file: Path) -> str:
+        """The import name of a file under a root, empty for a file that stands alone."""
+        for root in self.roots:
+            if file.resolve().is_relative_to(root):
+                parts = file.resolve().relative_to(root).with_suffix("").parts
+                return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        return ""
+
+    def file(self, module: str) -> Path | None:
+        """``a.b`` to ``a/b.py`` or ``a/b/__init__.py`` under the first root that has it."""
+        for root in self.roots:
+            base = root.joinpath(*module.split("."))
+            for candidate in (base.with_name(base.name + ".py"), base / "__init__.py"):
+                if candidate.is_file():
+                    return candidate
+        return None
+
+    def visit(self, file: Path, module: str) -> None:
+        """Add a file and all it imports."""
+        if file in self.seen:
+            return
+        self.seen.add(file)
+        for target, names in _imports(self.tree(file), module, file.name == "__init__.py"):
+            if names is None:
+                self.module(target)
+            else:
+                for name in names:
+                    self.name(target, name)
+
+    def module(self, module: str) -> None:
+        """``import module``: any of its names may be used, so a lazy package brings all of its modules."""
+        file = self.file(module) if self._wanted(module) else None
+        if file is None:
+            return
+        self.visit(file, module)
+        for place in sorted(set(_where(self.tree(file)).values())):
+            self.module(f"{module}.{place}")
+
+    def name(self, module: str, name: str) -> None:
+        """``from module import name``: a submodule, a name a package passes on, or one the module defines."""
+        if name == "*":
+            self.module(module)
+            return
+        file = self.file(module) if self._wanted(module) else None
+        if file is None:
+            if self._wanted(module):  # a folder without __init__.py is a package too
+                self.module(f"{module}.{name}")
+            return
+        if file.name == "__init__.py":
+            if self.file(f"{module}.{name}") is not None:
+                self.module(f"{module}.{name}")
+                return
+            passed_on = self._passed_on(module, file, name)
+            if passed_on is not None:
+                self.name(*passed_on)
+                return
+        self.visit(file, module)
+
+    def tree(self, file: Path) -> ast.Module:
+        if file not in self._trees:
+            self._trees[file] = ast.parse(file.read_bytes(), filename=str(file))
+        return self._trees[file]
+
+    def _wanted(self, module: str) -> bool:
+        return module.split(".")[0] in self.followed and module not in self.skip
+
+    def _passed_on(self, module: str, file: Path, name: str) -> tuple[str, str] | None:
+        """Where a package's ``__init__`` takes a name from, by its ``_WHERE`` map or a top-level import."""
+        tree = self.tree(file)
+        place = _where(tree).get(name)
+        if place is not None:
+            return f"{module}.{place}", name
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    if (alias.asname or alias.name) == name:
+                        return _absolute(node, module, True), alias.name
+        return None
+
+
+def _where(tree: ast.Module) -> dict[str, str]:
+    """The literal map ``_WHERE = {name: submodule}`` of a package whose names are looked up on first use."""
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and target.id == "_WHERE" and isinstance(value, ast.Dict):
+            found = ast.literal_eval(value)
+            return {str(name): str(place) for name, place in found.items()}
+    return {}
+
+
+def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
+    """The absolute name of ``X`` in ``from X import``; empty for a relative import of a single file."""
+    if not node.level:
+        return node.module or ""
+    if not module:
+        return ""
+    parts = module.split(".")
+    base = parts[: len(parts) - node.level + (1 if is_package else 0)]
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[str, tuple[str, ...] | None]]:
+    """``(module, names)`` of each import that runs; names is None for ``import module``."""
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).split(".")[-1] == "TYPE_CHECKING":
+            todo += node.orelse
+            continue
+        todo += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, None
+        elif isinstance(node, ast.ImportFrom):
+            target = _absolute(node, module, is_package)
+            if target:
+                yield target, tuple(alias.name for alias in node.names)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(_normal(ast.parse(file.read_bytes(), filename=str(file))).encode()).hexdigest()
+
+
+def _normal(node: object) -> str:
+    """A syntax tree as text without docstrings, places and empty fields, the same under every Python version.
+
+    ``ast.dump`` and ``ast.unparse`` change from one version to the next.
+    """
+    if isinstance(node, ast.Constant):  # with its type: 1 is not 1.0 nor True
+        return f"{type(node.value).__name__}:{node.value!r}"
+    if isinstance(node, ast.AST):
+        fields = []
+        for name, value in sorted(ast.iter_fields(node)):
+            if name == "body" and isinstance(
+                node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+            ):
+                value = value[1:] if value and _is_docstring(value[0]) else value
+            if value is None or value == [] or name in ("type_comment", "kind", "type_ignores"):
+                continue
+            fields.append(f"{name}={_normal(value)}")
+        return f"{type(node).__name__}({','.join(fields)})"
+    if isinstance(node, list):
+        return "[" + ",".join(map(_normal, node)) + "]"
+    return repr(node)
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

@@ -1,0 +1,118 @@
+"""One data set, held as whole tensors: there is no loader and no Python per example."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # digests and descriptions are answered without importing torch
+    import torch
+    from torch import Tensor
+
+Split = Literal["train", "test"]
+
+
+def validation_size(n_train: int) -> int:
+    """How many of ``n_train`` examples :meth:`Dataset.validation_split` keeps for training (80 %)."""
+    return n_train * 4 // 5
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training and test examples in canonical order, with public channel statistics.
+
+    Images are uint8 ``[N, C, H, W]``, everything else float32 ``[N, ...]``; labels are int64 ``[N]``.
+    ``mean`` and ``std`` (one number per channel, or one for all) are constants that do not come from these
+    examples; ``statistics`` says from where. For images they apply to pixels divided by 255. ``digest``
+    names the content, whatever file it was read from; ``source`` says which. ``dtype`` is what
+    :meth:`batch` returns, float32 when None.
+    """
+
+    name: str
+    classes: int
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    digest: str
+    source: str
+    statistics: str
+    public_data: str = "none"
+    dtype: torch.dtype | None = None
+
+    @property
+    def n_train(self) -> int:
+        """Number of training examples."""
+        return self.x_train.shape[0]
+
+    @property
+    def n_test(self) -> int:
+        """Number of test examples."""
+        return self.x_test.shape[0]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example, ``(C, H, W)`` for images."""
+        return tuple(self.x_train.shape[1:])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
+        """The same data on ``device``. :meth:`batch` then returns ``dtype``; images stay uint8 in memory."""
+        return replace(
+            self,
+            x_train=self.x_train.to(device),
+            y_train=self.y_train.to(device),
+            x_test=self.x_test.to(device),
+            y_test=self.y_test.to(device),
+            dtype=dtype or self.dtype,
+        )
+
+    def batch(self, indices: Tensor | slice, split: Split = "train") -> tuple[Tensor, Tensor]:
+        """Normalised inputs ``[B, ...]`` and labels ``[B]`` of the examples ``indices``; B may be 0.
+
+        Gathering and normalising happen on the device that holds the data.
+        """
+        x, y = (self.x_train, self.y_train) if split == "train" else (self.x_test, self.y_test)
+        return self.normalise(x[indices]), y[indices]
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Stored examples to a model's input: ``(x - mean) / std``, for uint8 with x / 255 for x."""
+        scale, shift = self._affine
+        return x.to(scale.dtype).mul(scale).add_(shift)
+
+    @cached_property
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        """``scale`` and ``shift`` with normalised = x * scale + shift, on the data's device, rounded once."""
+        import torch
+
+        unit = 255.0 if self.x_train.dtype == torch.uint8 else 1.0
+        dtype, device = self.dtype or torch.float32, self.x_train.device
+        per_channel = (-1,) + (1,) * (self.x_train.ndim - 2)
+
+        def tensor(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64).view(per_channel).to(device, dtype)
+
+        return (
+            tensor([1.0 / (unit * s) for s in self.std]),
+            tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)]),
+        )
+
+    def validation_split(self) -> Dataset:
+        """For choosing hyper-parameters: the first 80 % of train as train, the rest of train as test.
+
+        The order is that of content hashes, so the cut is random with respect to the content, and the same
+        on every machine. The real test examples are not in the result.
+        """
+        cut = validation_size(self.n_train)
+        return replace(
+            self,
+            name=f"{self.name}:validation",
+            digest=hashlib.sha256(f"{self.digest}:validation".encode()).hexdigest()[:16],
+            x_train=self.x_train[:cut],
+            y_train=self.y_train[:cut],
+            x_test=self.x_train[cut:],
+            y_test=self.y_train[cut:],
+        )

@@ -1,0 +1,8 @@
+"""Networks by name, built from a seed and refused where they mix examples."""
+
+from harness.models.catalog import build
+from harness.models.check import CrossExampleLayer, check
+from harness.models.convert import to_groupnorm
+from harness.models.layers import WSConv2d
+
+__all__ = ["CrossExampleLayer", "WSConv2d", "build", "check", "to_groupnorm"]

@@ -1,0 +1,36 @@
+"""Specs to networks: ``build("tanh-cnn", (1, 28, 28), 10, seed)``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness import registry
+from harness.models.check import check
+
+
+def build(spec: str, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
+    """The network ``"name"``, ``"name?key=value&..."`` or ``"timm:NAME?..."`` in training mode, on the CPU.
+
+    Weights depend on the spec, the shape, the classes and ``seed`` alone; the global generators are left as
+    they were. ``input_shape`` is that of one example, ``(C, H, W)`` for images.
+
+    Raises :class:`CrossExampleLayer` for a network whose output for an example depends on others,
+    ``ValueError`` where the network does not take this shape, and the registry's errors for a misspelt name
+    or option.
+    """
+    entry, arguments = registry.lookup("model", spec)
+    function = registry.load(entry)
+    supplied: dict[str, Any] = {"input_shape": tuple(input_shape), "classes": classes, "seed": seed}
+    wanted = inspect.signature(function).parameters
+    arguments.update({key: value for key, value in supplied.items() if key in wanted})
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # torch.manual_seed would also seed every GPU, and fork_rng restores only the CPU's generator here.
+        torch.default_generator.manual_seed(seed)
+        model: nn.Module = function(**arguments)
+    model.train()
+    check(model, tuple(input_shape), classes)
+    return model

@@ -1,0 +1,71 @@
+"""Layers and small helpers shared by the networks. All of them work under ``torch.func.vmap``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
+
+
+def images(model: str, shape: tuple[int, ...], at_least: int) -> tuple[int, int, int]:
+    """``shape`` as ``(channels, height, width)``; ``ValueError`` naming the model where it does not fit."""
+    if len(shape) != 3 or min(shape[1:]) < at_least:
+        raise ValueError(
+            f'model "{model}" takes images [channels, height, width] of at least {at_least}x{at_least}; '
+            f"the data has examples of shape {list(shape)}. "
+            + ('Use "mlp" or "logistic".' if len(shape) != 2 else 'Use "cnn1d", "mlp" or "logistic".')
+        )
+    return shape[0], shape[1], shape[2]
+
+
+class WSConv2d(nn.Module):
+    """Convolution with scaled weight standardisation, as De et al. (arXiv:2204.13650) use it.
+
+    The weight of each output channel is centred and divided by sqrt(fan-in * variance), then multiplied by
+    a trained ``gain``; ``epsilon`` bounds fan-in * variance from below. Standardising happens in each
+    forward pass, so a per-example gradient goes through it. Not an ``nn.Conv2d``: engines that know plain
+    convolutions would take its ``weight`` for the one that meets the input.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0, epsilon: float = 1e-4
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))
+        self.gain = nn.Parameter(torch.ones(outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.stride, self.padding, self.epsilon = stride, padding, epsilon
+        lecun_(self.weight)
+
+    def standardised(self) -> Tensor:
+        """The weight that meets the input, ``[outputs, inputs, kernel, kernel]``."""
+        fan_in = self.weight[0].numel()
+        mean = self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        variance = self.weight.var(dim=(1, 2, 3), keepdim=True, correction=0)
+        scale = torch.rsqrt((variance * fan_in).clamp(min=self.epsilon)) * self.gain.view(-1, 1, 1, 1)
+        return (self.weight - mean) * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, inputs, H, W]`` to ``[B, outputs, H', W']``."""
+        return F.conv2d(x, self.standardised(), self.bias, self.stride, self.padding)
+
+    def extra_repr(self) -> str:
+        """Shapes, as in the printed form of ``nn.Conv2d``."""
+        outputs, inputs, kernel, _ = self.weight.shape
+        return f"{inputs}, {outputs}, kernel_size={kernel}, stride={self.stride}, padding={self.padding}"
+
+
+def lecun_(weight: Tensor) -> None:
+    """Fill with normals of variance 1 / fan-in, cut at two deviations: the initialisation of De et al."""
+    # .8796 is the deviation of a standard normal cut at +-2.
+    deviation = math.sqrt(1.0 / weight[0].numel()) / 0.87962566103423978
+    nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)

@@ -1,0 +1,302 @@
+"""Records (plain dicts, any field may be missing or null) -> `Run` values that the rest can trust.
+
+Everything unusual about a record is settled here, once: a field of the wrong type is a missing one,
+text is made printable, a null epsilon is infinite. Nothing behind this file looks into a record again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import PurePath
+from typing import Any
+
+RecordLike = Mapping[str, Any]
+
+#: Statuses in the order in which they are shown; a status that is not here comes last, under its own name.
+STATUSES = ("ok", "diverged", "oom", "timeout", "over_budget", "skipped", "crashed")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run happened. `fingerprint` names one machine model, `kind` is cpu or cuda."""
+
+    name: str = ""
+    kind: str = ""
+    spec: str = ""
+    threads: int | None = None
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run was asked to do. Rows are ranked against each other only inside one setting."""
+
+    task: str
+    digest: str
+    split: str
+    epsilon: float
+    delta: float | None
+    relation: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One record, read. Accuracies are fractions, times seconds, memory MiB; None is unknown."""
+
+    id: str
+    group: str
+    seed: int | None
+    status: str
+    reason: str
+    setting: Setting
+    device: Device
+    dataset: str
+    model: str
+    n_train: int | None
+    method: str
+    label: str
+    family: str
+    paper: str
+    summary: str
+    parameters: tuple[tuple[str, str], ...]
+    parts: tuple[tuple[str, str], ...]
+    batch: int | None
+    steps: int | None
+    dtype: str
+    metrics: Mapping[str, float]
+    spent: Mapping[str, float]
+    planned: Mapping[str, float]
+    epsilon: float | None
+    calibrated: str
+    claimed: float | None
+    claim: str
+    delta: float | None
+    sampling: str
+    sigma: float | None
+    public_data: str
+    rate: float | None
+    peak_memory: float | None
+    train_seconds: float | None
+    jobs: int | None
+    stale: bool
+    path: str
+    started: str
+    finished: str
+    commit: str
+    dirty: bool
+    torch: str
+    order: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether this run counts: it ended well and was evaluated."""
+        return self.status == "ok" and self.accuracy is not None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Accuracy at the last step on the split that `setting` names, a fraction."""
+        return self.metrics.get("accuracy")
+
+
+def visible(text: str) -> str:
+    """`text` on one line, with every control or direction-changing character written out as ``\\u202e``.
+
+    Names come from files that anybody may write. A mark that turns the direction of a line, a terminal escape
+    or half a surrogate pair must be seen, not obeyed.
+    """
+    text = " ".join(text.split())
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
+@lru_cache(maxsize=4096)
+def natural(text: str) -> tuple[tuple[int, float, str], ...]:
+    """Sort key under which ``lr=2`` comes before ``lr=10``."""
+    pieces = re.split(r"(\d+(?:\.\d+)?)", text, flags=re.ASCII)
+    return tuple((1, float(p), "") if i % 2 else (0, 0.0, p) for i, p in enumerate(pieces))
+
+
+def record_path(path: Any) -> str:
+    """``<suite>/<id>/record.json`` of a path to a record: what moving the results folder does not change."""
+    return "/".join(PurePath(path).parts[-3:]) if isinstance(path, str) else ""
+
+
+def number(value: Any) -> float | None:
+    """`value` as a finite float, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def scalar(value: Any) -> str:
+    """A hyper-parameter as text: numbers as short as they go, everything else as JSON."""
+    if isinstance(value, str):
+        return visible(value)
+    if (x := number(value)) is not None:
+        return f"{x:.6g}"
+    return visible(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str))
+
+
+def canonical(value: Any) -> str:
+    """`value` as JSON with sorted keys and only ASCII: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def read(records: Iterable[RecordLike]) -> list[Run]:
+    """Read `records` into runs, in an order that does not depend on the order they come in."""
+    return sorted((_run(r) for r in records), key=_order)
+
+
+def _order(run: Run) -> tuple[Any, ...]:
+    s = run.setting
+    return (
+        natural(s.task), s.digest, s.split, s.epsilon, natural(run.label), run.group, run.device.fingerprint,
+        -1 if run.seed is None else run.seed, run.id, run.order,
+    )  # fmt: skip
+
+
+class _Fields:
+    """Typed look-ups by dotted name in a nested mapping; a missing or mistyped field is empty."""
+
+    def __init__(self, record: RecordLike) -> None:
+        self.record = record
+
+    def any(self, name: str) -> Any:
+        value: Any = self.record
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def text(self, name: str, default: str = "") -> str:
+        value = self.any(name)
+        return visible(value) if isinstance(value, str) and value.strip() else default
+
+    def number(self, name: str) -> float | None:
+        return number(self.any(name))
+
+    def whole(self, name: str) -> int | None:
+        value = self.number(name)
+        return None if value is None else int(value)
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        value = self.any(name)
+        return value if isinstance(value, dict) else {}
+
+    def numbers(self, name: str) -> dict[str, float]:
+        read = ((visible(str(k)), number(v)) for k, v in self.mapping(name).items())
+        return {k: v for k, v in read if v is not None}
+
+    def epsilons(self, name: str) -> dict[str, float]:
+        """Epsilon by accountant. Null is infinite in a record; what is not a number is left out."""
+        read = {visible(str(k)): math.inf if v is None else number(v) for k, v in self.mapping(name).items()}
+        return {k: v for k, v in read.items() if v is not None}
+
+
+def _pairs(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((visible(str(k)), scalar(v)) for k, v in values.items()))
+
+
+def _part(value: Any) -> str:
+    """A part as it would be written: ``Flat(clip=1)``."""
+    if not isinstance(value, dict):
+        return scalar(value)
+    inner = ", ".join(f"{k}={v}" for k, v in _pairs({k: v for k, v in value.items() if k != "type"}))
+    return f"{visible(str(value.get('type') or ''))}({inner})"
+
+
+def _claim(value: Any) -> tuple[float | None, str]:
+    """The epsilon claimed under assumptions, and the assumptions as text."""
+    if not isinstance(value, dict):
+        return number(value), ""
+    rest = {k: v for k, v in value.items() if k != "epsilon"}
+    return number(value.get("epsilon")), "; ".join(f"{k}: {v}" for k, v in _pairs(rest))
+
+
+def _run(record: RecordLike) -> Run:
+    f = _Fields(record)
+    status = f.text("status", "crashed")
+    target = f.number("cell.privacy.epsilon")
+    claimed, claim = _claim(f.any("privacy.claimed"))
+    dataset, model = f.text("cell.task.dataset"), f.text("cell.task.model")
+    method = f.text("cell.method.name", "(unnamed)")
+    spent = f.epsilons("privacy.spent")
+    reached = spent.get(f.text("privacy.accountant", "pld"), f.number("privacy.epsilon"))
+    if reached is None and status == "ok":  # null is infinite, once something has been spent
+        reached = math.inf
+    return Run(
+        id=f.text("id", "(no id)"),
+        group=f.text("group", f.text("id", "(no group)")),
+        seed=f.whole("cell.seed"),
+        status=status,
+        reason=f.text("reason"),
+        setting=Setting(
+            task=f.text("cell.task.name", "/".join(filter(None, (dataset, model))) or "(unnamed task)"),
+            digest=f.text("cell.task.digest"),
+            split=f.text("cell.task.evaluate", "test"),
+            epsilon=math.inf if target is None else target,
+            delta=f.number("cell.privacy.delta"),
+            relation=f.text("cell.privacy.relation"),
+            unit=f.text("cell.privacy.unit"),
+        ),
+        device=Device(
+            f.text("device.name"), f.text("device.kind"), f.text("device.spec"),
+            f.whole("device.threads"), f.text("device.fingerprint"),
+        ),
+        dataset=dataset,
+        model=model,
+        n_train=f.whole("cell.task.n_train"),
+        method=method,
+        label=f.text("cell.method.label", method),
+        family=f.text("card.family"),
+        paper=f.text("card.paper"),
+        summary=f.text("card.summary"),
+        parameters=_pairs(f.mapping("cell.method.parameters")),
+        parts=tuple((visible(str(k)), _part(v)) for k, v in sorted(f.mapping("cell.method.parts").items())),
+        batch=f.whole("cell.schedule.batch"),
+        steps=f.whole("cell.schedule.steps"),
+        dtype=f.text("cell.numerics.dtype") + (" tf32" if f.any("cell.numerics.tf32") is True else ""),
+        metrics=f.numbers("metrics"),
+        spent=spent,
+        planned=f.epsilons("privacy.planned"),
+        epsilon=reached,
+        calibrated=f.text("cell.privacy.accountant"),
+        claimed=claimed,
+        claim=claim,
+        delta=f.number("privacy.delta"),
+        sampling=f.text("privacy.sampling"),
+        sigma=f.number("privacy.noise_multiplier"),
+        public_data=f.text("privacy.public_data"),
+        rate=f.number("measured.examples_per_second.median"),
+        peak_memory=f.number("measured.peak_memory_mib"),
+        train_seconds=f.number("measured.train_seconds"),
+        jobs=f.whole("measured.jobs"),
+        stale=f.any("stale") is True,
+        path=record_path(f.any("path")),
+        started=f.text("started"),
+        finished=f.text("finished"),
+        commit=f.text("code.commit"),
+        dirty=f.any("code.dirty") is True,
+        torch=f.text("environment.torch"),
+        order=canonical(record),
+    )  # fmt: skip
+
+
+def listing(values: Sequence[int]) -> str:
+    """Whole numbers as ranges: ``0–2, 5``."""
+    out: list[list[int]] = []
+    for v in sorted(set(values)):
+        if out and v == out[-1][-1] + 1:
+            out[-1].append(v)
+        else:
+            out.append([v])
+    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in out)

@@ -1,0 +1,270 @@
+"""The board as text: Markdown for repositories, CSV for spreadsheets and pandas, a table for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from .read import Run, listing
+from .statistics import RULE, Interval
+from .tables import (
+    BASELINE,
+    Board,
+    Entry,
+    Table,
+    Verdict,
+    bounds,
+    count,
+    epsilon,
+    heading,
+    interval,
+    percent,
+    place,
+    ratio,
+    statement,
+    statuses,
+)
+
+# ------------------------------------------------------------ --- Markdown
+
+
+def escape(text: str) -> str:
+    """`text` as one Markdown table cell in which nothing is markup."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", " ".join(text.split()))
+
+
+def markdown(board: Board) -> str:
+    """The leaderboard as GitHub-flavoured Markdown."""
+    out = [f"# {escape(board.suite)}", ""]
+    if board.question:
+        out += [escape(board.question), ""]
+    out += [f"- **{name}**: {escape(text)}" for name, text in board.facts]
+    out += ["", "Full page: [index.html](index.html). Data: [leaderboard.csv](leaderboard.csv).", ""]
+    out += ["![Accuracy against epsilon](accuracy-vs-epsilon.svg)", "", "![Throughput](throughput.svg)", ""]
+    for table in board.tables:
+        out += _markdown_table(table)
+    out += ["## How ranks are made", "", RULE, ""]
+    if board.published:
+        out += ["## Published and measured", ""]
+        out += _grid(
+            ("method", "task", "ε", "metric", "published", "measured", "verdict", "source", "note"),
+            ([escape(cell) for cell in verdict_cells(v)] for v in board.published),
+        )
+    if board.tuning:
+        out += ["## How hyper-parameters were chosen", ""]
+        out += [*(f"- **{escape(name)}**: {escape(text)}" for name, text in board.tuning), ""]
+    return "\n".join(out)
+
+
+def _markdown_table(table: Table) -> list[str]:
+    search = " (validation split: a hyper-parameter search, not a result)" if table.search else ""
+    out = [f"## {escape(heading(table))}{search}", "", escape(" · ".join(statement(table))), ""]
+    titles = (
+        "rank", "method", "accuracy, %",
+        f"Δ {escape(table.baseline.title) if table.baseline else BASELINE}, points",
+        "ε spent", "ε RDP", "ε claimed", "σ", "examples/s", "vs non-private", "vs dp-sgd", "peak MiB",
+        "train s", "seeds", "runs",
+    )  # fmt: skip
+    rows = [_markdown_row(e, place(e)) for e in table.entries]
+    rows += [_markdown_row(e, "reference") for e in table.references]
+    out += _grid(titles, rows)
+    failures = [
+        f"- {escape(e.row.title)}: {n} × {escape(status)}: {escape(reason)}"
+        for e in (*table.entries, *table.references)
+        for status, reason, n in e.row.failures
+    ]
+    notes = [
+        f"- {escape(e.row.title)} is unranked: {escape(e.place.why)}." for e in table.entries if e.place.why
+    ]
+    return [*out, *failures, *notes, *(f"- {escape(note)}" for note in table.notes), ""]
+
+
+def _markdown_row(entry: Entry, rank: str) -> list[str]:
+    row = entry.row
+    name = escape(row.title) + (" (stale)" if row.stale else "")
+    return [
+        rank, f"**{name}**" if rank.rstrip("=") == "1" else name, interval(row.accuracy),
+        escape(difference(entry)),
+        epsilon(row.epsilon), epsilon(row.cross_check),
+        epsilon(row.shared("claimed")), sigma(row.shared("sigma")), count(row.rate),
+        ratio(entry.to_reference),
+        ratio(entry.to_baseline), count(row.peak_memory), count(row.train_seconds), listing(row.seeds),
+        escape(statuses(row)),
+    ]  # fmt: skip
+
+
+def _grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def difference(entry: Entry) -> str:
+    """The paired difference to the baseline with its interval, in percentage points."""
+    if entry.baseline:
+        return "baseline"
+    d = entry.place.difference
+    return "–" if d is None else f"{percent(d.mean, signed=True)} {bounds(d, signed=True)}".strip()
+
+
+def sigma(value: float | None) -> str:
+    """A noise multiplier with four significant figures."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def measure(metric: str, value: float | None, signed: bool = False) -> str:
+    """A value of `metric` with its unit: percent for an accuracy, plain otherwise."""
+    if value is None:
+        return "–"
+    if metric == "accuracy":
+        return percent(value, signed) + ("" if signed else " %")
+    return f"{value:+.4g}" if signed else f"{value:.4g}"
+
+
+def measured(verdict: Verdict) -> str:
+    """The measured mean with its interval and number of seeds."""
+    m: Interval | None = verdict.measured
+    if m is None:
+        return "–"
+    span = "" if m.low is None else f" [{measure(verdict.metric, m.low)}, {measure(verdict.metric, m.high)}]"
+    return f"{measure(verdict.metric, m.mean)}{span}, n = {m.n}"
+
+
+def outcome(verdict: Verdict) -> str:
+    """The verdict, with the difference (measured minus published) unless they agree."""
+    if verdict.difference is None or verdict.verdict == "agrees":
+        return verdict.verdict
+    unit = " points" if verdict.metric == "accuracy" else ""
+    return f"{verdict.verdict}: {measure(verdict.metric, verdict.difference, signed=True)}{unit}"
+
+
+def verdict_cells(verdict: Verdict) -> list[str]:
+    """One line of the table of published values, as text."""
+    return [
+        verdict.row.title if verdict.row else verdict.method, verdict.task, epsilon(verdict.epsilon),
+        verdict.metric, measure(verdict.metric, verdict.value), measured(verdict), outcome(verdict),
+        verdict.source, verdict.note,
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------ --- CSV
+
+Field = str | float | int | None
+
+
+def guarded(value: Field) -> Field:
+    """Text that a spreadsheet would run as a formula gets a leading apostrophe; numbers stay numbers."""
+    if isinstance(value, str) and value.lstrip()[:1] in tuple("=+-@＝＋－＠"):
+        return "'" + value
+    return value
+
+
+def table_csv(board: Board) -> str:
+    """Every row of every table with full precision: fractions, epsilons (``inf``), empty where unknown."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    records = [_csv_row(t, e, ref) for t in board.tables for e, ref in _both(t)]
+    writer.writerow(name for name, _ in (records[0] if records else []))
+    writer.writerows([guarded(value) for _, value in record] for record in records)
+    return out.getvalue()
+
+
+def _both(table: Table) -> list[tuple[Entry, bool]]:
+    return [(e, False) for e in table.entries] + [(e, True) for e in table.references]
+
+
+def _csv_row(table: Table, entry: Entry, reference: bool) -> list[tuple[str, Field]]:
+    row, run, s = entry.row, entry.row.first, table.setting
+    empty = Interval(math.nan, None, None, 0)
+    accuracy, gap = row.accuracy or empty, entry.place.difference or empty
+    known = bool(row.accuracy)
+    return [
+        ("task", s.task), ("dataset", run.dataset), ("model", run.model), ("split", s.split),
+        ("target_epsilon", s.epsilon), ("delta", s.delta), ("relation", s.relation), ("unit", s.unit),
+        ("device_kind", table.kind), ("device", row.device.name),
+        ("device_fingerprint", row.device.fingerprint),
+        ("role", "reference" if reference else "ranked" if entry.place.rank else "unranked"),
+        ("rank", None if reference else entry.place.rank),
+        ("rank_shared", None if reference else int(entry.place.tied)),
+        ("unranked_because", "" if reference else entry.place.why),
+        ("method", run.method), ("label", row.title), ("family", run.family), ("paper", run.paper),
+        ("parameters", ", ".join(f"{k}={v}" for k, v in run.parameters)),
+        ("batch", run.batch), ("steps", run.steps), ("dtype", run.dtype),
+        ("accuracy_mean", accuracy.mean if known else None), ("accuracy_low", accuracy.low),
+        ("accuracy_high", accuracy.high), ("accuracy_n", accuracy.n),
+        ("baseline", table.baseline.title if table.baseline else ""),
+        ("difference_mean", gap.mean if gap.n else None), ("difference_low", gap.low),
+        ("difference_high", gap.high),
+        ("difference_n", gap.n),
+        ("epsilon_planned_pld", _planned(run, "pld")), ("epsilon_planned_rdp", _planned(run, "rdp")),
+        ("epsilon_spent", row.epsilon), ("epsilon_spent_pld", row.spent.get("pld")),
+        ("epsilon_spent_rdp", row.cross_check),
+        ("epsilon_claimed", row.shared("claimed")),
+        ("claim_assumes", row.shared("claim")), ("sampling", row.shared("sampling")),
+        ("noise_multiplier", row.shared("sigma")), ("public_data", row.shared("public_data")),
+        ("examples_per_second", row.rate), ("rate_to_non_private", entry.to_reference),
+        ("rate_to_dp_sgd", entry.to_baseline), ("peak_memory_mib", row.peak_memory),
+        ("train_seconds", row.train_seconds), ("seeds", listing(row.seeds)), ("runs", statuses(row)),
+        ("failures", "; ".join(f"{status}: {reason}" for status, reason, _ in row.failures)),
+        ("stale_runs", row.stale), ("group", run.group), ("ids", " ".join(r.id for r in row.runs)),
+    ]  # fmt: skip
+
+
+def _planned(run: Run, accountant: str) -> float | None:
+    return run.planned.get(accountant)
+
+
+# ------------------------------------------------------------ --- terminal
+
+
+def top_rows(board: Board, n: int = 5) -> str:
+    """The first `n` rows of every result table (of every search where there is no result), for a terminal."""
+    blocks = []
+    for table in board.results or board.tables:
+        lines = [
+            [
+                "rank",
+                "method",
+                "accuracy %",
+                "vs dp-sgd, points",
+                "ε spent",
+                "examples/s",
+                "vs non-priv",
+                "runs",
+            ]
+        ]
+        lines += [_line(e, place(e)) for e in table.entries[:n]]
+        lines += [_line(e, "ref") for e in table.references[:1]]
+        more = len(table.entries) - n
+        title = f"{heading(table)}  ({', '.join(statement(table))})"
+        blocks.append("\n".join([title, *_aligned(lines), *([f"  … {more} more"] if more > 0 else [])]))
+    if board.published:
+        verdicts = [v.verdict for v in board.published]
+        tally = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
+        blocks.append(f"published values: {tally}")
+    return "\n\n".join(blocks) or "no records yet"
+
+
+def _line(entry: Entry, rank: str) -> list[str]:
+    row = entry.row
+    name = row.title + (" (stale)" if row.stale else "")
+    return [
+        rank, name if len(name) <= 44 else name[:43] + "…", interval(row.accuracy), difference(entry),
+        epsilon(row.epsilon), count(row.rate), ratio(entry.to_reference), statuses(row),
+    ]  # fmt: skip
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text_columns = {0, 1, len(widths) - 1}
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(w) if i in text_columns else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]

@@ -1,0 +1,31 @@
+"""Seeds derived by role, so that runs which differ only in the method are paired.
+
+``init`` depends on the data, the model and the seed of the cell: every method of a task starts from the same
+weights. ``sampling``, ``noise`` and ``path`` depend on the whole cell as well, because two mechanisms must
+not share the randomness that protects the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from harness.cell import Cell, canonical_json
+
+__all__ = ["Seeds", "derive"]
+
+
+def derive(role: str, *axes: object) -> int:
+    """A seed in [0, 2**63) for a role and the axes it depends on (JSON values, in this order)."""
+    text = canonical_json([role, *axes])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+class Seeds:
+    """The seeds of one cell: ``init`` is shared by all methods of a task, ``sampling noise path`` are not."""
+
+    def __init__(self, cell: Cell) -> None:
+        shared = (cell.task["digest"], cell.task["architecture"], cell.seed)
+        self.init = derive("init", *shared)
+        self.sampling = derive("sampling", *shared, cell.id)
+        self.noise = derive("noise", *shared, cell.id)
+        self.path = derive("path", *shared, cell.id)

@@ -1,0 +1,822 @@
+"""Suites: a TOML file, checked as a whole, to the cells that are to be run.
+
+:func:`load` reads and checks a file without importing torch or any method: names, options and their types
+come from the registry's index. All that is wrong is reported at once, each problem with its line and what to
+write instead. :meth:`Suite.cells` then builds the methods and asks for the data's digests, and gives one
+:class:`Cell` for each run.
+
+What a cell *is* (method, data, model, privacy, schedule, numerics, seed) makes its id; where and how fast it
+runs (device, threads, microbatch, budgets, paths) does not, nor does how it is shown (labels, names of
+tasks).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from harness import registry
+from harness.cell import Cell, canonical_json
+from harness.lines import Lines
+from harness.lines import Path as KeyPath
+from harness.registry import Entry, Registry, RegistryError, did_you_mean, show
+
+__all__ = [
+    "Budget",
+    "Cell",
+    "Device",
+    "Privacy",
+    "Problem",
+    "Published",
+    "Suite",
+    "SuiteError",
+    "Task",
+    "Tuning",
+    "Variant",
+    "canonical_json",
+    "load",
+    "parse",
+]
+
+MOST_CELLS = 100_000
+MOST_SEEDS = 10_000
+
+
+# Problems -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a suite: where, what, and the word that was probably meant."""
+
+    file: str
+    line: int
+    message: str
+    suggestion: str | None = None
+
+    def __str__(self) -> str:
+        hint = f' Did you mean "{self.suggestion}"?' if self.suggestion else ""
+        return f"{self.file}:{self.line}: {self.message}{hint}"
+
+
+class SuiteError(Exception):
+    """A suite cannot be run; ``problems`` is everything that is wrong, in order of lines."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = sorted(problems, key=lambda p: (p.line, p.message))
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+# Tables of the file ---------------------------------------------------------------------------------------
+
+
+def _one_or_many(value: object) -> object:
+    """A list or a single value as a tuple; an empty list is refused, for it would run nothing."""
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("is an empty list; write at least one value")
+        return tuple(value)
+    return (value,)
+
+
+def _many(value: object) -> object:
+    """A list as a tuple."""
+    return _one_or_many(value) if isinstance(value, list) else value
+
+
+def _seeds(value: object) -> object:
+    """A count n as the seeds 0 to n-1, or a list of seeds."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not 1 <= value <= MOST_SEEDS:
+            raise ValueError(f"should be a number of seeds from 1 to {MOST_SEEDS}, or a list of seeds")
+        return tuple(range(value))
+    return _many(value)
+
+
+Size = Annotated[int, Field(ge=1, lt=2**53)]
+Positive = Annotated[float, Field(gt=0, le=1e15)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Header(_Table):
+    """``[suite]``: its name, the question it answers, and the seeds of each run (a count or a list)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    question: Text
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**53)], ...], BeforeValidator(_seeds)] = (0,)
+
+
+class Privacy(_Table):
+    """``[privacy]``: targets for private methods; the noise is calibrated to them by ``accountant``."""
+
+    epsilon: Annotated[tuple[Positive, ...], BeforeValidator(_one_or_many)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    relation: Literal["add-or-remove", "replace-one"] = "add-or-remove"
+    accountant: Literal["pld", "rdp"] = "pld"
+
+
+class Train(_Table):
+    """``[train]``: expected logical batch, and the length in epochs or in steps."""
+
+    batch: Size | None = None
+    epochs: Positive | None = None
+    steps: Size | None = None
+
+
+class Task(_Table):
+    """``[[task]]``: data set and model (specs), where to evaluate, and a schedule of its own."""
+
+    dataset: Text
+    model: Text
+    evaluate: Literal["test", "validation"] = "test"
+    name: Text | None = None
+    batch: Size | None = None
+    epochs: Positive | None = None
+    steps: Size | None = None
+
+
+class MethodTable(_Table):
+    """``[[method]]``: name, label, tasks (globs), overrides by task; other keys are hyper-parameters."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+    name: Text
+    label: Text | None = None
+    tasks: Annotated[tuple[Text, ...], BeforeValidator(_one_or_many)] = ("*",)
+    on: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+class Device(_Table):
+    """``[[device]]``: numerics (``dtype``, ``tf32``) and speed (``device``, ``threads``, ``microbatch``)."""
+
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
+    dtype: Literal["float32", "float64"] = "float32"
+    tf32: bool = False
+    threads: Annotated[int, Field(ge=1, le=4096)] = 1
+    microbatch: Size | None = None
+
+
+class Budget(_Table):
+    """``[budget]``: limits for each run; None is no limit."""
+
+    seconds: Positive | None = None
+    memory_mib: Positive | None = None
+
+
+class Tuning(_Table):
+    """``[tuning]``: how hyper-parameters were chosen, as text for the report."""
+
+    data: Text
+    protocol: Text
+
+
+class Published(_Table):
+    """``[[published]]``: a value from the literature, and its source."""
+
+    method: Text
+    task: Text
+    epsilon: Positive | None = None
+    metric: Text
+    value: float
+    source: Text
+    note: str = ""
+
+
+_SINGLE: Mapping[str, type[_Table]] = {
+    "suite": Header, "privacy": Privacy, "train": Train, "budget": Budget, "tuning": Tuning,
+}  # fmt: skip
+_ARRAYS: Mapping[str, type[_Table]] = {
+    "task": Task, "method": MethodTable, "device": Device, "published": Published,
+}  # fmt: skip
+_NEEDED = ("suite", "privacy", "task", "method")
+
+T = TypeVar("T", bound=_Table)
+
+
+# Suites ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A task with everything resolved: ``schedule`` has ``batch`` and one of ``epochs`` and ``steps``."""
+
+    index: int
+    name: str
+    dataset: str
+    model: str
+    architecture: dict[str, Any]
+    evaluate: str
+    schedule: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method with one value for each hyper-parameter, on one task; ``index`` counts ``[[method]]``."""
+
+    index: int
+    name: str
+    label: str
+    parameters: dict[str, Any]
+    task: Scheduled
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """A checked suite. ``file`` is as the user named it, the rest in order of the file."""
+
+    file: str
+    name: str
+    question: str
+    seeds: tuple[int, ...]
+    privacy: Privacy
+    tasks: tuple[Scheduled, ...]
+    variants: tuple[Variant, ...]
+    devices: tuple[Device, ...]
+    budget: Budget
+    tuning: Tuning | None
+    published: tuple[Published, ...]
+    names: Registry = field(repr=False)
+    lines: Lines = field(repr=False)
+
+    def cells(self) -> list[Cell]:
+        """Every run of the suite, all methods of the first seed first.
+
+        Imports torch, builds the methods and asks for the data's digests. Raises :class:`SuiteError` with
+        every method that refuses its parameters, data that is missing, and runs that would be the same.
+        """
+        problems: list[Problem] = []
+        facts = self._facts(problems)
+        parts = self._parts(problems)
+        schedules = {task.index: self._schedule(task, facts, problems) for task in self.tasks}
+        if problems:
+            raise SuiteError(problems)
+        cells = [
+            self._cell(variant, facts, schedules, parts[number], epsilon, device, seed)
+            for seed in self.seeds
+            for number, variant in enumerate(self.variants)
+            for epsilon in (self.privacy.epsilon if _is_private(parts[number]) else (None,))
+            for device in self.devices
+        ]
+        self._refuse_twins(cells)
+        return cells
+
+    def _problem(self, path: KeyPath, message: str) -> Problem:
+        return Problem(self.file, self.lines.line(path), message)
+
+    def _facts(self, problems: list[Problem]) -> dict[int, dict[str, Any]]:
+        """What identifies each task's data, and the number of examples to train on."""
+        from harness import data
+
+        found: dict[int, dict[str, Any]] = {}
+        for task in self.tasks:
+            try:
+                known = data.describe(task.dataset)
+            except (ValueError, OSError, ImportError) as error:
+                problems.append(self._problem(("task", task.index, "dataset"), str(error)))
+                continue
+            n_train = int(known["n_train"])
+            found[task.index] = {
+                "digest": str(known["digest"]),
+                "mean": [float(m) for m in known["mean"]],
+                "std": [float(s) for s in known["std"]],
+                "n_train": data.validation_size(n_train) if task.evaluate == "validation" else n_train,
+            }
+        return found
+
+    def _parts(self, problems: list[Problem]) -> list[dict[str, Any]]:
+        """The description of each variant's parts, in order of variants."""
+        from harness.dp.method import describe
+
+        built: dict[str, dict[str, Any]] = {}
+        found: list[dict[str, Any]] = []
+        for variant in self.variants:
+            key = canonical_json([variant.name, variant.parameters])
+            if key not in built:
+                try:
+                    function = self.names.load(self.names.resolve("method", variant.name))
+                    built[key] = _plain(describe(function(**variant.parameters)))
+                except Exception as error:  # the function may be a user's: whatever it raises has a line
+                    given = ", ".join(f"{k} = {show(v)}" for k, v in variant.parameters.items())
+                    what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                    text = what if isinstance(error, RegistryError) else f"{what} (with {given})"
+                    message = f'method "{variant.name}" cannot be built: {text}'
+                    problems.append(self._problem(("method", variant.index), message))
+                    built[key] = {}
+            found.append(built[key])
+        return found
+
+    def _schedule(
+        self, task: Scheduled, facts: Mapping[int, dict[str, Any]], problems: list[Problem]
+    ) -> dict[str, Any]:
+        if task.index not in facts:
+            return {}
+        n, batch = facts[task.index]["n_train"], task.schedule["batch"]
+        epochs = task.schedule["epochs"]
+        steps = task.schedule["steps"] if epochs is None else math.floor(epochs * n / batch)
+        if batch > n:
+            text = f'task "{task.name}": batch {batch} is more than its {n} training examples.'
+            problems.append(self._problem(self._written(task, "batch"), text))
+        elif steps < 1:
+            text = f'task "{task.name}": {epochs} epochs of {n} examples are no step of {batch}; write more.'
+            problems.append(self._problem(self._written(task, "epochs"), text))
+        return {"batch": batch, "steps": steps}
+
+    def _written(self, task: Scheduled, key: str) -> KeyPath:
+        """Where a task's schedule is written: in its own table, else in ``[train]``."""
+        own: KeyPath = ("task", task.index, key)
+        return own if self.lines.has(own) else ("train", key)
+
+    def _cell(
+        self, variant: Variant, facts: Mapping[int, dict[str, Any]], schedules: Mapping[int, dict[str, Any]],
+        parts: dict[str, Any], epsilon: float | None, device: Device, seed: int,
+    ) -> Cell:  # fmt: skip
+        task = variant.task
+        private = epsilon is not None
+        entry = self.names.resolve("method", variant.name)
+        return Cell(
+            suite=self.name,
+            method=variant.name,
+            label=variant.label,
+            parameters=variant.parameters,
+            parts=parts,
+            task={
+                "name": task.name, "dataset": task.dataset, "model": task.model, "evaluate": task.evaluate,
+                "architecture": task.architecture, **facts[task.index],
+            },
+            privacy={
+                "epsilon": epsilon,
+                "delta": self.privacy.delta if private else None,
+                "relation": self.privacy.relation if private else None,
+                "unit": "example",
+                "accountant": self.privacy.accountant if private else None,
+            },
+            schedule=schedules[task.index],
+            numerics={"dtype": device.dtype, "tf32": device.tf32},
+            seed=seed,
+            device={"device": device.device, "threads": device.threads, "microbatch": device.microbatch},
+            budget={"seconds": self.budget.seconds, "memory_mib": self.budget.memory_mib},
+            method_file=None if entry.module else str(entry.file),
+        )  # fmt: skip
+
+    def _refuse_twins(self, cells: Iterable[Cell]) -> None:
+        """Two tasks may name the same data, two labels the same method: their runs would share one record."""
+        first: dict[str, Cell] = {}
+        problems: dict[str, Problem] = {}
+        for cell in cells:
+            other = first.setdefault(cell.id, cell)
+            if other is not cell:
+                here, there = (f'"{one.label}" on task "{one.task["name"]}"' for one in (cell, other))
+                text = f"{here} is the same run as {there}; remove one."
+                index = next(t.index for t in self.tasks if t.name == cell.task["name"])
+                problems.setdefault(text, self._problem(("task", index), text))
+        if problems:
+            raise SuiteError(problems.values())
+
+
+def _is_private(parts: Mapping[str, Any]) -> bool:
+    return bool(parts["noise"]["type"] != "NoNoise")
+
+
+def _plain(value: Any) -> Any:
+    """Parts as strict JSON: a bound of infinity is text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+# Reading --------------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, files: Iterable[str | Path] = (), *, names: Registry | None = None) -> Suite:
+    """Read and check a suite; ``files`` are Python files with methods of the user.
+
+    ``names`` is the registry to look names up in, by default the installation's. Raises :class:`SuiteError`
+    with every problem, whatever the file holds.
+    """
+    names = names or registry.installed()
+    problems: list[Problem] = []
+    for file in files:
+        try:
+            names.add_file(file)
+        except OSError as error:
+            problems.append(Problem(str(file), 1, str(error)))
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise SuiteError([*problems, _unreadable(Path(path), error)]) from None
+    return parse(text, str(path), names=names, problems=problems)
+
+
+def parse(
+    text: str, file: str = "suite.toml", *, names: Registry | None = None, problems: Iterable[Problem] = ()
+) -> Suite:
+    """Check the text of a suite; ``file`` is the name that errors give. Raises :class:`SuiteError`."""
+    try:
+        data = tomllib.loads(text)
+    except RecursionError:
+        raise SuiteError([*problems, Problem(file, 1, "not valid TOML: nested too deeply.")]) from None
+    except ValueError as error:
+        raise SuiteError([*problems, _not_toml(file, text, error)]) from None
+    return _Reader(file, data, Lines(text), names or registry.installed(), list(problems)).suite()
+
+
+def _unreadable(path: Path, error: Exception) -> Problem:
+    if isinstance(error, UnicodeDecodeError):
+        return Problem(str(path), 1, "is not UTF-8 text; save it as UTF-8.")
+    if isinstance(error, FileNotFoundError):
+        near = {p.name: p for folder in (Path("suites"), path.parent) for p in folder.glob("*.toml")}
+        word = did_you_mean(path.name, near) or did_you_mean(f"{path.name}.toml", near)
+        return Problem(str(path), 1, "there is no such file.", str(near[word]) if word else None)
+    return Problem(str(path), 1, f"cannot be read: {getattr(error, 'strerror', None) or error}.")
+
+
+def _not_toml(file: str, text: str, error: ValueError) -> Problem:
+    place = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error))
+    if place is None:
+        return Problem(file, 1, f"not valid TOML: {error}.")
+    message = str(error)[: place.start()].rstrip(".")
+    if place[1] is None:
+        return Problem(
+            file, text.rstrip().count("\n") + 1, f"not valid TOML: {message}, at the end of the file."
+        )
+    return Problem(file, int(place[1]), f"not valid TOML: {message} (column {place[2]}).")
+
+
+class _Reader:
+    """Checks one document and gathers every problem before it gives up."""
+
+    def __init__(
+        self, file: str, data: dict[str, Any], lines: Lines, names: Registry, problems: list[Problem]
+    ) -> None:
+        self.file, self.data, self.lines, self.names, self.problems = file, data, lines, names, problems
+
+    def bad(self, path: KeyPath, message: str, suggestion: str | None = None) -> None:
+        problem = Problem(self.file, self.lines.line(path), message, suggestion)
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def suite(self) -> Suite:
+        self._known_tables()
+        header = self._single("suite", Header)
+        privacy = self._single("privacy", Privacy)
+        train = self._single("train", Train)
+        budget = self._single("budget", Budget)
+        tuning = self._single("tuning", Tuning)
+        tasks = self._tasks(train)
+        methods = self._array("method", MethodTable)
+        devices = self._devices()
+        published = self._array("published", Published)
+        self._distinct(("privacy", "epsilon"), privacy.epsilon if privacy else ())
+        self._distinct(("suite", "seeds"), header.seeds if header else ())
+        variants = self._variants(methods, tasks)
+        self._count(variants, header, privacy, devices)
+        self._published(published, methods, tasks)
+        if self.problems or header is None or privacy is None:
+            raise SuiteError(self.problems)
+        return Suite(
+            file=self.file, name=header.name, question=header.question, seeds=header.seeds, privacy=privacy,
+            tasks=tuple(tasks.values()), variants=tuple(variants), budget=budget or Budget(), tuning=tuning,
+            devices=tuple(devices.values()) or (Device(),), published=tuple(published.values()),
+            names=self.names, lines=self.lines,
+        )  # fmt: skip
+
+    # tables
+
+    def _known_tables(self) -> None:
+        known = [*_SINGLE, *_ARRAYS]
+        for key in self.data:
+            if key not in known:
+                self.bad(
+                    (key,),
+                    f'a suite has no table "{key}"; it has {", ".join(known)}.',
+                    did_you_mean(key, known),
+                )
+        for key in _NEEDED:
+            if key not in self.data:
+                self.bad((), f"the suite needs {self._title(key)}.")
+
+    @staticmethod
+    def _title(key: str) -> str:
+        return f"[[{key}]]" if key in _ARRAYS else f"[{key}]"
+
+    def _single(self, key: str, table: type[T]) -> T | None:
+        raw = self.data.get(key)
+        if raw is None:
+            return None
+        if not isinstance(raw, dict):
+            self.bad((key,), f'"{key}" should be one table; write [{key}].')
+            return None
+        return self._table((key,), raw, table)
+
+    def _array(self, key: str, table: type[T]) -> dict[int, T]:
+        """The valid tables of an array by index."""
+        raw = self.data.get(key, [])
+        if not isinstance(raw, list) or not all(isinstance(one, dict) for one in raw):
+            self.bad((key,), f'"{key}" should be a list of tables; write [[{key}]] above each.')
+            return {}
+        if key in self.data and not raw:
+            self.bad((key,), f'"{key}" is an empty list; write at least one [[{key}]].')
+        found = {index: self._table((key, index), one, table) for index, one in enumerate(raw)}
+        return {index: one for index, one in found.items() if one is not None}
+
+    def _table(self, path: KeyPath, raw: dict[str, Any], table: type[T]) -> T | None:
+        try:
+            return table.model_validate(raw)
+        except ValidationError as error:
+            for one in error.errors(include_url=False):
+                self._explain(path, raw, one, list(table.model_fields))
+            return None
+
+    def _explain(self, path: KeyPath, raw: dict[str, Any], error: Any, keys: list[str]) -> None:
+        """One error of pydantic as a problem."""
+        place: KeyPath = error["loc"]
+        title, key = self._title(str(path[0])), str(place[0]) if place else ""
+        if error["type"] == "extra_forbidden":
+            text = f'{title} has no key "{key}"; it has {", ".join(keys)}.'
+            self.bad((*path, *place), text, did_you_mean(key, keys))
+        elif error["type"] == "missing":
+            self.bad(path, f'{title} needs "{key}".')
+        else:
+            message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+            message = message.removeprefix("Input ").replace("dictionary", "table").replace("tuple", "list")
+            value = error["input"]
+            guess = None
+            if error["type"] == "literal_error" and isinstance(value, str):
+                guess = did_you_mean(value, re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+            if error["type"] == "string_pattern_mismatch":
+                message = _PATTERNS[(str(path[0]), key)]
+            self.bad((*path, *place), f"{title} {key} = {show(_listed(value))}: {message}.", guess)
+
+    def _distinct(self, path: KeyPath, values: Iterable[object]) -> None:
+        seen: set[object] = set()
+        for number, value in enumerate(values):
+            if value in seen:
+                self.bad((*path, number), f"[{path[0]}] {path[1]}: {show(value)} is given twice; keep one.")
+            seen.add(value)
+
+    def _devices(self) -> dict[int, Device]:
+        devices = self._array("device", Device)
+        seen: dict[tuple[str, bool], int] = {}
+        for index, device in devices.items():
+            if device.tf32 and (device.device == "cpu" or device.dtype != "float32"):
+                self.bad(
+                    ("device", index, "tf32"),
+                    "[[device]] tf32 = true: it exists for float32 on cuda only; remove it.",
+                )
+            other = seen.setdefault((device.dtype, device.tf32), index)
+            if other != index:
+                line = self.lines.line(("device", other))
+                text = (
+                    f"[[device]] has the numerics of the one on line {line} ({device.dtype}), so its runs "
+                    "would be the same; remove one, or give it another dtype."
+                )
+                self.bad(("device", index), text)
+        return devices
+
+    # tasks
+
+    def _tasks(self, train: Train | None) -> dict[int, Scheduled]:
+        if train is not None and train.epochs is not None and train.steps is not None:
+            self.bad(("train", "steps"), "[train] has both epochs and steps; keep one.")
+        tables = self._array("task", Task)
+        found: dict[int, Scheduled] = {}
+        names: dict[str, int] = {}
+        for index, table in tables.items():
+            task = self._task(index, table, train)
+            if task is None:
+                continue
+            other = names.setdefault(task.name, index)
+            if other != index:
+                line = self.lines.line(("task", other))
+                text = (
+                    f'two tasks are called "{task.name}" (the other on line {line}); give one another name.'
+                )
+                self.bad(("task", index), text)
+            found[index] = task
+        return found
+
+    def _task(self, index: int, table: Task, train: Train | None) -> Scheduled | None:
+        path: KeyPath = ("task", index)
+        before = len(self.problems)
+        self._lookup((*path, "dataset"), "dataset", table.dataset)
+        model = self._lookup((*path, "model"), "model", table.model)
+        schedule = self._schedule(path, table, train)
+        if len(self.problems) > before or model is None or schedule is None:
+            return None
+        return Scheduled(
+            index=index, name=table.name or f"{table.dataset}/{table.model}", dataset=table.dataset,
+            model=table.model, architecture=model, evaluate=table.evaluate, schedule=schedule,
+        )  # fmt: skip
+
+    def _lookup(self, path: KeyPath, kind: str, spec: str) -> dict[str, Any] | None:
+        """``{"name", "options"}`` of a spec, with defaults expanded."""
+        try:
+            entry, arguments = self.names.lookup(kind, spec)
+        except registry.OptionError as error:
+            for one in error.problems:
+                self.bad(path, one.message, one.suggestion)
+        except RegistryError as error:
+            self.bad(path, error.message, error.suggestion)
+        else:
+            given = arguments.pop(entry.argument, None) if entry.argument else None
+            name = entry.name if given is None else f"{entry.name}:{given}"
+            return {"name": name, "options": arguments}
+        return None
+
+    def _schedule(self, path: KeyPath, table: Task, train: Train | None) -> dict[str, Any] | None:
+        """Batch, and epochs or steps; a task that gives either replaces both of ``[train]``."""
+        if table.epochs is not None and table.steps is not None:
+            self.bad((*path, "steps"), "[[task]] has both epochs and steps; keep one.")
+            return None
+        own = table.epochs is not None or table.steps is not None
+        length = table if own else train
+        batch = table.batch if table.batch is not None or train is None else train.batch
+        if train is None and "train" in self.data:  # its own problem is reported already
+            return None
+        if batch is None:
+            self.bad(path, '[[task]] has no batch; write "batch = 256" here or in [train].')
+        if length is None or (length.epochs is None and length.steps is None):
+            self.bad(path, '[[task]] has no length; write "epochs = 20" or "steps = 300" here or in [train].')
+            return None
+        return {"batch": batch, "epochs": length.epochs, "steps": length.steps}
+
+    # methods
+
+    def _variants(self, methods: Mapping[int, MethodTable], tasks: Mapping[int, Scheduled]) -> list[Variant]:
+        complete = len(tasks) == len(_tables(self.data.get("task")))
+        found: list[Variant] = []
+        for index, table in methods.items():
+            path: KeyPath = ("method", index)
+            try:
+                entry = self.names.resolve("method", table.name)
+            except RegistryError as error:
+                self.bad((*path, "name"), error.message, error.suggestion)
+                continue
+            found += self._of_method(path, table, entry, tasks, complete)
+        self._labels(found)
+        return sorted(found, key=lambda v: (v.task.index, v.index))
+
+    def _of_method(
+        self, path: KeyPath, table: MethodTable, entry: Entry, tasks: Mapping[int, Scheduled], complete: bool
+    ) -> list[Variant]:
+        """The variants of one ``[[method]]``; ``complete`` says that every task could be read."""
+        names = [task.name for task in tasks.values()]
+        before = len(self.problems)
+        for number, glob in enumerate(table.tasks):
+            self._matches((*path, "tasks", number), glob, names, complete)
+        selected = [task for task in tasks.values() if any(_match(task.name, glob) for glob in table.tasks)]
+        base = self._grid(path, entry, table.model_extra or {})
+        overrides: dict[str, dict[str, list[Any]]] = {}
+        for glob, values in table.on.items():
+            self._matches((*path, "on", glob), glob, [task.name for task in selected], complete)
+            overrides[glob] = self._grid((*path, "on", glob), entry, values)
+        grids: list[tuple[Scheduled, dict[str, list[Any]]]] = []
+        for task in selected:
+            grid, written = dict(base), set(table.model_extra or {})
+            for glob, values in overrides.items():
+                if _match(task.name, glob):
+                    grid |= values
+                    written |= set(table.on[glob])
+            for key, parameter in entry.parameters.items():
+                if parameter.required and key not in written:
+                    text = (
+                        f'method "{entry.name}" needs parameter "{key}" ({parameter.type}) on "{task.name}".'
+                    )
+                    self.bad(path, text)
+            grids.append((task, grid))
+        if sum(math.prod(map(len, grid.values())) for _, grid in grids) > MOST_CELLS:
+            self.bad(path, f'[[method]] "{table.name}" means more than {MOST_CELLS} runs; shorten its lists.')
+        if len(self.problems) > before:
+            return []
+        return [
+            variant for task, grid in grids for variant in _expand(int(path[1]), table, entry, task, grid)
+        ]
+
+    def _matches(self, path: KeyPath, glob: str, names: list[str], complete: bool) -> None:
+        if complete and names and not any(_match(name, glob) for name in names):
+            text = f'"{glob}" matches no task; tasks are {", ".join(names)}.'
+            self.bad(path, text, did_you_mean(glob, names))
+
+    def _grid(self, path: KeyPath, entry: Entry, given: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Each hyper-parameter and its values in its type; what does not fit is reported and left out."""
+        grid: dict[str, list[Any]] = {}
+        for key, raw in given.items():
+            values = raw if isinstance(raw, list) else [raw]
+            if not values:
+                self.bad((*path, key), f'"{key}" is an empty list; write at least one value.')
+            good: list[Any] = []
+            for number, value in enumerate(values):
+                place = (*path, key, number) if isinstance(raw, list) else (*path, key)
+                arguments, problems = registry.check_options(entry, {key: value}, text=False)
+                mine = [p for p in problems if p.key == key]
+                for problem in mine:
+                    self.bad(place, problem.message, problem.suggestion)
+                if mine:
+                    continue
+                if arguments[key] in good:
+                    self.bad(place, f'"{key}": {show(value)} is given twice; keep one.')
+                good.append(arguments[key])
+            if good:
+                grid[key] = good
+        return grid
+
+    def _labels(self, variants: Iterable[Variant]) -> None:
+        """On a task, no two variants may share a label or be the same."""
+        labels: dict[tuple[int, str], Variant] = {}
+        values: dict[tuple[int, str], Variant] = {}
+        for one in variants:
+            task = one.task.index
+            twin = values.setdefault((task, canonical_json([one.name, one.parameters])), one)
+            named = labels.setdefault((task, one.label), one)
+            if twin is not one:
+                line = self.lines.line(("method", twin.index))
+                text = f'[[method]] "{one.label}" is the same as the one on line {line}; remove one.'
+                self.bad(("method", one.index), text)
+            elif named is not one:
+                line = self.lines.line(("method", named.index))
+                text = f'two methods are labelled "{one.label}" (the other on line {line}); give one a label.'
+                self.bad(("method", one.index), text)
+
+    def _count(
+        self,
+        variants: list[Variant],
+        header: Header | None,
+        privacy: Privacy | None,
+        devices: Mapping[int, Device],
+    ) -> None:
+        if header is None or privacy is None:
+            return
+        cells = len(variants) * len(header.seeds) * len(privacy.epsilon) * max(1, len(devices))
+        if cells > MOST_CELLS:
+            self.bad(
+                ("suite",),
+                f"the suite means up to {cells} runs; {MOST_CELLS} is the most. Shorten its lists.",
+            )
+
+    def _published(
+        self,
+        rows: Mapping[int, Published],
+        methods: Mapping[int, MethodTable],
+        tasks: Mapping[int, Scheduled],
+    ) -> None:
+        known = [name for m in methods.values() for name in (m.name, m.label) if name]
+        if methods and len(methods) == len(_tables(self.data.get("method"))):
+            self._rows(rows, "method", known)
+        if tasks and len(tasks) == len(_tables(self.data.get("task"))):
+            self._rows(rows, "task", [task.name for task in tasks.values()])
+
+    def _rows(self, rows: Mapping[int, Published], key: str, known: list[str]) -> None:
+        for index, row in rows.items():
+            value = getattr(row, key)
+            if value not in known:
+                there = ", ".join(dict.fromkeys(known))
+                text = f'[[published]] {key} "{value}" is not in this suite; it has {there}.'
+                self.bad(("published", index, key), text, did_you_mean(value, known))
+
+
+_PATTERNS = {
+    ("suite", "name"): 'write lower-case letters, digits and dashes, as in "core"',
+    ("device", "device"): 'write "cpu", "cuda" or "cuda:0"',
+}
+
+
+def _listed(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tables(raw: object) -> list[Any]:
+    return raw if isinstance(raw, list) else []
+
+
+def _match(name: str, glob: str) -> bool:
+    return name == glob or fnmatch.fnmatchcase(name, glob)
+
+
+def _expand(
+    index: int, table: MethodTable, entry: Entry, task: Scheduled, grid: Mapping[str, list[Any]]
+) -> Iterable[Variant]:
+    """The product of the lists; a label names the values of the lists that have more than one."""
+    keys = [key for key in entry.parameters if key in grid]
+    defaults = {key: parameter.default for key, parameter in entry.parameters.items()}
+    for values in itertools.product(*(grid[key] for key in keys)):
+        given = dict(zip(keys, values, strict=True))
+        swept = ", ".join(f"{key}={given[key]}" for key in keys if len(grid[key]) > 1)
+        label = table.label or table.name
+        yield Variant(index, table.name, f"{label} ({swept})" if swept else label, defaults | given, task)

@@ -1,0 +1,5 @@
+"""Evidence that a method does what its record will say."""
+
+from harness.verify.conformance import Check, check
+
+__all__ = ["Check", "check"]

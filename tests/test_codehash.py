@@ -1,0 +1,124 @@
+"""The hash of the code behind a record: what it must notice, what not, and which files it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness import codehash
+
+SOURCE = '''"""A module."""
+import math
+
+# a comment
+class Part:
+    """A part."""
+    x: float = 1.0
+
+    def area(self, r):
+        """Of a circle."""
+        return math.pi * r**2
+'''
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ('"""A module."""', '"""Another text\n\nover lines."""', True),
+        ('        """Of a circle."""\n', "", True),
+        ("# a comment\n", "", True),
+        ("math.pi * r**2", "(math.pi  *  r ** 2)  # circle", True),
+        ("r**2", "r**3", False),
+        ("x: float = 1.0", "x: float = 1", False),
+        ("def area(self, r)", "def area(self, r=None)", False),
+        ("return ", "yield ", False),
+    ],
+)
+def test_hash_sees_code_and_not_prose(tmp_path: Path, old: str, new: str, same: bool) -> None:
+    assert old in SOURCE
+    one = write(tmp_path / "a" / "one.py", SOURCE)
+    two = write(tmp_path / "b" / "two.py", SOURCE.replace(old, new))
+    assert (codehash.code_hash([one]) == codehash.code_hash([two])) is same
+
+
+def test_hash_does_not_depend_on_place_or_order(tmp_path: Path) -> None:
+    files = [write(tmp_path / "a" / name, f"x = {name!r}\n") for name in ("m.py", "n.py")]
+    moved = [write(tmp_path / "elsewhere" / file.name, file.read_text()) for file in files]
+    assert codehash.code_hash(files) == codehash.code_hash(reversed([*moved, moved[0]]))
+    assert codehash.hashes(files, [tmp_path / "a"]) == codehash.hashes(moved, [tmp_path / "elsewhere"])
+    assert list(codehash.hashes(files, [tmp_path])) == ["a/m.py", "a/n.py"]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A small project with every way of importing."""
+    files = {
+        "harness/__init__.py": "",
+        "harness/registry.py": "import harness.unrelated\n",
+        "harness/unrelated.py": "",
+        "harness/dp/__init__.py": '_WHERE = {"Flat": "clip", "Ghost": "engines.ghost"}\n',
+        "harness/dp/clip.py": "from harness.dp.tree import Tree\n",
+        "harness/dp/tree.py": "import torch\n",
+        "harness/dp/engines/__init__.py": "",
+        "harness/dp/engines/ghost.py": "def f():\n    from .shared import g\n",
+        "harness/dp/engines/shared.py": "from ..tree import Tree as T\n",
+        "harness/models/__init__.py": "from .nets import mlp as net\nLATE = 1\n",
+        "harness/models/nets.py": "import typing\nif typing.TYPE_CHECKING:\n    import harness.dp.clip\n",
+        "methods/__init__.py": "",
+        "methods/flat.py": "from harness.dp import Flat\nfrom harness.registry import method\n",
+        "methods/ghost.py": "from harness.dp import Ghost\nfrom harness.models import net\n",
+        "methods/whole.py": "import harness.dp as dp\nfrom harness.models import LATE\n",
+        "lab/mine.py": "from harness.dp import Flat\nfrom lab import other\n",
+        "lab/other.py": "import os\n",
+    }
+    for name, text in files.items():
+        write(tmp_path / name, text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ("methods.flat", "harness/dp/clip harness/dp/tree methods/flat"),
+        (
+            "methods.ghost",
+            "harness/dp/engines/ghost harness/dp/engines/shared harness/dp/tree "
+            "harness/models/nets methods/ghost",
+        ),
+        (
+            "methods.whole",
+            "harness/dp/__init__ harness/dp/clip harness/dp/engines/ghost harness/dp/engines/shared "
+            "harness/dp/tree harness/models/__init__ harness/models/nets methods/whole",
+        ),
+        ("lab.mine", "harness/dp/clip harness/dp/tree lab/mine lab/other"),
+    ],
+)
+def test_closure(tree: Path, start: str, expected: str) -> None:
+    """By name and by path; docstring-only packages, the registry and typing-only imports stay out."""
+    for one in (start, tree / (start.replace(".", "/") + ".py")):
+        found = codehash.closure([one], [tree])
+        assert [p.relative_to(tree).with_suffix("").as_posix() for p in found] == expected.split()
+
+
+def test_closure_of_a_lone_file_and_of_nothing(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    lone = write(
+        tmp_path_factory.mktemp("lone") / "mine.py", "from harness.dp import Flat\nfrom . import x\n"
+    )
+    found = codehash.closure([lone], [tree])
+    assert list(codehash.hashes(found, [tree])) == ["harness/dp/clip.py", "harness/dp/tree.py", "mine.py"]
+    with pytest.raises(LookupError, match=r"absent.* has no Python source"):
+        codehash.closure(["harness.absent"], [tree])
+
+
+def test_a_method_of_this_project_depends_on_the_mathematics_and_on_no_other_method() -> None:
+    found = codehash.hashes(codehash.closure(["methods.dp_sgd"]))
+    assert {"methods/dp_sgd.py", "harness/dp/clip.py", "harness/dp/noise.py"} <= set(found)
+    assert [name for name in found if name.startswith("methods/")] == ["methods/dp_sgd.py"]
+    assert not {"harness/registry.py", "harness/dp/engines/ghost.py"} & set(found)

@@ -1,0 +1,506 @@
+"""The report: right numbers, the same bytes for the same records; no record can break or fool it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from harness.report import Report, board, build, figures, html, text, top_rows
+from harness.report.read import visible
+from harness.report.statistics import Entrant, mean_interval, paired_interval, rank
+from harness.report.tables import Board, Table, epsilon, place
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURE = ROOT / "tests" / "fixtures" / "report_records.json"
+QUESTION = "What does each method buy over dp-sgd?"
+
+# ------------------------------------------------------------ records, from the schema
+
+
+def record(
+    method: str = "dp-sgd",
+    accuracy: float | None = 0.9,
+    seed: int = 0,
+    epsilon: float | None = 3.0,
+    *,
+    task: str = "mnist-5k/tanh-cnn",
+    label: str | None = None,
+    status: str = "ok",
+    reason: str | None = None,
+    rate: float = 5000.0,
+    evaluate: str = "test",
+    device: str = "Example CPU",
+    **parameters: Any,
+) -> dict[str, Any]:
+    """One record of the schema, whole."""
+    label = label or method
+    group = f"{hash_(f'{label} {task} {epsilon} {evaluate} {parameters}'):012x}"
+    spent = {"pld": None, "rdp": None} if epsilon is None else {"pld": 0.998 * epsilon, "rdp": 1.09 * epsilon}
+    ok = status == "ok"
+    return {
+        "schema": 1,
+        "id": f"{hash_(f'{group} {seed}'):012x}",
+        "group": group,
+        "suite": "core",
+        "status": status,
+        "reason": reason,
+        "path": f"results/core/{hash_(f'{group} {seed}'):012x}/record.json",
+        "stale": False,
+        "cell": {
+            "method": {
+                "name": method,
+                "label": label,
+                "parameters": {"clip": 1.0, "lr": 2.0, **parameters},
+                "parts": {"clip": {"type": "Flat", "clip": 1.0}, "noise": {"type": "Gaussian"}},
+            },
+            "task": {
+                "name": task,
+                "dataset": task.partition("/")[0],
+                "digest": "0123456789abcdef",
+                "model": task.partition("/")[2],
+                "evaluate": evaluate,
+                "n_train": 4000,
+            },
+            "privacy": {"epsilon": epsilon, "delta": 1e-5, "relation": "add-or-remove",
+                        "unit": "example", "accountant": "pld"},
+            "schedule": {"batch": 256, "steps": 312},
+            "numerics": {"dtype": "float32", "tf32": False},
+            "seed": seed,
+        },
+        "card": {
+            "paper": "arXiv:1607.00133",
+            "family": "baseline" if method in ("dp-sgd", "non-private") else "engine",
+            "summary": "Clip every gradient, add noise to the sum.",
+        },
+        "privacy": {
+            "relation": "add-or-remove",
+            "unit": "example",
+            "sampling": "Poisson, q = 0.064",
+            "sensitivity": {"grad": 1.0},
+            "noise_multiplier": None if epsilon is None else round(2.5 / epsilon + 0.6, 4),
+            "delta": 1e-5,
+            "planned": spent,
+            "spent": spent if ok else {},
+            "accountant": "pld" if ok else None,
+            "epsilon": spent["pld"] if ok else None,
+            "claimed": None,
+            "ledger": [[{"type": "Gaussian"}, 312]],
+            "public_data": "none",
+        },
+        "metrics": {"accuracy": accuracy, "loss": 0.3} if ok else {},
+        "measured": {
+            "examples_per_second": {"median": rate, "q1": rate * 0.98, "q3": rate * 1.02} if ok else None,
+            "train_seconds": 80_000 / rate if ok else None,
+            "peak_memory_mib": 410.5 if ok else None,
+            "jobs": 2,
+        },
+        "diagnostics": {"clipped_fraction": 0.7},
+        "weights_sha256": None,
+        "code": {"hash": "abcdefabcdef", "files": {}, "commit": "0f" * 20, "dirty": False},
+        "device": {"name": device, "kind": "cpu", "spec": "cpu", "threads": 1,
+                   "fingerprint": f"{hash_(device):012x}"[:8]},
+        "environment": {"python": "3.11.9", "torch": "2.6.0"},
+        "started": f"2025-01-0{1 + seed % 9}T10:00:00Z",
+        "finished": f"2025-01-0{1 + seed % 9}T10:01:00Z",
+    }  # fmt: skip
+
+
+def hash_(words: str) -> int:
+    """A number that is the same in every process (`hash` is not)."""
+    return random.Random(words.encode("utf-8", "surrogatepass")).getrandbits(48)
+
+
+def seeds(method: str, accuracies: list[float], **options: Any) -> list[dict[str, Any]]:
+    """One record a seed."""
+    return [record(method, accuracy, seed, **options) for seed, accuracy in enumerate(accuracies)]
+
+
+def fixture_records() -> list[dict[str, Any]]:
+    """A small suite with everything in it: ties, failures, a search, a claim, a stale run, no privacy."""
+    speeds = {"dp-sgd": 5200.0, "fast-clipping": 9800.0, "dp-adam": 4900.0}
+    out: list[dict[str, Any]] = []
+    for task, top in (("mnist-5k/tanh-cnn", 0.93), ("mnist1d/cnn-1d", 0.71)):
+        for target, loss in ((1.0, 0.14), (3.0, 0.06), (8.0, 0.03)):
+            for method, gain in (("dp-sgd", 0.0), ("fast-clipping", 0.001), ("dp-adam", -0.021)):
+                rng = random.Random(f"{task} {target} {method}")
+                values = [top - loss + gain + luck + rng.gauss(0, 0.003) for luck in (0.004, -0.003, 0.001)]
+                out += seeds(
+                    method, [round(v, 4) for v in values], epsilon=target, task=task, rate=speeds[method]
+                )
+        out += seeds(
+            "non-private", [top + 0.02, top + 0.022, top + 0.019], epsilon=None, task=task, rate=21_000.0
+        )
+    out += [
+        *seeds("automatic", [0.874, 0.871], label="automatic (gamma=0.01)", gamma=0.01),
+        record("automatic", seed=2, label="automatic (gamma=0.01)", gamma=0.01, status="diverged",
+               reason="the loss is not finite at step 118"),
+        *[record("group-wise", seed=s, status="skipped", reason="engine ghost has no group-wise clipping")
+          for s in range(3)],
+        record("dp-lamb", 0.88, seed=0),
+        *seeds("dp-sgd", [0.80, 0.82], evaluate="validation", label="dp-sgd (lr=1)", lr=1.0),
+        *seeds("dp-sgd", [0.84, 0.85], evaluate="validation", label="dp-sgd (lr=2)", lr=2.0),
+    ]  # fmt: skip
+    mix = seeds("modelmix", [0.861, 0.868, 0.872], claimed=True)
+    for entry in mix:
+        entry["privacy"]["claimed"] = {"epsilon": 1.9, "assumes": "coordinates differ by at least tau"}
+    mix[0]["stale"] = True
+    return out + mix
+
+
+PUBLISHED: list[dict[str, Any]] = [
+    {"method": "dp-sgd", "task": "mnist-5k/tanh-cnn", "epsilon": 3.0, "metric": "accuracy", "value": 0.871,
+     "source": "arXiv:2011.11660", "note": "all of MNIST"},
+    {"method": "dp-adam", "task": "mnist-5k", "epsilon": 3, "metric": "accuracy", "value": 98.1,
+     "source": "table 2", "note": ""},
+    {"method": "dp-sat", "task": "mnist-5k/tanh-cnn", "epsilon": 3.0, "metric": "accuracy", "value": 0.9,
+     "source": "https://example.org/paper", "note": ""},
+]  # fmt: skip
+TUNING = {"data": "a fifth of the training data", "protocol": "6 settings a method"}
+
+EVIL = [
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror=alert(1)>'",
+    "</script><!-- \u2028\u202etxt.exe",
+    '=HYPERLINK("http://x")',
+    "a|b `c` [d](javascript:e) $f_1^{",
+    "\x1b[31mred\x1b[0m \ud800",
+]
+
+
+def test_fixture_is_what_the_schema_helper_makes() -> None:
+    assert json.loads(FIXTURE.read_text("utf-8")) == fixture_records(), (
+        "rewrite it: python -m tests.test_report"
+    )
+
+
+def make(records: list[dict[str, Any]], **options: Any) -> Board:
+    return board("core", QUESTION, records, **options)
+
+
+def pages(model: Board) -> dict[str, str]:
+    """Everything but the figures."""
+    return {"html": html.page(model, {}), "md": text.markdown(model), "csv": text.table_csv(model),
+            "txt": text.top_rows(model)}  # fmt: skip
+
+
+def table(model: Board, epsilon: float = 3.0, task: str = "mnist-5k/tanh-cnn", split: str = "test") -> Table:
+    wanted = (task, epsilon, split)
+    (found,) = [t for t in model.tables if (t.setting.task, t.setting.epsilon, t.setting.split) == wanted]
+    return found
+
+
+def ranks(model_table: Table) -> dict[str, str]:
+    return {e.row.title: place(e) for e in model_table.entries}
+
+
+# ------------------------------------------------------------ statistics
+
+
+def test_paired_interval_is_scipys_on_a_worked_example() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    ours = {0: 0.871, 1: 0.883, 2: 0.868, 3: 0.902, 7: 0.5}
+    base = {0: 0.861, 1: 0.866, 2: 0.870, 3: 0.889, 9: 0.9}  # seeds 7 and 9 have no partner
+    found = paired_interval(ours, base)
+    assert found is not None and found.n == 4
+    test = stats.ttest_rel([ours[s] for s in range(4)], [base[s] for s in range(4)])
+    low, high = test.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-12)
+    # by hand: d = .010 .017 -.002 .013, mean .0095, s = .00818535, t(3, .975) = 3.18244631
+    assert found.mean == pytest.approx(0.0095)
+    assert found.half == pytest.approx(3.182446305284263 * 0.008185352771872449 / 2, rel=1e-9)
+    single = mean_interval([0.5])
+    assert single is not None and single.low is None and mean_interval([]) is None
+
+
+def test_ranks_share_where_the_difference_may_be_zero() -> None:
+    base = {0: 0.80, 1: 0.82, 2: 0.81}
+    entrants = [
+        Entrant(base, base),
+        Entrant({s: v + 0.05 for s, v in base.items()}, base),  # always better
+        Entrant({0: 0.855, 1: 0.868, 2: 0.858}, base),  # as good as the one above
+        Entrant({s: v - 0.01 for s, v in base.items()}, base),  # always worse
+        Entrant({0: 0.99}, base),  # one seed proves nothing
+        Entrant({0: 0.99, 1: 0.99}, base, barred="1 of 3 runs diverged"),
+        Entrant({}, base),
+    ]
+    order, places = rank(entrants)
+    assert [p.rank for p in places] == [3, 1, 1, 4, None, None, None]
+    assert [p.tied for p in places] == [False, True, True, False, False, False, False]
+    assert order[:4] == [2, 1, 0, 3] or order[:4] == [1, 2, 0, 3]
+    assert order[-1] == 6 and all(p.why for p in places[4:])
+    _, unpaired = rank([Entrant(e.scores, None, e.barred) for e in entrants])
+    assert [p.rank for p in unpaired][:4] == [3, 1, 1, 4] and unpaired[0].difference is None
+
+
+# ------------------------------------------------------------ tables
+
+
+def test_board_of_the_fixture() -> None:
+    model = make(fixture_records(), published=PUBLISHED, tuning=TUNING)
+    assert len(model.tables) == 7 and [t.search for t in model.tables] == [False] * 6 + [True]
+    here = table(model)
+    shown = ranks(here)
+    assert shown["dp-sgd"] == shown["fast-clipping"] == "1=" and shown["dp-adam"] == "4"
+    assert shown["dp-lamb"] == shown["automatic (gamma=0.01)"] == shown["group-wise"] == "–"
+    assert here.baseline is not None and here.baseline.label == "dp-sgd"
+    (reference,) = here.references
+    assert reference.row.epsilon == math.inf and epsilon(reference.row.epsilon) == "∞"
+    speed = {e.row.title: (e.to_reference, e.to_baseline) for e in here.entries}
+    assert speed["fast-clipping"] == pytest.approx((9800 / 21000, 9800 / 5200))
+    assert [v.verdict for v in model.published] == ["agrees", "differs", "not measured"]
+    assert model.published[1].difference == pytest.approx(0.85397 - 0.981, abs=1e-4)
+    search = next(t for t in model.tables if t.search)
+    assert search.baseline is not None and search.baseline.label == "dp-sgd (lr=1)"
+    assert "2 dp-sgd rows: paired with the first, dp-sgd (lr=1)." in search.notes
+
+
+def test_the_page_says_what_happened() -> None:
+    shown = pages(make(fixture_records(), published=PUBLISHED, tuning=TUNING))
+    for kind in ("html", "md"):
+        page = shown[kind]
+        for words in ("∞", "the loss is not finite at step 118", "engine ghost has no group-wise clipping",
+                      "validation split", "not measured", "6 settings a method", "stale"):  # fmt: skip
+            assert words in page, (kind, words)
+    page = shown["html"]
+    one = fixture_records()[0]["id"]
+    assert f'href="../../results/core/{one}/record.json"' in html.page(
+        make(fixture_records()), {}, here=Path("reports/core"), results=Path("results")
+    )
+    assert f"epsbench show {one}" in page and f"epsbench run suites/core.toml --only {one}" in page
+    assert f"tags.&#34;epsbench.id&#34; = &#39;{one}&#39;" in page
+    rows = list(csv.DictReader(io.StringIO(shown["csv"])))
+    sgd = next(r for r in rows if (r["label"], r["target_epsilon"], r["split"]) == ("dp-sgd", "3.0", "test"))
+    assert 0 < float(sgd["accuracy_low"]) < float(sgd["accuracy_mean"]) < float(sgd["accuracy_high"]) < 1
+    reference = next(r for r in rows if r["role"] == "reference")
+    assert reference["epsilon_spent"] == "inf" and reference["rank"] == ""
+
+
+def test_devices_and_failed_launches() -> None:
+    records = [
+        *seeds("dp-sgd", [0.90, 0.91, 0.89]),
+        *seeds("dp-adam", [0.92, 0.93], device="Other CPU", rate=1000.0),
+        *[r | {"device": None, "measured": None, "metrics": None} for r in
+          seeds("fast-clipping", [0.0], status="crashed", reason="out of disk")],
+    ]  # fmt: skip
+    (only,) = make(records).tables
+    by_name = {e.row.title: e for e in only.entries}
+    assert by_name["dp-adam"].place.difference is not None, "pairing works across machines of a kind"
+    assert by_name["dp-adam"].to_baseline is None, "speeds are compared on one machine only"
+    assert by_name["fast-clipping"].row.failures == [("crashed", "out of disk", 1)]
+
+
+def test_figures_show_what_the_tables_hold() -> None:
+    model = make(fixture_records())
+    panels = {p.title: p for p in figures.accuracy_data(model)}
+    panel = panels["mnist-5k/tanh-cnn"]
+    assert [e for e, _ in panel.series["dp-sgd"]] == [1.0, 3.0, 8.0] and list(panel.references) == [
+        "non-private"
+    ]
+    assert panel.series["dp-sgd"][1][1] == next(e for e in table(model).entries if e.baseline).row.accuracy
+    bars = {b.title: b for b in figures.throughput_data(model)}["mnist-5k/tanh-cnn"]
+    assert bars.relative and bars.values["fast-clipping"] == pytest.approx(9800 / 21000)
+
+
+# ------------------------------------------------------------ files
+
+
+def files(report: Report) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in report.paths}
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
+    """In another process, with another hash seed, from another folder, with the records in another order."""
+    options = {"published": PUBLISHED, "tuning": TUNING}
+    first = build("core", QUESTION, fixture_records(), tmp_path / "here" / "reports", **options)
+    script = (
+        "import json, random, sys; from pathlib import Path; from harness.report import build\n"
+        "records, options = json.loads(Path(sys.argv[1]).read_text()), json.loads(sys.argv[2])\n"
+        "random.Random(1).shuffle(records)\n"
+        "for r in records: r['path'] = '/elsewhere/' + r['path']\n"
+        "build('core', options.pop('question'), records, Path('reports'), **options)\n"
+    )
+    there = tmp_path / "there"
+    there.mkdir()
+    subprocess.run(
+        [sys.executable, "-c", script, str(FIXTURE), json.dumps(options | {"question": QUESTION})],
+        cwd=there,
+        check=True,
+        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "TZ": "Asia/Tokyo"},
+    )
+    assert first.written
+    assert files(first) == {p.name: (there / "reports" / "core" / p.name).read_bytes() for p in first.paths}
+
+    page = first.index.stat()
+    again = build(
+        "core", QUESTION, list(reversed(fixture_records())), tmp_path / "here" / "reports", **options
+    )
+    assert not again.written and again.top == first.top and first.index.stat().st_mtime_ns == page.st_mtime_ns
+    (first.folder / "leaderboard.csv").unlink()  # a report that is not whole is made again
+    assert build("core", QUESTION, fixture_records(), tmp_path / "here" / "reports", **options).written
+    assert build("core", QUESTION, fixture_records()[1:], tmp_path / "here" / "reports", **options).written
+
+    class Resources(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            if tag == "script":
+                scripts.append(tag)
+            for name, value in attributes:
+                assert name not in ("src", "srcset", "data", "poster", "action"), (tag, name, value)
+                assert tag == "a" or name != "href" or (value or "").startswith("#"), (tag, name, value)
+
+    scripts: list[str] = []
+    Resources().feed(first.index.read_text("utf-8"))
+    assert scripts == ["script"]
+    assert not re.search(r"url\((?!#)|@import", first.index.read_text("utf-8"))
+
+
+def test_suite_name_must_name_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot name a folder"):
+        build("../x", QUESTION, [], tmp_path)
+
+
+# ------------------------------------------------------------ hostile and broken records
+
+
+class Texts(HTMLParser):
+    """The tags of a page, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        assert not any(name.startswith("on") for name, _ in attributes), attributes
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def hostile(name: str) -> list[dict[str, Any]]:
+    """Records with `name` wherever a text can be."""
+    records = [*seeds("dp-sgd", [0.8, 0.81]), *seeds("non-private", [0.9, 0.91], epsilon=None)]
+    evil = [
+        *seeds(name, [0.7, 0.72], label=name, value=name),
+        record(name, seed=2, label=name, value=name, status="crashed", reason=name),
+    ]
+    for r in evil:
+        r["card"] = {"paper": name, "family": name, "summary": name}
+        r["privacy"] |= {"sampling": name, "public_data": name, "claimed": {"epsilon": 1.0, name: name}}
+        r["device"]["name"] = r["environment"]["torch"] = r["code"]["commit"] = r["path"] = name
+        r["cell"]["method"]["parts"] = {name: {"type": name, name: name}}
+    evil[0]["id"] = evil[0]["group"] = name
+    return records + evil
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_hostile_text_is_shown_as_text(name: str) -> None:
+    claim = {
+        "method": name,
+        "task": name,
+        "epsilon": name,
+        "metric": name,
+        "value": 1,
+        "source": name,
+        "note": name,
+    }
+    model = make(hostile(name), published=[claim], tuning={name: name})
+    plain = make(
+        hostile("plain"), published=[claim | dict.fromkeys(claim, "plain")], tuning={"plain": "plain"}
+    )
+    shown = pages(model)
+    page, other = Texts(), Texts()
+    page.feed(shown["html"])
+    other.feed(pages(plain)["html"])
+    assert visible(name) in " ".join("".join(page.words).split())
+    assert page.tags.count("script") == 1 and not {"img", "iframe", "object"} & set(page.tags)
+    assert page.tags.count("svg") == other.tags.count("svg")
+    for kind, content in shown.items():
+        content.encode("utf-8")  # no half surrogates
+        assert not re.search(r"[\u202a-\u202e\u2066-\u2069\u200e\u200f\x1b\x00]", content), kind
+    assert not re.search(r"<(?!\!doctype)[a-z]", re.sub(r"!\[[^]]*\]\([^)]*\)", "", shown["md"]))
+    for line in shown["md"].splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (10, 16), line
+    for row in csv.DictReader(io.StringIO(shown["csv"])):
+        for column, cell in row.items():
+            assert not re.match(r"\s*[=+@]", cell), (column, cell)
+            assert not cell.startswith("-") or isinstance(float(cell), float)
+    figures.draw(model)
+
+
+PATHS = [
+    ".", "cell", "cell.method", "cell.method.name", "cell.method.label", "cell.method.parameters",
+    "cell.method.parts", "cell.task", "cell.task.name", "cell.task.digest", "cell.task.evaluate",
+    "cell.privacy", "cell.privacy.epsilon", "cell.privacy.delta", "cell.schedule",
+    "cell.schedule.batch", "cell.numerics", "cell.seed", "card", "card.paper", "privacy",
+    "privacy.planned", "privacy.spent", "privacy.spent.pld", "privacy.epsilon", "privacy.claimed",
+    "privacy.noise_multiplier", "metrics", "metrics.accuracy", "measured",
+    "measured.examples_per_second", "measured.examples_per_second.median", "measured.peak_memory_mib",
+    "measured.jobs", "code", "code.commit", "device", "device.name", "device.kind",
+    "device.fingerprint", "environment", "started", "finished", "id", "group", "status", "reason",
+    "path", "stale", "suite",
+]  # fmt: skip
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.just(10**400), st.text(max_size=8), st.just([]),
+    st.just({}), st.just({"epsilon": None}),
+)  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 8), st.sampled_from([path.split(".") for path in PATHS]), st.booleans(), ODD
+        ),
+        max_size=12,
+    )
+)
+def test_missing_and_odd_fields_never_stop_a_report(edits: list[tuple[int, list[str], bool, Any]]) -> None:
+    records = [
+        *seeds("dp-sgd", [0.8, 0.82, 0.81]),
+        *seeds("dp-adam", [0.7, 0.75, 0.74]),
+        *seeds("non-private", [0.9, 0.91], epsilon=None),
+        record("dp-lamb", status="diverged", reason="the loss is not finite"),
+    ]
+    for index, path, drop, value in edits:
+        inner: Any = records[index]
+        for key in path[:-1]:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            inner.pop(path[-1], None) if drop else inner.__setitem__(path[-1], value)
+    model = make(records, published=PUBLISHED)
+    for content in pages(model).values():
+        content.encode("utf-8")
+    assert sum(len(t.entries) for t in model.tables) >= 1
+    assert {r.order for t in model.tables for e in (*t.entries, *t.references) for r in e.row.runs} == {
+        r.order for r in model.runs
+    }, "a run has fallen out of the tables"
+    for panel in figures.accuracy_data(model):
+        assert all(e > 0 for points in panel.series.values() for e, _ in points)
+
+
+@pytest.mark.parametrize("records", [[], [{}], [{"status": "crashed"}], [record(accuracy=None)]])
+def test_a_report_of_next_to_nothing(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    report = build("core", "", records, tmp_path / "reports")
+    assert all(path.stat().st_size or path.suffix == ".csv" for path in report.paths)
+    assert top_rows(records) == report.top
+
+
+if __name__ == "__main__":
+    lines = ",\n".join(json.dumps(one, sort_keys=True) for one in fixture_records())
+    FIXTURE.write_text(f"[\n{lines}\n]\n", encoding="utf-8")

@@ -1,0 +1,572 @@
+"""Suites: every fault at once with its line, never a traceback; ids that depend on the science alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness import data, registry, suite
+from harness.cell import Cell
+from harness.lines import Lines
+from harness.seeds import Seeds
+from harness.suite import Suite, SuiteError
+
+ROOT = Path(registry.__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden" / "ids.json"
+
+# The suite whose ids are pinned in golden/ids.json. It uses every key of the format.
+TEXT = """\
+[suite]
+name = "pinned"
+question = "Which ids?"
+seeds = [0, 7]
+
+[privacy]
+epsilon = [1.0, 3]
+delta = 1e-5
+relation = "add-or-remove"
+accountant = "rdp"
+
+[train]
+batch = 128
+epochs = 2
+
+[[task]]
+dataset = "digits"
+model = "mlp?hidden=64"
+name = "digits/mlp"
+
+[[task]]
+dataset = "mnist1d"
+model = "logistic"
+evaluate = "validation"
+batch = 256
+steps = 5
+
+[[method]]
+name = "non-private"
+lr = 0.5
+
+[[method]]
+name = "dp-sgd"
+clip = 1
+lr = [0.5, 1]
+tasks = ["digits/*"]
+
+[[method]]
+name = "dp-sgd"
+label = "dp-sgd, heavy"
+momentum = 0.95
+tasks = "mnist1d/*"
+
+[[method]]
+name = "dp-adam"
+lr = 0.01
+[method.on."mnist1d/*"]
+lr = 0.02
+beta1 = 0.8
+
+[[device]]
+device = "cpu"
+dtype = "float32"
+tf32 = false
+threads = 1
+microbatch = 64
+
+[budget]
+seconds = 60
+memory_mib = 2000
+
+[tuning]
+data = "none"
+protocol = "no tuning"
+
+[[published]]
+method = "dp-sgd, heavy"
+task = "digits/mlp"
+epsilon = 3
+metric = "accuracy"
+value = 0.9
+source = "nowhere"
+note = "made up"
+"""
+
+
+def problems(text: str) -> list[str]:
+    """What is wrong with the text of a suite, each as ``line: message``."""
+    with pytest.raises(SuiteError) as caught:
+        suite.parse(text, "s.toml")
+    assert str(caught.value) == "\n".join(map(str, caught.value.problems))
+    return [str(problem).removeprefix("s.toml:") for problem in caught.value.problems]
+
+
+def ids(cells: list[Cell]) -> dict[str, dict[str, str]]:
+    """What golden/ids.json holds: a readable name of each cell, to its id and group."""
+    return {
+        f"{c.label} on {c.task['name']}, epsilon {c.privacy['epsilon']}, seed {c.seed}": {
+            "id": c.id,
+            "group": c.group,
+        }
+        for c in cells
+    }
+
+
+@pytest.fixture(scope="module")
+def pinned() -> Suite:
+    return suite.parse(TEXT)
+
+
+@pytest.fixture(scope="module")
+def cells(pinned: Suite) -> list[Cell]:
+    return pinned.cells()
+
+
+# What a suite means ---------------------------------------------------------------------------------------
+
+
+def test_variants(pinned: Suite) -> None:
+    shown = [(v.task.name, v.label, v.parameters["lr"]) for v in pinned.variants]
+    assert shown == [
+        ("digits/mlp", "non-private", 0.5),
+        ("digits/mlp", "dp-sgd (lr=0.5)", 0.5),
+        ("digits/mlp", "dp-sgd (lr=1.0)", 1.0),
+        ("digits/mlp", "dp-adam", 0.01),
+        ("mnist1d/logistic", "non-private", 0.5),
+        ("mnist1d/logistic", "dp-sgd, heavy", registry.resolve("method", "dp-sgd").parameters["lr"].default),
+        ("mnist1d/logistic", "dp-adam", 0.02),
+    ]
+    assert pinned.variants[-1].parameters["beta1"] == 0.8
+    assert [task.schedule for task in pinned.tasks] == [
+        {"batch": 128, "epochs": 2.0, "steps": None},
+        {"batch": 256, "epochs": None, "steps": 5},
+    ]
+
+
+def test_cells(cells: list[Cell]) -> None:
+    """Per seed: (1 + 3 * 2 epsilons) on the first task, (1 + 2 * 2) on the second; seeds outermost."""
+    assert len(cells) == 2 * (7 + 5)
+    assert [cell.seed for cell in cells] == [0] * 12 + [7] * 12
+    free, private = cells[0], cells[1]
+    assert not free.private
+    assert free.privacy == dict.fromkeys(["epsilon", "delta", "relation", "accountant"]) | {"unit": "example"}
+    assert private.privacy == {
+        "epsilon": 1.0, "delta": 1e-5, "relation": "add-or-remove", "unit": "example", "accountant": "rdp",
+    }  # fmt: skip
+    assert private.schedule == {"batch": 128, "steps": 2 * data.describe("digits")["n_train"] // 128}
+    assert private.task["architecture"] == {
+        "name": "mlp", "options": {"hidden": "64", "activation": "tanh"},
+    }  # fmt: skip
+    assert private.parts["clip"] == {"type": "Flat", "clip": 1.0}
+    assert cells[-1].task["n_train"] == 3200
+    assert private.device == {"device": "cpu", "threads": 1, "microbatch": 64}
+    assert len({cell.id for cell in cells}) == len(cells)
+    assert len({cell.group for cell in cells}) == len(cells) // 2
+
+
+def test_record_and_child_process_see_the_same_cell(cells: list[Cell]) -> None:
+    for cell in cells:
+        copy = Cell.from_json(cell.to_json())
+        assert (copy, copy.id, copy.group) == (cell, cell.id, cell.group)
+        assert json.loads(json.dumps(cell.canonical())) == cell.canonical()
+
+
+# Identity -------------------------------------------------------------------------------------------------
+
+
+def test_ids_are_the_golden_ones(cells: list[Cell]) -> None:
+    """A change here orphans every record. Where it is meant, run ``python -m tests.test_suite``."""
+    assert ids(cells) == json.loads(GOLDEN.read_text())
+
+
+def test_ids_do_not_depend_on_place_device_or_names(tmp_path: Path, cells: list[Cell]) -> None:
+    """The same suite in a copy of this tree elsewhere, on another device, with labels and tasks renamed."""
+    for package in ("harness", "methods"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    text = TEXT.replace('device = "cpu"', 'device = "cuda:3"').replace("threads = 1", "threads = 9")
+    text = text.replace("microbatch = 64", "").replace("seconds = 60", "seconds = 5")
+    text = text.replace('name = "pinned"', 'name = "elsewhere"').replace("digits/mlp", "digits/other")
+    text = text.replace("dp-sgd, heavy", "renamed").replace("mlp?hidden=64", "mlp?activation=tanh&hidden=64")
+    (tmp_path / "other.toml").write_text(text)
+    code = (
+        "import harness.suite as s, pathlib\n"
+        f"assert pathlib.Path(s.__file__).is_relative_to({str(tmp_path)!r})\n"
+        "print(*[c.id + c.group for c in s.load('other.toml').cells()])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [cell.id + cell.group for cell in cells]
+
+
+def test_ids_depend_on_the_science(cells: list[Cell]) -> None:
+    def first(old: str, new: str) -> Cell:
+        assert old in TEXT
+        return suite.parse(TEXT.replace(old, new)).cells()[1]
+
+    changed = [
+        first("epsilon = [1.0, 3]", "epsilon = 2.0"),
+        first("delta = 1e-5", "delta = 1e-6"),
+        first('accountant = "rdp"', 'accountant = "pld"'),
+        first("batch = 128", "batch = 127"),
+        first("epochs = 2", "epochs = 3"),
+        first("hidden=64", "hidden=65"),
+        first("clip = 1", "clip = 2"),
+        first('dtype = "float32"', 'dtype = "float64"'),
+        first("seeds = [0, 7]", "seeds = [1, 7]"),
+    ]
+    assert len({cell.id for cell in [cells[1], *changed]}) == len(changed) + 1
+    assert changed[-1].group == cells[1].group
+
+
+def test_methods_of_a_task_start_from_the_same_weights(cells: list[Cell]) -> None:
+    here = [cell for cell in cells if cell.task["name"] == "digits/mlp" and cell.seed == 0]
+    assert len({Seeds(cell).init for cell in here}) == 1
+    assert len({Seeds(cell).init for cell in cells}) == 4  # tasks times seeds
+    every = [seed for cell in cells for seed in (Seeds(cell).sampling, Seeds(cell).noise, Seeds(cell).path)]
+    assert len(set(every)) == 3 * len(cells)
+    assert all(0 <= seed < 2**63 for seed in every)
+
+
+# Faults ---------------------------------------------------------------------------------------------------
+
+
+def test_all_faults_at_once_with_their_lines() -> None:
+    text = """\
+[suite]
+name = "Core"
+question = "?"
+sedes = 3
+seeds = [1, 1]
+
+[privacy]
+epsilon = [1.0, -3.0]
+delta = 2
+accountant = "prv"
+
+[train]
+batch = 256
+epochs = 20
+steps = 100
+
+[trian]
+
+[[task]]
+dataset = "digitz"
+model = "mlp?widht=3"
+
+[[task]]
+dataset = "digits"
+model = "mlp"
+epochs = 1
+steps = 2
+
+[[method]]
+name = "dp-sdg"
+
+[[method]]
+name = "dp-sgd"
+clpi = 1.0
+lr = ["fast", true, 0.5]
+momentum = []
+
+[[device]]
+device = "gpu"
+dtype = "float23"
+
+[[device]]
+tf32 = true
+
+[budget]
+seconds = "long"
+"""
+    assert problems(text) == [
+        '2: [suite] name = "Core": write lower-case letters, digits and dashes, as in "core".',
+        '4: [suite] has no key "sedes"; it has name, question, seeds. Did you mean "seeds"?',
+        "8: [privacy] epsilon = -3.0: should be greater than 0.",
+        "9: [privacy] delta = 2: should be less than 1.",
+        "10: [privacy] accountant = \"prv\": should be 'pld' or 'rdp'.",
+        "15: [train] has both epochs and steps; keep one.",
+        '17: a suite has no table "trian"; it has suite, privacy, train, budget, tuning, task, method, '
+        'device, published. Did you mean "train"?',
+        '20: no dataset is called "digitz"; there are '
+        + ", ".join(registry.index("dataset"))
+        + '. Did you mean "digits"?',
+        '21: model "mlp" has no parameter "widht"; it has hidden, activation.',
+        "27: [[task]] has both epochs and steps; keep one.",
+        '30: no method is called "dp-sdg"; there are '
+        + ", ".join(registry.index("method"))
+        + '. Did you mean "dp-sgd"?',
+        '34: method "dp-sgd" has no parameter "clpi"; it has '
+        + ", ".join(registry.resolve("method", "dp-sgd").parameters)
+        + '. Did you mean "clip"?',
+        '35: method "dp-sgd", parameter "lr": "fast" does not fit the type float; '
+        "write a number such as 0.5.",
+        '35: method "dp-sgd", parameter "lr": true does not fit the type float; write a number such as 0.5.',
+        '36: "momentum" is an empty list; write at least one value.',
+        '39: [[device]] device = "gpu": write "cpu", "cuda" or "cuda:0".',
+        "40: [[device]] dtype = \"float23\": should be 'float32' or 'float64'. "
+        'Did you mean "float32"?',
+        "43: [[device]] tf32 = true: it exists for float32 on cuda only; remove it.",
+        '46: [budget] seconds = "long": should be a valid number.',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("seeds = [0, 7]", "seeds = [7, 7]", ["4: [suite] seeds: 7 is given twice; keep one."]),
+        ("seeds = [0, 7]", "seeds = 0",
+         ["4: [suite] seeds = 0: should be a number of seeds from 1 to 10000, or a list of seeds."]),
+        ("seeds = [0, 7]", "seeds = []",
+         ["4: [suite] seeds = []: is an empty list; write at least one value."]),
+        ("epochs = 2\n", "\n",
+         ['16: [[task]] has no length; write "epochs = 20" or "steps = 300" here or in [train].']),
+        ('tasks = ["digits/*"]', 'tasks = ["digit/*"]',
+         ['36: "digit/*" matches no task; tasks are digits/mlp, mnist1d/logistic. '
+          'Did you mean "digits/mlp"?']),
+        ('[method.on."mnist1d/*"]', '[method.on."nist1d"]',
+         ['47: "nist1d" matches no task; tasks are digits/mlp, mnist1d/logistic.']),
+        ("beta1 = 0.8", "beta3 = 0.8",
+         ['49: method "dp-adam" has no parameter "beta3"; it has clip, lr, beta1, beta2. '
+          'Did you mean "beta2"?']),
+        ('label = "dp-sgd, heavy"', 'label = "dp-adam"',
+         ['44: two methods are labelled "dp-adam" (the other on line 38); give one a label.',
+          '67: [[published]] method "dp-sgd, heavy" is not in this suite; '
+           'it has non-private, dp-sgd, dp-adam. '
+           'Did you mean "dp-sgd"?']),
+        ('name = "digits/mlp"\n', 'name = "mnist1d/logistic"\n',
+         ['21: two tasks are called "mnist1d/logistic" (the other on line 16); give one another name.',
+          '36: "digits/*" matches no task; tasks are mnist1d/logistic, mnist1d/logistic.',
+          '68: [[published]] task "digits/mlp" is not in this suite; it has mnist1d/logistic.']),
+        ("lr = [0.5, 1]", "lr = [0.5, 0.5]", ['35: "lr": 0.5 is given twice; keep one.']),
+        ("[budget]", "[[device]]\n[budget]",
+         ["58: [[device]] has the numerics of the one on line 51 (float32), so its runs would be the same; "
+          "remove one, or give it another dtype."]),
+        ("[privacy]", "[privacy",
+         ["6: not valid TOML: Expected ']' at the end of a table declaration (column 9)."]),
+        ("seeds = [0, 7]", "seeds = [0, 7]\nseeds = 3",
+         ["5: not valid TOML: Cannot overwrite a value (column 10)."]),
+        ('[[task]]\ndataset = "digits"', '[task]\ndataset = "digits"', None),
+    ],
+)  # fmt: skip
+def test_one_fault(old: str, new: str, expected: list[str] | None) -> None:
+    assert old in TEXT
+    found = problems(TEXT.replace(old, new, 1))
+    assert expected is None or found == expected
+
+
+def test_missing_tables_and_files(tmp_path: Path) -> None:
+    assert problems("") == [f"1: the suite needs {table}." for table in
+                            ("[[method]]", "[[task]]", "[privacy]", "[suite]")]  # fmt: skip
+    without = TEXT[: TEXT.index("[[task]]")] + TEXT[TEXT.index("[[method]]") :]
+    assert problems(without) == ["1: the suite needs [[task]]."]
+    assert '1: "task" should be a list of tables; write [[task]] above each.' in problems("task = 3")
+    (tmp_path / "smoke.toml").write_text(TEXT)
+    for name, text in [("smok.toml", f'Did you mean "{tmp_path / "smoke.toml"}"'), (".", "cannot be read")]:
+        with pytest.raises(SuiteError, match=text):
+            suite.load(tmp_path / name)
+    (tmp_path / "latin.toml").write_bytes(b"\xe9 = 1")
+    with pytest.raises(SuiteError, match=r"latin\.toml:1: is not UTF-8 text"):
+        suite.load(tmp_path / "latin.toml")
+    with pytest.raises(SuiteError, match=r"absent\.py: no such file"):
+        suite.load(tmp_path / "smoke.toml", files=[tmp_path / "absent.py"])
+
+
+def test_twins_are_refused() -> None:
+    same = TEXT + '[[task]]\ndataset = "mnist1d?n=5000"\nmodel = "logistic"\nname = "mnist1d/again"\n'
+    same += 'evaluate = "validation"\nbatch = 256\nsteps = 5\n'
+    with pytest.raises(
+        SuiteError, match=r'74: "dp-adam" on task "mnist1d/again" is the same run as "dp-adam" on'
+    ):
+        suite.parse(same).cells()
+    again = TEXT + '[[method]]\nname = "dp-sgd"\nlr = 0.5\nlabel = "other"\ntasks = "digits/*"\n'
+    assert problems(again) == ['74: [[method]] "other" is the same as the one on line 32; remove one.']
+
+
+def test_what_only_building_can_tell_has_its_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters that a method refuses, data that is missing, a batch larger than the data: all at once."""
+    monkeypatch.setenv("EPSBENCH_DATA", str(tmp_path))
+    text = TEXT.replace("clip = 1\n", "clip = -1\n").replace("batch = 128", "batch = 5000")
+    text += f'[[task]]\ndataset = "npz:{tmp_path / "absent.npz"}"\nmodel = "mlp"\nname = "mine"\n'
+    checked = suite.parse(text, "s.toml")
+    with pytest.raises(SuiteError) as caught:
+        checked.cells()
+    lines = [(problem.line, problem.message) for problem in caught.value.problems]
+    assert [line for line, _ in lines] == [13, 32, 32, 75]
+    assert "batch 5000 is more than its" in lines[0][1]
+    assert 'method "dp-sgd" cannot be built' in lines[1][1]
+    assert "clip = -1.0" in lines[1][1]
+    assert "absent.npz" in lines[3][1]
+
+
+def test_a_users_method(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from harness.dp import Flat, Method\nfrom harness.registry import method\n"
+        "@method('mine')\ndef mine(clip: float) -> Method:\n    return Method(clip=Flat(clip))\n"
+    )
+    names = registry.Registry()
+    text = TEXT + '[[method]]\nname = "mine"\n[method.on."digits/*"]\nclip = 0.1\n'
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(
+        SuiteError, match=r's\.toml:74: method "mine" needs parameter "clip" \(float\) on "mnist1d'
+    ):
+        suite.load(tmp_path / "s.toml", files=[mine], names=names)
+    (tmp_path / "s.toml").write_text(text.replace('name = "mine"', 'name = "mine"\ntasks = "digits/*"'))
+    (one, *_) = [
+        c for c in suite.load(tmp_path / "s.toml", files=[mine], names=names).cells() if c.method == "mine"
+    ]
+    assert one.method_file == str(mine)
+    assert str(tmp_path) not in json.dumps(one.canonical())
+
+
+def test_checking_a_suite_does_not_import_torch() -> None:
+    code = "import sys\nfrom harness import suite\nsuite.load('suites/smoke.toml')\n"
+    code += "assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# Malformed input ------------------------------------------------------------------------------------------
+
+VALUES = st.sampled_from(
+    ["3", "-1", "0", "1e400", "nan", "inf", "true", '""', '"x"', "[]", "[[]]", "[1, 'a']", "{}", "{a = 1}",
+     "1979-05-27", "07:32:00", '"none"', "9" * 30, "0x" + "f" * 9000, "[{}]", "'*'", '"["', '"mlp?"',
+     '"npz:"', "[" * 40 + "]" * 40, '"""\n\n"""', r'"\u0000"'])  # fmt: skip
+
+
+def survives(text: str) -> None:
+    """The text is a suite, or everything said about it has a place and a message."""
+    try:
+        suite.parse(text, "s.toml")
+    except SuiteError as error:
+        assert error.problems
+        for problem in error.problems:
+            assert problem.message
+            assert 1 <= problem.line <= text.count("\n") + 1
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_malformed_suites_never_end_in_a_traceback(draws: st.DataObject) -> None:
+    lines = TEXT.splitlines()
+    for _ in range(draws.draw(st.integers(1, 3))):
+        at = draws.draw(st.integers(0, len(lines) - 1))
+        kind = draws.draw(st.sampled_from(["value", "key", "drop", "double", "swap", "character"]))
+        if kind == "value" and " = " in lines[at]:
+            lines[at] = lines[at].split(" = ")[0] + " = " + draws.draw(VALUES)
+        elif kind == "key" and " = " in lines[at]:
+            lines[at] = (
+                draws.draw(st.sampled_from(["name", "on", "a.b", "tasks", '""', "x"]))
+                + " = "
+                + draws.draw(VALUES)
+            )
+        elif kind == "drop":
+            lines[at] = ""
+        elif kind == "double":
+            lines.insert(at, lines[at])
+        elif kind == "swap":
+            other = draws.draw(st.integers(0, len(lines) - 1))
+            lines[at], lines[other] = lines[other], lines[at]
+        elif lines[at]:
+            place = draws.draw(st.integers(0, len(lines[at]) - 1))
+            text = draws.draw(st.text(max_size=2) | st.sampled_from(list("[]{}\"'=.#,\n")))
+            lines[at] = lines[at][:place] + text + lines[at][place + draws.draw(st.integers(0, 2)) :]
+    survives("\n".join(lines))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.binary() | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_any_bytes_never_end_in_a_traceback(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    file = tmp_path_factory.mktemp("any") / "s.toml"
+    file.write_bytes(content)
+    with pytest.raises(SuiteError):
+        suite.load(file)
+
+
+@pytest.mark.parametrize(
+    "text", ["a = " + "[" * 5000, "a = " + "{a = " * 5000, "a" + ".a" * 1000 + " = 1", "a = 1" + "0" * 5000]
+)
+def test_huge_input_never_ends_in_a_traceback(text: str) -> None:
+    survives(text)
+    survives(TEXT.replace('name = "pinned"', text))
+
+
+# Lines ----------------------------------------------------------------------------------------------------
+
+NUMBERED = (
+    r'''
+# every value is the number of its line
+a = 3
+b . "c.d" . 'e' = 4
+"quoted \" key" = 5
+list = [6, 6, [6,
+  7], # 99 = [
+  { x = 8, y.z = 8 }, 8
+]
+[table.x]
+one = 11
+[[rows]]
+one = 13
+[rows.sub]
+one = 15
+[[rows]]
+one = 17
+[[rows.deep]]
+one = 19
+[[rows.deep]]
+one = 21
+text = """
+[[rows]] \""" # ["" """
+one2 = 24
+text2 = '''
+    + "'''"
+    + r"""
+'' one = 9"""
+    + "''''"
+    + r"""
+one3 = 27
+text3 = "x = # \" ["
+"text4" = '# \'
+[[rows.deep.deeper]]
+one = 31
+"""
+)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_lines(ends: str) -> None:
+    text = NUMBERED.replace("\n", ends)
+    lines = Lines(text)
+
+    def walk(value: object, path: tuple[str | int, ...]) -> int:
+        if isinstance(value, dict):
+            return sum(walk(one, (*path, key)) for key, one in value.items())
+        if isinstance(value, list):
+            return sum(walk(one, (*path, number)) for number, one in enumerate(value))
+        if isinstance(value, int):
+            assert lines.line(path) == value, path
+            return 1
+        return 0
+
+    assert walk(tomllib.loads(text), ()) == 19
+    assert lines.line(("rows", 1)) == 16
+    assert lines.line(("rows", 1, "absent", 3)) == 16
+    assert lines.line(("absent",)) == 1
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(ids(suite.parse(TEXT).cells()), indent=1) + "\n")
