@@ -173,7 +173,7 @@ def table(rows: list[dict[str, Any]], device: dict[str, Any]) -> str:
     """The measurements as Markdown."""
     names = ["plain", *ENGINES]
     lines = [
-        f"Seconds of a whole step over those of the plain non-private step: {device['name']}, {device['threads']} threads.",
+        f"Whole steps, in units of the plain non-private step: {device['name']}, {device['threads']} threads.",
         "",
         "| workload | batch | plain ms | "
         + " | ".join(names[1:])

@@ -56,6 +56,9 @@ __all__ = [
 
 TARGET = "harness.run:execute"
 PRELOAD = ("harness.run",)
+# vmap imports this on first use, which takes seconds too. It asks which GPUs there are, after which a forked
+# process may not be able to use one: only for runs on a CPU.
+PRELOAD_ON_CPU = (*PRELOAD, "torch._dynamo")
 
 _BUSY, _ALREADY = 75, 76  # exit codes of a run's process: its folder is locked; it has a record meanwhile
 _POLL = 0.25  # seconds between two looks at budgets and memory
@@ -368,7 +371,7 @@ def run(
     reporter: Reporter | None = None,
     watch: Callable[[Path, Mapping[str, Any]], None] | None = None,
     target: str = TARGET,
-    preload: Sequence[str] = PRELOAD,
+    preload: Sequence[str] | None = None,
 ) -> Summary:
     """Execute the jobs, each in a process of its own, and return how they ended, with a record for each.
 
@@ -376,13 +379,16 @@ def run(
     devices allow). `codes` (by id) is today's code: it is named in the records of runs that cannot say it
     themselves, and a checkpoint of other code is not continued. `watch` is told the folder and cell of each
     run that starts. `target` ("module:function") is called in the run's process as ``function(cell, folder,
-    suite, at_once) -> record``, `preload` are modules that the server imports for all.
+    suite, at_once) -> record``, `preload` are modules that the server imports for all (default: what a run
+    needs).
 
     Ctrl-C, SIGTERM and SIGHUP stop the runs and return with ``interrupted``. Raises `store.StoreError`
     where records cannot be written.
     """
     if not jobs:
         return Summary()
+    if preload is None:
+        preload = PRELOAD if any(_is_cuda(job.cell) for job in jobs) else PRELOAD_ON_CPU
     return _Launcher(jobs, suite, at_once, codes or {}, reporter or Lines(), watch, target, preload).run()
 
 

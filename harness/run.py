@@ -141,8 +141,8 @@ def execute(cell: Cell, out: Path, suite: str, jobs: int = 1) -> dict[str, Any]:
         "privacy": {
             "relation": method.sampler.relation.value, "unit": "example",
             "sampling": method.sampler.law(n, schedule["batch"]), "delta": target.delta, "claimed": None,
-            "public_data": public_data(dataset.public_data, task), "sensitivity": None, "noise_multiplier": None, "planned": {},
-            "spent": {}, "accountant": None, "epsilon": None, "ledger": [],
+            "public_data": public_data(dataset.public_data, task), "sensitivity": None, "noise_multiplier": None,
+            "planned": {}, "spent": {}, "accountant": None, "epsilon": None, "ledger": [],
         },
         "metrics": {}, "measured": {"jobs": jobs}, "diagnostics": {}, "weights_sha256": None, "code": code_of(cell),
         "device": measure.device_info(str(device), threads), "environment": measure.environment(),
@@ -198,7 +198,7 @@ def execute(cell: Cell, out: Path, suite: str, jobs: int = 1) -> dict[str, Any]:
         if progress.ledger != plan:
             raise RuntimeError(f"the ledger differs from the plan: {progress.ledger} is not {plan}")
         weights = method.path.kept(progress.w, progress.parts.path)
-        record["metrics"] = evaluate(model, weights, method.loss, dataset) | {"train_loss": progress.loss}
+        record["metrics"] = evaluate(model, weights, method.loss, dataset)
         record["weights_sha256"] = digest(weights)
     except Diverged as error:
         status, why = "diverged", str(error)
@@ -222,7 +222,9 @@ def execute(cell: Cell, out: Path, suite: str, jobs: int = 1) -> dict[str, Any]:
         "warmup_steps": plan_of_steps.warmup, "sessions": progress.sessions,
     }  # fmt: skip
     clipped = progress.clipped / progress.seen if progress.seen and method.clip.needs_norms else None
-    record["diagnostics"] = {"clipped_fraction": clipped, "non_finite": progress.non_finite}
+    record["diagnostics"] = {
+        "train_loss": progress.loss, "clipped_fraction": clipped, "non_finite": progress.non_finite,
+    }  # fmt: skip
     return _finish(record, status, why)
 
 

@@ -104,7 +104,7 @@ def described(client: MlflowClient, run: Any) -> dict[str, Any]:
     }
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -125,7 +125,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def followed(uri: str, root: Path, said: list[str]) -> Iterator[track.Tracker]:
     tracker = track.Tracker(uri, say=said.append, root=root, interval=0.05)
     yield tracker
-    tracker.close(60)
+    tracker.close(120)
 
 
 def test_live_then_final_then_the_same_rebuilt(tmp_path: Path) -> None:
@@ -251,12 +251,12 @@ def test_a_bad_server_is_said_once_and_holds_nothing_up(
         tracker = track.Tracker(f"http://user:secret@127.0.0.1:{port}", say=said.append, interval=0.05)
         began = time.monotonic()
         tracker.watch(run_dir, {})
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 2
         until(lambda: tracker.off)
         tracker.watch(write_run(tmp_path / "results", SECOND), {})
         began = time.monotonic()
         tracker.close(30)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 2
         assert len(said) == 1 and "off for this session" in said[0] and "track --rebuild" in said[0]
         assert "secret" not in said[0] and "\n" not in said[0]
         assert len(track.pending(tmp_path / "results", tracker.uri)) == 2
@@ -309,6 +309,6 @@ def test_the_store_is_the_users_choice(tmp_path: Path, monkeypatch: pytest.Monke
     write_run(tmp_path / "results", FIRST)
     tracker = track.Tracker()
     tracker.watch(tmp_path / "results" / "core" / FIRST, {})
-    assert tracker.close(60) == 0
+    assert tracker.close(120) == 0
     assert list(content(f"sqlite:///{tmp_path}/theirs.db")) == [FIRST]
     assert not (tmp_path / "mlflow.db").exists()

@@ -10,24 +10,27 @@ import inspect
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from dp_accounting import DpEvent
 from torch import Tensor, nn
 
 from harness import registry
 from harness.dp.account import epsilon, epsilons, ranking
 from harness.dp.calibrate import calibrate
-from harness.dp.engines.engine import PerExample
+from harness.dp.engines.engine import Engine, PerExample
 from harness.dp.engines.loop import Loop
 from harness.dp.loss import Batch
 from harness.dp.method import Method, describe
+from harness.dp.noise import Noise
 from harness.dp.release import Bounded, Release
 from harness.dp.sampler import generator
+from harness.dp.tree import Tree
 from harness.train import Progress, Schedule, Streams, read_checkpoint, start, step, train, write_checkpoint
 
 N, BATCH, STEPS, SIGMA, DELTA = 48, 16, 8, 1.5, 1e-5
@@ -244,22 +247,37 @@ def poisoned(s: Subject) -> None:
     """nothing private outlives its release"""
     if not s.method.noise.private:
         return
-    spy = dataclasses.replace(s.method, engine=_Poison(s.method.engine))
+    spy = dataclasses.replace(s.method, engine=_Poison(s.method.engine), noise=_Shred(s.method.noise))
     if not torch.equal(s.run(spy).w.flat, s.run().w.flat):
         raise Violation("weights depend on a private value after it was released: use the noised one")
 
 
 @dataclass(frozen=True)
-class _Poison:
+class _Poison(Engine):
     """An engine whose observations are ruined: a loop that used them would show it."""
 
-    engine: Any
+    engine: Engine
 
     def bounded(self, *args: Any) -> Bounded:
         releases, seen = self.engine.bounded(*args)
         losses = torch.full_like(seen.losses, math.nan)
         norms = None if seen.norms is None else torch.full_like(seen.norms, math.nan)
         return Bounded(releases, dataclasses.replace(seen, losses=losses, norms=norms))
+
+
+@dataclass(frozen=True)
+class _Shred(Noise):
+    """Noise that ruins the private value as soon as the public one is made."""
+
+    noise: Noise
+
+    def add(self, release: Release, rng: torch.Generator) -> Tree:
+        public = self.noise.add(release, rng).clone()
+        release.value.flat.fill_(math.nan)
+        return public
+
+    def event(self, sigmas: Iterable[float]) -> DpEvent:
+        return self.noise.event(sigmas)
 
 
 def resumed(s: Subject) -> None:
