@@ -111,12 +111,13 @@ def _bounds(name: str, ledger: Ledger, target: Target, method: Method) -> dict[s
     return {name: finite, "accountant": first, "epsilon": finite[first]}
 
 
-def execute(cell: Cell, out: Path, suite: str, jobs: int = 1) -> dict[str, Any]:
-    """Train `cell`, continuing from `out`/checkpoint if there is one, and return its record (see docs/record-schema).
+def execute(cell: Cell, out: Path, suite: str, jobs: int = 1, save_seconds: float = 20.0) -> dict[str, Any]:
+    """Train `cell`, continuing from `out`/checkpoint if there is one, and return its record (docs/record-schema.md).
 
-    Appends to `out`/trace.jsonl and saves checkpoints. Whatever is wrong with the cell itself ends in a status
-    (diverged, over_budget, skipped); anything else raises.
+    Appends to `out`/trace.jsonl, and saves a checkpoint at the first log point `save_seconds` after the last one.
+    Whatever is wrong with the cell itself ends in a status (diverged, over_budget, skipped); all else raises.
     """
+    out.mkdir(parents=True, exist_ok=True)
     started = datetime.now(UTC)
     begun = measure.Clock().now()
     facts = cell.canonical()
@@ -182,7 +183,8 @@ def execute(cell: Cell, out: Path, suite: str, jobs: int = 1) -> dict[str, Any]:
             line["epsilon"] = _finite(
                 epsilon(point.progress.ledger, target.delta, method.sampler.relation, "rdp")
             )
-        line |= {"examples_per_second": _finite(point.rate), "clipped_fraction": point.clipped}
+        clipped = point.clipped if method.clip.needs_norms else None
+        line |= {"examples_per_second": _finite(point.rate), "clipped_fraction": clipped}
         with open(trace, "a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -191,7 +193,7 @@ def execute(cell: Cell, out: Path, suite: str, jobs: int = 1) -> dict[str, Any]:
     def save(p: Progress) -> None:
         write_checkpoint(checkpoint, p)
 
-    plan_of_steps = Schedule(schedule["steps"], schedule["batch"], max(1, schedule["steps"] // 20))
+    plan_of_steps = Schedule(schedule["steps"], schedule["batch"], max(1, schedule["steps"] // 20), save_seconds)
     status, why = "ok", None
     try:
         progress = train(method, model, dataset, sigma, plan_of_steps, seeds, progress, log, save)
@@ -220,6 +222,7 @@ def execute(cell: Cell, out: Path, suite: str, jobs: int = 1) -> dict[str, Any]:
         "examples_per_second": measure.quartiles(rates), "train_seconds": sum(progress.seconds),
         "wall_seconds": measure.Clock(device).since(begun), "peak_memory_mib": peak or None,
         "warmup_steps": plan_of_steps.warmup, "sessions": progress.sessions,
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }  # fmt: skip
     clipped = progress.clipped / progress.seen if progress.seen and method.clip.needs_norms else None
     record["diagnostics"] = {

@@ -1,0 +1,46 @@
+"""What the documents say is true: their examples run, and the records in the repository fit the schema."""
+
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from harness.verify import check
+
+ROOT = Path(__file__).parent.parent
+RECORDS = sorted(ROOT.glob("results/*/*/record.json"))
+SCHEMA = json.loads((ROOT / "docs" / "record.schema.json").read_text())
+ADAPTERS = [
+    (page, code)
+    for page in ("README.md", "docs/adding-a-method.md")
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    if "@method(" in code
+]
+
+
+@pytest.mark.parametrize(("page", "code"), ADAPTERS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(ADAPTERS)])
+def test_documented_methods_conform(page, code, tmp_path):
+    file = tmp_path / "documented.py"
+    file.write_text(code)
+    assert [line for line in check(str(file)) if not line.ok] == []
+
+
+def test_the_readme_example_is_as_short_as_it_says():
+    readme = [code for page, code in ADAPTERS if page == "README.md"]
+    assert len(readme) == 1 and len([line for line in readme[0].splitlines() if line.strip()]) <= 20
+
+
+def test_records_fit_the_published_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    assert RECORDS, "the repository holds the records of its reference suites"
+    for path in RECORDS:
+        errors = [f"{path}: {e.json_path}: {e.message}" for e in validator.iter_errors(json.loads(path.read_text()))]
+        assert errors == []
+
+
+def test_the_two_commands_are_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert "make reproduce" in text and "make test" in text
