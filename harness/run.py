@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from harness.suite import Cell
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+LOG_POINTS = 20  # about how many lines a trace has
 SLACK = 1e-6  # by how much an accountant's answer for the ledger may exceed the target it was calibrated for
 
 
@@ -117,118 +118,149 @@ def execute(cell: Cell, out: Path, suite: str, jobs: int = 1, save_seconds: floa
     Appends to `out`/trace.jsonl, and saves a checkpoint at the first log point `save_seconds` after the last one.
     Whatever is wrong with the cell itself ends in a status (diverged, over_budget, skipped); all else raises.
     """
+    started, begun = datetime.now(UTC), measure.Clock().now()
     out.mkdir(parents=True, exist_ok=True)
-    started = datetime.now(UTC)
-    begun = measure.Clock().now()
-    facts = cell.canonical()
-    task, schedule, numerics = facts["task"], facts["schedule"], facts["numerics"]
-    threads = int(cell.device.get("threads") or 1)
-    torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(numerics["tf32"])
-    device = torch.device(cell.device.get("device") or "cpu")
-    method, target = method_of(cell), Target.of(cell)
-    dataset = data.load(task["dataset"])
-    if task["evaluate"] == "validation":
-        dataset = dataset.validation_split()
-    dataset = dataset.to(device, DTYPES[numerics["dtype"]])
-    n = dataset.n_train
-    seeds = Seeds(cell)
-    model = models.build(task["model"], dataset.input_shape, dataset.classes, seeds.init)
-    model = model.to(device, DTYPES[numerics["dtype"]])
-
-    record: dict[str, Any] = {
-        "schema": 1, "id": cell.id, "group": cell.group, "suite": suite, "status": "ok", "reason": None,
-        "cell": facts, "card": card(facts["method"]["name"]),
-        "privacy": {
-            "relation": method.sampler.relation.value, "unit": "example",
-            "sampling": method.sampler.law(n, schedule["batch"]), "delta": target.delta, "claimed": None,
-            "public_data": public_data(dataset.public_data, task), "sensitivity": None, "noise_multiplier": None,
-            "planned": {}, "spent": {}, "accountant": None, "epsilon": None, "ledger": [],
-        },
-        "metrics": {}, "measured": {"jobs": jobs}, "diagnostics": {}, "weights_sha256": None, "code": code_of(cell),
-        "device": measure.device_info(str(device), threads), "environment": measure.environment(),
-        "started": started.isoformat(timespec="seconds"),
-    }  # fmt: skip
-    record["code"] |= {key: record["environment"].pop(key) for key in ("commit", "dirty")}
-
-    reason = unfit(method, model, target, facts["privacy"]["relation"])
-    if reason:
-        return _finish(record, "skipped", reason)
-    try:
-        sigma = noise_multiplier(method, target, n, schedule["batch"], schedule["steps"])
-    except ValueError as error:
-        return _finish(record, "skipped", str(error))
-    plan = method.plan(sigma, n, schedule["batch"], schedule["steps"])
-    planned = _bounds("planned", plan, target, method)
-    record["privacy"] |= {"noise_multiplier": sigma or None, "planned": planned["planned"]}
-
-    checkpoint = out / "checkpoint" / "checkpoint.safetensors"
-    trace = out / "trace.jsonl"
-    progress = read_checkpoint(checkpoint, device) if checkpoint.exists() else start(method, model)
-    _truncate(trace, progress.trace)
-    measure.reset_peak_memory(device)
-    peak = 0.0
-
-    def log(point: LogPoint) -> None:
-        nonlocal peak
-        peak = max(peak, measure.peak_memory_mib(device))
-        weights = method.path.kept(point.progress.w, point.progress.parts.path)
-        line: dict[str, Any] = {
-            "step": point.step,
-            "seconds": round(sum(point.progress.seconds), 3),
-            "loss": point.loss,
-        }
-        line |= {"accuracy": evaluate(model, weights, method.loss, dataset)["accuracy"]}
-        if target.delta is not None:
-            line["epsilon"] = _finite(
-                epsilon(point.progress.ledger, target.delta, method.sampler.relation, "rdp")
-            )
-        clipped = point.clipped if method.clip.needs_norms else None
-        line |= {"examples_per_second": _finite(point.rate), "clipped_fraction": clipped}
-        with open(trace, "a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            point.progress.trace = file.tell()
-
-    def save(p: Progress) -> None:
-        write_checkpoint(checkpoint, p)
-
-    plan_of_steps = Schedule(schedule["steps"], schedule["batch"], max(1, schedule["steps"] // 20), save_seconds)
-    status, why = "ok", None
-    try:
-        progress = train(method, model, dataset, sigma, plan_of_steps, seeds, progress, log, save)
-        if progress.ledger != plan:
-            raise RuntimeError(f"the ledger differs from the plan: {progress.ledger} is not {plan}")
-        weights = method.path.kept(progress.w, progress.parts.path)
-        record["metrics"] = evaluate(model, weights, method.loss, dataset)
-        record["weights_sha256"] = digest(weights)
-    except Diverged as error:
-        status, why = "diverged", str(error)
-    spent = _bounds("spent", progress.ledger, target, method)
-    record["privacy"] |= spent | {
-        "ledger": progress.ledger.to_json(),
-        "sensitivity": _finite_all(progress.sensitivity),
-    }
-    used = spent["spent"].get(target.accountant) or spent["epsilon"]
-    if target.epsilon is not None and (used is None or used > target.epsilon * (1 + SLACK)):
-        status, why = (
-            "over_budget",
-            f"spent epsilon {used} by {target.accountant}, the target is {target.epsilon}",
-        )
-    rates = [
-        size / seconds for size, seconds in zip(progress.sizes, progress.seconds, strict=True) if seconds > 0
-    ]
+    session = _Session(cell, out, save_seconds)
+    record = session.blank(suite, started)
+    status, reason = session.fill(record)
     record["measured"] |= {
-        "examples_per_second": measure.quartiles(rates), "train_seconds": sum(progress.seconds),
-        "wall_seconds": measure.Clock(device).since(begun), "peak_memory_mib": peak or None,
-        "warmup_steps": plan_of_steps.warmup, "sessions": progress.sessions,
+        "jobs": jobs, "wall_seconds": measure.Clock(session.device).since(begun),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }  # fmt: skip
-    clipped = progress.clipped / progress.seen if progress.seen and method.clip.needs_norms else None
-    record["diagnostics"] = {
-        "train_loss": progress.loss, "clipped_fraction": clipped, "non_finite": progress.non_finite,
-    }  # fmt: skip
-    return _finish(record, status, why)
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    return record | {"status": status, "reason": reason, "finished": finished}
+
+
+class _Session:
+    """A cell set up in this process: its parts, its data and model on the device, its files."""
+
+    def __init__(self, cell: Cell, out: Path, save_seconds: float) -> None:
+        facts = cell.canonical()
+        numerics = facts["numerics"]
+        self.cell, self.task = cell, facts["task"]
+        self.threads = int(cell.device.get("threads") or 1)
+        torch.set_num_threads(self.threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(numerics["tf32"])
+        self.device, dtype = torch.device(cell.device.get("device") or "cpu"), DTYPES[numerics["dtype"]]
+        self.method, self.target, self.seeds = method_of(cell), Target.of(cell), Seeds(cell)
+        loaded = data.load(self.task["dataset"])
+        chosen = loaded.validation_split() if self.task["evaluate"] == "validation" else loaded
+        self.data = chosen.to(self.device, dtype)
+        model = models.build(self.task["model"], self.data.input_shape, self.data.classes, self.seeds.init)
+        self.model = model.to(self.device, dtype)
+        steps, batch = facts["schedule"]["steps"], facts["schedule"]["batch"]
+        self.schedule = Schedule(steps, batch, max(1, steps // LOG_POINTS), save_seconds)
+        self.checkpoint = out / "checkpoint" / "checkpoint.safetensors"
+        self.trace = out / "trace.jsonl"
+        self.peak = 0.0
+
+    def blank(self, suite: str, started: datetime) -> dict[str, Any]:
+        """The record before anything has happened."""
+        facts, sampler = self.cell.canonical(), self.method.sampler
+        environment = measure.environment()
+        return {
+            "schema": 1, "id": self.cell.id, "group": self.cell.group, "suite": suite, "cell": facts,
+            "card": card(self.cell.method),
+            "privacy": {
+                "relation": sampler.relation.value, "unit": "example",
+                "sampling": sampler.law(self.data.n_train, self.schedule.batch), "delta": self.target.delta,
+                "public_data": public_data(self.data.public_data, self.task), "sensitivity": None,
+                "noise_multiplier": None, "planned": {}, "spent": {}, "accountant": None, "epsilon": None,
+                "claimed": None, "ledger": [],
+            },
+            "metrics": {}, "measured": {}, "diagnostics": {}, "weights_sha256": None,
+            "code": code_of(self.cell) | {key: environment.pop(key) for key in ("commit", "dirty")},
+            "device": measure.device_info(str(self.device), self.threads), "environment": environment,
+            "started": started.isoformat(timespec="seconds"),
+        }  # fmt: skip
+
+    def fill(self, record: dict[str, Any]) -> tuple[str, str | None]:
+        """Train, and enter what came of it; returns the status and the reason."""
+        m, size = self.method, (self.data.n_train, self.schedule.batch, self.schedule.steps)
+        reason = unfit(m, self.model, self.target, self.cell.privacy["relation"])
+        if reason:
+            return "skipped", reason
+        try:
+            sigma = noise_multiplier(m, self.target, *size)
+        except ValueError as error:
+            return "skipped", str(error)
+        plan = m.plan(sigma, *size)
+        record["privacy"] |= {
+            "noise_multiplier": sigma or None,
+            "planned": _bounds("", plan, self.target, m)[""],
+        }
+        progress = (
+            read_checkpoint(self.checkpoint, self.device)
+            if self.checkpoint.exists()
+            else start(m, self.model)
+        )
+        _truncate(self.trace, progress.trace)
+        measure.reset_peak_memory(self.device)
+        status, reason = "ok", None
+        try:
+            train(m, self.model, self.data, sigma, self.schedule, self.seeds, progress, self.log, self.save)
+            if progress.ledger != plan:
+                raise RuntimeError(f"the ledger differs from the plan: {progress.ledger} is not {plan}")
+            weights = m.path.kept(progress.w, progress.parts.path)
+            record["metrics"] = evaluate(self.model, weights, m.loss, self.data)
+            record["weights_sha256"] = digest(weights)
+        except Diverged as error:
+            status, reason = "diverged", str(error)
+        record["privacy"] |= _bounds("spent", progress.ledger, self.target, m)
+        record["privacy"] |= {
+            "ledger": progress.ledger.to_json(),
+            "sensitivity": _finite_all(progress.sensitivity),
+        }
+        record["measured"] |= self.measured(progress)
+        record["diagnostics"] = self.diagnostics(progress)
+        excess = self.excess(record["privacy"])
+        return ("over_budget", excess) if excess else (status, reason)
+
+    def log(self, point: LogPoint) -> None:
+        """Append a line to the trace. What it tells of private data is for diagnosis."""
+        p, m = point.progress, self.method
+        self.peak = max(self.peak, measure.peak_memory_mib(self.device))
+        scores = evaluate(self.model, m.path.kept(p.w, p.parts.path), m.loss, self.data)
+        line = {"step": point.step, "seconds": round(sum(p.seconds), 3), "loss": point.loss}
+        line |= {"accuracy": scores["accuracy"], "examples_per_second": _finite(point.rate)}
+        line |= {"clipped_fraction": point.clipped if m.clip.needs_norms else None}
+        if self.target.delta is not None:
+            line["epsilon"] = _finite(epsilon(p.ledger, self.target.delta, m.sampler.relation, "rdp"))
+        with open(self.trace, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            p.trace = file.tell()
+
+    def save(self, progress: Progress) -> None:
+        """Write the checkpoint."""
+        write_checkpoint(self.checkpoint, progress)
+
+    def measured(self, progress: Progress) -> dict[str, Any]:
+        """Speed and memory."""
+        blocks = zip(progress.sizes, progress.seconds, strict=True)
+        return {
+            "examples_per_second": measure.quartiles([size / seconds for size, seconds in blocks if seconds > 0]),
+            "train_seconds": sum(progress.seconds), "peak_memory_mib": self.peak or None,
+            "warmup_steps": self.schedule.warmup, "sessions": progress.sessions,
+        }  # fmt: skip
+
+    def diagnostics(self, progress: Progress) -> dict[str, Any]:
+        """Exact functions of private data."""
+        clips = self.method.clip.needs_norms and progress.seen
+        return {
+            "train_loss": progress.loss, "non_finite": progress.non_finite,
+            "clipped_fraction": progress.clipped / progress.seen if clips else None,
+        }  # fmt: skip
+
+    def excess(self, privacy: dict[str, Any]) -> str | None:
+        """By how much the run overspent, by the accountant that it was calibrated with; None if it did not."""
+        if self.target.epsilon is None:
+            return None
+        spent = privacy["spent"][self.target.accountant]
+        used = privacy["epsilon"] if spent is None else spent
+        if used is not None and used <= self.target.epsilon * (1 + SLACK):
+            return None
+        return f"spent epsilon {used} by {self.target.accountant}, the target is {self.target.epsilon}"
 
 
 def unfit(method: Method, model: torch.nn.Module, target: Target, relation: str) -> str | None:
@@ -258,12 +290,6 @@ def card(name: str) -> dict[str, Any]:
 def digest(w: Tree) -> str:
     """sha256 of the weights, bit for bit."""
     return hashlib.sha256(w.flat.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def _finish(record: dict[str, Any], status: str, reason: str | None) -> dict[str, Any]:
-    return record | {
-        "status": status, "reason": reason, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
 
 
 def _finite(value: float | None) -> float | None:
