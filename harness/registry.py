@@ -95,7 +95,7 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
 ARGUMENT: Mapping[str, str] = {"dataset": "path", "model": "name"}
 # Keys of a [[method]] table of a suite, so no hyper-parameter may have such a name.
 RESERVED: Mapping[str, frozenset[str]] = {
-    "method": frozenset({"name", "label", "tasks", "on"}),
+    "method": frozenset({"name", "label", "tasks", "epsilon", "on"}),
     "dataset": frozenset(),
     "model": frozenset(),
 }

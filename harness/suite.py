@@ -149,13 +149,15 @@ class Task(_Table):
 
 
 class MethodTable(_Table):
-    """``[[method]]``: name, label, tasks (globs), overrides by task; other keys are hyper-parameters."""
+    """``[[method]]``: name, label, tasks (globs) and epsilons it is for, overrides by task; the other keys are
+    hyper-parameters."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
     name: Text
     label: Text | None = None
     tasks: Annotated[tuple[Text, ...], BeforeValidator(_one_or_many)] = ("*",)
+    epsilon: Annotated[tuple[Positive, ...], BeforeValidator(_one_or_many)] | None = None
     on: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
@@ -224,13 +226,21 @@ class Scheduled:
 
 @dataclass(frozen=True)
 class Variant:
-    """One method with one value for each hyper-parameter, on one task; ``index`` counts ``[[method]]``."""
+    """One method with one value for each hyper-parameter, on one task; ``index`` counts ``[[method]]``.
+
+    ``epsilons`` are the privacy targets it is for, None for all of the suite's.
+    """
 
     index: int
     name: str
     label: str
     parameters: dict[str, Any]
     task: Scheduled
+    epsilons: tuple[float, ...] | None = None
+
+    def meets(self, other: Variant) -> bool:
+        """Whether both are for one of the same targets."""
+        return self.epsilons is None or other.epsilons is None or bool({*self.epsilons} & {*other.epsilons})
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,17 +271,24 @@ class Suite:
         facts = self._facts(problems)
         parts = self._parts(problems)
         schedules = {task.index: self._schedule(task, facts, problems) for task in self.tasks}
+        for number, variant in enumerate(self.variants):
+            if variant.epsilons is not None and parts[number] and not _is_private(parts[number]):
+                message = f'method "{variant.name}" trains without privacy; leave "epsilon" out.'
+                problems.append(self._problem(("method", variant.index, "epsilon"), message))
         if problems:
             raise SuiteError(problems)
         cells = [
             self._cell(variant, facts, schedules, parts[number], epsilon, device, seed)
             for seed in self.seeds
             for number, variant in enumerate(self.variants)
-            for epsilon in (self.privacy.epsilon if _is_private(parts[number]) else (None,))
+            for epsilon in (self._targets(variant) if _is_private(parts[number]) else (None,))
             for device in self.devices
         ]
         self._refuse_twins(cells)
         return cells
+
+    def _targets(self, variant: Variant) -> tuple[float, ...]:
+        return self.privacy.epsilon if variant.epsilons is None else variant.epsilons
 
     def _problem(self, path: KeyPath, message: str) -> Problem:
         return Problem(self.file, self.lines.line(path), message)
@@ -486,6 +503,7 @@ class _Reader:
         self._distinct(("privacy", "epsilon"), privacy.epsilon if privacy else ())
         self._distinct(("suite", "seeds"), header.seeds if header else ())
         variants = self._variants(methods, tasks)
+        self._filters(methods, privacy)
         self._count(variants, header, privacy, devices)
         self._published(published, methods, tasks)
         if self.problems or header is None or privacy is None:
@@ -737,14 +755,28 @@ class _Reader:
                 grid[key] = good
         return grid
 
+    def _filters(self, methods: Mapping[int, MethodTable], privacy: Privacy | None) -> None:
+        """A method may be for some of the suite's targets only."""
+        for index, table in methods.items():
+            given = table.epsilon or ()
+            for number, epsilon in enumerate(given):
+                if epsilon in given[:number]:
+                    text = f"[[method]] epsilon: {show(epsilon)} is given twice; keep one."
+                    self.bad(("method", index, "epsilon", number), text)
+                if privacy and epsilon not in privacy.epsilon:
+                    known = ", ".join(f"{one:g}" for one in privacy.epsilon)
+                    text = f"epsilon {epsilon:g} is no target of this suite; [privacy] has {known}."
+                    self.bad(("method", index, "epsilon", number), text)
+
     def _labels(self, variants: Iterable[Variant]) -> None:
-        """On a task, no two variants may share a label or be the same."""
-        labels: dict[tuple[int, str], Variant] = {}
-        values: dict[tuple[int, str], Variant] = {}
+        """On a task and for a target, no two variants may share a label or be the same."""
+        before: dict[int, list[Variant]] = {}
         for one in variants:
-            task = one.task.index
-            twin = values.setdefault((task, canonical_json([one.name, one.parameters])), one)
-            named = labels.setdefault((task, one.label), one)
+            others = [other for other in before.setdefault(one.task.index, []) if other.meets(one)]
+            before[one.task.index].append(one)
+            key = canonical_json([one.name, one.parameters])
+            twin = next((o for o in others if canonical_json([o.name, o.parameters]) == key), one)
+            named = next((o for o in others if o.label == one.label), one)
             if twin is not one:
                 line = self.lines.line(("method", twin.index))
                 text = f'[[method]] "{one.label}" is the same as the one on line {line}; remove one.'
@@ -819,4 +851,6 @@ def _expand(
         given = dict(zip(keys, values, strict=True))
         swept = ", ".join(f"{key}={given[key]}" for key in keys if len(grid[key]) > 1)
         label = table.label or table.name
-        yield Variant(index, table.name, f"{label} ({swept})" if swept else label, defaults | given, task)
+        yield Variant(
+            index, table.name, f"{label} ({swept})" if swept else label, defaults | given, task, table.epsilon
+        )

@@ -315,8 +315,7 @@ seconds = "long"
         '35: method "dp-sgd", parameter "lr": true does not fit the type float; write a number such as 0.5.',
         '36: "momentum" is an empty list; write at least one value.',
         '39: [[device]] device = "gpu": write "cpu", "cuda" or "cuda:0".',
-        "40: [[device]] dtype = \"float23\": should be 'float32' or 'float64'. "
-        'Did you mean "float32"?',
+        "40: [[device]] dtype = \"float23\": should be 'float32' or 'float64'. Did you mean \"float32\"?",
         "43: [[device]] tf32 = true: it exists for float32 on cuda only; remove it.",
         '46: [budget] seconds = "long": should be a valid number.',
     ]
@@ -570,3 +569,29 @@ def test_lines(ends: str) -> None:
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(ids(suite.parse(TEXT).cells()), indent=1) + "\n")
+
+
+def test_a_method_may_be_for_some_targets_only():
+    """Tuned values differ by epsilon: two tables of one method may share a label where their targets differ."""
+    head = (
+        '[suite]\nname = "s"\nquestion = "?"\n[privacy]\nepsilon = [1.0, 3.0]\ndelta = 1e-5\n'
+        '[train]\nbatch = 64\nsteps = 10\n[[task]]\ndataset = "digits"\nmodel = "mlp"\n'
+    )
+    two = '[[method]]\nname = "dp-sgd"\nepsilon = 1.0\nlr = 0.5\n[[method]]\nname = "dp-sgd"\nepsilon = 3.0\nlr = 2.0\n'
+    cells = suite.parse(head + two, "s.toml").cells()
+    assert [(c.privacy["epsilon"], c.parameters["lr"], c.label) for c in cells] == [
+        (1.0, 0.5, "dp-sgd"),
+        (3.0, 2.0, "dp-sgd"),
+    ]
+    for bad, message in (
+        (two.replace("= 3.0", "= 1.0", 1), 'two methods are labelled "dp-sgd"'),
+        (
+            two.replace("epsilon = 3.0", "epsilon = 4.0"),
+            "epsilon 4 is no target of this suite; [privacy] has 1, 3.",
+        ),
+        (two.replace("epsilon = 1.0", "epsilon = [1.0, 1.0]"), "1.0 is given twice"),
+        ('[[method]]\nname = "non-private"\nepsilon = 1.0\n', 'trains without privacy; leave "epsilon" out'),
+    ):
+        with pytest.raises(suite.SuiteError) as error:
+            suite.parse(head + bad, "s.toml").cells()
+        assert message in str(error.value)
