@@ -272,9 +272,7 @@ def _add_files(files: Iterable[str]) -> None:
 
     for file in files:
         if not Path(file).is_file():
-            raise UserError(
-                f"--method {file}: no such file; name a Python file with an @method function in it."
-            )
+            raise UserError(f"{file}: no such file; name a Python file with an @method function in it.")
         registry.add_file(file)
 
 
@@ -323,7 +321,8 @@ def _ls(options: argparse.Namespace) -> int:
     _add_files(options.method)
     kinds = [options.what] if options.what else [*_KINDS, "suites"]
     for kind in kinds:
-        print(kind if len(kinds) > 1 else "", end="\n" if len(kinds) > 1 else "")
+        if len(kinds) > 1:
+            print(kind)
         if kind == "suites":
             print(_table(_suite_rows(), indent="  ") or "  none: no *.toml under suites/")
         else:
@@ -704,9 +703,8 @@ def _say_selection(
         fate = "and run again" if options.stale else "and kept (--stale runs them again)"
         parts.append(f"{len(selection.stale)} are stale {fate}")
     if selection.failed:
-        parts.append(
-            f"{len(selection.failed)} failed {'and run' if options.retry else '(--retry runs them)'} again"
-        )
+        fate = "and run again" if options.retry else "(--retry runs them again)"
+        parts.append(f"{len(selection.failed)} failed {fate}")
     todo = len(selection.todo)
     parts.append(f"{todo} to run, {min(at_once, todo)} at once" if todo else "nothing to run")
     print(f"suite {suite.name}: {len(cells)} runs; {'; '.join(parts)}", flush=True)

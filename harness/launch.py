@@ -23,6 +23,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -65,6 +66,7 @@ _POLL = 0.25  # seconds between two looks at budgets and memory
 _ELSEWHERE = 1.0  # seconds between two looks at a run of another launcher
 _SERIAL = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _OUTPUT = "output.txt"
+_STACK = re.compile(r'\s*File "| {4}|Traceback |Thread 0x|Current thread|Extension modules')
 _PR_SET_PDEATHSIG = 1
 
 
@@ -250,16 +252,18 @@ class Bar:
     """A progress bar over all runs, with a line for each that is finished above it."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
+        narrow = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         self._bar = RichProgress(
-            TextColumn("runs"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[pace]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[running]}", markup=False, style="dim"),
+            TextColumn("runs", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[pace]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[running]}", markup=False, style="dim", table_column=narrow),
+            expand=True,
         )
         self._task = self._bar.add_task("runs", total=None, pace="", running="")
         self._bar.start()
@@ -663,12 +667,16 @@ def _cause_of_death(run: _Running) -> tuple[str, str]:
     return "crashed", f"ended with exit code {code} and without a record{tail}"
 
 
-def _tail(path: Path, characters: int = 500) -> str:
+def _tail(path: Path) -> str:
+    """The last lines that a run printed, without stacks: those are in the file, and name places here."""
     try:
-        text = path.read_text(errors="replace").strip()
+        lines = path.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return ""
-    return f"; its last output was: {text[-characters:]}" if text else ""
+    told = [line.strip() for line in lines if line.strip() and not _STACK.match(line)]
+    return (
+        f"; its last output was: {' / '.join(told[-3:])[-500:]} (all of it is in {_OUTPUT})" if told else ""
+    )
 
 
 def _fraction(job: Job) -> float:
@@ -846,6 +854,7 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
         _limit_threads(_threads(cell))
         _prepare(cell, folder, task["code"])
         record: store.Record = execute(cell, folder, task["suite"], task["jobs"])
+        store.encode(record, folder.name)  # so that one that cannot be written counts as a crash, here
         return record
     except Exception as error:  # a failed run is a row with a reason, whatever was raised
         (folder / "error.txt").write_text(traceback.format_exc())

@@ -47,6 +47,7 @@ __all__ = [
     "cell_of",
     "current",
     "dumps",
+    "encode",
     "load",
     "locked",
     "merge",
@@ -155,16 +156,21 @@ def write_once(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def encode(record: Record, folder: str) -> bytes:
+    """The bytes of a record for the folder of this name. Raises StoreError where it is not a valid one."""
+    data = dumps({key: value for key, value in record.items() if key != "path"}).encode()
+    reason = _flaw(json.loads(data), folder)
+    if reason:
+        raise StoreError(f"the record for {folder} is not valid: {reason}")
+    return data
+
+
 def write_record(folder: Path, record: Record) -> Path:
     """Write `record` as ``folder/record.json`` and return that path. Raises StoreError where it is not valid.
 
     `folder` must be named after the record's id (with ``.2``, ``.3`` for later attempts).
     """
-    record = {key: value for key, value in record.items() if key != "path"}
-    data = dumps(record).encode()
-    reason = _flaw(json.loads(data), folder.name)
-    if reason:
-        raise StoreError(f"{folder / RECORD}: not written, {reason}")
+    data = encode(record, folder.name)
     folder.mkdir(parents=True, exist_ok=True)
     write_once(folder / RECORD, data)
     return folder / RECORD

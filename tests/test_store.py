@@ -147,9 +147,9 @@ def test_which_record_counts(tmp_path: Path) -> None:
     assert counts(("ok", "c"), ("diverged", "c")) == (2, False)  # the newest, not the most flattering
     assert counts(*[("timeout", "c")] * 11) == (11, False)  # 11 comes after 2, as numbers do
     place = store.Folder(tmp_path / "1", "core", id)
-    assert place.unfinished() == place.attempt(2)
-    place.attempt(2).mkdir()
-    assert place.unfinished() == place.attempt(2)
+    assert place.unfinished() == place.attempt(3)
+    place.attempt(3).mkdir()
+    assert place.unfinished() == place.attempt(3)  # begun, and not over
 
 
 def test_merge_adds_and_never_overwrites(tmp_path: Path) -> None:

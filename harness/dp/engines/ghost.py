@@ -7,7 +7,7 @@ Lee and Kifer, "Scaling up differentially private deep learning with fast per-ex
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Clipped, PerExample, group_norms
 from harness.dp.engines.rules import Gradient
 from harness.dp.engines.tape import gradients, plan_for, run
-from harness.dp.engines.vmap import plain_sum, refusal
+from harness.dp.engines.vmap import chunk_within, plain_sum, refusal
 from harness.dp.loss import Batch, Loss
+from harness.dp.release import Bounded, Relation
 from harness.dp.tree import Tree
 
 
@@ -34,8 +35,34 @@ class Ghost(PerExample):
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         return refusal(model)
 
+    def bounded(
+        self,
+        loss: Loss,
+        clip: Clip,
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
+        sigma: float,
+        relation: Relation,
+    ) -> Bounded:
+        if self.microbatch is None and len(batch):  # the best microbatch depends on what the plan keeps
+            plan = plan_for(loss, model, w.views, batch)
+            chunk = chunk_within(len(batch), batch.x.device, plan.footprints, plan.activations)
+            return replace(self, microbatch=chunk).bounded(
+                loss, clip, model, w, batch, state, sigma, relation
+            )
+        return super().bounded(loss, clip, model, w, batch, state, sigma, relation)
+
     def clipped_sum(
-        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
+        self,
+        loss: Loss,
+        clip: Clip,
+        groups: Mapping[str, int],
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
     ) -> Clipped:
         if not clip.needs_norms:
             total, losses = plain_sum(loss, model, w, batch)
@@ -47,7 +74,8 @@ class Ghost(PerExample):
         found = gradients(plan, model, w.views, taped, loss, batch)
         losses = taped.losses.detach()
         zero = losses.new_zeros(len(batch), dtype=torch.float64)
-        norms = group_norms({n: found[n].squares() if n in found else zero for n in w.names}, groups)
+        again = max(groups.values()) == 0
+        norms = group_norms({n: found[n].squares(again) if n in found else zero for n in w.names}, groups)
         weights = clip.weights(norms, state)
         good = norms.isfinite().all(1)
         if good.all():
@@ -55,9 +83,13 @@ class Ghost(PerExample):
         else:  # weight 0 would not do: 0 * inf is not a number
             total = torch.zeros_like(w.flat)
             if good.any():
-                part = self.clipped_sum(loss, clip, groups, model, w, Batch(batch.x[good], batch.y[good]), state)
+                part = self.clipped_sum(
+                    loss, clip, groups, model, w, Batch(batch.x[good], batch.y[good]), state
+                )
                 total = part.total.flat
-                if part.norms is not None and part.weights is not None:  # other numbers if the model draws any
+                if (
+                    part.norms is not None and part.weights is not None
+                ):  # other numbers if the model draws any
                     norms[good], weights[good] = part.norms, part.weights
         if not clip.needs_norms:
             return Clipped(w.with_flat(total), None, None, losses)

@@ -23,7 +23,12 @@ from torch import Tensor, nn
 
 from harness.dp.engines.rows import squared_norms, weighted_rows, wide
 
-ROW_COST = 41  # writing, squaring and summing one element of a per-example gradient, in multiply-adds
+ROW_COST = (
+    41  # writing, squaring and summing one element of a per-example gradient, in multiply-adds (measured)
+)
+LARGE = (
+    1 << 18
+)  # elements of a per-example gradient beyond which a CPU's allocator makes rows four times dearer
 
 
 def scaled(v: Tensor, g: Tensor) -> Tensor:
@@ -59,8 +64,17 @@ class Gradient:
         """The gradients [B, *shape]."""
         raise NotImplementedError
 
-    def squares(self) -> Tensor:
-        """Squared norms [B], in float64."""
+    @property
+    def footprint(self) -> int:
+        """Bytes of rows held for each example."""
+        raise NotImplementedError
+
+    def squares(self, again: bool = False) -> Tensor:
+        """Squared norms [B], in float64.
+
+        `again`: whether a gradient that is not held then costs another backward pass through its layer, which a form
+        with a choice takes into account.
+        """
         return squared_norms(self.rows)
 
     def weighted(self, v: Tensor) -> Tensor:
@@ -78,9 +92,8 @@ class Rows(Gradient):
 
     value: Tensor
 
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        return self.value.shape[1:]
+    def __post_init__(self) -> None:
+        self.shape = self.value.shape[1:]
 
     @property
     def held(self) -> bool:
@@ -90,9 +103,32 @@ class Rows(Gradient):
     def rows(self) -> Tensor:
         return self.value
 
+    @property
+    def footprint(self) -> int:
+        return self.shape.numel() * self.value.element_size()
+
+
+class Implied(Gradient):
+    """Gradients that other tensors imply, multiplied out on demand and then kept."""
+
+    @property
+    def held(self) -> bool:
+        return "rows" in self.__dict__
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return self._multiply_out()
+
+    def _multiply_out(self) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def footprint(self) -> int:
+        return self.shape.numel() * self.rows.element_size() if "rows" in self.__dict__ else 0
+
 
 @dataclass
-class Outer(Gradient):
+class Outer(Implied):
     """sum_t g_t a_t^T, from a [B, T, d] and g [B, T, p]: the weight [p, d] of a linear layer."""
 
     a: Tensor
@@ -101,25 +137,17 @@ class Outer(Gradient):
     def __post_init__(self) -> None:
         self.shape = torch.Size((self.g.shape[2], self.a.shape[2]))
 
-    @property
-    def held(self) -> bool:
-        return "rows" in self.__dict__
-
-    @cached_property
-    def rows(self) -> Tensor:
+    def _multiply_out(self) -> Tensor:
         a, g = wide(self.a), wide(self.g)
         return torch.bmm(g.mT, a)
 
-    @property
-    def gram(self) -> bool:
-        """Whether the norm is cheaper from T x T Gram matrices than from the rows."""
+    def squares(self, again: bool = False) -> Tensor:
         p, d = self.shape
-        return gram_is_cheaper(self.a.shape[1], d, p)
-
-    def squares(self) -> Tensor:
         if self.a.shape[1] == 1:
             return squared_norms(self.a) * squared_norms(self.g)
-        return gram_squares(wide(self.a), wide(self.g)) if self.gram else squared_norms(self.rows)
+        if gram_is_cheaper(self.a.shape[1], d, p, again, self.a.device):
+            return gram_squares(wide(self.a), wide(self.g))
+        return squared_norms(self.rows)
 
     def weighted(self, v: Tensor) -> Tensor:
         if self.held:
@@ -133,14 +161,19 @@ class Outer(Gradient):
         return super().__add__(other)
 
 
-def gram_is_cheaper(positions: int, fan_in: int, outputs: int) -> bool:
-    """Gram matrices take T^2 (d + p) multiply-adds and the weighted sum T d p after them; rows take T d p and are then
-    written, squared and summed, `ROW_COST` for each of their d p elements."""
-    return positions**2 * (fan_in + outputs) < ROW_COST * fan_in * outputs
+def gram_is_cheaper(positions: int, fan_in: int, outputs: int, again: bool, device: torch.device) -> bool:
+    """Whether T x T Gram matrices give a norm for less than the rows do.
+
+    In multiply-adds: the Gram matrices take T^2 (d + p), and the weighted sum T d p after them, or twice that if it
+    takes another backward pass. Rows take T d p, and are then written, squared and summed.
+    """
+    elements = fan_in * outputs
+    row_cost = ROW_COST * (4 if elements > LARGE and device.type == "cpu" else 1)
+    return positions**2 * (fan_in + outputs) + again * positions * elements < row_cost * elements
 
 
 @dataclass
-class Lookup(Gradient):
+class Lookup(Implied):
     """g_t added to row index_t, from index [B, T] and g [B, T, d]: the weight [entries, d] of an embedding."""
 
     index: Tensor
@@ -160,14 +193,15 @@ class Lookup(Gradient):
         first = torch.arange(len(self.index), device=self.index.device) * self.entries
         return (self.index + first[:, None]).flatten()
 
-    @cached_property
-    def rows(self) -> Tensor:
+    def _multiply_out(self) -> Tensor:
         g = wide(self.g).flatten(0, 1)
-        return g.new_zeros(len(self.index) * self.entries, g.shape[1]).index_add_(0, self.keys, g).unflatten(
-            0, (-1, self.entries)
+        return (
+            g.new_zeros(len(self.index) * self.entries, g.shape[1])
+            .index_add_(0, self.keys, g)
+            .unflatten(0, (-1, self.entries))
         )
 
-    def squares(self) -> Tensor:
+    def squares(self, again: bool = False) -> Tensor:
         # Positions that look up the same entry in the same example add up before they are squared.
         g = wide(self.g).flatten(0, 1)
         keys, inverse = torch.unique(self.keys, return_inverse=True)
@@ -180,7 +214,9 @@ class Lookup(Gradient):
 
     def __add__(self, other: Gradient) -> Gradient:
         if isinstance(other, Lookup):
-            return Lookup(torch.cat([self.index, other.index], 1), torch.cat([self.g, other.g], 1), self.entries)
+            return Lookup(
+                torch.cat([self.index, other.index], 1), torch.cat([self.g, other.g], 1), self.entries
+            )
         return super().__add__(other)
 
 
@@ -196,7 +232,7 @@ class Geometry:
 
 
 @dataclass
-class Patches(Gradient):
+class Patches(Implied):
     """The weight of a convolution, from inputs x [B, k, C, ...] and output gradients g [B, k, p, ...]."""
 
     x: Tensor
@@ -207,35 +243,36 @@ class Patches(Gradient):
         fan = self.x.shape[2] // self.geometry.groups
         self.shape = torch.Size((self.g.shape[2], fan, *self.geometry.kernel))
 
-    @property
-    def held(self) -> bool:
-        return "rows" in self.__dict__
-
     def _weight_gradient(self, x: Tensor, g: Tensor, groups: int) -> Tensor:
-        """The weight gradient of a convolution of x [N, groups * c, ...] with output gradient g [N, groups * p, ...]."""
+        """The weight gradient of a convolution, from x [N, groups * c, ...] and g [N, groups * p, ...]."""
         geo, n = self.geometry, len(self.geometry.kernel)
         weight = x.new_empty(1).expand(g.shape[1], *self.shape[1:])  # only its shape matters
         return torch.ops.aten.convolution_backward(
-            g, x, weight, None, geo.stride, geo.padding, geo.dilation, False, [0] * n, groups, [False, True, False]
+            g,
+            x,
+            weight,
+            None,
+            geo.stride,
+            geo.padding,
+            geo.dilation,
+            False,
+            [0] * n,
+            groups,
+            [False, True, False],
         )[1]
 
-    @cached_property
-    def rows(self) -> Tensor:
+    def _multiply_out(self) -> Tensor:
         # Examples become groups of channels of one convolution, whose weight gradient then holds each example's own.
         x, g = (wide(t).transpose(0, 1).flatten(1, 2) for t in (self.x, self.g))
         return self._weight_gradient(x, g, len(self.x) * self.geometry.groups).unflatten(0, (len(self.x), -1))
 
-    @property
-    def gram(self) -> bool:
-        """Whether the norm is cheaper from T x T Gram matrices of the patches than from the rows."""
-        if len(self.geometry.kernel) > 2:
-            return False
-        positions = self.g.shape[1] * math.prod(self.g.shape[3:])
-        groups = self.geometry.groups
-        return gram_is_cheaper(positions, math.prod(self.shape[1:]), self.shape[0] // groups)
-
-    def squares(self) -> Tensor:
-        return self._gram_squares() if self.gram else squared_norms(self.rows)
+    def squares(self, again: bool = False) -> Tensor:
+        geo = self.geometry
+        positions, fan_in = self.g.shape[1] * math.prod(self.g.shape[3:]), math.prod(self.shape[1:])
+        unfolds = len(geo.kernel) <= 2
+        if unfolds and gram_is_cheaper(positions, fan_in, self.shape[0] // geo.groups, again, self.x.device):
+            return self._gram_squares()
+        return squared_norms(self.rows)
 
     def _gram_squares(self) -> Tensor:
         geo, groups = self.geometry, self.geometry.groups
@@ -252,6 +289,7 @@ class Patches(Gradient):
             padding=two(geo.padding, 0),
             stride=two(geo.stride, 1),
         )
+
         # [B, k, groups, d, T] -> [B * groups, k * T, d], and the same for g
         def positions(t: Tensor) -> Tensor:
             return t.unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3).flatten(0, 1)
@@ -289,7 +327,9 @@ def channels_summed(g: Tensor, examples: int) -> Tensor:
 Rule = Callable[[Any, Tensor, Tensor, int, Collection[str]], dict[str, Gradient]]
 
 
-def linear(module: nn.Linear, x: Tensor, g: Tensor, examples: int, wanted: Collection[str]) -> dict[str, Gradient]:
+def linear(
+    module: nn.Linear, x: Tensor, g: Tensor, examples: int, wanted: Collection[str]
+) -> dict[str, Gradient]:
     """Input [B * k, ..., d], output gradient [B * k, ..., p]."""
     x, g = x.reshape(examples, -1, x.shape[-1]), g.reshape(examples, -1, g.shape[-1])
     found: dict[str, Gradient] = {}
@@ -353,7 +393,9 @@ def layer_norm(
     )
 
 
-def rms_norm(module: nn.RMSNorm, x: Tensor, g: Tensor, examples: int, wanted: Collection[str]) -> dict[str, Gradient]:
+def rms_norm(
+    module: nn.RMSNorm, x: Tensor, g: Tensor, examples: int, wanted: Collection[str]
+) -> dict[str, Gradient]:
     """Input and output gradient [B * k, ..., *normalized_shape]."""
     shape = module.normalized_shape
     return _affine(

@@ -19,9 +19,9 @@ module, and at last to the whole model.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -32,9 +32,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from harness.dp.engines.engine import trainable
-from harness.dp.engines.rules import Gradient, Rows, rule_for, squared_norms
-from harness.dp.engines.vmap import per_example_gradients
+from harness.dp.engines.rows import squared_norms
+from harness.dp.engines.rules import Gradient, Rows, rule_for
+from harness.dp.engines.vmap import explicit_states, per_example_gradients
 from harness.dp.loss import Batch, Loss
 
 PROBE = 3  # examples on which a plan is tried
@@ -72,7 +72,9 @@ class Call:
     @property
     def disturbed(self) -> bool:
         """Whether an input, or an output whose place in the graph is thereby lost, was written to afterwards."""
-        inputs = any(v is not None and t._version != v for t, v in zip(self.inputs, self.versions, strict=True))
+        inputs = any(
+            v is not None and t._version != v for t, v in zip(self.inputs, self.versions, strict=True)
+        )
         outputs = any(
             t is not None and t._is_view() and t._version != v
             for t, v in zip(self.outputs, self.output_versions, strict=True)
@@ -93,9 +95,13 @@ class Tape:
         leaves = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
         if self.copy:
             leaves = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
-        self._open.append(Call(path, leaves, spec, [t._version if isinstance(t, Tensor) else None for t in leaves]))
+        self._open.append(
+            Call(path, leaves, spec, [t._version if isinstance(t, Tensor) else None for t in leaves])
+        )
 
-    def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def leave(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         call = self._open.pop()
         if self.copy:
             output = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
@@ -136,14 +142,17 @@ class Plan:
     `rules`: module path -> {its own parameter's name: the model's name}; `modules`: path of a module to differentiate
     on its own -> {name within it: the model's name}; `whole`: the names for which the whole model is differentiated.
     `layouts`: path -> the layout of each of its calls. `copy`: whether tensors on the tape must be copied, because the
-    model writes to them later.
+    model writes to them later. `footprints`: bytes per example of each per-example gradient that two passes keep;
+    `activations`: bytes per example on the tape, roughly.
     """
 
     rules: Mapping[str, Mapping[str, str]]
     modules: Mapping[str, Mapping[str, str]]
     whole: tuple[str, ...]
     layouts: Mapping[str, tuple[Layout, ...]]
-    copy: bool
+    copy: bool = False
+    footprints: tuple[int, ...] = ()
+    activations: int = 0
 
     @property
     def paths(self) -> set[str]:
@@ -173,7 +182,9 @@ def run(
     if tape.disturbed and not copy:
         return run(loss, model, state, batch, paths, copy=True)
     edges = [edge for call in tape.calls for edge in call.edges if edge is not None]
-    found = iter(torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True) if edges else ())
+    found = iter(
+        torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
+    )
     cotangents = [[None if edge is None else next(found) for edge in call.edges] for call in tape.calls]
     for call in tape.calls:
         call.outputs, call.edges = [], []
@@ -216,8 +227,7 @@ def gradients(
     if any(seen[path] != len(plan.layouts[path]) for path in plan.paths):
         raise changed(next(path for path in plan.paths if seen[path] != len(plan.layouts[path])))
     if plan.whole:
-        rows, _ = per_example_gradients(loss, model, w, plan.whole, batch)
-        for name, value in rows.items():
+        for name, value in per_example_gradients(loss, model, w, plan.whole, batch)[0].items():
             add(name, Rows(value))
     return found
 
@@ -242,7 +252,9 @@ def by_rule(
     rule, x, g = rule_for(module), call.inputs[0], cotangents[0]
     if rule is None or g is None or layout.inputs[0] is None or layout.outputs[0] is None:
         raise LookupError(f"no rule serves {call.path}")
-    return rule(module, x.movedim(layout.inputs[0].dim, 0), g.movedim(layout.outputs[0].dim, 0), examples, wanted)
+    return rule(
+        module, x.movedim(layout.inputs[0].dim, 0), g.movedim(layout.outputs[0].dim, 0), examples, wanted
+    )
 
 
 def by_module(
@@ -277,7 +289,8 @@ def by_module(
 
     dims = ([place.dim for place in moving.values()], [layout.outputs[i].dim for i in live])  # type: ignore[union-attr]
     each = vmap(grad(projected), in_dims=(None, *dims), randomness="different")
-    return each({name: t for name, t in state.items() if name in wanted}, inputs, targets)
+    with explicit_states(module):
+        return each({name: t for name, t in state.items() if name in wanted}, inputs, targets)
 
 
 def names_within(model: nn.Module, path: str) -> dict[str, str]:
@@ -328,7 +341,9 @@ def plan_for(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch
 def make_plan(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -> Plan:
     """Try the rules, and hand what they get wrong to the enclosing modules until every norm is right."""
     batch = probe_batch(batch)
-    buffers = {name: b.clone() for name, b in model.named_buffers()}  # a trial leaves no trace in running statistics
+    buffers = {
+        name: b.clone() for name, b in model.named_buffers()
+    }  # a trial leaves no trace in running statistics
     for distance in (1.0, 0.0):
         state = {name: t.requires_grad_() for name, t in moved(w, distance).items()}
         taped, copy = run(loss, model, {**state, **buffers}, batch, None, copy=False)
@@ -336,12 +351,14 @@ def make_plan(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batc
         if all(t.isfinite().all() for t in truth.values()):
             break
     else:
-        raise ValueError("the model's gradients are not finite even on tame inputs, so no plan can be verified")
+        raise ValueError(
+            "the model's gradients are not finite even on tame inputs, so no plan can be verified"
+        )
     layouts, random = survey(model, {**state, **buffers}, batch)
     detached = {name: t.detach() for name, t in state.items()}
     trial = Trial(loss, model, detached, batch, taped, layouts, random, truth)
-    sources = first_sources(model, w)
-    unsettled = set(w)
+    sources = first_sources(model, truth)
+    unsettled = set(truth)
     while unsettled:
         unsettled = trial.wrong({name: sources[name] for name in unsettled})
         for name in unsettled:
@@ -352,7 +369,14 @@ def make_plan(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batc
                 )
             sources[name] = enclosing(sources[name])
     rules, modules, whole = sorted_out(model, sources)
-    return Plan(rules, modules, whole, {path: layouts[path] for path in {*rules, *modules}}, copy)
+    plan = Plan(rules, modules, whole, {path: layouts[path] for path in {*rules, *modules}}, copy)
+    found = gradients(plan, model, detached, taped, loss, batch)
+    for gradient in found.values():
+        gradient.squares(again=True)
+    tensors = [t for call, cs in zip(taped.calls, taped.cotangents, strict=True) for t in (*call.inputs, *cs)]
+    activations = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) // PROBE
+    footprints = tuple(gradient.footprint for gradient in found.values())
+    return replace(plan, footprints=footprints, activations=activations)
 
 
 def probe_batch(batch: Batch) -> Batch:
@@ -384,13 +408,19 @@ def moved(w: Mapping[str, Tensor], distance: float) -> dict[str, Tensor]:
 
 
 def one_by_one(losses: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Squared norms [B] of each example's own gradient, by one backward pass per example: the judge."""
+    """Squared norms [B] of each example's own gradient, by one backward pass per example: the judge.
+
+    A parameter that the losses do not depend on is left out.
+    """
     leaves = list(state.values())
-    rows = [
-        torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-        for value in losses
-    ]
-    return {name: torch.cat([squared_norms(row[i][None]) for row in rows]) for i, name in enumerate(state)}
+    rows = [torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True) for value in losses]
+    truth = {}
+    for name, column in zip(state, zip(*rows, strict=True), strict=True):
+        given = [g for g in column if g is not None]
+        if given:
+            column = [torch.zeros_like(given[0]) if g is None else g for g in column]
+            truth[name] = torch.cat([squared_norms(g[None]) for g in column])
+    return truth
 
 
 def survey(
@@ -401,21 +431,31 @@ def survey(
     Found by comparing the shapes of two passes, over two and over three examples: what grows holds examples. A module
     whose calls cannot be told apart this way is left out.
     """
-    passes, random = [], set()
+    passes = []
+    random: set[str] = set()
     for count in (PROBE - 1, PROBE):
-        with taping(model) as tape, watching(model) as random:
+        with taping(model) as tape, watching(model, random):
             functional_call(model, dict(state), (batch.x[:count],))
-        shapes: dict[str, list[list[list[torch.Size | None]]]] = {path: [] for path, _ in model.named_modules()}
+        shapes: dict[str, list[list[list[torch.Size | None]]]] = {
+            path: [] for path, _ in model.named_modules()
+        }
         for call in tape.calls:
             sides = (call.inputs, call.outputs)
-            shapes[call.path].append([[t.shape if isinstance(t, Tensor) else None for t in side] for side in sides])
+            shapes[call.path].append(
+                [[t.shape if isinstance(t, Tensor) else None for t in side] for side in sides]
+            )
         passes.append(shapes)
     layouts = {}
     for path in passes[0]:
         few, many = passes[0][path], passes[1][path]
         try:
             layouts[path] = tuple(
-                Layout(*(tuple(place(*pair) for pair in zip(*sides, strict=True)) for sides in zip(a, b, strict=True)))
+                Layout(
+                    *(
+                        tuple(place(*pair) for pair in zip(*sides, strict=True))
+                        for sides in zip(a, b, strict=True)
+                    )
+                )
                 for a, b in zip(few, many, strict=True)
             )
         except ValueError:  # another number of calls or tensors, or a shape that grows in no simple way
@@ -437,13 +477,15 @@ def place(few: torch.Size | None, many: torch.Size | None) -> Place | None:
 
 
 @contextmanager
-def watching(model: nn.Module) -> Iterator[set[str]]:
-    """Collect the paths of the modules that draw random numbers while they are called."""
-    random: set[str] = set()
+def watching(model: nn.Module, random: set[str]) -> Iterator[None]:
+    """Add to `random` the paths of the modules that draw random numbers while they are called."""
     before: list[list[Tensor]] = []
 
     def states() -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+        return [
+            torch.get_rng_state(),
+            *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []),
+        ]
 
     def enter(module: nn.Module, args: Any) -> None:
         before.append(states())
@@ -457,7 +499,7 @@ def watching(model: nn.Module) -> Iterator[set[str]]:
         for path, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(partial(leave, path)))
-        yield random
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -526,12 +568,17 @@ class Trial:
     def wrong(self, sources: Sources) -> set[str]:
         """The parameters whose norms these sources do not give."""
         rules, modules, whole = sorted_out(self.model, sources)
-        plans = [Plan({path: names}, {}, (), self.layouts, False) for path, names in rules.items()]
-        plans += [Plan({}, {path: names}, (), self.layouts, False) for path, names in modules.items()]
+        plans = [Plan({path: names}, {}, (), self.layouts) for path, names in rules.items()]
+        plans += [Plan({}, {path: names}, (), self.layouts) for path, names in modules.items()]
         failed: set[str] = set()
         found: dict[str, Gradient] = {}
         for plan in plans:
-            names = {name for table in (plan.rules, plan.modules) for own in table.values() for name in own.values()}
+            names = {
+                name
+                for table in (plan.rules, plan.modules)
+                for own in table.values()
+                for name in own.values()
+            }
             if not plan.paths <= self.layouts.keys() or (plan.modules and plan.paths & self.random):
                 failed |= names
                 continue
@@ -539,14 +586,18 @@ class Trial:
                 gradients_here = gradients(plan, self.model, self.w, self.taped, self.loss, self.batch)
                 for name, gradient in gradients_here.items():
                     found[name] = found[name] + gradient if name in found else gradient
-            except Exception:  # whatever it is, this module cannot be differentiated like this; the next one may be
+            except (
+                Exception
+            ):  # whatever it is, this module cannot be differentiated like this; the next one may be
                 failed |= names
         if whole:
-            plan = Plan({}, {}, whole, {}, False)
+            plan = Plan({}, {}, whole, {})
             found |= gradients(plan, self.model, self.w, self.taped, self.loss, self.batch)
         # Where random numbers are drawn, another pass has another gradient, and there is nothing to compare.
         unchecked = set(whole) if self.random else set()
-        return failed | {name for name in sources if name not in unchecked | failed and not self.agrees(name, found)}
+        return failed | {
+            name for name in sources if name not in unchecked | failed and not self.agrees(name, found)
+        }
 
     def agrees(self, name: str, found: Mapping[str, Gradient]) -> bool:
         """Whether the squared norms are right, up to rounding."""

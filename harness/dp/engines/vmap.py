@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,37 @@ def per_example_gradients(
         return loss.per_example(outputs, y[None]).sum()
 
     each = vmap(grad_and_value(one), in_dims=(None, 0, 0), randomness="different")
-    return each({name: t for name, t in w.items() if name in chosen}, batch.x, batch.y)
+    with explicit_states(model):
+        return each({name: t for name, t in w.items() if name in chosen}, batch.x, batch.y)
+
+
+@contextmanager
+def explicit_states(model: nn.Module) -> Iterator[None]:
+    """Have recurrent layers start from zeros made of their input, so that vmap sees a state for each example.
+
+    Left to themselves they start all examples from one state, and add to it in place what belongs to each: vmap has
+    no room for that.
+    """
+
+    def supply(layer: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) != 1 or kwargs.get("hx") is not None or not isinstance(args[0], Tensor):
+            return None
+        x, layers = args[0], layer.num_layers * (2 if layer.bidirectional else 1)
+        rows = (x.shape[0 if layer.batch_first else 1],) if x.ndim == 3 else ()
+        hidden = x.new_zeros(layers, *rows, layer.proj_size or layer.hidden_size)
+        state = (hidden, x.new_zeros(layers, *rows, layer.hidden_size)) if isinstance(layer, nn.LSTM) else hidden
+        return args, {**kwargs, "hx": state}
+
+    handles = [
+        module.register_forward_pre_hook(supply, with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, nn.RNNBase)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def plain_sum(loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -51,21 +83,21 @@ def refusal(model: nn.Module) -> str | None:
     return None
 
 
-def best_chunk(model: nn.Module, batch: Batch) -> int:
-    """How many examples' gradients to hold at once.
+def chunk_within(count: int, device: torch.device, footprints: Sequence[int], activations: int = 0) -> int:
+    """How many of `count` examples to take at once, given the bytes per example of each tensor held for them.
 
-    On a GPU: as many as fit in an eighth of its memory. On a CPU, large chunks spread the cost of small kernels, but
-    fresh memory is slow: glibc maps every block of 32 MiB or more anew and the kernel must clear it, so each tensor
-    stays below that, and all together below 72 MiB. Depends on nothing but shapes, so a resumed run chunks alike.
+    On a GPU: as many as fit in a quarter of its memory. On a CPU, large chunks spread the cost of small kernels, but
+    fresh memory is slow: glibc maps large blocks anew each time and the kernel has to clear them, so each tensor stays
+    below 24 MiB and all together below 64 MiB (measured). Depends on nothing but shapes and the size of the device, so
+    a resumed run chunks alike.
     """
-    sizes = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
-    row, largest = max(1, sum(sizes)), max(1, *sizes, 1)
-    if batch.x.is_cuda:
-        most = torch.cuda.get_device_properties(batch.x.device).total_memory // 8 // row
+    held, largest = max(1, sum(footprints)), max(1, *footprints, 1)
+    if device.type == "cuda":
+        most = torch.cuda.get_device_properties(device).total_memory // 4 // (held + activations)
     else:
-        most = min(128, (72 << 20) // row, (26 << 20) // largest)
+        most = min((64 << 20) // held, (24 << 20) // largest, (512 << 20) // max(1, activations))
         most -= most % 8 if most > 8 else 0
-    return max(1, min(len(batch), most))
+    return max(1, min(count, most))
 
 
 @dataclass(frozen=True)
@@ -76,7 +108,8 @@ class Vmap(PerExample):
         return refusal(model)
 
     def chunk(self, model: nn.Module, batch: Batch) -> int:
-        return self.microbatch or best_chunk(model, batch)
+        sizes = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
+        return self.microbatch or chunk_within(len(batch), batch.x.device, sizes)
 
     def clipped_sum(
         self,
@@ -98,7 +131,7 @@ class Vmap(PerExample):
         v, good = weights, norms.isfinite().all(1)
         if not good.all():  # weight 0 would not do: 0 * inf is not a number
             v, grads = weights[good], {name: g[good] for name, g in grads.items()}
-        total = torch.cat([weighted_rows(v[:, groups[name]], g).reshape(-1) for name, g in grads.items()])
+        total = torch.cat([weighted_rows(v[:, groups[name]], grads[name]).reshape(-1) for name in w.names])
         if not clip.needs_norms:
             return Clipped(w.with_flat(total), None, None, losses.detach())
         return Clipped(w.with_flat(total), norms, weights, losses.detach())

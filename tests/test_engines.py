@@ -1,0 +1,442 @@
+"""The fast engines are judged by the naive loop, on a zoo of awkward models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from zoo import ZOO, Animal, Mixing, Repeated, Sequence, mlp
+
+from harness.dp import Batch, CrossEntropy, Flat, Ghost, Loop, Plain, Relation, Tree, Unclipped, Vmap
+from harness.dp.clip import Clip
+from harness.dp.engines.engine import trainable
+from harness.dp.engines.rows import squared_norms
+from harness.dp.engines.rules import Geometry, Lookup, Outer, Patches, gram_squares, rule_for
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:Using padding='same'")
+
+FAST = [Vmap, Ghost]
+SMOOTH = sorted(set(ZOO) - {"in place"})
+
+
+@dataclass(frozen=True)
+class Halves(Clip):
+    """Two groups, the first half of the parameters and the rest, each with its own bound."""
+
+    bounds: tuple[float, float] = (0.1, 0.4)
+
+    def groups(self, names):
+        return {name: int(2 * i >= len(names)) for i, name in enumerate(names)}
+
+    def weights(self, norms, state):
+        weights = (norms.new_tensor(self.bounds)[: norms.shape[1]] / norms).clamp(max=1)
+        return (
+            weights * norms.isfinite().all(1, keepdim=True) if norms.isfinite().all() else self._safe(norms)
+        )
+
+    def _safe(self, norms):
+        return torch.where(
+            norms.isfinite().all(1, keepdim=True), self.weights(norms.nan_to_num(1, 1, 1), None), 0
+        )
+
+    def sensitivity(self, state, relation):
+        return math.hypot(*self.bounds) * relation.moves
+
+
+def release(engine, model, x, y, clip):
+    """The private sum as a float64 vector, and what the engine observed."""
+    w = Tree.of(trainable(model))
+    out = engine.bounded(CrossEntropy(), clip, model, w, Batch(x, y), None, 1.0, Relation.ADD_OR_REMOVE)
+    return out.releases["grad"].value.flat.double(), out.observed
+
+
+def error(got, want):
+    return float((got - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def test_the_loop_is_plain_autograd():
+    model = ZOO["repeated calls"].model()
+    x, y = ZOO["repeated calls"].batch(4)
+    F.cross_entropy(model(x), y, reduction="sum").backward()
+    want = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert error(release(Loop(), model, x, y, Unclipped())[0], want) < 1e-12
+    assert error(release(Plain(), model, x, y, Unclipped())[0], want) < 1e-12
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_fast_engines_equal_the_loop(name):
+    model = ZOO[name].model()
+    x, y = ZOO[name].batch(5)
+    for clip in (Flat(0.3), Halves()):
+        want, seen = release(Loop(), model, x, y, clip)
+        assert 0 < int(seen.clipped)
+        for engine in (kind(microbatch=size) for kind in FAST for size in (None, 3)):
+            got, observed = release(engine, model, x, y, clip)
+            assert error(got, want) < 1e-9, engine
+            assert torch.allclose(observed.norms, seen.norms, rtol=1e-9), engine
+            assert torch.allclose(observed.losses, seen.losses, rtol=1e-9), engine
+            assert int(observed.clipped) == int(seen.clipped)
+
+
+@pytest.mark.parametrize("name", ["convolutions", "tied head", "norms"])
+@pytest.mark.parametrize("kind", FAST)
+def test_microbatch_changes_nothing(name, kind):
+    model = ZOO[name].model()
+    x, y = ZOO[name].batch(7)
+    for clip in (Flat(0.3), Halves(), Unclipped()):
+        want, _ = release(kind(microbatch=7), model, x, y, clip)
+        for size in (None, 1, 3):
+            assert error(release(kind(microbatch=size), model, x, y, clip)[0], want) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutions", "tied by function"])
+@pytest.mark.parametrize("kind", FAST)
+def test_unclipped_is_the_plain_sum(name, kind):
+    model = ZOO[name].model()
+    x, y = ZOO[name].batch(5)
+    want, _ = release(Plain(), model, x, y, Unclipped())
+    got, observed = release(kind(), model, x, y, Unclipped())
+    assert error(got, want) < 1e-12
+    assert observed.norms is None
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_float32(name):
+    model = ZOO[name].model(torch.float32)
+    x, y = ZOO[name].batch(4, torch.float32)
+    fast = [release(kind(), model, x, y, Flat(0.3))[0] for kind in FAST]
+    want, _ = release(Loop(), model.double(), x.double() if x.is_floating_point() else x, y, Flat(0.3))
+    for got in fast:
+        assert error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", "convolutions", "wide convolution", "norms", "residual", "windows", "class token"]
+)
+@pytest.mark.parametrize("kind", FAST)
+def test_neighbours(name, kind):
+    """Removing any example moves the sum by at most the sensitivity, at any scale; broken examples add nothing."""
+    model = ZOO[name].model(torch.float32)
+    x, y = ZOO[name].batch(7, torch.float32)
+    x[0] *= 1e6
+    x[1] *= 0
+    x[2, 0] = math.nan
+    x[3] *= 1e3
+    x[4].view(-1)[-1] = math.inf
+    x[5] *= 1e-6
+    for clip in (Flat(0.5), Halves()):
+        whole, observed = release(kind(), model, x, y, clip)
+        assert whole.isfinite().all()
+        assert int(observed.non_finite) == 2
+        sensitivity = clip.sensitivity(None, Relation.ADD_OR_REMOVE)
+        for i in range(len(x)):
+            rest = [j for j in range(len(x)) if j != i]
+            part, _ = release(kind(), model, x[rest], y[rest], clip)
+            assert (whole - part).norm() <= sensitivity * (1 + 1e-6)
+        good = [0, 1, 3, 5, 6]
+        want, _ = release(Loop(), model, x[good], y[good], clip)
+        assert error(whole, want) < 1e-5
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_broken_examples_add_nothing_without_clipping(kind):
+    model = ZOO["convolutions"].model()
+    x, y = ZOO["convolutions"].batch(5)
+    x[1], x[3, 0, 0, 0] = math.inf, math.nan
+    want, _ = release(Plain(), model, x[[0, 2, 4]], y[[0, 2, 4]], Unclipped())
+    got, observed = release(kind(), model, x, y, Unclipped())
+    assert error(got, want) < 1e-12
+    assert int(observed.non_finite) == 2
+    assert release(kind(), model, x[[1, 3]], y[[1, 3]], Unclipped())[0].eq(0).all()
+    assert release(kind(), model, x[[1, 3]], y[[1, 3]], Flat(1.0))[0].eq(0).all()
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_empty_batch(kind):
+    model = mlp()
+    for clip in (Flat(1.0), Halves(), Unclipped()):
+        total, observed = release(kind(), model, torch.empty(0, 5), torch.empty(0, dtype=torch.long), clip)
+        assert total.eq(0).all()
+        assert len(observed.losses) == 0 and int(observed.non_finite) == 0
+
+
+class Faulty(nn.Module):
+    """Fails when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.free, self.fails = nn.Linear(5, 3), nn.Parameter(torch.ones(3)), False
+
+    def forward(self, x):
+        z = self.inner(x) * self.free
+        if self.fails:
+            raise ArithmeticError("told to")
+        return z
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_engines_leave_no_trace(kind):
+    model = Faulty()
+    model.register_buffer("untouched", torch.ones(2))
+    model.inner.bias.requires_grad_(False)
+    x, y = torch.randn(4, 5), torch.randint(0, 3, (4,))
+
+    def traces():
+        hooks = [
+            len(h)
+            for m in model.modules()
+            for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        own = [(n, id(p), p.requires_grad, p.grad, p._version) for n, p in model.named_parameters()]
+        return hooks, own, [id(m) for m in model.modules()], model.training, torch.get_rng_state().tolist()
+
+    before = traces()
+    release(kind(), model, x, y, Flat(0.1))
+    assert traces() == before
+    model.fails = True
+    with pytest.raises(ArithmeticError):
+        release(kind(), model, x, y, Flat(0.1))
+    assert traces() == before
+    with pytest.raises(ArithmeticError):  # the first thing that happens to a model: planning
+        release(kind(), model, x[:, :5].double().float(), y, Halves())
+    assert traces() == before
+
+
+def test_planning_touches_no_running_statistics():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.InstanceNorm2d(2, affine=True, track_running_stats=True), nn.Flatten()
+    )
+    model.append(nn.Linear(8, 3))
+    x, y = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 2])
+    release(Ghost(), model, x, y, Flat(1.0))
+    assert int(model[1].num_batches_tracked) == 1
+
+
+def test_other_peoples_hooks_are_heard():
+    model = ZOO["mlp"].model()
+    model[0].register_forward_hook(lambda m, args, out: out * 2)
+    model[2].register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+    x, y = ZOO["mlp"].batch(4)
+    want, _ = release(Loop(), model, x, y, Flat(0.2))
+    assert error(release(Ghost(), model, x, y, Flat(0.2))[0], want) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3)),
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (5, 1)), nn.LSTM(1, 4, 2, batch_first=True, dropout=0.5), First()
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", FAST)
+def test_what_is_weighed_is_what_is_summed_where_numbers_are_drawn(build, kind):
+    torch.manual_seed(0)
+    model, x, y = build(), torch.randn(1, 5), torch.tensor([1])
+    for _ in range(3):
+        total, observed = release(kind(), model, x, y, Flat(0.05))
+        assert abs(float(total.norm()) / min(0.05, float(observed.norms)) - 1) < 1e-5
+
+
+class First(nn.Module):
+    def forward(self, x):
+        return x[0][:, -1, :3]
+
+
+def test_a_model_that_mixes_examples_is_refused():
+    x, y = ZOO["attention"].batch(4)
+    with pytest.raises(ValueError, match="mixes examples"):
+        release(Ghost(), Animal(Mixing, (6,)).model(), x, y, Flat(1.0))
+
+
+def test_a_model_whose_calls_depend_on_data_is_refused():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x) if x.sum() > 0 else self.a(self.a(x)))
+
+    model = Sometimes()
+    y = torch.zeros(3, dtype=torch.long)
+    release(Ghost(), model, torch.ones(3, 5), y, Flat(1.0))
+    with pytest.raises(RuntimeError, match="different number of times"):
+        release(Ghost(), model, -torch.ones(3, 5), y, Flat(1.0))
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
+@pytest.mark.parametrize("kind", FAST)
+def test_embeddings_that_look_at_the_batch_are_refused(option, kind):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Embedding(5, 3, **option))
+    assert next(iter(option)) in kind().accepts(CrossEntropy(), Flat(1.0), model)
+    assert "1 (Embedding)" in kind().accepts(CrossEntropy(), Flat(1.0), model)
+    assert kind().accepts(CrossEntropy(), Flat(1.0), mlp()) is None
+
+
+def test_plans_follow_modes_and_shapes():
+    model, animal = ZOO["norms"].model(), ZOO["norms"]
+    x, y = animal.batch(4)
+    for mode in (True, False, True):
+        model.train(mode)
+        want, _ = release(Loop(), model, x, y, Flat(0.2))
+        assert error(release(Ghost(), model, x, y, Flat(0.2))[0], want) < 1e-9
+    model = Sequence(nn.Tanh()).double()
+    for length in (3, 6, 2):
+        x = torch.randint(0, 11, (4, length))
+        want, _ = release(Loop(), model, x, y, Flat(0.2))
+        assert error(release(Ghost(), model, x, y, Flat(0.2))[0], want) < 1e-9
+
+
+def test_norms_of_long_vectors_do_not_read_low():
+    """A float32 norm over millions of elements loses the small ones; a bound computed from it does not hold."""
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.rand(2, 4_000_000, generator=rng) + 0.5
+    want = rows.double().square().sum(1)
+    assert ((squared_norms(rows) / want - 1).abs() < 1e-7).all()
+    assert (
+        squared_norms(rows[:, :700].bfloat16()) / rows[:, :700].bfloat16().double().square().sum(1) - 1
+    ).abs().max() < 1e-7
+    model = nn.Linear(1200, 1000)
+    x, y = torch.rand(2, 1200, generator=rng) * 20, torch.tensor([0, 1])
+    for kind in FAST:
+        total, observed = release(kind(), model, x[:1], y[:1], Flat(1.0))
+        assert float(observed.norms) > 1
+        assert abs(float(total.norm()) - 1) < 1e-6
+
+
+@given(seed=st.integers(0, 99), positions=st.integers(2, 40))
+@settings(max_examples=30, deadline=None)
+def test_gram_norms_err_upwards(seed, positions):
+    """Where positions cancel, rounding must not make a gradient look smaller than it is."""
+    rng = torch.Generator().manual_seed(seed)
+    a, g = torch.randn(3, positions, 5, generator=rng), torch.randn(3, positions, 4, generator=rng)
+    a[:, 1::2] = a[:, ::2][:, : positions // 2]
+    g[:, 1::2] = -g[:, ::2][:, : positions // 2] * (1 + 1e-4)
+    want = torch.bmm(g.double().mT, a.double()).square().sum((1, 2))
+    assert (gram_squares(a, g) >= want * (1 - 1e-6)).all()
+
+
+def agree(gradient, want):
+    """All that a gradient tells about itself, against its rows."""
+    v = torch.rand(len(want), dtype=torch.float64)
+    total = (v.view(-1, *[1] * (want.ndim - 1)) * want).sum(0)
+    scale = want.square().sum()
+    assert torch.allclose(gradient.weighted(v), total, rtol=1e-9, atol=1e-12 * float(scale.sqrt()))
+    for again in (False, True):
+        squares = gradient.squares(again)
+        assert torch.allclose(squares, want.flatten(1).square().sum(1), rtol=1e-9, atol=1e-12 * float(scale))
+    assert torch.allclose(gradient.rows, want, rtol=1e-9, atol=1e-12 * float(scale.sqrt()))
+    assert gradient.shape == want.shape[1:]
+    assert torch.allclose(
+        gradient.weighted(v), total, rtol=1e-9, atol=1e-12 * float(scale.sqrt())
+    )  # now from rows
+
+
+sizes = st.integers(1, 3)
+
+
+@given(
+    data=st.data(),
+    dims=st.integers(1, 2),
+    groups=sizes,
+    channels=sizes,
+    outputs=sizes,
+    examples=sizes,
+    rows=st.integers(1, 2),
+    padding=st.one_of(st.just("same"), st.integers(0, 2)),
+    mode=st.sampled_from(["zeros", "zeros", "circular", "replicate"]),
+    bias=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_convolution(data, dims, groups, channels, outputs, examples, rows, padding, mode, bias):
+    def each(low, high):
+        return tuple(data.draw(st.integers(low, high)) for _ in range(dims))
+
+    kernel, dilation = each(1, 3), each(1, 2)
+    stride = (1,) * dims if padding == "same" else each(1, 3)
+    extent = tuple(max(2, 1 + d * (k - 1)) + e for d, k, e in zip(dilation, kernel, each(0, 3), strict=True))
+    kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
+    layer = kind(
+        groups * channels, groups * outputs, kernel, stride, padding, dilation, groups, bias, mode
+    ).double()
+    x = torch.randn(examples * rows, groups * channels, *extent, dtype=torch.float64)
+    z = layer(x)
+    g = torch.randn_like(z)
+    wanted = dict(layer.named_parameters())
+    want = {
+        name: torch.stack(
+            [
+                torch.autograd.grad(z[i : i + rows], p, g[i : i + rows], retain_graph=True)[0]
+                for i in range(0, examples * rows, rows)
+            ]
+        )
+        for name, p in wanted.items()
+    }
+    found = rule_for(layer)(layer, x, g, examples, wanted)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        agree(gradient, want[name])
+    weight = found["weight"]
+    assert torch.allclose(weight._gram_squares(), want["weight"].flatten(1).square().sum(1), rtol=1e-9)
+
+
+@given(examples=sizes, positions=st.integers(0, 3), d=st.integers(1, 5), p=st.integers(1, 5), extra=sizes)
+@settings(max_examples=30, deadline=None)
+def test_any_linear_layer_and_its_sums(examples, positions, d, p, extra):
+    layer = nn.Linear(d, p).double()
+    shape = (examples, *(2,) * positions)
+    x = torch.randn(*shape, d, dtype=torch.float64)
+    g = torch.randn(*shape, p, dtype=torch.float64)
+    found = rule_for(layer)(layer, x, g, examples, {"weight", "bias"})
+    a, b = x.reshape(examples, -1, d), g.reshape(examples, -1, p)
+    agree(found["bias"], b.sum(1))
+    agree(found["weight"], torch.einsum("btp,btd->bpd", b, a))
+    c, e = torch.randn(examples, extra, d).double(), torch.randn(examples, extra, p).double()
+    both = Outer(a, b) + Outer(c, e)  # a layer called twice
+    agree(both, torch.einsum("btp,btd->bpd", b, a) + torch.einsum("btp,btd->bpd", e, c))
+    index = torch.randint(0, p, (examples, extra))
+    onehot = F.one_hot(index, p).double()
+    agree(
+        Outer(a, b) + Lookup(index, c, p),
+        torch.einsum("btp,btd->bpd", b, a) + torch.einsum("btp,btd->bpd", onehot, c),
+    )
+    agree(Lookup(index, c, p) + Lookup(index, c, p), 2 * torch.einsum("btp,btd->bpd", onehot, c))
+
+
+def test_convolutions_called_twice_add_before_they_are_squared():
+    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    x, g = torch.randn(2, 1, 2, 5, 5).double(), torch.randn(2, 1, 3, 5, 5).double()
+    one, two, other = (
+        Patches(x, g, geometry),
+        Patches(x.sin(), g.cos(), geometry),
+        Patches(x[..., :3], g[..., :3], geometry),
+    )
+    agree(one + two, one.rows + two.rows)
+    agree(Patches(x, g, geometry) + other, one.rows + other.rows)
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_bfloat16(kind):
+    model = ZOO["mlp"].model(torch.bfloat16)
+    x, y = ZOO["mlp"].batch(4, torch.bfloat16)
+    got, observed = release(kind(), model, x, y, Flat(0.3))
+    want, seen = release(Loop(), model.float(), x.float(), y, Flat(0.3))
+    assert observed.norms.dtype in (torch.float32, torch.float64)
+    assert error(got, want) < 0.05
+    assert torch.allclose(observed.norms.double(), seen.norms.double(), rtol=0.05)
+
+
+def test_repeated_calls_need_no_rows_of_their_own():
+    """A module called twice is one module with twice the positions; the tape follows that."""
+    model = Repeated().double()
+    x, y = ZOO["repeated calls"].batch(3)
+    got, _ = release(Ghost(), model, x, y, Flat(0.1))
+    assert error(got, release(Loop(), model, x, y, Flat(0.1))[0]) < 1e-9
