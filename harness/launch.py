@@ -854,6 +854,8 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
         _limit_threads(_threads(cell))
         _prepare(cell, folder, task["code"])
         record: store.Record = execute(cell, folder, task["suite"], task["jobs"])
+        if task["code"]:  # as it was when this process's server loaded it; the files may have changed since
+            record["code"] = {**record.get("code", {}), **task["code"]}
         store.encode(record, folder.name)  # so that one that cannot be written counts as a crash, here
         return record
     except Exception as error:  # a failed run is a row with a reason, whatever was raised

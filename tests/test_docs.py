@@ -7,6 +7,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from harness import suite
 from harness.verify import check
 
 ROOT = Path(__file__).parent.parent
@@ -44,3 +45,8 @@ def test_records_fit_the_published_schema():
 def test_the_two_commands_are_in_the_readme():
     text = (ROOT / "README.md").read_text()
     assert "make reproduce" in text and "make test" in text
+
+
+def test_the_documented_suite_is_valid():
+    (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "suites.md").read_text(), re.DOTALL)
+    assert suite.parse(text, "suites.md").name == "mine"
