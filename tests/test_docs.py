@@ -21,7 +21,9 @@ ADAPTERS = [
 ]
 
 
-@pytest.mark.parametrize(("page", "code"), ADAPTERS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(ADAPTERS)])
+@pytest.mark.parametrize(
+    ("page", "code"), ADAPTERS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(ADAPTERS)]
+)
 def test_documented_methods_conform(page, code, tmp_path):
     file = tmp_path / "documented.py"
     file.write_text(code)
@@ -38,7 +40,9 @@ def test_records_fit_the_published_schema():
     validator = jsonschema.Draft202012Validator(SCHEMA)
     assert RECORDS, "the repository holds the records of its reference suites"
     for path in RECORDS:
-        errors = [f"{path}: {e.json_path}: {e.message}" for e in validator.iter_errors(json.loads(path.read_text()))]
+        errors = [
+            f"{path}: {e.json_path}: {e.message}" for e in validator.iter_errors(json.loads(path.read_text()))
+        ]
         assert errors == []
 
 

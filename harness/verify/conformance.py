@@ -223,6 +223,7 @@ def still(s: Subject) -> None:
     optimizer = s.method.optimizer
     if not any(f.name == "lr" for f in dataclasses.fields(optimizer)):
         return
+    stop: dict[str, Any] = {"lr": 0.0}
     frozen = dataclasses.replace(s.method, optimizer=dataclasses.replace(optimizer, lr=0.0))
     moved = float((s.run(frozen).w - start(frozen, s.model).w).norm())
     if moved:

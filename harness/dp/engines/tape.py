@@ -418,8 +418,8 @@ def one_by_one(losses: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     for name, column in zip(state, zip(*rows, strict=True), strict=True):
         given = [g for g in column if g is not None]
         if given:
-            column = [torch.zeros_like(given[0]) if g is None else g for g in column]
-            truth[name] = torch.cat([squared_norms(g[None]) for g in column])
+            none = torch.zeros_like(given[0])
+            truth[name] = torch.cat([squared_norms((none if g is None else g)[None]) for g in column])
     return truth
 
 

@@ -48,7 +48,9 @@ def explicit_states(model: nn.Module) -> Iterator[None]:
         x, layers = args[0], layer.num_layers * (2 if layer.bidirectional else 1)
         rows = (x.shape[0 if layer.batch_first else 1],) if x.ndim == 3 else ()
         hidden = x.new_zeros(layers, *rows, layer.proj_size or layer.hidden_size)
-        state = (hidden, x.new_zeros(layers, *rows, layer.hidden_size)) if isinstance(layer, nn.LSTM) else hidden
+        state = (
+            (hidden, x.new_zeros(layers, *rows, layer.hidden_size)) if isinstance(layer, nn.LSTM) else hidden
+        )
         return args, {**kwargs, "hx": state}
 
     handles = [
