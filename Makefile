@@ -45,7 +45,7 @@ bench: $(READY)
 	@$(BIN)/epsbench bench
 
 test: $(READY)
-	@$(LIMIT) $(BIN)/python -m pytest -q $(TESTS)
+	@$(LIMIT) $(BIN)/python -m pytest -q -n auto --dist loadfile $(TESTS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .
@@ -101,5 +101,5 @@ $(READY): pyproject.toml constraints.txt
 	  uv=$(BIN)/uv; \
 	fi; \
 	echo "installing into $(VENV) (PyTorch is large: minutes the first time)"; \
-	"$$uv" pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[dev]'; \
+	"$$uv" pip install --quiet --compile-bytecode --python $(BIN)/python --constraints constraints.txt --editable '.[dev]'; \
 	touch $@

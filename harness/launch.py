@@ -175,13 +175,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Progress:
-    """Runs finished and to do in all, and how far the running ones are, in runs; seconds since the start."""
+    """Runs finished and to do in all, and how far the running ones are, in runs; seconds since the start.
+
+    `before` is how much of them earlier sessions had done.
+    """
 
     finished: int
     total: int
     partly: float
     seconds: float
     running: Sequence[str] = ()
+    before: float = 0.0
 
     @property
     def done(self) -> float:
@@ -191,10 +195,11 @@ class Progress:
     @property
     def pace(self) -> str:
         """Rate and time left, as far as they are known yet."""
-        if self.done < 0.02 or self.seconds <= 0:
+        gained = self.done - self.before
+        if gained < 0.02 or self.seconds <= 0:
             return ""
-        left = self.seconds * (self.total - self.done) / self.done
-        rate = self.done / self.seconds * 60
+        left = self.seconds * (self.total - self.done) / gained
+        rate = gained / self.seconds * 60
         return f"{rate:.1f} runs/min" + (f", {duration(left)} left" if self.done < self.total else "")
 
 
@@ -421,6 +426,7 @@ class _Launcher:
         self.running: list[_Running] = []
         self.elsewhere: list[Job] = []
         self.looked = 0.0
+        self.before = 0.0
         self.summary = Summary()
         self.began = time.monotonic()
 
@@ -474,6 +480,7 @@ class _Launcher:
             "target": self.target,
             "code": self.codes.get(job.cell.id),
         }
+        self.before += _fraction(job)
         process = self.context.Process(target=_child, args=(json.dumps(task),), daemon=False)
         ooms = _kernel_ooms()
         process.start()
@@ -534,6 +541,7 @@ class _Launcher:
             try:
                 if not path.exists():
                     self.write_failure(run)
+                    _drop_empty(run.job.folder / _OUTPUT)
             finally:
                 store.unlock(run.job.folder, held)
         self.add(Outcome(run.job, store.read(path), elsewhere=run.process.exitcode == _ALREADY))
@@ -578,7 +586,7 @@ class _Launcher:
         finished = len(self.summary.outcomes)
         partly = sum(_fraction(run.job) for run in self.running)
         running = [describe(run.job.cell.canonical()) for run in self.running]
-        return Progress(finished, self.total, partly, time.monotonic() - self.began, running)
+        return Progress(finished, self.total, partly, time.monotonic() - self.began, running, self.before)
 
     def kill_all(self) -> None:
         for run in self.running:
@@ -677,6 +685,12 @@ def _tail(path: Path) -> str:
     return (
         f"; its last output was: {' / '.join(told[-3:])[-500:]} (all of it is in {_OUTPUT})" if told else ""
     )
+
+
+def _drop_empty(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size == 0:
+            path.unlink()
 
 
 def _fraction(job: Job) -> float:
@@ -837,8 +851,7 @@ def _child(text: str) -> None:
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    if (folder / _OUTPUT).stat().st_size == 0:
-        (folder / _OUTPUT).unlink()
+    _drop_empty(folder / _OUTPUT)
     store.unlock(folder, held)
 
 

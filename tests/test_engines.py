@@ -270,7 +270,7 @@ def test_a_model_whose_calls_depend_on_data_is_refused():
     model = Sometimes()
     y = torch.zeros(3, dtype=torch.long)
     release(Ghost(), model, torch.ones(3, 5), y, Flat(1.0))
-    with pytest.raises(RuntimeError, match="different number of times"):
+    with pytest.raises(RuntimeError, match="another number of times"):
         release(Ghost(), model, -torch.ones(3, 5), y, Flat(1.0))
 
 
@@ -442,3 +442,78 @@ def test_repeated_calls_need_no_rows_of_their_own():
     x, y = ZOO["repeated calls"].batch(3)
     got, _ = release(Ghost(), model, x, y, Flat(0.1))
     assert error(got, release(Loop(), model, x, y, Flat(0.1))[0]) < 1e-9
+
+
+class Difference(nn.Module):
+    """Two positions through one layer, and what differs between them: their gradients nearly cancel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(64, 64), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        return self.head(h[:, 0] - h[:, 1])
+
+
+def test_norms_do_not_read_low_where_positions_cancel():
+    """From Gram matrices alone a norm of 16 read 1 here, and the example contributed fifteen times its bound."""
+    torch.manual_seed(0)
+    model, rng = Difference(), torch.Generator().manual_seed(47)
+    x = (torch.randn(64, 1, 64, generator=rng) * 1e4).repeat(1, 2, 1)
+    x[:, 1] += 3 * torch.randn(64, 64, generator=rng)
+    batch, w = Batch(x, torch.randint(3, (64,), generator=rng)), Tree.of(dict(model.named_parameters()))
+    sums = [
+        engine.bounded(CrossEntropy(), Flat(1.0), model, w, batch, None, 1.0, Relation.ADD_OR_REMOVE)
+        for engine in (Ghost(), Loop())
+    ]
+    ours, theirs = (bounded.observed.norms for bounded in sums)
+    assert torch.allclose(ours, theirs, rtol=1e-3)  # the loop itself rounds its gradients in float32
+    for one in batch.x.split(1):
+        single = Batch(one, batch.y[:1])
+        alone = Ghost().bounded(
+            CrossEntropy(), Flat(1.0), model, w, single, None, 1.0, Relation.ADD_OR_REMOVE
+        )
+        assert float(alone.releases["grad"].value.norm()) <= 1 + 1e-4
+
+
+class Sorted(nn.Module):
+    """Sorts its examples by length, works, and puts them back: no example's output depends on another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = (x != 0).sum(1).argsort(descending=True, stable=True)
+        return self.head(torch.sin(self.layer(x[order]))[order.argsort()])
+
+
+class Packed(nn.Module):
+    """Works on the tokens that are there: another number of rows for each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x != 0).any(2)
+        h = x.new_zeros(*x.shape[:2], 6)
+        h[mask] = torch.sin(self.layer(x[mask]))
+        return self.head(h.sum(1))
+
+
+def test_a_model_that_regroups_its_examples_is_stopped():
+    torch.manual_seed(0)
+    cases = []
+    x = torch.randn(8, 6)
+    x[0, 1:] = 0
+    cases.append((Sorted(), x * torch.tensor([20.0, *[1.0] * 7])[:, None]))
+    tokens = torch.randn(8, 5, 4)
+    for i, length in enumerate((1, 5, 3, 3, 2, 4, 3, 3)):
+        tokens[i, length:] = 0
+    cases.append((Packed(), tokens))
+    for model, x in cases:
+        batch, w = Batch(x, torch.arange(8) % 3), Tree.of(dict(model.named_parameters()))
+        with pytest.raises(RuntimeError, match="Use the engine Vmap or Loop|use the engine Vmap or Loop"):
+            Ghost().bounded(CrossEntropy(), Flat(1.0), model, w, batch, None, 1.0, Relation.ADD_OR_REMOVE)

@@ -235,8 +235,8 @@ def gradients(
 def changed(path: str) -> RuntimeError:
     """The error for a model whose control flow depends on its data."""
     return RuntimeError(
-        f"{path or 'the model'} is called a different number of times from one batch to the next, so its layers cannot "
-        'be planned: use engine = "vmap" or "loop"'
+        f"{path or 'the model'} is called another number of times, or with another number of rows for each example, "
+        "from one batch to the next, so its layers cannot be planned: use the engine Vmap or Loop"
     )
 
 
@@ -252,6 +252,11 @@ def by_rule(
     rule, x, g = rule_for(module), call.inputs[0], cotangents[0]
     if rule is None or g is None or layout.inputs[0] is None or layout.outputs[0] is None:
         raise LookupError(f"no rule serves {call.path}")
+    for t, planned in ((x, layout.inputs[0]), (g, layout.outputs[0])):
+        if (
+            t.shape[planned.dim] != examples * planned.rows
+        ):  # packed sequences, say: rows that differ by example
+            raise changed(call.path)
     return rule(
         module, x.movedim(layout.inputs[0].dim, 0), g.movedim(layout.outputs[0].dim, 0), examples, wanted
     )
@@ -332,21 +337,31 @@ def plan_for(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch
     key = (type(loss), x.shape[1:], x.dtype, x.device.type, tuple(w), modes)
     plans = _plans.setdefault(model, {})
     if key not in plans:
-        devices = [x.device] if x.is_cuda else []
-        with torch.random.fork_rng(devices), torch.enable_grad():  # a trial uses up no random numbers
+        with untouched(model, x.device), torch.enable_grad():
             plans[key] = make_plan(loss, model, w, batch)
     return plans[key]
+
+
+@contextmanager
+def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Passes that leave no trace: no random number is used up, and running statistics stay what they were."""
+    kept = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            for b, version, value in kept:
+                if b._version != version:
+                    with torch.no_grad():
+                        b.copy_(value)
 
 
 def make_plan(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -> Plan:
     """Try the rules, and hand what they get wrong to the enclosing modules until every norm is right."""
     batch = probe_batch(batch)
-    buffers = {
-        name: b.clone() for name, b in model.named_buffers()
-    }  # a trial leaves no trace in running statistics
     for distance in (1.0, 0.0):
         state = {name: t.requires_grad_() for name, t in moved(w, distance).items()}
-        taped, copy = run(loss, model, {**state, **buffers}, batch, None, copy=False)
+        taped, copy = run(loss, model, state, batch, None, copy=False)
         truth = one_by_one(taped.losses, state)
         if all(t.isfinite().all() for t in truth.values()):
             break
@@ -354,7 +369,7 @@ def make_plan(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batc
         raise ValueError(
             "the model's gradients are not finite even on tame inputs, so no plan can be verified"
         )
-    layouts, random = survey(model, {**state, **buffers}, batch)
+    layouts, random = survey(model, state, batch)
     detached = {name: t.detach() for name, t in state.items()}
     trial = Trial(loss, model, detached, batch, taped, layouts, random, truth)
     sources = first_sources(model, truth)
