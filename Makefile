@@ -22,6 +22,9 @@ READY := $(VENV)/.epsbench-ready
 # One thread per process: the launcher and the tests run several processes side by side.
 LIMIT := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS)
 
+# Compiled modules are kept: without them every process spends seconds on compiling what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup reproduce test report ui bench lint format clean-venv
 
 help:
@@ -101,5 +104,5 @@ $(READY): pyproject.toml constraints.txt
 	  uv=$(BIN)/uv; \
 	fi; \
 	echo "installing into $(VENV) (PyTorch is large: minutes the first time)"; \
-	"$$uv" pip install --quiet --compile-bytecode --python $(BIN)/python --constraints constraints.txt --editable '.[dev]'; \
+	"$$uv" pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[dev]'; \
 	touch $@

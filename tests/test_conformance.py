@@ -1,4 +1,4 @@
-"""Every registered method, ours and those of installed packages, passes the conformance checks; planted faults do not."""
+"""Every registered method, ours and those of installed packages, passes the checks; planted faults do not."""
 
 import dataclasses
 import math

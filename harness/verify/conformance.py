@@ -372,13 +372,15 @@ def independent(s: Subject) -> None:
         return
     z, names = s.noise
     steps, width = z.shape
-    across = _off_diagonal(z.T @ z / steps)
-    if across.max() > NINE / math.sqrt(steps):
-        i, j = divmod(int(across.argmax()), width)
-        raise Violation(
-            f"noise on {names[i]} and noise on {names[j]} are correlated: draw every coordinate of every release"
-            " from the rng handed in"
-        )
+    # A generator that starts anew gives uncorrelated signs to tensors of other sizes; the sizes of the draws betray it.
+    for what, v in (("", z), ("the size of ", (z.abs() - (2 / math.pi) ** 0.5) / (1 - 2 / math.pi) ** 0.5)):
+        across = _off_diagonal(v.T @ v / steps)
+        if across.max() > NINE / math.sqrt(steps):
+            i, j = divmod(int(across.argmax()), width)
+            raise Violation(
+                f"{what}noise on {names[i]} and on {names[j]} is correlated: draw every coordinate of every"
+                " release from the rng handed in, and never seed it anew"
+            )
     common = float(z.sum(1).square().mean()) / width
     if abs(common - 1) > SIX * math.sqrt(2 / steps):
         raise Violation(

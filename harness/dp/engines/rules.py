@@ -250,6 +250,10 @@ class Patches(Implied):
         fan = self.x.shape[2] // self.geometry.groups
         self.shape = torch.Size((self.g.shape[2], fan, *self.geometry.kernel))
 
+    @property
+    def footprint(self) -> int:
+        return 2 * super().footprint  # the convolution reorders its result, from a copy of the same size
+
     def _weight_gradient(self, x: Tensor, g: Tensor, groups: int) -> Tensor:
         """The weight gradient of a convolution, from x [N, groups * c, ...] and g [N, groups * p, ...]."""
         geo, n = self.geometry, len(self.geometry.kernel)
