@@ -211,7 +211,7 @@ def _call(part: Any) -> Any:
     """A part as it would be written in Python: {"type": "Flat", "clip": 1.0} is Flat(clip=1.0)."""
     if not isinstance(part, dict) or "type" not in part:
         return part
-    fields = (f"{key}={_call(value)}" for key, value in part.items() if key != "type")
+    fields = (f"{key}={_call(value)}" for key, value in sorted(part.items()) if key != "type")
     return f"{part['type']}({', '.join(fields)})"
 
 
