@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from harness.suite import Suite
 
 OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+OWN_METHOD = "A method in a file of your own is named by --method FILE."
 CODES = "exit codes: 0 all is well; 1 some runs or checks failed; 2 the request is wrong; 130 stopped"
 
 # Exceptions of other rooms that say what a user should change. Looked up only where the room is loaded.
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         print(message, file=sys.stderr)
+        if "no method is called" in message:
+            print(OWN_METHOD, file=sys.stderr)
         return USER_ERROR
 
 
@@ -874,8 +877,14 @@ def _recipe(record: store.Record) -> list[str]:
     if commit:
         unknown = "    # and the changes it was run with, which git does not know" if dirty else ""
         lines.append(f"git checkout {commit}{unknown}")
-    file = f"suites/{record['suite']}.toml"
-    lines.append(f"epsbench run {shlex.quote(file)} --only {record['id']} --results again --no-track")
+    from harness import registry
+
+    file = Path("suites") / f"{record['suite']}.toml"
+    known = record["cell"]["method"]["name"] in registry.index("method")
+    words = ["epsbench", "run", str(file) if file.exists() else "SUITE.toml", "--only", record["id"]]
+    words += ["--results", "again", "--no-track", *([] if known else ["--method", "FILE.py"])]
+    own = "" if file.exists() and known else "    # with the files of your own that it was run from"
+    lines.append(f"{shlex.join(words)}{own}")
     return lines
 
 

@@ -576,6 +576,8 @@ class _Reader:
             message = message.removeprefix("Input ").replace("dictionary", "table").replace("tuple", "list")
             value = error["input"]
             guess = None
+            if error["type"] in ("float_type", "int_type", "bool_type") and isinstance(value, str):
+                message += "; write it without quotes"
             if error["type"] == "literal_error" and isinstance(value, str):
                 guess = did_you_mean(value, re.findall(r"'([^']*)'", error["ctx"]["expected"]))
             if error["type"] == "string_pattern_mismatch":

@@ -317,7 +317,7 @@ seconds = "long"
         '39: [[device]] device = "gpu": write "cpu", "cuda" or "cuda:0".',
         "40: [[device]] dtype = \"float23\": should be 'float32' or 'float64'. Did you mean \"float32\"?",
         "43: [[device]] tf32 = true: it exists for float32 on cuda only; remove it.",
-        '46: [budget] seconds = "long": should be a valid number.',
+        '46: [budget] seconds = "long": should be a valid number; write it without quotes.',
     ]
 
 

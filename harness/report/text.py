@@ -37,6 +37,11 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", " ".join(text.split()))
 
 
+LEGEND = (
+    "± is half of a 95 % t-interval over seeds; differences are paired by seed, their interval in brackets."
+)
+
+
 def markdown(board: Board) -> str:
     """The leaderboard as GitHub-flavoured Markdown."""
     out = [f"# {escape(board.suite)}", ""]
@@ -44,6 +49,10 @@ def markdown(board: Board) -> str:
         out += [escape(board.question), ""]
     out += [f"- **{name}**: {escape(text)}" for name, text in board.facts]
     out += ["", "Full page: [index.html](index.html). Data: [leaderboard.csv](leaderboard.csv).", ""]
+    out += [
+        f"{LEGEND} A record is `results/{escape(board.suite)}/ID/record.json`; `epsbench show ID` prints it.",
+        "",
+    ]
     out += ["![Accuracy against epsilon](accuracy-vs-epsilon.svg)", "", "![Throughput](throughput.svg)", ""]
     for table in board.tables:
         out += _markdown_table(table)
@@ -67,7 +76,7 @@ def _markdown_table(table: Table) -> list[str]:
         "rank", "method", "accuracy, %",
         f"Δ {escape(table.baseline.title) if table.baseline else BASELINE}, points",
         "ε spent", "ε RDP", "ε claimed", "σ", "examples/s", "vs non-private", "vs dp-sgd", "peak MiB",
-        "train s", "seeds", "runs",
+        "train s", "seeds", "runs", "records",
     )  # fmt: skip
     rows = [_markdown_row(e, place(e)) for e in table.entries]
     rows += [_markdown_row(e, "reference") for e in table.references]
@@ -93,7 +102,7 @@ def _markdown_row(entry: Entry, rank: str) -> list[str]:
         epsilon(row.shared("claimed")), sigma(row.shared("sigma")), count(row.rate),
         ratio(entry.to_reference),
         ratio(entry.to_baseline), count(row.peak_memory), count(row.train_seconds), listing(row.seeds),
-        escape(statuses(row)),
+        escape(statuses(row)), " ".join(escape(run.id) for run in row.runs),
     ]  # fmt: skip
 
 
@@ -245,6 +254,8 @@ def top_rows(board: Board, n: int = 5) -> str:
         verdicts = [v.verdict for v in board.published]
         tally = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
         blocks.append(f"published values: {tally}")
+    if board.tables:
+        blocks.append(LEGEND)
     return "\n\n".join(blocks) or "no records yet"
 
 
