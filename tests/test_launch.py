@@ -163,6 +163,8 @@ class Place:
             [sys.executable, str(self.folder / "program.py"), json.dumps(given)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folder,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
+            # a test run in the background ignores SIGINT, and would hand that on
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def launch(self, cells: Sequence[Cell], **options: Any) -> str:

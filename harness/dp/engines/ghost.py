@@ -57,15 +57,15 @@ class Ghost(PerExample):
         sigma: float,
         relation: Relation,
     ) -> Bounded:
-        if clip.needs_norms and len(batch) and _due(model):
-            with untouched(model, batch.x.device):
-                audit(self, loss, model, w, batch)
         if self.microbatch is None and len(batch):  # the best microbatch depends on what the plan keeps
             plan = plan_for(loss, model, w.views, batch)
             chunk = chunk_within(len(batch), batch.x.device, plan.footprints, plan.activations)
             return replace(self, microbatch=chunk).bounded(
                 loss, clip, model, w, batch, state, sigma, relation
             )
+        if clip.needs_norms and len(batch) and _due(model):
+            with untouched(model, batch.x.device):
+                audit(self, loss, model, w, batch)
         return super().bounded(loss, clip, model, w, batch, state, sigma, relation)
 
     def clipped_sum(
