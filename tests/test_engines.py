@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 from zoo import ZOO, Animal, Mixing, Repeated, Sequence, mlp
 
-from harness.dp import Batch, CrossEntropy, Flat, Ghost, Loop, Plain, Relation, Tree, Unclipped, Vmap
+from harness.dp import Batch, BookKeeping, CrossEntropy, Flat, Ghost, Loop, Plain, Relation, Tree, Unclipped, Vmap
 from harness.dp.clip import Clip
 from harness.dp.engines.engine import trainable
 from harness.dp.engines.rows import squared_norms
-from harness.dp.engines.rules import Geometry, Lookup, Outer, Patches, gram_squares, rule_for
+from harness.dp.engines.gradients import Geometry, Lookup, Outer, Patches, gram_squares
+from harness.dp.engines.rules import rule_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:Using padding='same'")
 
-FAST = [Vmap, Ghost]
+FAST = [Vmap, Ghost, BookKeeping]
 SMOOTH = sorted(set(ZOO) - {"in place"})
 
 
@@ -387,7 +388,7 @@ def test_any_convolution(data, dims, groups, channels, outputs, examples, rows, 
     for name, gradient in found.items():
         agree(gradient, want[name])
     weight = found["weight"]
-    assert torch.allclose(weight._gram_squares(), want["weight"].flatten(1).square().sum(1), rtol=1e-9)
+    assert torch.allclose(weight._patch_squares(), want["weight"].flatten(1).square().sum(1), rtol=1e-9)
 
 
 @given(examples=sizes, positions=st.integers(0, 3), d=st.integers(1, 5), p=st.integers(1, 5), extra=sizes)

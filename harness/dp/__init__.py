@@ -40,6 +40,7 @@ _WHERE = {
     "Loop": "engines.loop",
     "Vmap": "engines.vmap",
     "Ghost": "engines.ghost",
+    "BookKeeping": "engines.bookkeeping",
 }
 
 __all__ = list(_WHERE)

@@ -135,10 +135,13 @@ def observe(parts: list[Clipped], w: Tree, groups: int) -> tuple[Tensor | None, 
     return norms, Observed(losses, norms, clipped, (~finite).sum())
 
 
-def group_norms(squares: Mapping[str, Tensor], groups: Mapping[str, int]) -> Tensor:
-    """Norms [B, G] from squared norms [B] of each parameter's gradient; inf or NaN wherever a square is not finite."""
-    count = 1 + max(groups.values())
-    columns = [[] for _ in range(count)]  # type: list[list[Tensor]]
-    for name, group in groups.items():
-        columns[group].append(squares[name])
-    return torch.stack([torch.stack(column).sum(0) for column in columns], 1).sqrt()
+def group_norms(squares: Mapping[str, Tensor], groups: Mapping[str, int], losses: Tensor) -> Tensor:
+    """Norms [B, G], in float64, from squared norms [B] of each parameter's gradient, for `losses` [B].
+
+    A parameter without an entry has no gradient. A norm is inf or NaN wherever a square is not finite.
+    """
+    columns: list[list[Tensor]] = [[] for _ in range(1 + max(groups.values(), default=0))]
+    for name, square in squares.items():
+        columns[groups[name]].append(square)
+    none = losses.new_zeros(len(losses), dtype=torch.float64)
+    return torch.stack([torch.stack(column or [none]).sum(0) for column in columns], 1).sqrt_()

@@ -38,7 +38,7 @@ class Loop(PerExample):
                 value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
             )
             squares = {name: g.double().square().sum()[None] for name, g in zip(leaves, grads, strict=True)}
-            norm = group_norms(squares, groups)
+            norm = group_norms(squares, groups, value.detach())
             weight = clip.weights(norm, state)
             if norm.isfinite().all():  # weight 0 would not do: 0 * inf is not a number
                 grad = [

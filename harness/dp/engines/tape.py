@@ -33,7 +33,8 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from harness.dp.engines.rows import squared_norms
-from harness.dp.engines.rules import Gradient, Rows, rule_for
+from harness.dp.engines.gradients import Gradient, Rows
+from harness.dp.engines.rules import rule_for
 from harness.dp.engines.vmap import explicit_states, per_example_gradients
 from harness.dp.loss import Batch, Loss
 
@@ -175,15 +176,16 @@ def run(
     batch: Batch,
     paths: Collection[str] | None,
     copy: bool,
+    retain: bool = True,
 ) -> tuple[Run, bool]:
     """Forward, then backward to the outputs of the modules at `paths`. Also returns whether copies were needed."""
     with taping(model, paths, copy) as tape:
         losses = loss.per_example(functional_call(model, dict(state), (batch.x,)), batch.y)
     if tape.disturbed and not copy:
-        return run(loss, model, state, batch, paths, copy=True)
+        return run(loss, model, state, batch, paths, True, retain)
     edges = [edge for call in tape.calls for edge in call.edges if edge is not None]
     found = iter(
-        torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
+        torch.autograd.grad(losses.sum(), edges, retain_graph=retain, allow_unused=True) if edges else ()
     )
     cotangents = [[None if edge is None else next(found) for edge in call.edges] for call in tape.calls]
     for call in tape.calls:

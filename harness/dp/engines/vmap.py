@@ -15,6 +15,7 @@ from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Clipped, PerExample, group_norms
 from harness.dp.engines.rows import squared_norms, weighted_rows
 from harness.dp.loss import Batch, Loss
+from harness.dp.native.memory import keep_freed_memory
 from harness.dp.tree import Tree
 
 
@@ -88,16 +89,18 @@ def refusal(model: nn.Module) -> str | None:
 def chunk_within(count: int, device: torch.device, footprints: Sequence[int], activations: int = 0) -> int:
     """How many of `count` examples to take at once, given the bytes per example of each tensor held for them.
 
-    On a GPU: as many as fit in a quarter of its memory. On a CPU, large chunks spread the cost of small kernels, but
-    fresh memory is slow: glibc maps large blocks anew each time and the kernel has to clear them, so each tensor stays
-    below 24 MiB and all together below 64 MiB (measured). Depends on nothing but shapes and the size of the device, so
-    a resumed run chunks alike.
+    As many as fit in a quarter of a GPU's memory, or on a CPU in 256 MiB (measured: more brings nothing). Where a CPU's
+    allocator insists on returning memory to the system, tensors must stay small enough for it to keep them: below 24
+    MiB each and 64 MiB together. Depends on nothing but shapes and the machine, so a resumed run chunks alike.
     """
     held, largest = max(1, sum(footprints)), max(1, *footprints, 1)
     if device.type == "cuda":
         most = torch.cuda.get_device_properties(device).total_memory // 4 // (held + activations)
     else:
-        most = min((64 << 20) // held, (24 << 20) // largest, (512 << 20) // max(1, activations))
+        fitting = (
+            (256 << 20) // held if keep_freed_memory() else min((64 << 20) // held, (24 << 20) // largest)
+        )
+        most = min(fitting, (512 << 20) // max(1, activations))
         most -= most % 8 if most > 8 else 0
     return max(1, min(count, most))
 
@@ -128,7 +131,7 @@ class Vmap(PerExample):
             if total.isfinite().all():
                 return Clipped(w.with_flat(total), None, None, losses)
         grads, losses = per_example_gradients(loss, model, w.views, w.names, batch)
-        norms = group_norms({name: squared_norms(g) for name, g in grads.items()}, groups)
+        norms = group_norms({name: squared_norms(g) for name, g in grads.items()}, groups, losses)
         weights = clip.weights(norms, state)
         v, good = weights, norms.isfinite().all(1)
         if not good.all():  # weight 0 would not do: 0 * inf is not a number

@@ -1,0 +1,416 @@
+"""The per-example gradients of a parameter, in whatever form is cheap.
+
+A `Gradient` need not be multiplied out. It can tell its squared norms, give its rows, or add them up with weights, each
+in the cheapest way its structure allows. Engines differ only in which of these they ask for: two passes need the
+squared norms, book-keeping also the weighted sum.
+
+A product of inputs and output gradients has two ways to a norm. *Keep*: make every example's gradient; it then stands
+in for the weight gradient, and the clipped sum is one pass over memory. *Gram*: take the norm from T x T Gram matrices
+of the positions and make only the clipped sum. `Costs` says which is cheaper.
+
+Shapes: B examples, T positions of a layer within one example, fan-in d, outputs p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harness.dp.engines.rows import squared_norms, weighted_rows, wide
+from harness.dp.native import kernels
+
+MARGIN = 4.0  # rounding units added to a squared norm from Gram matrices; 2.6 were seen at d = 64, 5.4 at d = 16384
+CANCELLED = 1e4  # rounding units below which a squared norm is not taken from Gram matrices at all
+
+
+def scaled(v: Tensor, g: Tensor) -> Tensor:
+    """Row i of `g` [B, ...] times v[i]."""
+    return g * v.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
+
+
+def placed(value: Tensor, out: Tensor | None) -> Tensor:
+    """`value`, in `out` if there is one."""
+    return value if out is None else out.copy_(value)
+
+
+class Costs(NamedTuple):
+    """What a norm costs beyond an ordinary weight gradient, in multiply-adds for each example.
+
+    `keep`: to write, square and sum the gradients. `gram`: to make the Gram matrices. Zero where a norm is free.
+    """
+
+    keep: float
+    gram: float
+
+    @property
+    def way(self) -> str:
+        """The cheaper one."""
+        return "free" if self.gram == 0 else "gram" if self.gram < self.keep else "keep"
+
+
+class Gradient:
+    """The per-example gradients of one parameter."""
+
+    shape: torch.Size
+
+    @property
+    def held(self) -> bool:
+        """Whether the weighted sum needs no more matrix products, but one pass over memory."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> Tensor:
+        """The gradients [B, *shape]."""
+        raise NotImplementedError
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of rows held for each example."""
+        raise NotImplementedError
+
+    def costs(self, again: bool = False) -> Costs:
+        """What the norms cost, either way.
+
+        `again`: whether a gradient that is not held then costs another backward pass through its layer.
+        """
+        return Costs(0, 0)
+
+    def squares(self, again: bool = False) -> Tensor:
+        """Squared norms [B], in float64."""
+        return squared_norms(self.rows)
+
+    def weighted(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """The sum over examples of v[i] times gradient i, of the parameter's shape; into `out` if given. `v` is [B]."""
+        return placed(weighted_rows(v, self.rows), out)
+
+    def __add__(self, other: Gradient) -> Gradient:
+        """The gradients of a parameter used in two places: the rows add, and their squared norms do not."""
+        return Rows(self.rows + other.rows)
+
+
+@dataclass
+class Rows(Gradient):
+    """Gradients that are simply there."""
+
+    value: Tensor
+
+    def __post_init__(self) -> None:
+        self.shape = self.value.shape[1:]
+
+    @property
+    def held(self) -> bool:
+        return True
+
+    @property
+    def rows(self) -> Tensor:
+        return self.value
+
+    @property
+    def footprint(self) -> int:
+        return self.shape.numel() * self.value.element_size()
+
+
+class Product(Gradient):
+    """Gradients that are products of other tensors, multiplied out on demand and then kept.
+
+    They are kept as `made`: [B, *(the shape's dimensions in the order that `axes` gives)] and squared norms [B].
+    """
+
+    axes: tuple[int, ...] = ()
+
+    @cached_property
+    def made(self) -> tuple[Tensor, Tensor]:
+        """The gradients, their dimensions in the order that suits their maker, and squared norms [B] in float64."""
+        raise NotImplementedError
+
+    @property
+    def held(self) -> bool:
+        return "made" in self.__dict__
+
+    @property
+    def rows(self) -> Tensor:
+        return self._ordered(self.made[0], 1)
+
+    @property
+    def footprint(self) -> int:
+        return self.shape.numel() * self.made[0].element_size() if self.held else 0
+
+    def squares(self, again: bool = False) -> Tensor:
+        way = "keep" if self.held else self.costs(again).way
+        return self.made[1] if way == "keep" else self._squares()
+
+    def _squares(self) -> Tensor:
+        """Squared norms [B] without the products."""
+        raise NotImplementedError
+
+    def weighted(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        if self.held:
+            return placed(self._ordered(weighted_rows(v, self.made[0]), 0), out)
+        return self._weighted(v, out)
+
+    def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
+        """The weighted sum without the single products."""
+        raise NotImplementedError
+
+    def _ordered(self, t: Tensor, skip: int) -> Tensor:
+        """`t` with its dimensions, the first `skip` aside, in the parameter's order."""
+        if not self.axes:
+            return t
+        back = sorted(range(len(self.axes)), key=self.axes.__getitem__)
+        return t.permute(*range(skip), *(skip + i for i in back))
+
+
+def careful(
+    total: Tensor, bound: Tensor, dtype: torch.dtype, products: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Squared norms [B] that err upwards, from sums over pairs of positions, whose rounding is relative to `bound` [B].
+
+    A margin is added; where the terms cancel so far that rounding would count, `products` of those examples are made
+    after all: a norm that reads low would let an example contribute more than its bound.
+    """
+    unit = torch.finfo(dtype).eps * bound
+    total = total + MARGIN * unit
+    cancelled = (total < CANCELLED * unit).nonzero().squeeze(1)
+    for some in cancelled.split(8) if len(cancelled) else ():
+        total[some] = squared_norms(products(some))
+    return total
+
+
+def gram_squares(a: Tensor, g: Tensor) -> Tensor:
+    """Squared norms [B], in float64, of sum_t g_t a_t^T from a [B, T, d] and g [B, T, p], without the products.
+
+    |sum_t g_t a_t^T|^2 = sum_{s,t} (a_s . a_t) (g_s . g_t). The terms may cancel, so rounding is relative not to the
+    result but to (sum_t |a_t| |g_t|)^2.
+    """
+    product = torch.bmm(a, a.mT).mul_(torch.bmm(g, g.mT))
+    bound = product.diagonal(dim1=1, dim2=2).double().sqrt().sum(1).square()
+    total = product.sum(2).double().sum(1)
+    return careful(total, bound, a.dtype, lambda some: torch.bmm(g[some].mT.double(), a[some].double()))
+
+
+def row_cost(elements: int, like: Tensor) -> int:
+    """Writing, squaring and summing the elements of a per-example gradient, in multiply-adds (measured)."""
+    return elements * (30 if kernels.serve(like) else 41)
+
+
+@dataclass
+class Outer(Product):
+    """sum_t g_t a_t^T, from a [B, T, d] and g [B, T, p]: the weight [p, d] of a linear layer."""
+
+    a: Tensor
+    g: Tensor
+
+    def __post_init__(self) -> None:
+        self.shape = torch.Size((self.g.shape[2], self.a.shape[2]))
+
+    @cached_property
+    def made(self) -> tuple[Tensor, Tensor]:
+        a, g = wide(self.a), wide(self.g)
+        found = kernels.outer_rows(a, g)
+        if found is None:
+            rows = torch.bmm(g.mT, a)
+            found = rows, squared_norms(rows)
+        return found
+
+    def costs(self, again: bool = False) -> Costs:
+        positions, (p, d) = self.a.shape[1], self.shape
+        if positions == 1:
+            return Costs(row_cost(p * d, self.a), 0)
+        return Costs(row_cost(p * d, self.a), positions**2 * (p + d) + again * positions * p * d)
+
+    def _squares(self) -> Tensor:
+        if self.a.shape[1] == 1:
+            return squared_norms(self.a) * squared_norms(self.g)
+        return gram_squares(wide(self.a), wide(self.g))
+
+    def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
+        a, g = wide(self.a).flatten(0, 1), scaled(v, wide(self.g)).flatten(0, 1)
+        if out is not None and out.dtype == a.dtype:
+            return torch.mm(g.mT, a, out=out)
+        return placed(g.mT @ a, out)
+
+    def __add__(self, other: Gradient) -> Gradient:
+        if isinstance(other, Outer) and not (self.held or other.held):
+            return Outer(torch.cat([self.a, other.a], 1), torch.cat([self.g, other.g], 1))
+        return super().__add__(other)
+
+
+@dataclass
+class Lookup(Gradient):
+    """g_t added to row index_t, from index [B, T] and g [B, T, d]: the weight [entries, d] of an embedding."""
+
+    index: Tensor
+    g: Tensor
+    entries: int
+
+    def __post_init__(self) -> None:
+        self.shape = torch.Size((self.entries, self.g.shape[2]))
+
+    @property
+    def held(self) -> bool:
+        return True
+
+    @property
+    def footprint(self) -> int:
+        return 0
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """The index [B * T] into the rows of all examples."""
+        first = torch.arange(len(self.index), device=self.index.device) * self.entries
+        return (self.index + first[:, None]).flatten()
+
+    @property
+    def rows(self) -> Tensor:
+        g = wide(self.g).flatten(0, 1)
+        return (
+            g.new_zeros(len(self.index) * self.entries, g.shape[1])
+            .index_add_(0, self.keys, g)
+            .unflatten(0, (-1, self.entries))
+        )
+
+    def squares(self, again: bool = False) -> Tensor:
+        # Positions that look up the same entry in the same example add up before they are squared.
+        g = wide(self.g).flatten(0, 1)
+        keys, inverse = torch.unique(self.keys, return_inverse=True)
+        squares = squared_norms(g.new_zeros(len(keys), g.shape[1]).index_add_(0, inverse, g))
+        return squares.new_zeros(len(self.index)).index_add_(0, keys // self.entries, squares)
+
+    def weighted(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        g = scaled(v, wide(self.g)).flatten(0, 1)
+        return placed(g.new_zeros(self.shape).index_add_(0, self.index.flatten(), g), out)
+
+    def __add__(self, other: Gradient) -> Gradient:
+        if isinstance(other, Lookup):
+            return Lookup(
+                torch.cat([self.index, other.index], 1), torch.cat([self.g, other.g], 1), self.entries
+            )
+        return super().__add__(other)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution reads its input."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def as_image(self) -> Geometry:
+        """The same for images of one row, where it is for lines: some operators know only images."""
+        if len(self.kernel) > 1:
+            return self
+        return Geometry((1, *self.kernel), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups)
+
+
+@dataclass
+class Patches(Product):
+    """The weight of a convolution, from inputs x [B, k, C, ...] and output gradients g [B, k, p, ...]."""
+
+    x: Tensor
+    g: Tensor
+    geometry: Geometry
+
+    def __post_init__(self) -> None:
+        fan = self.x.shape[2] // self.geometry.groups
+        self.shape = torch.Size((self.g.shape[2], fan, *self.geometry.kernel))
+
+    @property
+    def simple(self) -> bool:
+        """Whether there is one image or line to an example, and one group of channels: what the kernels are for."""
+        return self.x.shape[1] == 1 and self.geometry.groups == 1 and len(self.geometry.kernel) <= 2
+
+    @cached_property
+    def made(self) -> tuple[Tensor, Tensor]:
+        x, g, geo = wide(self.x), wide(self.g), self.geometry
+        if self.simple:
+            found = kernels.convolution_rows(x[:, 0], g[:, 0], geo.kernel, geo.stride, geo.padding, geo.dilation)
+            if found is not None:
+                self.axes = (0, *range(2, 2 + len(geo.kernel)), 1)  # channels last
+                return found
+        # Examples become groups of channels of one convolution, whose weight gradient then holds each example's own.
+        x, g = (t.transpose(0, 1).flatten(1, 2) for t in (x, g))
+        rows = self._weight_gradient(x, g, len(self.x) * geo.groups).unflatten(0, (len(self.x), -1))
+        return rows, squared_norms(rows)
+
+    def _weight_gradient(self, x: Tensor, g: Tensor, groups: int) -> Tensor:
+        """The weight gradient of a convolution, from x [N, groups * c, ...] and g [N, groups * p, ...]."""
+        geo, n = self.geometry, len(self.geometry.kernel)
+        weight = x.new_empty(1).expand(g.shape[1], *self.shape[1:])  # only its shape matters
+        return torch.ops.aten.convolution_backward(
+            g, x, weight, None, geo.stride, geo.padding, geo.dilation, False, [0] * n, groups, [False, True, False]
+        )[1]  # fmt: skip
+
+    def costs(self, again: bool = False) -> Costs:
+        geo, elements = self.geometry, self.shape.numel()
+        keep = row_cost(elements, self.x)
+        positions = self.g.shape[1] * math.prod(self.g.shape[3:])
+        if len(geo.kernel) > 2:
+            return Costs(keep, math.inf)
+        once_more = again * positions * elements
+        if self.simple and kernels.serve(self.x):
+            pixels = math.prod(n + 2 * p for n, p in zip(self.x.shape[3:], geo.padding, strict=True))
+            offsets = math.prod(geo.kernel)
+            gram = pixels**2 * self.shape[1] + positions**2 * (self.shape[0] + offsets)
+            return Costs(keep, 1.5 * gram + once_more)
+        return Costs(keep, positions**2 * (math.prod(self.shape[1:]) + self.shape[0] // geo.groups) + once_more)
+
+    def _squares(self) -> Tensor:
+        found = self._pixel_squares() if self.simple else None
+        return self._patch_squares() if found is None else found
+
+    def _pixel_squares(self) -> Tensor | None:
+        """From the Gram matrix of pixels, whose diagonals, shifted by the kernel's offsets, add up to the patches'."""
+        x, g, geo = wide(self.x)[:, 0], wide(self.g)[:, 0], self.geometry.as_image()
+        if kernels.serve(x, g) is None:
+            return None
+        x, g = (t if t.ndim == 4 else t.unsqueeze(2) for t in (x, g))
+        (up, left), extent = geo.padding, g.shape[2:]
+        padded = F.pad(x, (left, left, up, up)).permute(0, 2, 3, 1)
+        a, b = padded.flatten(1, 2), g.permute(0, 2, 3, 1).flatten(1, 2)
+        total, bound = kernels.convolution_gram(
+            torch.bmm(a, a.mT), torch.bmm(b, b.mT), padded.shape[1:3], extent, geo.kernel, geo.stride, geo.dilation
+        )
+
+        def products(some: Tensor) -> Tensor:
+            few = Patches(self.x[some].double(), self.g[some].double(), self.geometry)
+            return few.rows
+
+        return careful(total, bound, x.dtype, products)
+
+    def _patch_squares(self) -> Tensor:
+        geo, groups = self.geometry.as_image(), self.geometry.groups
+        x, g = wide(self.x).flatten(0, 1), wide(self.g)
+        patches = F.unfold(
+            x if x.ndim == 4 else x.unsqueeze(2), geo.kernel, geo.dilation, geo.padding, geo.stride
+        )
+
+        # [B, k, groups, d, T] -> [B * groups, k * T, d], and the same for g
+        def positions(t: Tensor) -> Tensor:
+            return t.unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3).flatten(0, 1)
+
+        a = positions(patches.unflatten(0, g.shape[:2]))
+        return gram_squares(a, positions(g.flatten(3))).unflatten(0, (-1, groups)).sum(1)
+
+    def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
+        g = scaled(v, wide(self.g)).flatten(0, 1)
+        return placed(self._weight_gradient(wide(self.x).flatten(0, 1), g, self.geometry.groups), out)
+
+    def __add__(self, other: Gradient) -> Gradient:
+        if (
+            isinstance(other, Patches)
+            and self.geometry == other.geometry
+            and self.x.shape[2:] == other.x.shape[2:]
+            and not (self.held or other.held)
+        ):
+            return Patches(torch.cat([self.x, other.x], 1), torch.cat([self.g, other.g], 1), self.geometry)
+        return super().__add__(other)

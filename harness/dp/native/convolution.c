@@ -1,0 +1,251 @@
+/* Per-example weight gradients of a convolution.
+ *
+ * Each example's input is first copied, padded and channels last, into a buffer of the thread's own that stays in its
+ * cache, and its output gradient likewise. Then, for each row of the kernel, patches (kw * c numbers next to each
+ * other) times output gradients (p numbers next to each other) are added up over the output positions. The sums stay in
+ * registers over all positions; nothing is unfolded.
+ */
+#include <stdlib.h>
+
+#include "vector.h"
+
+#define WIDE (LANES / 2) /* output channels of a tile of several vectors */
+
+typedef struct {
+    long height, width, channels; /* of the input */
+    long rows, columns, outputs;  /* of the output */
+    long kernel_rows, kernel_columns, stride_rows, stride_columns, padding_rows, padding_columns;
+    long dilation_rows, dilation_columns;
+} Shape;
+
+/* How an image of a batch lies in memory: floats from one row, column and channel to the next. */
+typedef struct {
+    long example, channel, row, column;
+} Strides;
+
+#if LANES == 16
+#define PICK(F)                                                                                                        \
+    F(0), F(1), F(2), F(3), F(4), F(5), F(6), F(7), F(8), F(9), F(10), F(11), F(12), F(13), F(14), F(15)
+#else
+#define PICK(F) F(0), F(1), F(2), F(3), F(4), F(5), F(6), F(7)
+#endif
+
+/* One stage of a transposition: exchange the off-diagonal blocks of side S. */
+#define STAGE(S)                                                                                                       \
+    for (int i = 0; i < LANES; i++)                                                                                    \
+        if (!(i & S)) {                                                                                                \
+            const vec a = v[i], b = v[i + S];                                                                          \
+            v[i] = __builtin_shufflevector(a, b, PICK(UPPER_##S));                                                     \
+            v[i + S] = __builtin_shufflevector(a, b, PICK(LOWER_##S));                                                 \
+        }
+#define UPPER(S, j) ((j) & S ? LANES + (j)-S : (j))
+#define LOWER(S, j) ((j) & S ? LANES + (j) : (j) + S)
+#define UPPER_1(j) UPPER(1, j)
+#define UPPER_2(j) UPPER(2, j)
+#define UPPER_4(j) UPPER(4, j)
+#define UPPER_8(j) UPPER(8, j)
+#define LOWER_1(j) LOWER(1, j)
+#define LOWER_2(j) LOWER(2, j)
+#define LOWER_4(j) LOWER(4, j)
+#define LOWER_8(j) LOWER(8, j)
+
+static inline void transpose(vec *v) {
+#pragma GCC unroll 16
+    STAGE(1)
+#pragma GCC unroll 16
+    STAGE(2)
+#pragma GCC unroll 16
+    STAGE(4)
+#if LANES == 16
+#pragma GCC unroll 16
+    STAGE(8)
+#endif
+}
+
+/* Copy one image into `to` [rows + 2 * pad_rows, columns + 2 * pad_columns, channels], whose border is zero already. */
+static void channels_last(const float *from, Strides by, float *to, long rows, long columns, long channels,
+                          long pad_rows, long pad_columns) {
+    const long line = (columns + 2 * pad_columns) * channels;
+    to += pad_rows * line + pad_columns * channels;
+    if (by.channel == 1 && by.column == channels) {
+        for (long r = 0; r < rows; r++) memcpy(to + r * line, from + r * by.row, 4 * columns * channels);
+        return;
+    }
+    long c = 0;
+    if (by.column == 1 && by.row == columns) {
+        const long positions = rows * columns;
+        for (; c + LANES <= channels; c += LANES) {
+            long t = 0;
+            for (; t + LANES <= positions; t += LANES) {
+                vec v[LANES];
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++) v[i] = *(const vec *)(from + (c + i) * by.channel + t);
+                transpose(v);
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++)
+                    *(vec *)(to + (t + i) / columns * line + (t + i) % columns * channels + c) = v[i];
+            }
+            for (; t < positions; t++)
+                for (int i = 0; i < LANES; i++)
+                    to[t / columns * line + t % columns * channels + c + i] = from[(c + i) * by.channel + t];
+        }
+    }
+    for (; c < channels; c++)
+        for (long r = 0; r < rows; r++)
+            for (long x = 0; x < columns; x++)
+                to[r * line + x * channels + c] = from[c * by.channel + r * by.row + x * by.column];
+}
+
+/* One tile: NP output channels, NV vectors of patch elements, all positions. Writes `length` of the NV * LANES
+ * elements of each row of `out`, whose rows are `pitch` apart, and returns the sum of their squares. */
+#define TILE(NAME, NP, NV)                                                                                             \
+    static double NAME(const float *x, const float *g, float *out, const Shape *s, long pitch, long length) {          \
+        vec sum[NP][NV];                                                                                               \
+        _Pragma("GCC unroll 16") for (int i = 0; i < NP; i++) {                                                        \
+            _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++) sum[i][v] = (vec){0};                                 \
+        }                                                                                                              \
+        const long step = s->stride_columns * s->channels;                                                             \
+        const long line = (s->width + 2 * s->padding_columns) * s->channels * s->stride_rows;                          \
+        for (long r = 0; r < s->rows; r++) {                                                                           \
+            const float *a = x + r * line, *b = g + r * s->columns * s->outputs;                                       \
+            for (long c = 0; c < s->columns; c++, a += step, b += s->outputs) {                                        \
+                vec e[NV];                                                                                             \
+                _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++) e[v] = *(const vec *)(a + v * LANES);             \
+                _Pragma("GCC unroll 16") for (int i = 0; i < NP; i++) {                                                \
+                    _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++) sum[i][v] += b[i] * e[v];                     \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        if (length < NV * LANES) {                                                                                     \
+            double total = 0;                                                                                          \
+            for (int i = 0; i < NP; i++) {                                                                             \
+                float line[NV * LANES];                                                                                \
+                memcpy(line, sum[i], sizeof line);                                                                     \
+                memcpy(out + i * pitch, line, 4 * length);                                                             \
+                for (long j = 0; j < length; j++) total += (double)line[j] * line[j];                                  \
+            }                                                                                                          \
+            return total;                                                                                              \
+        }                                                                                                              \
+        vec squares = {0};                                                                                             \
+        _Pragma("GCC unroll 16") for (int i = 0; i < NP; i++) {                                                        \
+            _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++) {                                                     \
+                *(vec *)(out + i * pitch + v * LANES) = sum[i][v];                                                     \
+                squares += sum[i][v] * sum[i][v];                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        return sum_of(squares);                                                                                        \
+    }
+
+TILE(tile_1_1, 1, 1)
+TILE(tile_1_3, 1, 3)
+TILE(tile_w_1, 2 * WIDE, 1)
+TILE(tile_w_2, WIDE, 2)
+TILE(tile_w_3, WIDE, 3)
+
+static double block(const float *x, const float *g, float *out, const Shape *s, long pitch, long span) {
+    double total = 0;
+    for (long d = 0; d < span;) {
+        const long left = span - d, vectors = left > 2 * LANES ? 3 : left > LANES ? 2 : 1;
+        const long length = left < vectors * LANES ? left : vectors * LANES;
+        const long step = vectors == 1 ? 2 * WIDE : WIDE;
+        long p = 0;
+        for (; p + step <= s->outputs; p += step) {
+            const float *a = x + d, *b = g + p;
+            float *o = out + p * pitch + d;
+            total += vectors == 3   ? tile_w_3(a, b, o, s, pitch, length)
+                     : vectors == 2 ? tile_w_2(a, b, o, s, pitch, length)
+                                    : tile_w_1(a, b, o, s, pitch, length);
+        }
+        for (; p < s->outputs; p++) {
+            float *o = out + p * pitch + d;
+            total += vectors == 1 ? tile_1_1(x + d, g + p, o, s, pitch, length)
+                                  : tile_1_3(x + d, g + p, o, s, pitch, length);
+        }
+        d += length;
+    }
+    return total;
+}
+
+/* x [n, channels, height, width] and g [n, outputs, rows, columns], in any layout; out [n, outputs, kernel_rows,
+ * kernel_columns, channels]; squares [n]: the squared norm of each example's gradient. Returns whether memory was had. */
+int convolution_rows(const float *x, Strides x_by, const float *g, Strides g_by, float *out, double *squares, long n,
+                     const Shape *s, int threads) {
+    const long pitch = s->kernel_rows * s->kernel_columns * s->channels;
+    const long line = (s->width + 2 * s->padding_columns) * s->channels;
+    const long padded = (s->height + 2 * s->padding_rows) * line, positions = s->rows * s->columns;
+    /* Kernel columns are next to each other in memory unless the kernel is dilated. */
+    const long spans = s->dilation_columns == 1 ? 1 : s->kernel_columns, span = pitch / s->kernel_rows / spans;
+    const int as_needed = !s->padding_rows && !s->padding_columns && x_by.channel == 1 &&
+                          x_by.column == s->channels && x_by.row == line;
+    int had = 1;
+#pragma omp parallel num_threads(threads) reduction(&& : had)
+    {
+        float *image = calloc(padded + 3 * LANES, 4); /* a tile reads up to three vectors beyond its patch */
+        float *gradient = malloc(4 * positions * s->outputs);
+        had = image && gradient;
+#pragma omp for schedule(dynamic, 1)
+        for (long i = 0; i < n; i++) {
+            if (!had) continue;
+            const float *from = x + i * x_by.example, *b = g + i * g_by.example;
+            /* Nobody reads beyond the last example. */
+            const int copy = !as_needed || i == n - 1;
+            if (copy)
+                channels_last(from, x_by, image, s->height, s->width, s->channels, s->padding_rows, s->padding_columns);
+            if (g_by.channel != 1 || g_by.column != s->outputs || g_by.row != s->columns * s->outputs) {
+                channels_last(b, g_by, gradient, s->rows, s->columns, s->outputs, 0, 0);
+                b = gradient;
+            }
+            double total = 0;
+            for (long ky = 0; ky < s->kernel_rows; ky++)
+                for (long kx = 0; kx < spans; kx++) {
+                    const float *a = (copy ? image : from) + ky * s->dilation_rows * line + kx * s->dilation_columns * s->channels;
+                    total += block(a, b, out + i * s->outputs * pitch + (ky * spans + kx) * span, s, pitch, span);
+                }
+            squares[i] = total;
+        }
+        free(image);
+        free(gradient);
+    }
+    return had;
+}
+
+/* Squared norms from Gram matrices: of the pixels of a padded input, k [n, m, m] with m = height * width, and of the
+ * output gradients, g [n, t, t] with t = rows * columns. The patches' Gram matrix is the sum of k's diagonals shifted
+ * by every offset of the kernel, so it never exists. `bound` [n] gets (sum_t |patch_t| |g_t|)^2, to which rounding is
+ * relative. */
+void convolution_gram(const float *k, const float *g, double *squares, double *bound, long n, const Shape *s,
+                      int threads) {
+    const long width = s->width + 2 * s->padding_columns, m = (s->height + 2 * s->padding_rows) * width;
+    const long t = s->rows * s->columns, offsets = s->kernel_rows * s->kernel_columns;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (long i = 0; i < n; i++) {
+        const float *pixels = k + i * m * m;
+        double total = 0, root = 0;
+        for (long a = 0; a < t; a++) {
+            const long here = a / s->columns * s->stride_rows * width + a % s->columns * s->stride_columns;
+            float line[s->columns];
+            for (long r = 0; r < s->rows; r++) {
+                const float *weights = g + (i * t + a) * t + r * s->columns;
+                memset(line, 0, sizeof line);
+                for (long o = 0; o < offsets; o++) {
+                    const long shift = o / s->kernel_columns * s->dilation_rows * width +
+                                       o % s->kernel_columns * s->dilation_columns;
+                    const float *row = pixels + (here + shift) * m + r * s->stride_rows * width + shift;
+                    if (s->stride_columns == 1)
+                        for (long c = 0; c < s->columns; c++) line[c] += row[c];
+                    else
+                        for (long c = 0; c < s->columns; c++) line[c] += row[c * s->stride_columns];
+                }
+                if (r == a / s->columns) {
+                    const double own = (double)line[a % s->columns] * weights[a % s->columns];
+                    root += own > 0 ? __builtin_sqrt(own) : 0;
+                }
+                float part = 0;
+                for (long c = 0; c < s->columns; c++) part += line[c] * weights[c];
+                total += part;
+            }
+        }
+        squares[i] = total;
+        bound[i] = root * root;
+    }
+}
