@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.dp.engines.gradients import Costs, Gradient, Outer, Rows
 from harness.dp.engines.rows import wide
-from harness.dp.engines.rules import Gradient, Outer, Rows
 
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 PARAMETERS = {"in_proj_weight", *SEPARATE, "in_proj_bias", "bias_k", "bias_v", "out_proj.weight", "out_proj.bias"}
@@ -59,6 +59,10 @@ class Stacked(Gradient):
     @property
     def footprint(self) -> int:
         return sum(part.footprint for part in self.parts)
+
+    def costs(self, again: bool = False) -> Costs:
+        keep, gram = zip(*(part.costs(again) for part in self.parts), strict=True)
+        return Costs(sum(keep), sum(gram))
 
     def squares(self, again: bool = False) -> Tensor:
         return torch.stack([part.squares(again) for part in self.parts]).sum(0)

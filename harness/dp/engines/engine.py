@@ -104,13 +104,14 @@ class PerExample(Engine):
     ) -> Bounded:
         groups = clip.groups(w.names)
         chunk = self.chunk(model, batch)
-        total = torch.zeros_like(w.flat)
+        total: Tensor | None = None
         parts: list[Clipped] = []
         for x, y in zip(batch.x.split(chunk), batch.y.split(chunk), strict=True):
             if len(x):
                 part = self.clipped_sum(loss, clip, groups, model, w, Batch(x, y), state)
-                total += part.total.flat
-                parts.append(part)
+                total = part.total.flat if total is None else total.add_(part.total.flat)
+                parts.append(part._replace(total=w))  # the sum is not needed any more
+        total = torch.zeros_like(w.flat) if total is None else total
         norms, observed = observe(parts, w, 1 + max(groups.values(), default=0))
         releases = {
             "grad": Release(w.with_flat(total), clip.sensitivity(state, relation), clip.split(sigma)["grad"])

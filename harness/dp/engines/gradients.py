@@ -88,7 +88,7 @@ class Gradient:
 
     def weighted(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """The sum over examples of v[i] times gradient i, of the parameter's shape; into `out` if given. `v` is [B]."""
-        return placed(weighted_rows(v, self.rows), out)
+        return weighted_rows(v, self.rows, out)
 
     def __add__(self, other: Gradient) -> Gradient:
         """The gradients of a parameter used in two places: the rows add, and their squared norms do not."""
@@ -120,14 +120,14 @@ class Rows(Gradient):
 class Product(Gradient):
     """Gradients that are products of other tensors, multiplied out on demand and then kept.
 
-    They are kept as `made`: [B, *(the shape's dimensions in the order that `axes` gives)] and squared norms [B].
+    They are kept as `made`, with their channels last if that is how they came.
     """
 
-    axes: tuple[int, ...] = ()
+    channels_last = False
 
     @cached_property
     def made(self) -> tuple[Tensor, Tensor]:
-        """The gradients, their dimensions in the order that suits their maker, and squared norms [B] in float64."""
+        """The gradients [B, *shape], or [B, p, ..., C] where channels are last, and squared norms [B] in float64."""
         raise NotImplementedError
 
     @property
@@ -136,7 +136,7 @@ class Product(Gradient):
 
     @property
     def rows(self) -> Tensor:
-        return self._ordered(self.made[0], 1)
+        return self.made[0].movedim(-1, 2) if self.channels_last else self.made[0]
 
     @property
     def footprint(self) -> int:
@@ -151,20 +151,18 @@ class Product(Gradient):
         raise NotImplementedError
 
     def weighted(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        if self.held:
-            return placed(self._ordered(weighted_rows(v, self.made[0]), 0), out)
-        return self._weighted(v, out)
+        if not self.held:
+            return self._weighted(v, out)
+        if self.channels_last:
+            found = kernels.weighted_rows(v, self.made[0], out, swap=True)
+            if found is not None:
+                return found
+            return placed(weighted_rows(v, self.made[0]).movedim(-1, 1), out)
+        return weighted_rows(v, self.made[0], out)
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
         """The weighted sum without the single products."""
         raise NotImplementedError
-
-    def _ordered(self, t: Tensor, skip: int) -> Tensor:
-        """`t` with its dimensions, the first `skip` aside, in the parameter's order."""
-        if not self.axes:
-            return t
-        back = sorted(range(len(self.axes)), key=self.axes.__getitem__)
-        return t.permute(*range(skip), *(skip + i for i in back))
 
 
 def careful(
@@ -197,7 +195,7 @@ def gram_squares(a: Tensor, g: Tensor) -> Tensor:
 
 def row_cost(elements: int, like: Tensor) -> int:
     """Writing, squaring and summing the elements of a per-example gradient, in multiply-adds (measured)."""
-    return elements * (30 if kernels.serve(like) else 41)
+    return elements * (22 if kernels.serve(like) else 41)
 
 
 @dataclass
@@ -335,7 +333,7 @@ class Patches(Product):
         if self.simple:
             found = kernels.convolution_rows(x[:, 0], g[:, 0], geo.kernel, geo.stride, geo.padding, geo.dilation)
             if found is not None:
-                self.axes = (0, *range(2, 2 + len(geo.kernel)), 1)  # channels last
+                self.channels_last = True
                 return found
         # Examples become groups of channels of one convolution, whose weight gradient then holds each example's own.
         x, g = (t.transpose(0, 1).flatten(1, 2) for t in (x, g))
@@ -360,8 +358,8 @@ class Patches(Product):
         if self.simple and kernels.serve(self.x):
             pixels = math.prod(n + 2 * p for n, p in zip(self.x.shape[3:], geo.padding, strict=True))
             offsets = math.prod(geo.kernel)
-            gram = pixels**2 * self.shape[1] + positions**2 * (self.shape[0] + offsets)
-            return Costs(keep, 1.5 * gram + once_more)
+            gram = pixels**2 * self.shape[1] + positions**2 * (self.shape[0] + 3 * offsets)
+            return Costs(keep, 2 * gram + once_more)
         return Costs(keep, positions**2 * (math.prod(self.shape[1:]) + self.shape[0] // geo.groups) + once_more)
 
     def _squares(self) -> Tensor:
@@ -375,11 +373,14 @@ class Patches(Product):
             return None
         x, g = (t if t.ndim == 4 else t.unsqueeze(2) for t in (x, g))
         (up, left), extent = geo.padding, g.shape[2:]
-        padded = F.pad(x, (left, left, up, up)).permute(0, 2, 3, 1)
-        a, b = padded.flatten(1, 2), g.permute(0, 2, 3, 1).flatten(1, 2)
-        total, bound = kernels.convolution_gram(
-            torch.bmm(a, a.mT), torch.bmm(b, b.mT), padded.shape[1:3], extent, geo.kernel, geo.stride, geo.dilation
+        x = F.pad(x, (left, left, up, up))
+        # Pixels take the place of inputs and outputs, and channels that of positions.
+        pairs = [kernels.outer_rows(t.flatten(2), t.flatten(2)) for t in (x, g)]
+        k, products_of_g = (pair[0] for pair in pairs if pair is not None)
+        found = kernels.convolution_gram(
+            k, products_of_g, x.shape[2:], extent, geo.kernel, geo.stride, geo.dilation
         )
+        total, bound = found
 
         def products(some: Tensor) -> Tensor:
             few = Patches(self.x[some].double(), self.g[some].double(), self.geometry)

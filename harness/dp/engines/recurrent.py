@@ -14,14 +14,42 @@ Shapes: T steps, N rows (those of one example next to each other), d inputs, h h
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.dp.engines.gradients import Costs, Gradient, Outer, Rows, careful, placed
 from harness.dp.engines.rows import wide
-from harness.dp.engines.rules import Gradient, Outer, Rows
+
+
+@dataclass
+class Steps(Outer):
+    """The `Outer` of a weight read at every step, from views [B, T, .] of tensors that lie in memory time first."""
+
+    pairs: Callable[[], Tensor]  # the Gram matrices g g^T [B, T, T], made once for all weights that share g
+
+    def costs(self, again: bool = False) -> Costs:
+        found = super().costs(again)
+        return found._replace(gram=found.gram - self.g.shape[1] ** 2 * self.g.shape[2] / 2)
+
+    def _squares(self) -> Tensor:
+        product = torch.bmm(self.a, self.a.mT).mul_(self.pairs())
+        bound = product.diagonal(dim1=1, dim2=2).double().sqrt().sum(1).square()
+        return careful(
+            product.sum(2).double().sum(1),
+            bound,
+            product.dtype,
+            lambda some: torch.bmm(self.g[some].mT.double(), self.a[some].double()),
+        )
+
+    def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
+        a, g = self.a.transpose(0, 1), self.g.transpose(0, 1)
+        a = a * v.to(a.dtype).unsqueeze(1)
+        return placed(product(a.flatten(0, 1).mT, g.flatten(0, 1).mT).mT, out)
 
 
 class Direction(NamedTuple):
@@ -74,35 +102,36 @@ def lstm(layer: Direction) -> Traced:
     i, f, g, o = gates.unbind(2)
     g.mul_(2)
     gates.sigmoid_()
-    g.mul_(2).sub_(1)  # tanh, like the function above
-    ig = i * g
-    cells = ig.new_empty(steps + 1, rows, ig.shape[2])
+    g.mul_(2).sub_(1)  # the sigmoid of twice as much gives tanh
+    forget, new = f.clone(), i * g
+    cells = new.new_empty(steps + 1, rows, new.shape[2])
     cells[0] = 0 if layer.cell is None else layer.cell
-    for before, after, forget, new in zip(cells[:-1], cells[1:], f, ig, strict=True):
-        torch.addcmul(new, forget, before, out=after)
+    for before, after, kept, added in zip(cells[:-1], cells[1:], forget, new, strict=True):
+        torch.addcmul(added, kept, before, out=after)
     tanh = tanh_(cells[1:].clone())
     shown = o * tanh
-    slope = torch.addcmul(o, shown, tanh, value=-1)  # d h_t / d c_t
-    local = torch.empty_like(gates)  # d c_t / d (i, f, g) and d h_t / d o, before the gates' functions
-    torch.addcmul(ig, ig, i, value=-1, out=local[:, :, 0])
-    torch.mul(cells[:-1], torch.addcmul(f, f, f, value=-1), out=local[:, :, 1])
-    torch.addcmul(i, ig, g, value=-1, out=local[:, :, 2])
-    torch.addcmul(shown, shown, o, value=-1, out=local[:, :, 3])
+    slope = torch.addcmul(o, shown, tanh, value=-1)  # d h_t / d c_t, before the projection
+    # The gates give way to d c_t / d (i, f, g) and d h_t / d o, before the gates' functions.
+    torch.addcmul(i, new, g, value=-1, out=g)
+    torch.addcmul(new, new, i, value=-1, out=i)
+    torch.addcmul(f, f, forget, value=-1, out=f).mul_(cells[:-1])
+    torch.addcmul(shown, shown, o, value=-1, out=o)
 
-    found = local.flatten(2)
+    found, by_cell = gates.flatten(2), gates[:, :, :3]
     back, down = w["weight_hh"].mT.contiguous(), w["weight_hr"].mT.contiguous() if "weight_hr" in w else None
     dc = torch.zeros_like(cells[0]) if layer.dc is None else layer.dc.clone()
-    dc_gates, dh = dc.unsqueeze(1), layer.dh
-    steps_back = zip(*(t.unbind(0) for t in (found, local[:, :, :3], local[:, :, 3], slope, f, dh)), strict=True)
-    later = None
-    for now, by_cell, by_output, bend, forget, d in reversed(list(steps_back)):
-        whole = d if later is None else product(later, back, plus=d)
+    dc_thrice, later = dc.unsqueeze(1), None
+    columns = (found, by_cell, o, slope, forget, layer.dh)
+    for now, ifg, output, bend, kept, dh in reversed(list(zip(*columns, strict=True))):
+        if later is not None:
+            total = product(later, back, plus=dh)
+            dh = total if down is None else dh.copy_(total)
         if down is not None:
-            whole = product(d.copy_(whole), down)
-        dc.addcmul_(whole, bend)
-        by_cell.mul_(dc_gates)
-        by_output.mul_(whole)
-        dc.mul_(forget)
+            dh = product(dh, down)
+        dc.addcmul_(dh, bend)
+        ifg.mul_(dc_thrice)
+        output.mul_(dh)
+        dc.mul_(kept)
         later = now
     return Traced(found, found, None if down is None else shown)
 
@@ -287,22 +316,28 @@ def _direction(
     )
 
 
-def _gradients(
-    direction: Direction, trace: Traced, examples: int
-) -> dict[str, Callable[[], Gradient]]:
+def _gradients(layer: Direction, trace: Traced, examples: int) -> dict[str, Callable[[], Gradient]]:
     """By kind of parameter, what gives its gradient."""
 
     def own(t: Tensor) -> Tensor:
         """[T, N, .] as [B, positions, .]"""
         return t.unflatten(1, (examples, -1)).transpose(0, 1).flatten(1, 2)
 
+    @cache
+    def pairs(t: Tensor) -> Tensor:
+        return torch.bmm(own(t), own(t).mT)
+
+    @cache
     def summed(t: Tensor) -> Tensor:
         return t.sum(0).unflatten(0, (examples, -1)).sum(1)
 
+    def weight(a: Tensor | None, g: Tensor) -> Callable[[], Gradient]:
+        return lambda: Steps(own(a), own(g), partial(pairs, g))
+
     return {
-        "weight_ih": lambda: Outer(own(direction.x), own(trace.ih)),
-        "weight_hh": lambda: Outer(own(direction.before), own(trace.hh)),
+        "weight_ih": weight(layer.x, trace.ih),
+        "weight_hh": weight(layer.before, trace.hh),
+        "weight_hr": weight(trace.unprojected, layer.dh),
         "bias_ih": lambda: Rows(summed(trace.ih)),
         "bias_hh": lambda: Rows(summed(trace.hh)),
-        "weight_hr": lambda: Outer(own(trace.unprojected), own(direction.dh)),
     }

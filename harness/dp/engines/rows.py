@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.dp.native import kernels
+
 BLOCK = 512  # squares that float32 may add up before float64 takes over
 HALF = (torch.float16, torch.bfloat16)
 
@@ -16,6 +18,9 @@ def squared_norms(g: Tensor) -> Tensor:
     float32 adds only within short blocks and float64 adds the blocks: one pass over memory, right to about 1e-8.
     """
     rows = wide(g.reshape(len(g), -1))
+    found = kernels.squared_norms(rows)
+    if found is not None:
+        return found
     whole = rows.shape[1] // BLOCK * BLOCK
     tail = torch.linalg.vector_norm(rows[:, whole:], dim=1).double().square()
     if not whole:
@@ -24,9 +29,13 @@ def squared_norms(g: Tensor) -> Tensor:
     return blocks.double().square().sum(1) + tail
 
 
-def weighted_rows(v: Tensor, g: Tensor) -> Tensor:
-    """The sum over i of v[i] * g[i], of the shape of one row of `g` [B, ...]."""
-    return (v.to(g.dtype) @ g.reshape(g.shape[0], g.shape[1:].numel())).view(g.shape[1:])
+def weighted_rows(v: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
+    """The sum over i of v[i] * g[i], of the shape of one row of `g` [B, ...]; into `out` if given."""
+    found = kernels.weighted_rows(v, g, out)
+    if found is not None:
+        return found
+    total = (v.to(g.dtype) @ g.reshape(g.shape[0], g.shape[1:].numel())).view(g.shape[1:])
+    return total if out is None else out.copy_(total)
 
 
 def wide(t: Tensor) -> Tensor:

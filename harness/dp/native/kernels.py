@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from harness.dp.native import library
 
+_LONG, _INT, _DOUBLE, _AT = ctypes.c_long, ctypes.c_int, ctypes.c_double, ctypes.c_void_p
+
 
 class _Shape(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_long)
+        (name, _LONG)
         for name in (
             "height", "width", "channels", "rows", "columns", "outputs", "kernel_rows", "kernel_columns", "stride_rows",
             "stride_columns", "padding_rows", "padding_columns", "dilation_rows", "dilation_columns",
@@ -22,18 +26,68 @@ class _Shape(ctypes.Structure):
 
 
 class _Strides(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_long) for name in ("example", "channel", "row", "column")]
+    _fields_ = [(name, _LONG) for name in ("example", "channel", "row", "column")]
+
+
+@cache
+def _typed() -> ctypes.CDLL | None:
+    """The library, with the types of its functions' arguments."""
+    found = library()
+    if found is not None:
+        shape = ctypes.POINTER(_Shape)
+        found.squared_norms.argtypes = (_AT, _AT, _LONG, _LONG, _INT)
+        found.weighted_rows.argtypes = (_AT, _AT, _AT, _LONG, _LONG, _LONG, _LONG, _INT)
+        found.convolution_rows.argtypes = (_AT, _Strides, _AT, _Strides, _AT, _AT, _LONG, shape, _INT)
+        found.convolution_gram.argtypes = (_AT, _AT, _AT, _AT, _LONG, shape, _INT)
+        found.group_norm_rows.argtypes = (_AT, _AT, _AT, _AT, _LONG, _LONG, _LONG, _LONG, _DOUBLE, _INT)
+        found.group_norm_rows_last.argtypes = found.group_norm_rows.argtypes
+        found.layer_norm_rows.argtypes = (_AT, _AT, _AT, _AT, _LONG, _LONG, _LONG, _DOUBLE, _INT, _INT)
+        for name in (
+            "squared_norms", "weighted_rows", "convolution_gram", "group_norm_rows", "group_norm_rows_last", "layer_norm_rows"
+        ):  # fmt: skip
+            getattr(found, name).restype = None
+    return found
 
 
 def serve(*tensors: Tensor) -> ctypes.CDLL | None:
     """The compiled kernels, where they can work on these tensors: float32, on the CPU."""
-    if all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors):
-        return library()
-    return None
+    for t in tensors:
+        if t.dtype is not torch.float32 or not t.is_cpu:
+            return None
+    return _typed()
 
 
-def _at(t: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(t.data_ptr())
+def squared_norms(rows: Tensor) -> Tensor | None:
+    """Squared norms [N], in float64, of the rows of a contiguous [N, length]."""
+    kernels = serve(rows)
+    if kernels is None or not rows.is_contiguous():
+        return None
+    squares = torch.empty(rows.shape[0], dtype=torch.float64)
+    kernels.squared_norms(rows.data_ptr(), squares.data_ptr(), *rows.shape, torch.get_num_threads())
+    return squares
+
+
+def weighted_rows(v: Tensor, rows: Tensor, out: Tensor | None, swap: bool = False) -> Tensor | None:
+    """The sum over i of v[i] * rows[i], into `out` if given.
+
+    `swap`: the rows [N, p, ..., C] come with channels last, and the sum [p, C, ...] goes without.
+    """
+    kernels = serve(v, rows)
+    if kernels is None or not rows.is_contiguous() or not v.is_contiguous():
+        return None
+    n, shape = len(rows), rows.shape[1:]
+    if swap:
+        shape = torch.Size((shape[0], shape[-1], *shape[1:-1]))
+    if out is None or out.dtype is not torch.float32 or not out.is_contiguous():
+        total = rows.new_empty(shape)
+    else:
+        total = out
+    outputs, channels = (shape[0], shape[1]) if swap else (1, shape.numel())
+    kernels.weighted_rows(
+        v.data_ptr(), rows.data_ptr(), total.data_ptr(), n, outputs, shape.numel() // max(1, outputs * channels),
+        channels, torch.get_num_threads(),
+    )  # fmt: skip
+    return total if out is None or out is total else out.copy_(total)
 
 
 def convolution_rows(
@@ -44,10 +98,10 @@ def convolution_rows(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> tuple[Tensor, Tensor] | None:
-    """Per-example weight gradients [N, p, kh, kw, C], channels last (without kh for lines), and their squared norms [N] in float64.
+    """Per-example weight gradients [N, p, kh, kw, C], channels last, and their squared norms [N] in float64.
 
-    From inputs x [N, C, H, W] and output gradients g [N, p, h, w] of an ungrouped convolution, or the same without H
-    and h; any memory layout.
+    From inputs x [N, C, H, W] and output gradients g [N, p, h, w] of an ungrouped convolution, or of one of lines, all
+    without the heights; any memory layout. Raises MemoryError.
     """
     kernels = serve(x, g)
     if kernels is None or len(kernel) > 2:
@@ -62,8 +116,8 @@ def convolution_rows(
     squares = torch.empty(n, dtype=torch.float64)
     shape = _Shape(height, width, channels, rows, columns, outputs, *kernel, *stride, *padding, *dilation)
     done = kernels.convolution_rows(
-        _at(x), _Strides(*x.stride()), _at(g), _Strides(*g.stride()), _at(out), _at(squares),
-        ctypes.c_long(n), ctypes.byref(shape), ctypes.c_int(torch.get_num_threads()),
+        x.data_ptr(), _Strides(*x.stride()), g.data_ptr(), _Strides(*g.stride()), out.data_ptr(), squares.data_ptr(),
+        n, ctypes.byref(shape), torch.get_num_threads(),
     )  # fmt: skip
     if not done:
         raise MemoryError(f"no memory for {math.prod(x.shape[1:])} floats in each thread")
@@ -79,11 +133,11 @@ def outer_rows(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
 def convolution_gram(
     k: Tensor,
     g: Tensor,
-    extent: tuple[int, int],
-    positions: tuple[int, int],
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
+    extent: Sequence[int],
+    positions: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
 ) -> tuple[Tensor, Tensor] | None:
     """Squared norms [N] of a convolution's per-example weight gradients from two Gram matrices, and their bounds [N].
 
@@ -96,8 +150,8 @@ def convolution_gram(
     squares, bound = (torch.empty(len(k), dtype=torch.float64) for _ in range(2))
     shape = _Shape(*extent, 0, *positions, 0, *kernel, *stride, 0, 0, *dilation)
     kernels.convolution_gram(
-        _at(k), _at(g), _at(squares), _at(bound),
-        ctypes.c_long(len(k)), ctypes.byref(shape), ctypes.c_int(torch.get_num_threads()),
+        k.data_ptr(), g.data_ptr(), squares.data_ptr(), bound.data_ptr(),
+        len(k), ctypes.byref(shape), torch.get_num_threads(),
     )  # fmt: skip
     return squares, bound
 
@@ -115,12 +169,10 @@ def group_norm_rows(x: Tensor, g: Tensor, groups: int, eps: float) -> tuple[Tens
     last = not x.is_contiguous() and x.mT.is_contiguous()
     x, g = (t.mT.contiguous() if last else t.contiguous() for t in (x, g))
     weight, bias = x.new_empty(n, channels), x.new_empty(n, channels)
-    positions = x.shape[1 if last else 2]
     run = kernels.group_norm_rows_last if last else kernels.group_norm_rows
     run(
-        _at(x), _at(g), _at(weight), _at(bias), ctypes.c_long(n), ctypes.c_long(groups),
-        ctypes.c_long(channels // groups), ctypes.c_long(positions), ctypes.c_double(eps),
-        ctypes.c_int(torch.get_num_threads()),
+        x.data_ptr(), g.data_ptr(), weight.data_ptr(), bias.data_ptr(), n, groups, channels // groups,
+        x.shape[1 if last else 2], eps, torch.get_num_threads(),
     )  # fmt: skip
     return weight, bias
 
@@ -138,8 +190,7 @@ def layer_norm_rows(
     x, g = x.contiguous(), g.contiguous()
     weight, bias = x.new_empty(examples, features), x.new_empty(examples, features)
     kernels.layer_norm_rows(
-        _at(x), _at(g), _at(weight), _at(bias), ctypes.c_long(examples),
-        ctypes.c_long(x.numel() // (examples * features)), ctypes.c_long(features), ctypes.c_double(eps),
-        ctypes.c_int(centred), ctypes.c_int(torch.get_num_threads()),
+        x.data_ptr(), g.data_ptr(), weight.data_ptr(), bias.data_ptr(), examples, x.numel() // (examples * features),
+        features, eps, centred, torch.get_num_threads(),
     )  # fmt: skip
     return weight, bias
