@@ -16,8 +16,9 @@ from zoo import ZOO, Animal, Mixing, Repeated, Sequence, mlp
 from harness.dp import Batch, BookKeeping, CrossEntropy, Flat, Ghost, Loop, Plain, Relation, Tree, Unclipped, Vmap
 from harness.dp.clip import Clip
 from harness.dp.engines.engine import trainable
-from harness.dp.engines.rows import squared_norms
 from harness.dp.engines.gradients import Geometry, Lookup, Outer, Patches, gram_squares
+from harness.dp.engines.plan import plan_for
+from harness.dp.engines.rows import squared_norms
 from harness.dp.engines.rules import rule_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:Using padding='same'")
@@ -273,6 +274,34 @@ def test_a_model_whose_calls_depend_on_data_is_refused():
     release(Ghost(), model, torch.ones(3, 5), y, Flat(1.0))
     with pytest.raises(RuntimeError, match="another number of times"):
         release(Ghost(), model, -torch.ones(3, 5), y, Flat(1.0))
+
+
+# Where each animal's parameters need more than a rule: modules by vmap, copied parameters, copied outputs.
+BEYOND_RULES = {
+    "transposed convolution": ({"0"}, (), set()),
+    "tied by function": ({""}, (), set()),
+    "borrowed parameters": ({""}, (), set()),
+    "time first": ({"body.body.3"}, (), set()),
+    "time first transformer": (set(), (), {"positions"}),
+    "gru": (set(), (), {"positions"}),
+    "class token": (set(), ("token", "place"), set()),
+    "windows": ({"scale", ""}, (), set()),
+    "layer scale": ({"1"}, (), set()),
+    "unheard of": ({"pair", "mix"}, (), set()),
+    "in place": ({"shift"}, (), set()),
+    "standardised weights": ({"0"}, (), set()),
+    "weight norm": ({"0"}, (), set()),
+    "batch norm in eval mode": ({"1"}, (), set()),
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_plans_fall_back_no_further_than_they_must(name):
+    model = ZOO[name].model()
+    plan = plan_for(CrossEntropy(), model, Tree.of(trainable(model)).views, Batch(*ZOO[name].batch(1)))
+    modules, free, spread = BEYOND_RULES.get(name, (set(), (), set()))
+    assert (set(plan.modules), plan.free, set(plan.spread), plan.whole) == (modules, free, spread, ())
+    assert plan.copy == (name == "in place")
 
 
 @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.dp.engines import attention, recurrent
 from harness.dp.engines.gradients import Geometry, Gradient, Lookup, Outer, Patches, Rows
 from harness.dp.engines.rows import wide
 from harness.dp.native import kernels
@@ -33,6 +34,7 @@ def channels_summed(g: Tensor, examples: int) -> Tensor:
 
 
 Rule = Callable[[Any, Tensor, Tensor, int, Collection[str]], dict[str, Gradient]]
+CallRule = Callable[..., dict[str, Gradient]]  # of a module with all its arguments and results
 
 
 def linear(
@@ -188,3 +190,10 @@ def rule_for(module: nn.Module) -> Rule | None:
             )
             return rule if same else None
     return None
+
+
+def call_rule_for(module: nn.Module) -> CallRule | None:
+    """The rule of a recurrent or attention layer, which is served with all that is inside; None for any other module."""
+    if recurrent.accepts(module):
+        return recurrent.recurrent
+    return attention.attention if attention.accepts(module) else None

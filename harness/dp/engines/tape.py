@@ -1,74 +1,44 @@
-"""Who computed what: the calls of a model's modules in one forward pass, and a plan for turning them into gradients.
+"""Who computed what: the calls of a model's modules in one forward pass, and the gradient at each of their outputs.
 
 A `Tape` notes each module call, its inputs and where its outputs stand in the autograd graph. One backward pass to
 those outputs then gives everything that per-example gradients need, and no weight gradient is computed on the way.
-
-A `Plan` says for every parameter where its gradient comes from:
-
-* a rule of `harness.dp.engines.rules`, for modules of torch.nn that compute what their class computes;
-* vmap over one module alone, for any other module that owns parameters: its inputs and output gradient are known, so
-  only this module is differentiated once more, per example;
-* vmap over the whole model, for a parameter that is used outside any module that could be isolated.
-
-Nothing is taken on trust. A plan is tried on three examples, at weights moved off their initial symmetries, against
-gradients computed one example at a time; a parameter whose norm is wrong (a tied weight used by a function, a fused
-kernel that bypasses its submodule, a layer fed something other than examples first) is handed to the next enclosing
-module, and at last to the whole model.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from harness.dp.engines.rows import squared_norms
-from harness.dp.engines.gradients import Gradient, Rows
-from harness.dp.engines.rules import rule_for
-from harness.dp.engines.vmap import explicit_states, per_example_gradients
 from harness.dp.loss import Batch, Loss
 
-PROBE = 3  # examples on which a plan is tried
+ANSWERING = (nn.RNNBase, nn.MultiheadAttention)  # modules whose rules read their outputs, which are kept for them
 
 
-class Place(NamedTuple):
-    """Where the examples lie in a tensor: `dim` has `rows` entries for each of them."""
-
-    dim: int
-    rows: int
-
-
-Places = tuple[Place | None, ...]  # one per tensor; None: it holds no examples
-
-
-class Layout(NamedTuple):
-    """Where the examples lie in the inputs and outputs of one module call."""
-
-    inputs: Places
-    outputs: Places
-
-
-@dataclass
+@dataclass(slots=True)
 class Call:
     """One call of the module at `path`: its inputs, flattened, and its outputs as places in the autograd graph."""
 
     path: str
     inputs: list[Any]
-    spec: TreeSpec
+    spec: TreeSpec | None  # how the inputs were given; None: as one tensor
     versions: list[int | None]
     outputs: list[Tensor | None] = field(default_factory=list)  # None: not differentiable
     edges: list[GradientEdge | None] = field(default_factory=list)
     output_versions: list[int] = field(default_factory=list)
+    results: list[Tensor] = field(default_factory=list)  # the outputs' values, where a rule reads them
+
+    def arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`leaves` in place of the inputs, as positional and keyword arguments."""
+        return ((leaves[0],), {}) if self.spec is None else tree_unflatten(leaves, self.spec)
 
     @property
     def disturbed(self) -> bool:
@@ -85,15 +55,23 @@ class Call:
 
 @dataclass
 class Tape:
-    """The calls of one forward pass, in the order in which they returned."""
+    """The calls of one forward pass, in the order in which they returned.
+
+    `copy`: copy what is taped. `spread`: modules whose outputs are repeated for each of so many `examples`.
+    """
 
     copy: bool = False
+    spread: Collection[str] = ()
+    examples: int = 0
     calls: list[Call] = field(default_factory=list)
     _open: list[Call] = field(default_factory=list)
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaves, spec = tree_flatten((args, kwargs))
-        leaves = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # what nearly every layer is given
+            leaves, spec = [args[0].detach()], None
+        else:
+            leaves, spec = tree_flatten((args, kwargs))
+            leaves = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
         if self.copy:
             leaves = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
         self._open.append(
@@ -106,11 +84,15 @@ class Tape:
         call = self._open.pop()
         if self.copy:
             output = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
-        for leaf in tree_flatten(output)[0]:
+        if path in self.spread:
+            output = repeated(output, self.examples)
+        for leaf in (output,) if isinstance(output, Tensor) else tree_flatten(output)[0]:
             known = isinstance(leaf, Tensor) and leaf.requires_grad
             call.outputs.append(leaf if known else None)
             call.edges.append(get_gradient_edge(leaf) if known else None)
             call.output_versions.append(leaf._version if known else 0)
+            if isinstance(module, ANSWERING) and isinstance(leaf, Tensor):
+                call.results.append(leaf.detach())
         self.calls.append(call)
         return output
 
@@ -120,53 +102,45 @@ class Tape:
         return any(call.disturbed for call in self.calls)
 
 
+def repeated(t: Tensor, examples: int) -> Tensor:
+    """`t` [1, ...] or [...] as [examples, ...], without a copy."""
+    t = t if t.ndim and len(t) == 1 else t.unsqueeze(0)
+    return t.expand(examples, *t.shape[1:])
+
+
 @contextmanager
-def taping(model: nn.Module, paths: Collection[str] | None = None, copy: bool = False) -> Iterator[Tape]:
+def taping(
+    model: nn.Module,
+    paths: Collection[str] | None = None,
+    copy: bool = False,
+    spread: Collection[str] = (),
+    examples: int = 0,
+) -> Iterator[Tape]:
     """Tape the calls of the modules at `paths` (None: of all). No hook outlives the block."""
-    tape, handles = Tape(copy), []
+    tape, handles = Tape(copy, spread, examples), []
     try:
-        for path, module in model.named_modules():
-            if paths is None or path in paths:
-                enter, leave = partial(tape.enter, path), partial(tape.leave, path)
-                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(leave, with_kwargs=True, prepend=True))
+        for path in paths if paths is not None else [path for path, _ in model.named_modules()]:
+            module = model.get_submodule(path)
+            enter, leave = partial(tape.enter, path), partial(tape.leave, path)
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True, prepend=True))
         yield tape
     finally:
         for handle in handles:
             handle.remove()
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Where each parameter's gradient comes from.
-
-    `rules`: module path -> {its own parameter's name: the model's name}; `modules`: path of a module to differentiate
-    on its own -> {name within it: the model's name}; `whole`: the names for which the whole model is differentiated.
-    `layouts`: path -> the layout of each of its calls. `copy`: whether tensors on the tape must be copied, because the
-    model writes to them later. `footprints`: bytes per example of each per-example gradient that two passes keep;
-    `activations`: bytes per example on the tape, roughly.
-    """
-
-    rules: Mapping[str, Mapping[str, str]]
-    modules: Mapping[str, Mapping[str, str]]
-    whole: tuple[str, ...]
-    layouts: Mapping[str, tuple[Layout, ...]]
-    copy: bool = False
-    footprints: tuple[int, ...] = ()
-    activations: int = 0
-
-    @property
-    def paths(self) -> set[str]:
-        """The modules to tape."""
-        return {*self.rules, *self.modules}
-
-
 class Run(NamedTuple):
-    """A taped forward pass: losses [B], and the gradient of their sum at each output of each call."""
+    """A taped pass: losses [B], the gradient of their sum at each output of each call, and at each free parameter.
+
+    `copied`: whether the tape holds copies.
+    """
 
     losses: Tensor
     calls: list[Call]
     cotangents: list[list[Tensor | None]]
+    free: dict[str, Tensor]
+    copied: bool
 
 
 def run(
@@ -174,454 +148,29 @@ def run(
     model: nn.Module,
     state: Mapping[str, Tensor],
     batch: Batch,
-    paths: Collection[str] | None,
-    copy: bool,
+    paths: Collection[str] | None = None,
+    free: Collection[str] = (),
+    spread: Collection[str] = (),
+    copy: bool = False,
     retain: bool = True,
-) -> tuple[Run, bool]:
-    """Forward, then backward to the outputs of the modules at `paths`. Also returns whether copies were needed."""
-    with taping(model, paths, copy) as tape:
-        losses = loss.per_example(functional_call(model, dict(state), (batch.x,)), batch.y)
+) -> Run:
+    """Forward, then backward to the outputs of the modules at `paths` (None: of all).
+
+    Each example gets a copy of the parameters in `free`, and of the outputs of the modules in `spread`. `retain`:
+    whether the graph is needed again.
+    """
+    copies = {name: repeated(state[name].detach(), len(batch)).requires_grad_() for name in free}
+    with taping(model, paths, copy, spread, len(batch)) as tape:
+        losses = loss.per_example(functional_call(model, {**state, **copies}, (batch.x,)), batch.y)
     if tape.disturbed and not copy:
-        return run(loss, model, state, batch, paths, True, retain)
-    edges = [edge for call in tape.calls for edge in call.edges if edge is not None]
+        return run(loss, model, state, batch, paths, free, spread, True, retain)
+    ends = [edge for call in tape.calls for edge in call.edges if edge is not None]
+    ends += [get_gradient_edge(t) for t in copies.values()]
     found = iter(
-        torch.autograd.grad(losses.sum(), edges, retain_graph=retain, allow_unused=True) if edges else ()
+        torch.autograd.grad(losses.sum(), ends, retain_graph=retain, allow_unused=True) if ends else ()
     )
     cotangents = [[None if edge is None else next(found) for edge in call.edges] for call in tape.calls]
     for call in tape.calls:
         call.outputs, call.edges = [], []
-    return Run(losses, tape.calls, cotangents), copy
-
-
-def gradients(
-    plan: Plan, model: nn.Module, w: Mapping[str, Tensor], taped: Run, loss: Loss, batch: Batch
-) -> dict[str, Gradient]:
-    """The per-example gradients of every parameter that the batch reaches, by the model's names.
-
-    `w` are the weights of the pass, detached.
-    """
-    found: dict[str, Gradient] = {}
-    seen: dict[str, int] = defaultdict(int)
-
-    def add(name: str, gradient: Gradient) -> None:
-        found[name] = found[name] + gradient if name in found else gradient
-
-    for call, cotangents in zip(taped.calls, taped.cotangents, strict=True):
-        if call.path not in plan.paths:
-            continue
-        layouts = plan.layouts[call.path]
-        if seen[call.path] == len(layouts):
-            raise changed(call.path)
-        layout = layouts[seen[call.path]]
-        seen[call.path] += 1
-        if all(c is None for c in cotangents):
-            continue
-        module = model.get_submodule(call.path)
-        if call.path in plan.rules:
-            names = plan.rules[call.path]
-            for own, gradient in by_rule(module, call, cotangents, layout, len(batch), names).items():
-                add(names[own], gradient)
-        if call.path in plan.modules:
-            names = plan.modules[call.path]
-            state = local_state(model, call.path, w)
-            for own, rows in by_module(module, call, cotangents, layout, len(batch), names, state).items():
-                add(names[own], Rows(rows))
-    if any(seen[path] != len(plan.layouts[path]) for path in plan.paths):
-        raise changed(next(path for path in plan.paths if seen[path] != len(plan.layouts[path])))
-    if plan.whole:
-        for name, value in per_example_gradients(loss, model, w, plan.whole, batch)[0].items():
-            add(name, Rows(value))
-    return found
-
-
-def changed(path: str) -> RuntimeError:
-    """The error for a model whose control flow depends on its data."""
-    return RuntimeError(
-        f"{path or 'the model'} is called another number of times, or with another number of rows for each example, "
-        "from one batch to the next, so its layers cannot be planned: use the engine Vmap or Loop"
-    )
-
-
-def by_rule(
-    module: nn.Module,
-    call: Call,
-    cotangents: list[Tensor | None],
-    layout: Layout,
-    examples: int,
-    wanted: Collection[str],
-) -> dict[str, Gradient]:
-    """The gradients of one call by its module's rule."""
-    rule, x, g = rule_for(module), call.inputs[0], cotangents[0]
-    if rule is None or g is None or layout.inputs[0] is None or layout.outputs[0] is None:
-        raise LookupError(f"no rule serves {call.path}")
-    for t, planned in ((x, layout.inputs[0]), (g, layout.outputs[0])):
-        if (
-            t.shape[planned.dim] != examples * planned.rows
-        ):  # packed sequences, say: rows that differ by example
-            raise changed(call.path)
-    return rule(
-        module, x.movedim(layout.inputs[0].dim, 0), g.movedim(layout.outputs[0].dim, 0), examples, wanted
-    )
-
-
-def by_module(
-    module: nn.Module,
-    call: Call,
-    cotangents: list[Tensor | None],
-    layout: Layout,
-    examples: int,
-    wanted: Collection[str],
-    state: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """The gradients [B, *shape] of one call by vmap over its module alone."""
-    live = [i for i, c in enumerate(cotangents) if c is not None]
-    if any(layout.outputs[i] is None for i in live):
-        raise LookupError(f"{call.path} returns something that belongs to no example")
-
-    def split(t: Tensor, place: Place) -> Tensor:
-        return t.unflatten(place.dim, (examples, place.rows))
-
-    moving = {i: place for i, place in enumerate(layout.inputs) if place is not None}
-    inputs = [split(call.inputs[i], place) for i, place in moving.items()]
-    targets = [split(cotangents[i], layout.outputs[i]) for i in live]  # type: ignore[arg-type]
-    fixed = {name: t for name, t in state.items() if name not in wanted}
-
-    def projected(free: dict[str, Tensor], xs: list[Tensor], cs: list[Tensor]) -> Tensor:
-        leaves = list(call.inputs)
-        for i, x in zip(moving, xs, strict=True):
-            leaves[i] = x
-        args, kwargs = tree_unflatten(leaves, call.spec)
-        outputs = tree_flatten(functional_call(module, {**fixed, **free}, args, kwargs))[0]
-        return torch.stack([(outputs[i] * c).sum() for i, c in zip(live, cs, strict=True)]).sum()
-
-    dims = ([place.dim for place in moving.values()], [layout.outputs[i].dim for i in live])  # type: ignore[union-attr]
-    each = vmap(grad(projected), in_dims=(None, *dims), randomness="different")
-    with explicit_states(module):
-        return each({name: t for name, t in state.items() if name in wanted}, inputs, targets)
-
-
-def names_within(model: nn.Module, path: str) -> dict[str, str]:
-    """{name within the module at `path`: the model's name} of its trainable parameters; a tied one once."""
-    known = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    module = model.get_submodule(path)
-    return {own: known[id(p)] for own, p in module.named_parameters() if id(p) in known}
-
-
-def local_state(model: nn.Module, path: str, w: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights `w` by their names within the module at `path`."""
-    return {own: w[name] for own, name in names_within(model, path).items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Planning
-
-
-class Source(NamedTuple):
-    """One place that a parameter's gradient comes from: the module at `path`, by its rule or by vmap over it.
-
-    `path` None: the whole model, loss included.
-    """
-
-    path: str | None
-    rule: bool
-
-
-Sources = dict[str, tuple[Source, ...]]  # for each parameter, the places whose gradients add up to its own
-WHOLE = (Source(None, False),)
-
-_plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
-
-
-def plan_for(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -> Plan:
-    """The plan for `model` on examples of this shape, made and verified on first use and kept while the model lives."""
-    x = batch.x
-    modes = tuple((type(module), module.training) for module in model.modules())
-    key = (type(loss), x.shape[1:], x.dtype, x.device.type, tuple(w), modes)
-    plans = _plans.setdefault(model, {})
-    if key not in plans:
-        with untouched(model, x.device), torch.enable_grad():
-            plans[key] = make_plan(loss, model, w, batch)
-    return plans[key]
-
-
-@contextmanager
-def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Passes that leave no trace: no random number is used up, and running statistics stay what they were."""
-    kept = [(b, b._version, b.detach().clone()) for b in model.buffers()]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            for b, version, value in kept:
-                if b._version != version:
-                    with torch.no_grad():
-                        b.copy_(value)
-
-
-def make_plan(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -> Plan:
-    """Try the rules, and hand what they get wrong to the enclosing modules until every norm is right."""
-    batch = probe_batch(batch)
-    for distance in (1.0, 0.0):
-        state = {name: t.requires_grad_() for name, t in moved(w, distance).items()}
-        taped, copy = run(loss, model, state, batch, None, copy=False)
-        truth = one_by_one(taped.losses, state)
-        if all(t.isfinite().all() for t in truth.values()):
-            break
-    else:
-        raise ValueError(
-            "the model's gradients are not finite even on tame inputs, so no plan can be verified"
-        )
-    layouts, random = survey(model, state, batch)
-    detached = {name: t.detach() for name, t in state.items()}
-    trial = Trial(loss, model, detached, batch, taped, layouts, random, truth)
-    sources = first_sources(model, truth)
-    unsettled = set(truth)
-    while unsettled:
-        unsettled = trial.wrong({name: sources[name] for name in unsettled})
-        for name in unsettled:
-            if sources[name] == WHOLE:
-                raise ValueError(
-                    f"the gradient of {name} differs between an example on its own and the same example in a batch: "
-                    'some layer mixes examples, and only engine = "loop" gives it a meaning'
-                )
-            sources[name] = enclosing(sources[name])
-    rules, modules, whole = sorted_out(model, sources)
-    plan = Plan(rules, modules, whole, {path: layouts[path] for path in {*rules, *modules}}, copy)
-    found = gradients(plan, model, detached, taped, loss, batch)
-    for gradient in found.values():
-        gradient.squares(again=True)
-    tensors = [t for call, cs in zip(taped.calls, taped.cotangents, strict=True) for t in (*call.inputs, *cs)]
-    activations = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) // PROBE
-    footprints = tuple(gradient.footprint for gradient in found.values())
-    return replace(plan, footprints=footprints, activations=activations)
-
-
-def probe_batch(batch: Batch) -> Batch:
-    """A few examples, no two alike even where the batch holds a single one, so that mixed-up rows show.
-
-    They are the first of the batch, or noise where these are not finite or far from unit scale.
-    """
-    pick = torch.arange(PROBE, device=batch.x.device) % len(batch)
-    x = batch.x[pick].clone()
-    if x.is_floating_point():
-        rng = torch.Generator().manual_seed(0)
-        noise = torch.randn(x.shape, generator=rng).to(x)
-        scale = x.float().square().mean().sqrt().item()
-        x = x + 0.1 * scale * noise if 1e-3 < scale < 1e3 else noise
-    elif x.ndim > 1:
-        for i in range(len(batch), PROBE):
-            x[i] = x[i].roll(i, -1)
-    return Batch(x, batch.y[pick])
-
-
-def moved(w: Mapping[str, Tensor], distance: float) -> dict[str, Tensor]:
-    """Weights near `w`, off the zeros of a fresh network, where a wrong gradient of zero would look right."""
-    out = {}
-    for i, (name, t) in enumerate(w.items()):
-        tame = t.detach().nan_to_num(0.0, 0.0, 0.0)
-        noise = torch.randn(t.shape, generator=torch.Generator().manual_seed(i)).to(t)
-        out[name] = tame + distance * noise * (0.1 * tame.std(correction=0) + 0.02)
-    return out
-
-
-def one_by_one(losses: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Squared norms [B] of each example's own gradient, by one backward pass per example: the judge.
-
-    A parameter that the losses do not depend on is left out.
-    """
-    leaves = list(state.values())
-    rows = [torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True) for value in losses]
-    truth = {}
-    for name, column in zip(state, zip(*rows, strict=True), strict=True):
-        given = [g for g in column if g is not None]
-        if given:
-            none = torch.zeros_like(given[0])
-            truth[name] = torch.cat([squared_norms((none if g is None else g)[None]) for g in column])
-    return truth
-
-
-def survey(
-    model: nn.Module, state: Mapping[str, Tensor], batch: Batch
-) -> tuple[dict[str, tuple[Layout, ...]], set[str]]:
-    """Where the examples lie in every call, and the modules that draw random numbers.
-
-    Found by comparing the shapes of two passes, over two and over three examples: what grows holds examples. A module
-    whose calls cannot be told apart this way is left out.
-    """
-    passes = []
-    random: set[str] = set()
-    for count in (PROBE - 1, PROBE):
-        with taping(model) as tape, watching(model, random):
-            functional_call(model, dict(state), (batch.x[:count],))
-        shapes: dict[str, list[list[list[torch.Size | None]]]] = {
-            path: [] for path, _ in model.named_modules()
-        }
-        for call in tape.calls:
-            sides = (call.inputs, call.outputs)
-            shapes[call.path].append(
-                [[t.shape if isinstance(t, Tensor) else None for t in side] for side in sides]
-            )
-        passes.append(shapes)
-    layouts = {}
-    for path in passes[0]:
-        few, many = passes[0][path], passes[1][path]
-        try:
-            layouts[path] = tuple(
-                Layout(
-                    *(
-                        tuple(place(*pair) for pair in zip(*sides, strict=True))
-                        for sides in zip(a, b, strict=True)
-                    )
-                )
-                for a, b in zip(few, many, strict=True)
-            )
-        except ValueError:  # another number of calls or tensors, or a shape that grows in no simple way
-            continue
-    return layouts, random
-
-
-def place(few: torch.Size | None, many: torch.Size | None) -> Place | None:
-    """Where the examples lie, from a tensor's shapes with PROBE - 1 and with PROBE examples."""
-    if few == many:
-        return None
-    if few is None or many is None or len(few) != len(many):
-        raise ValueError("shapes of different rank")
-    grown = [dim for dim in range(len(few)) if few[dim] != many[dim]]
-    rows = many[grown[0]] // PROBE
-    if len(grown) > 1 or (few[grown[0]], many[grown[0]]) != (rows * (PROBE - 1), rows * PROBE):
-        raise ValueError("more than one dimension grows with the number of examples")
-    return Place(grown[0], rows)
-
-
-@contextmanager
-def watching(model: nn.Module, random: set[str]) -> Iterator[None]:
-    """Add to `random` the paths of the modules that draw random numbers while they are called."""
-    before: list[list[Tensor]] = []
-
-    def states() -> list[Tensor]:
-        return [
-            torch.get_rng_state(),
-            *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []),
-        ]
-
-    def enter(module: nn.Module, args: Any) -> None:
-        before.append(states())
-
-    def leave(path: str, module: nn.Module, args: Any, output: Any) -> None:
-        if any(not torch.equal(a, b) for a, b in zip(before.pop(), states(), strict=True)):
-            random.add(path)
-
-    handles = []
-    try:
-        for path, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(partial(leave, path)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def first_sources(model: nn.Module, names: Collection[str]) -> Sources:
-    """For each parameter, the modules that own it: by rule where they have one."""
-    known = {id(p): name for name, p in model.named_parameters()}
-    sources: Sources = dict.fromkeys(names, ())
-    for path, module in model.named_modules():
-        for p in module._parameters.values():
-            name = known.get(id(p))
-            if name in sources:
-                sources[name] += (Source(path, rule_for(module) is not None),)
-    return sources
-
-
-def enclosing(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    """The next larger thing to differentiate as a whole: the same module without its rule, or what encloses it."""
-    paths = [source.path for source in sources if source.path is not None]
-    if len(paths) == 1:
-        (path,), rule = paths, sources[0].rule
-        if rule:
-            return (Source(path, False),)
-        return (Source(path.rpartition(".")[0], False),) if path else WHOLE
-    common = []
-    for parts in zip(*(path.split(".") for path in paths), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return (Source(".".join(common), False),)
-
-
-def sorted_out(
-    model: nn.Module, sources: Sources
-) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]], tuple[str, ...]]:
-    """The sources as the three tables of a `Plan`."""
-    parameters = dict(model.named_parameters())
-    rules: dict[str, dict[str, str]] = {}
-    modules: dict[str, dict[str, str]] = {}
-    whole = []
-    for name, places in sources.items():
-        for path, rule in places:
-            if path is None:
-                whole.append(name)
-                continue
-            owned = model.get_submodule(path).named_parameters(recurse=not rule)
-            own = next(own for own, p in owned if p is parameters[name])
-            (rules if rule else modules).setdefault(path, {})[own] = name
-    return rules, modules, tuple(whole)
-
-
-@dataclass
-class Trial:
-    """Compares plans, parameter by parameter, with gradients taken one example at a time."""
-
-    loss: Loss
-    model: nn.Module
-    w: dict[str, Tensor]
-    batch: Batch
-    taped: Run
-    layouts: dict[str, tuple[Layout, ...]]
-    random: set[str]
-    truth: dict[str, Tensor]
-
-    def wrong(self, sources: Sources) -> set[str]:
-        """The parameters whose norms these sources do not give."""
-        rules, modules, whole = sorted_out(self.model, sources)
-        plans = [Plan({path: names}, {}, (), self.layouts) for path, names in rules.items()]
-        plans += [Plan({}, {path: names}, (), self.layouts) for path, names in modules.items()]
-        failed: set[str] = set()
-        found: dict[str, Gradient] = {}
-        for plan in plans:
-            names = {
-                name
-                for table in (plan.rules, plan.modules)
-                for own in table.values()
-                for name in own.values()
-            }
-            if not plan.paths <= self.layouts.keys() or (plan.modules and plan.paths & self.random):
-                failed |= names
-                continue
-            try:
-                gradients_here = gradients(plan, self.model, self.w, self.taped, self.loss, self.batch)
-                for name, gradient in gradients_here.items():
-                    found[name] = found[name] + gradient if name in found else gradient
-            except (
-                Exception
-            ):  # whatever it is, this module cannot be differentiated like this; the next one may be
-                failed |= names
-        if whole:
-            plan = Plan({}, {}, whole, {})
-            found |= gradients(plan, self.model, self.w, self.taped, self.loss, self.batch)
-        # Where random numbers are drawn, another pass has another gradient, and there is nothing to compare.
-        unchecked = set(whole) if self.random else set()
-        return failed | {
-            name for name in sources if name not in unchecked | failed and not self.agrees(name, found)
-        }
-
-    def agrees(self, name: str, found: Mapping[str, Gradient]) -> bool:
-        """Whether the squared norms are right, up to rounding."""
-        truth = self.truth[name]
-        squares = found[name].squares() if name in found else torch.zeros_like(truth)
-        eps = torch.finfo(self.w[name].dtype).eps
-        relative = max(1e-6, min(0.1, 2e4 * eps))  # 2e-3 in float32
-        everything = torch.stack(list(self.truth.values())).sum(0)
-        # A gradient that is zero but for rounding, like that of an attention key's bias, has no relative accuracy.
-        return bool(((squares - truth).abs() <= relative * truth + (100 * eps) ** 2 * everything).all())
+    rows = {name: g.unflatten(0, (-1, *state[name].shape[:1])) for name, g in zip(copies, found, strict=True)}
+    return Run(losses, tape.calls, cotangents, rows, copy)

@@ -13,7 +13,8 @@ from harness.dp.clip import Clip, Flat, State
 from harness.dp.engines.engine import Clipped, PerExample, group_norms
 from harness.dp.engines.loop import Loop
 from harness.dp.engines.gradients import Gradient
-from harness.dp.engines.tape import Run, gradients, plan_for, run, untouched
+from harness.dp.engines.plan import gradients, plan_for, untouched
+from harness.dp.engines.tape import Run
 from harness.dp.engines.vmap import chunk_within, plain_sum, refusal
 from harness.dp.loss import Batch, Loss
 from harness.dp.release import Bounded, Relation
@@ -76,7 +77,7 @@ class Taped(PerExample):
                 return Clipped(w.with_flat(total), None, None, losses)
         plan = plan_for(loss, model, w.views, batch)
         leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
-        taped = run(loss, model, leaves, batch, plan.paths, plan.copy, self.second_pass)[0]
+        taped = plan.run(loss, model, leaves, batch, self.second_pass)
         found = gradients(plan, model, w.views, taped, loss, batch)
         losses = taped.losses.detach()
         again = self.second_pass and max(groups.values()) == 0
