@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 from torch import nn
 from zoo import ZOO, Animal, Mixing, Repeated, Sequence, mlp
 
-from harness.dp import Batch, BookKeeping, CrossEntropy, Flat, Ghost, Loop, Plain, Relation, Tree, Unclipped, Vmap
+from harness.dp import (
+    Batch,
+    BookKeeping,
+    CrossEntropy,
+    Flat,
+    Ghost,
+    Loop,
+    Plain,
+    Relation,
+    Tree,
+    Unclipped,
+    Vmap,
+)
 from harness.dp.clip import Clip
 from harness.dp.engines.engine import trainable
 from harness.dp.engines.gradients import Geometry, Lookup, Outer, Patches, gram_squares

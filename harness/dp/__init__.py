@@ -41,6 +41,7 @@ _WHERE = {
     "Vmap": "engines.vmap",
     "Ghost": "engines.ghost",
     "BookKeeping": "engines.bookkeeping",
+    "Auto": "engines.auto",
 }
 
 __all__ = list(_WHERE)

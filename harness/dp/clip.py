@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from harness.dp.release import Relation, Release
@@ -88,10 +87,8 @@ class Flat(Clip):
             raise ValueError(f"the clipping norm must be positive and finite, not {self.clip}")
 
     def weights(self, norms: Tensor, state: State) -> Tensor:
-        weights = (self.clip / norms).clamp(
-            max=1.0
-        )  # 0/0 cannot arise: clip > 0, so a zero norm gives inf, then 1
-        return torch.where(norms.isfinite(), weights, torch.zeros_like(weights))
+        # 0/0 cannot arise: clip > 0, so a zero norm gives inf, then 1. An infinite norm gives 0, and NaN is made 0.
+        return (self.clip / norms).clamp_(max=1.0).nan_to_num_(0.0)
 
     def sensitivity(self, state: State, relation: Relation) -> float:
         return self.clip * relation.moves

@@ -10,7 +10,7 @@ Shapes: N rows (those of one example next to each other), L queries, S keys and 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,15 @@ from harness.dp.engines.gradients import Costs, Gradient, Outer, Rows
 from harness.dp.engines.rows import wide
 
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-PARAMETERS = {"in_proj_weight", *SEPARATE, "in_proj_bias", "bias_k", "bias_v", "out_proj.weight", "out_proj.bias"}
+PARAMETERS = {
+    "in_proj_weight",
+    *SEPARATE,
+    "in_proj_bias",
+    "bias_k",
+    "bias_v",
+    "out_proj.weight",
+    "out_proj.bias",
+}
 
 
 class Called(NamedTuple):
@@ -115,8 +123,13 @@ def attention(
         return t.detach().reshape(examples, -1, t.shape[2])
 
     w = {name: wide(p.detach()).to(dtype) for name, p in module.named_parameters()}
-    projections = [_project(rows_first(call[uses.start]), w, uses) for uses in _uses(call, "in_proj_weight" in w)]
-    biases = [w[name].expand(projections[0].x.shape[0], 1, -1).clone() for name in ("bias_k", "bias_v") if name in w]
+    projections = [
+        _project(rows_first((call.query, call.key, call.value)[uses.start]), w, uses)
+        for uses in _uses(call, "in_proj_weight" in w)
+    ]
+    biases = [
+        w[name].expand(projections[0].x.shape[0], 1, -1).clone() for name in ("bias_k", "bias_v") if name in w
+    ]
     leaves = [t.requires_grad_() for t in (*(p.y for p in projections), *biases)]
     with torch.enable_grad():
         q, k, v = (t for p in projections for t in p.y.chunk(p.uses.stop - p.uses.start, 2))
@@ -125,14 +138,17 @@ def attention(
         result, shares = attend(q, k, v, call, module.num_heads, module.add_zero_attn)
 
     g = torch.zeros_like(result) if cotangents[0] is None else rows_first(cotangents[0])
-    pairs = [(result, g @ w["out_proj.weight"])]
-    if len(cotangents) > 1 and cotangents[1] is not None:
+    pairs: list[tuple[Tensor, Tensor]] = [(result, g @ w["out_proj.weight"])]
+    if shares is not None and cotangents[1] is not None:
         pairs.append((shares, wide(cotangents[1]).to(dtype)))
     towards, values = zip(*pairs, strict=True)
     gs = torch.autograd.grad(towards, leaves, values, materialize_grads=True)
 
     weights = [Outer(own(p.x), own(y)) for p, y in zip(projections, gs, strict=False)]
-    found: dict[str, Gradient] = {"out_proj.weight": Outer(own(result), own(g)), "out_proj.bias": Rows(own(g).sum(1))}
+    found: dict[str, Gradient] = {
+        "out_proj.weight": Outer(own(result), own(g)),
+        "out_proj.bias": Rows(own(g).sum(1)),
+    }
     if "in_proj_weight" in w:
         found["in_proj_weight"] = weights[0] if len(weights) == 1 else Stacked(tuple(weights))
     else:
@@ -195,7 +211,9 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return mask.to(like.dtype)
 
 
-ATTENTION_RULES = {nn.MultiheadAttention: attention}
+ATTENTION_RULES: dict[type[nn.Module], Callable[..., dict[str, Gradient]]] = {
+    nn.MultiheadAttention: attention
+}
 
 
 def accepts(module: nn.Module) -> bool:

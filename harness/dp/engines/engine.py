@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from harness.dp.clip import Clip, State
 from harness.dp.loss import Batch, Loss
+from harness.dp.native.memory import keep_freed_memory
 from harness.dp.release import Bounded, Observed, Relation, Release
 from harness.dp.tree import Tree
 
@@ -48,6 +49,18 @@ class Engine:
         raise NotImplementedError
 
 
+def laid_out(w: Tree, batch: Batch, channels_last: bool) -> tuple[dict[str, Tensor], Batch]:
+    """A pass's weights, as leaves that require gradients, and batch; both with channels last if asked for."""
+    if not channels_last:
+        return {name: t.detach().requires_grad_() for name, t in w.items()}, batch
+
+    def last(t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+
+    leaves = {name: last(t.detach()).detach().requires_grad_() for name, t in w.items()}
+    return leaves, Batch(last(batch.x), batch.y)
+
+
 class Clipped(NamedTuple):
     """One microbatch: the weighted sum, norms [B, G] and weights [B, G] (None where none was needed), losses [B]."""
 
@@ -71,9 +84,9 @@ class PerExample(Engine):
         if self.microbatch is not None and self.microbatch < 1:
             raise ValueError(f"a microbatch holds at least one example, not {self.microbatch}")
 
-    def chunk(self, model: nn.Module, batch: Batch) -> int:
-        """How many examples to take at once."""
-        return self.microbatch or max(1, len(batch))
+    def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:
+        """How many examples of a non-empty batch to take at once."""
+        return self.microbatch or len(batch)
 
     def clipped_sum(
         self,
@@ -102,38 +115,63 @@ class PerExample(Engine):
         sigma: float,
         relation: Relation,
     ) -> Bounded:
+        keep_freed_memory()
         groups = clip.groups(w.names)
-        chunk = self.chunk(model, batch)
-        total: Tensor | None = None
-        parts: list[Clipped] = []
-        for x, y in zip(batch.x.split(chunk), batch.y.split(chunk), strict=True):
-            if len(x):
-                part = self.clipped_sum(loss, clip, groups, model, w, Batch(x, y), state)
-                total = part.total.flat if total is None else total.add_(part.total.flat)
-                parts.append(part._replace(total=w))  # the sum is not needed any more
-        total = torch.zeros_like(w.flat) if total is None else total
+        chunk = self.chunk(loss, model, w, batch) if len(batch) else 1
+        while True:
+            try:
+                total, parts = self._summed(chunk, loss, clip, groups, model, w, batch, state)
+                break
+            except torch.OutOfMemoryError:  # an accelerator says when it is full: half as many may fit
+                if chunk == 1:
+                    raise
+                chunk //= 2
         norms, observed = observe(parts, w, 1 + max(groups.values(), default=0))
         releases = {
             "grad": Release(w.with_flat(total), clip.sensitivity(state, relation), clip.split(sigma)["grad"])
         }
         if norms is not None:
             releases |= clip.side(norms, state, relation, sigma)
-        return Bounded(releases, observed)
+        return Bounded(releases, replace(observed, microbatch=chunk))
+
+    def _summed(
+        self,
+        chunk: int,
+        loss: Loss,
+        clip: Clip,
+        groups: Mapping[str, int],
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
+    ) -> tuple[Tensor, list[Clipped]]:
+        """The flat weighted sum of a logical batch, `chunk` examples at a time, and its microbatches without theirs."""
+        total: Tensor | None = None
+        parts: list[Clipped] = []
+        for x, y in zip(batch.x.split(chunk), batch.y.split(chunk), strict=True):
+            if len(x):
+                part = self.clipped_sum(loss, clip, groups, model, w, Batch(x, y), state)
+                total = part.total.flat if total is None else total.add_(part.total.flat)
+                parts.append(part._replace(total=w))
+        return torch.zeros_like(w.flat) if total is None else total, parts
 
 
 def observe(parts: list[Clipped], w: Tree, groups: int) -> tuple[Tensor | None, Observed]:
     """All norms [B, G] of a logical batch (None if no microbatch has any), and the diagnosis."""
     none = w.flat.new_zeros(0)
-    losses = torch.cat([p.losses for p in parts]) if parts else none
+    losses = joined([p.losses for p in parts]) if parts else none
     if parts and (parts[0].norms is None or parts[0].weights is None):
         return None, Observed(losses, None, none.sum(), (~losses.isfinite()).sum())
-    norms = (
-        torch.cat([p.norms for p in parts if p.norms is not None]) if parts else w.flat.new_zeros(0, groups)
-    )
-    weights = torch.cat([p.weights for p in parts if p.weights is not None]) if parts else norms
+    norms = joined([p.norms for p in parts if p.norms is not None]) if parts else w.flat.new_zeros(0, groups)
+    weights = joined([p.weights for p in parts if p.weights is not None]) if parts else norms
     finite = norms.isfinite().all(1)
     clipped = ((weights < 1).any(1) & finite).sum()
     return norms, Observed(losses, norms, clipped, (~finite).sum())
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The parts one after another."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def group_norms(squares: Mapping[str, Tensor], groups: Mapping[str, int], losses: Tensor) -> Tensor:
@@ -145,4 +183,5 @@ def group_norms(squares: Mapping[str, Tensor], groups: Mapping[str, int], losses
     for name, square in squares.items():
         columns[groups[name]].append(square)
     none = losses.new_zeros(len(losses), dtype=torch.float64)
-    return torch.stack([torch.stack(column or [none]).sum(0) for column in columns], 1).sqrt_()
+    sums = [torch.stack(column).sum(0) if column else none for column in columns]
+    return (sums[0].unsqueeze(1) if len(sums) == 1 else torch.stack(sums, 1)).sqrt()

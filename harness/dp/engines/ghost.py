@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Ghost(Taped):
     each group: the weighted sums come from the tape.
     """
 
-    second_pass = True
+    second_pass: ClassVar[bool] = True
 
     def weighted_sum(
         self,

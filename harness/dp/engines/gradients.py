@@ -154,10 +154,7 @@ class Product(Gradient):
         if not self.held:
             return self._weighted(v, out)
         if self.channels_last:
-            found = kernels.weighted_rows(v, self.made[0], out, swap=True)
-            if found is not None:
-                return found
-            return placed(weighted_rows(v, self.made[0]).movedim(-1, 1), out)
+            return kernels.weighted_rows(v, self.made[0], out, swap=True)
         return weighted_rows(v, self.made[0], out)
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
@@ -165,9 +162,7 @@ class Product(Gradient):
         raise NotImplementedError
 
 
-def careful(
-    total: Tensor, bound: Tensor, dtype: torch.dtype, products: Callable[[Tensor], Tensor]
-) -> Tensor:
+def careful(total: Tensor, bound: Tensor, dtype: torch.dtype, products: Callable[[Tensor], Tensor]) -> Tensor:
     """Squared norms [B] that err upwards, from sums over pairs of positions, whose rounding is relative to `bound` [B].
 
     A margin is added; where the terms cancel so far that rounding would count, `products` of those examples are made
@@ -211,11 +206,10 @@ class Outer(Product):
     @cached_property
     def made(self) -> tuple[Tensor, Tensor]:
         a, g = wide(self.a), wide(self.g)
-        found = kernels.outer_rows(a, g)
-        if found is None:
-            rows = torch.bmm(g.mT, a)
-            found = rows, squared_norms(rows)
-        return found
+        if kernels.serve(a, g):
+            return kernels.outer_rows(a, g)
+        rows = torch.bmm(g.mT, a)
+        return rows, squared_norms(rows)
 
     def costs(self, again: bool = False) -> Costs:
         positions, (p, d) = self.a.shape[1], self.shape
@@ -307,7 +301,9 @@ class Geometry:
         """The same for images of one row, where it is for lines: some operators know only images."""
         if len(self.kernel) > 1:
             return self
-        return Geometry((1, *self.kernel), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups)
+        return Geometry(
+            (1, *self.kernel), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups
+        )
 
 
 @dataclass
@@ -323,18 +319,19 @@ class Patches(Product):
         self.shape = torch.Size((self.g.shape[2], fan, *self.geometry.kernel))
 
     @property
-    def simple(self) -> bool:
-        """Whether there is one image or line to an example, and one group of channels: what the kernels are for."""
-        return self.x.shape[1] == 1 and self.geometry.groups == 1 and len(self.geometry.kernel) <= 2
+    def served(self) -> bool:
+        """Whether there are kernels for it: for one image or line to an example, and one group of channels."""
+        simple = self.x.shape[1] == 1 and self.geometry.groups == 1 and len(self.geometry.kernel) <= 2
+        return simple and kernels.serve(self.x, self.g) is not None
 
     @cached_property
     def made(self) -> tuple[Tensor, Tensor]:
         x, g, geo = wide(self.x), wide(self.g), self.geometry
-        if self.simple:
-            found = kernels.convolution_rows(x[:, 0], g[:, 0], geo.kernel, geo.stride, geo.padding, geo.dilation)
-            if found is not None:
-                self.channels_last = True
-                return found
+        if self.served:
+            self.channels_last = True
+            return kernels.convolution_rows(
+                x[:, 0], g[:, 0], geo.kernel, geo.stride, geo.padding, geo.dilation
+            )
         # Examples become groups of channels of one convolution, whose weight gradient then holds each example's own.
         x, g = (t.transpose(0, 1).flatten(1, 2) for t in (x, g))
         rows = self._weight_gradient(x, g, len(self.x) * geo.groups).unflatten(0, (len(self.x), -1))
@@ -355,36 +352,32 @@ class Patches(Product):
         if len(geo.kernel) > 2:
             return Costs(keep, math.inf)
         once_more = again * positions * elements
-        if self.simple and kernels.serve(self.x):
+        if self.served:
             pixels = math.prod(n + 2 * p for n, p in zip(self.x.shape[3:], geo.padding, strict=True))
             offsets = math.prod(geo.kernel)
             gram = pixels**2 * self.shape[1] + positions**2 * (self.shape[0] + 3 * offsets)
             return Costs(keep, 2 * gram + once_more)
-        return Costs(keep, positions**2 * (math.prod(self.shape[1:]) + self.shape[0] // geo.groups) + once_more)
+        return Costs(
+            keep, positions**2 * (math.prod(self.shape[1:]) + self.shape[0] // geo.groups) + once_more
+        )
 
     def _squares(self) -> Tensor:
-        found = self._pixel_squares() if self.simple else None
-        return self._patch_squares() if found is None else found
+        return self._pixel_squares() if self.served else self._patch_squares()
 
-    def _pixel_squares(self) -> Tensor | None:
+    def _pixel_squares(self) -> Tensor:
         """From the Gram matrix of pixels, whose diagonals, shifted by the kernel's offsets, add up to the patches'."""
-        x, g, geo = wide(self.x)[:, 0], wide(self.g)[:, 0], self.geometry.as_image()
-        if kernels.serve(x, g) is None:
-            return None
+        x, g, geo = self.x[:, 0], self.g[:, 0], self.geometry.as_image()
         x, g = (t if t.ndim == 4 else t.unsqueeze(2) for t in (x, g))
         (up, left), extent = geo.padding, g.shape[2:]
         x = F.pad(x, (left, left, up, up))
         # Pixels take the place of inputs and outputs, and channels that of positions.
-        pairs = [kernels.outer_rows(t.flatten(2), t.flatten(2)) for t in (x, g)]
-        k, products_of_g = (pair[0] for pair in pairs if pair is not None)
-        found = kernels.convolution_gram(
-            k, products_of_g, x.shape[2:], extent, geo.kernel, geo.stride, geo.dilation
+        of_x, of_g = (kernels.outer_rows(t.flatten(2), t.flatten(2))[0] for t in (x, g))
+        total, bound = kernels.convolution_gram(
+            of_x, of_g, x.shape[2:], extent, geo.kernel, geo.stride, geo.dilation
         )
-        total, bound = found
 
         def products(some: Tensor) -> Tensor:
-            few = Patches(self.x[some].double(), self.g[some].double(), self.geometry)
-            return few.rows
+            return Patches(self.x[some].double(), self.g[some].double(), self.geometry).rows
 
         return careful(total, bound, x.dtype, products)
 

@@ -73,17 +73,16 @@ class Traced(NamedTuple):
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """x [..., d] times the transpose of weight [p, d], plus bias [p], plus `plus` [..., p].
+    """x [..., d] times the transpose of weight [p, d], plus bias [p] or, for x [n, d], plus `plus` [n, p].
 
     On a CPU oneDNN is asked directly: the BLAS behind F.linear need not use the processor's widest instructions.
     """
-    native = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.enabled
-    if not (native and x.numel() and torch.backends.mkldnn.is_available()):
-        found = F.linear(x, weight, bias)
-        return found if plus is None else found + plus
-    if plus is None:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return torch.ops.mkldnn._linear_pointwise.binary(x, plus, weight, bias, "add")
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if onednn and x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.numel():
+        if plus is None:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, plus, weight, bias, "add")
+    return F.linear(x, weight, bias) if plus is None else torch.addmm(plus, x, weight.mT)
 
 
 def tanh_(t: Tensor) -> Tensor:
@@ -246,7 +245,11 @@ def recurrent(
     return found
 
 
-RECURRENT_RULES = {nn.LSTM: recurrent, nn.GRU: recurrent, nn.RNN: recurrent}
+RECURRENT_RULES: dict[type[nn.RNNBase], Callable[..., dict[str, Gradient]]] = {
+    nn.LSTM: recurrent,
+    nn.GRU: recurrent,
+    nn.RNN: recurrent,
+}
 
 
 def accepts(module: nn.Module) -> bool:
@@ -304,7 +307,7 @@ def _direction(
     start: Sequence[Tensor],
     end: Sequence[Tensor | None],
 ) -> Direction:
-    """A direction's view, from its input, output and the output's gradient, and the states and gradients at the ends."""
+    """From its input, its output and the gradient there, the states it began with and the gradients at its last."""
     x, after, dh = sequences
     first = start[0] if start else torch.zeros_like(after[0])
     dh = dh.clone(memory_format=torch.contiguous_format)
@@ -331,13 +334,15 @@ def _gradients(layer: Direction, trace: Traced, examples: int) -> dict[str, Call
     def summed(t: Tensor) -> Tensor:
         return t.sum(0).unflatten(0, (examples, -1)).sum(1)
 
-    def weight(a: Tensor | None, g: Tensor) -> Callable[[], Gradient]:
+    def weight(a: Tensor, g: Tensor) -> Callable[[], Gradient]:
         return lambda: Steps(own(a), own(g), partial(pairs, g))
 
-    return {
+    found = {
         "weight_ih": weight(layer.x, trace.ih),
         "weight_hh": weight(layer.before, trace.hh),
-        "weight_hr": weight(trace.unprojected, layer.dh),
         "bias_ih": lambda: Rows(summed(trace.ih)),
         "bias_hh": lambda: Rows(summed(trace.hh)),
     }
+    if trace.unprojected is not None:
+        found["weight_hr"] = weight(trace.unprojected, layer.dh)
+    return found

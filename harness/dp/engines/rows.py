@@ -18,9 +18,8 @@ def squared_norms(g: Tensor) -> Tensor:
     float32 adds only within short blocks and float64 adds the blocks: one pass over memory, right to about 1e-8.
     """
     rows = wide(g.reshape(len(g), -1))
-    found = kernels.squared_norms(rows)
-    if found is not None:
-        return found
+    if kernels.serve(rows) and rows.is_contiguous():
+        return kernels.squared_norms(rows)
     whole = rows.shape[1] // BLOCK * BLOCK
     tail = torch.linalg.vector_norm(rows[:, whole:], dim=1).double().square()
     if not whole:
@@ -31,9 +30,8 @@ def squared_norms(g: Tensor) -> Tensor:
 
 def weighted_rows(v: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
     """The sum over i of v[i] * g[i], of the shape of one row of `g` [B, ...]; into `out` if given."""
-    found = kernels.weighted_rows(v, g, out)
-    if found is not None:
-        return found
+    if kernels.serve(v, g) and g.is_contiguous():
+        return kernels.weighted_rows(v, g, out)
     total = (v.to(g.dtype) @ g.reshape(g.shape[0], g.shape[1:].numel())).view(g.shape[1:])
     return total if out is None else out.copy_(total)
 

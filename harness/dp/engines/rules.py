@@ -1,6 +1,6 @@
 """Per-layer rules: from a layer's inputs and output gradient to the per-example gradients of its parameters.
 
-A rule multiplies nothing out: it returns the `Gradient` objects of `harness.dp.engines.gradients`, and engines ask these
+A rule multiplies nothing out: it returns the `Gradient` objects of `harness.dp.engines.gradients`, which engines ask
 for norms and sums.
 
 Shapes: B examples, T positions of a layer within one example, fan-in d, outputs p. An input arrives as [B * k, ...],
@@ -22,6 +22,7 @@ from harness.dp.engines import attention, recurrent
 from harness.dp.engines.gradients import Geometry, Gradient, Lookup, Outer, Patches, Rows
 from harness.dp.engines.rows import wide
 from harness.dp.native import kernels
+
 
 def positions_summed(g: Tensor, examples: int, keep: int) -> Tensor:
     """`g` [B * k, ..., (keep last dimensions)] summed over all positions of each example: [B, (keep last)]."""
@@ -99,7 +100,7 @@ def layer_norm(
 ) -> dict[str, Gradient]:
     """Input and output gradient [B * k, ..., *normalized_shape]."""
     shape, size = module.normalized_shape, math.prod(module.normalized_shape)
-    rows = kernels.layer_norm_rows(x, g, examples, size, module.eps)
+    rows = kernels.layer_norm_rows(x, g, examples, size, module.eps) if kernels.serve(x, g) else None
     return _affine(
         rows and (rows[0].unflatten(1, shape), rows[1].unflatten(1, shape)),
         lambda: F.layer_norm(x, shape, None, None, module.eps),
@@ -115,7 +116,7 @@ def rms_norm(
     """Input and output gradient [B * k, ..., *normalized_shape]."""
     shape, size = module.normalized_shape, math.prod(module.normalized_shape)
     eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
-    rows = kernels.layer_norm_rows(x, g, examples, size, eps, centred=False)
+    rows = kernels.layer_norm_rows(x, g, examples, size, eps, centred=False) if kernels.serve(x, g) else None
     return _affine(
         rows and (rows[0].unflatten(1, shape), rows[1].unflatten(1, shape)),
         lambda: F.rms_norm(x, list(shape), None, module.eps),
@@ -129,7 +130,8 @@ def group_norm(
     module: nn.GroupNorm, x: Tensor, g: Tensor, examples: int, wanted: Collection[str]
 ) -> dict[str, Gradient]:
     """Input and output gradient [B * k, C, ...]. The scale has one entry per channel, not per group."""
-    rows = kernels.group_norm_rows(x, g, module.num_groups, module.eps) if len(x) == examples else None
+    served = len(x) == examples and kernels.serve(x, g)
+    rows = kernels.group_norm_rows(x, g, module.num_groups, module.eps) if served else None
     return _affine(
         rows,
         lambda: F.group_norm(x, module.num_groups, None, None, module.eps),
@@ -149,7 +151,8 @@ def instance_norm(
     """Input and output gradient [B * k, C, ...]."""
     own = module.training or not module.track_running_stats  # statistics of the input itself
     mean, var = (None, None) if own else (module.running_mean, module.running_var)
-    rows = kernels.group_norm_rows(x, g, x.shape[1], module.eps) if own and len(x) == examples else None
+    served = own and len(x) == examples and kernels.serve(x, g)
+    rows = kernels.group_norm_rows(x, g, x.shape[1], module.eps) if served else None
     return _affine(
         rows,
         lambda: F.instance_norm(x, mean, var, None, None, own, 0.0, module.eps),
@@ -193,7 +196,7 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 
 def call_rule_for(module: nn.Module) -> CallRule | None:
-    """The rule of a recurrent or attention layer, which is served with all that is inside; None for any other module."""
+    """The rule of a recurrent or attention layer, served with all that is inside; None for any other module."""
     if recurrent.accepts(module):
         return recurrent.recurrent
     return attention.attention if attention.accepts(module) else None

@@ -20,7 +20,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from harness.dp.loss import Batch, Loss
 
-ANSWERING = (nn.RNNBase, nn.MultiheadAttention)  # modules whose rules read their outputs, which are kept for them
+ANSWERING = (
+    nn.RNNBase,
+    nn.MultiheadAttention,
+)  # modules whose rules read their outputs, which are kept for them
 
 
 @dataclass(slots=True)

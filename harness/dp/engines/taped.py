@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from harness.dp.clip import Clip, Flat, State
-from harness.dp.engines.engine import Clipped, PerExample, group_norms
-from harness.dp.engines.loop import Loop
+from harness.dp.engines.engine import SPEED, Clipped, PerExample, group_norms, laid_out
 from harness.dp.engines.gradients import Gradient
+from harness.dp.engines.loop import Loop
 from harness.dp.engines.plan import gradients, plan_for, untouched
 from harness.dp.engines.tape import Run
 from harness.dp.engines.vmap import chunk_within, plain_sum, refusal
@@ -33,12 +34,21 @@ class Taped(PerExample):
     What it takes for granted, where `Vmap` and `Loop` take nothing: that entry i of every layer's input belongs to
     example i, whatever the data. A plan is tried on a few examples before it is used, and audited against the loop
     as training goes on; a model that sorts or regroups its examples by their content belongs to the other engines.
+
+    `channels_last`: lay images out with channels last, which some networks are faster with.
     """
 
-    second_pass = False  # whether gradients that are not held cost another backward pass
+    channels_last: bool = field(default=False, metadata=SPEED)
+
+    second_pass: ClassVar[bool] = False  # whether gradients that are not held cost another backward pass
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         return refusal(model)
+
+    def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:
+        plan = plan_for(loss, model, w.views, batch)  # the best microbatch depends on what the plan keeps
+        within = chunk_within(len(batch), batch.x.device, plan.footprints, plan.activations)
+        return self.microbatch or within
 
     def bounded(
         self,
@@ -54,12 +64,7 @@ class Taped(PerExample):
         if clip.needs_norms and len(batch) and _due(model):
             with untouched(model, batch.x.device):
                 audit(self, loss, model, w, batch)
-        engine = self
-        if self.microbatch is None and len(batch):  # the best microbatch depends on what the plan keeps
-            plan = plan_for(loss, model, w.views, batch)
-            chunk = chunk_within(len(batch), batch.x.device, plan.footprints, plan.activations)
-            engine = replace(self, microbatch=chunk)
-        return PerExample.bounded(engine, loss, clip, model, w, batch, state, sigma, relation)
+        return super().bounded(loss, clip, model, w, batch, state, sigma, relation)
 
     def clipped_sum(
         self,
@@ -76,18 +81,18 @@ class Taped(PerExample):
             if total.isfinite().all():
                 return Clipped(w.with_flat(total), None, None, losses)
         plan = plan_for(loss, model, w.views, batch)
-        leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
+        leaves, batch = laid_out(w, batch, self.channels_last)
         taped = plan.run(loss, model, leaves, batch, self.second_pass)
         found = gradients(plan, model, w.views, taped, loss, batch)
         losses = taped.losses.detach()
         again = self.second_pass and max(groups.values()) == 0
         norms = group_norms({n: found[n].squares(again) for n in w.names if n in found}, groups, losses)
         weights = clip.weights(norms, state)
-        good = norms.isfinite().all(1)
-        if good.all():
+        finite = norms.isfinite()
+        if finite.all():
             total = self.weighted_sum(w, groups, weights, taped, leaves, found)
         else:  # weight 0 would not do: 0 * inf is not a number
-            total = torch.zeros_like(w.flat)
+            total, good = torch.zeros_like(w.flat), finite.all(1)
             if good.any():
                 part = self.clipped_sum(
                     loss, clip, groups, model, w, Batch(batch.x[good], batch.y[good]), state

@@ -112,8 +112,8 @@ class Vmap(PerExample):
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         return refusal(model)
 
-    def chunk(self, model: nn.Module, batch: Batch) -> int:
-        sizes = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
+    def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:
+        sizes = [t.numel() * t.element_size() for t in w.views.values()]
         return self.microbatch or chunk_within(len(batch), batch.x.device, sizes)
 
     def clipped_sum(

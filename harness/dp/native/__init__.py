@@ -1,7 +1,7 @@
 """Kernels in C for the few loops that PyTorch has no operator for: optional, built on first use and kept.
 
 `library()` compiles the C files of this folder with the system's compiler into one shared object, once for each
-machine, compiler and version of the sources, and loads it. Where there is no compiler, or `EPSBENCH_NATIVE=0` is set,
+machine, compiler and version of the sources, and loads it. A file that must be compiled otherwise says so in its first line, `/* flags: ...`. Where there is no compiler, or `EPSBENCH_NATIVE=0` is set,
 it is None and every caller has a way in PyTorch alone; `describe()` says which it was, and a run's record repeats it.
 
 The kernels share PyTorch's OpenMP threads: importing torch first puts its runtime in the process, and the loader finds
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch  # noqa: F401 (its OpenMP runtime must be in the process before ours looks for one)
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-std=gnu11")
 SOURCES = Path(__file__).parent
 
 
@@ -39,7 +39,9 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
     if not compiler or sys.platform != "linux":
         return None, "none: no C compiler" if not compiler else f"none: not tried on {sys.platform}"
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True)
+        version = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, timeout=20, check=True
+        )
         name = version.stdout.splitlines()[0]
         files = sorted(SOURCES.glob("*.c"))
         key = hashlib.sha256("\0".join([name, *FLAGS, platform.machine(), _cpu()]).encode())
@@ -50,14 +52,26 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 made = Path(scratch) / target.name
-                command = [compiler, *FLAGS, "-o", str(made), *map(str, files), "-lm"]
-                subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+                objects = [str(made.with_name(f"{file.stem}.o")) for file in files]
+                for file, compiled in zip(files, objects, strict=True):
+                    _run(compiler, *FLAGS, *_own_flags(file), "-c", "-o", compiled, str(file))
+                _run(compiler, "-shared", "-fopenmp", "-o", str(made), *objects, "-lm")
                 os.replace(made, target)  # whoever comes second replaces the same bytes
         return ctypes.CDLL(str(target)), name
     except subprocess.CalledProcessError as error:
         return None, f"none: {compiler} failed: {(error.stderr or '').strip().splitlines()[:1]}"
     except (OSError, subprocess.TimeoutExpired, IndexError) as error:
         return None, f"none: {type(error).__name__} while building"
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+def _own_flags(file: Path) -> list[str]:
+    """What the first line of a C file adds to the flags."""
+    words = file.read_text().partition("\n")[0].split()
+    return words[2:] if words[1:2] == ["flags:"] else []
 
 
 def _cpu() -> str:

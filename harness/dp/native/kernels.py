@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors. Each returns None where there is no kernel for what it was given."""
+"""The kernels as functions of tensors, for tensors that they `serve`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.dp.native import library
 
 _LONG, _INT, _DOUBLE, _AT = ctypes.c_long, ctypes.c_int, ctypes.c_double, ctypes.c_void_p
+_Key = ctypes.c_uint32 * 8
 
 
 class _Shape(ctypes.Structure):
@@ -42,8 +43,11 @@ def _typed() -> ctypes.CDLL | None:
         found.group_norm_rows.argtypes = (_AT, _AT, _AT, _AT, _LONG, _LONG, _LONG, _LONG, _DOUBLE, _INT)
         found.group_norm_rows_last.argtypes = found.group_norm_rows.argtypes
         found.layer_norm_rows.argtypes = (_AT, _AT, _AT, _AT, _LONG, _LONG, _LONG, _DOUBLE, _INT, _INT)
+        found.cipher_words.argtypes = (_Key, ctypes.c_uint64, _AT, _LONG, _INT)
+        found.add_normals.argtypes = (_Key, ctypes.c_uint64, _AT, ctypes.c_float, _AT, _LONG, _INT)
         for name in (
-            "squared_norms", "weighted_rows", "convolution_gram", "group_norm_rows", "group_norm_rows_last", "layer_norm_rows"
+            "squared_norms", "weighted_rows", "convolution_gram", "group_norm_rows", "group_norm_rows_last", "layer_norm_rows",
+            "cipher_words", "add_normals",
         ):  # fmt: skip
             getattr(found, name).restype = None
     return found
@@ -57,24 +61,26 @@ def serve(*tensors: Tensor) -> ctypes.CDLL | None:
     return _typed()
 
 
-def squared_norms(rows: Tensor) -> Tensor | None:
+def _compiled() -> ctypes.CDLL:
+    found = _typed()
+    if found is None:
+        raise RuntimeError("there are no kernels here: ask `serve` first")
+    return found
+
+
+def squared_norms(rows: Tensor) -> Tensor:
     """Squared norms [N], in float64, of the rows of a contiguous [N, length]."""
-    kernels = serve(rows)
-    if kernels is None or not rows.is_contiguous():
-        return None
     squares = torch.empty(rows.shape[0], dtype=torch.float64)
-    kernels.squared_norms(rows.data_ptr(), squares.data_ptr(), *rows.shape, torch.get_num_threads())
+    _compiled().squared_norms(rows.data_ptr(), squares.data_ptr(), *rows.shape, torch.get_num_threads())
     return squares
 
 
-def weighted_rows(v: Tensor, rows: Tensor, out: Tensor | None, swap: bool = False) -> Tensor | None:
-    """The sum over i of v[i] * rows[i], into `out` if given.
+def weighted_rows(v: Tensor, rows: Tensor, out: Tensor | None, swap: bool = False) -> Tensor:
+    """The sum over i of v[i] * rows[i], into `out` if given; `rows` contiguous.
 
     `swap`: the rows [N, p, ..., C] come with channels last, and the sum [p, C, ...] goes without.
     """
-    kernels = serve(v, rows)
-    if kernels is None or not rows.is_contiguous() or not v.is_contiguous():
-        return None
+    v = v.contiguous()
     n, shape = len(rows), rows.shape[1:]
     if swap:
         shape = torch.Size((shape[0], shape[-1], *shape[1:-1]))
@@ -83,7 +89,7 @@ def weighted_rows(v: Tensor, rows: Tensor, out: Tensor | None, swap: bool = Fals
     else:
         total = out
     outputs, channels = (shape[0], shape[1]) if swap else (1, shape.numel())
-    kernels.weighted_rows(
+    _compiled().weighted_rows(
         v.data_ptr(), rows.data_ptr(), total.data_ptr(), n, outputs, shape.numel() // max(1, outputs * channels),
         channels, torch.get_num_threads(),
     )  # fmt: skip
@@ -97,15 +103,12 @@ def convolution_rows(
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor]:
     """Per-example weight gradients [N, p, kh, kw, C], channels last, and their squared norms [N] in float64.
 
     From inputs x [N, C, H, W] and output gradients g [N, p, h, w] of an ungrouped convolution, or of one of lines, all
     without the heights; any memory layout. Raises MemoryError.
     """
-    kernels = serve(x, g)
-    if kernels is None or len(kernel) > 2:
-        return None
     line = len(kernel) == 1
     if line:
         x, g = x.unsqueeze(2), g.unsqueeze(2)
@@ -115,7 +118,7 @@ def convolution_rows(
     out = x.new_empty(n, outputs, *kernel, channels)
     squares = torch.empty(n, dtype=torch.float64)
     shape = _Shape(height, width, channels, rows, columns, outputs, *kernel, *stride, *padding, *dilation)
-    done = kernels.convolution_rows(
+    done = _compiled().convolution_rows(
         x.data_ptr(), _Strides(*x.stride()), g.data_ptr(), _Strides(*g.stride()), out.data_ptr(), squares.data_ptr(),
         n, ctypes.byref(shape), torch.get_num_threads(),
     )  # fmt: skip
@@ -124,10 +127,10 @@ def convolution_rows(
     return out.squeeze(2) if line else out, squares
 
 
-def outer_rows(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+def outer_rows(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """sum_t g_t a_t^T, [N, p, d], and squared norms [N] in float64, from a [N, T, d] and g [N, T, p]."""
-    found = convolution_rows(a.mT, g.mT, (1,), (1,), (0,), (1,))
-    return None if found is None else (found[0].squeeze(2), found[1])
+    rows, squares = convolution_rows(a.mT, g.mT, (1,), (1,), (0,), (1,))
+    return rows.squeeze(2), squares
 
 
 def convolution_gram(
@@ -138,33 +141,27 @@ def convolution_gram(
     kernel: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor]:
     """Squared norms [N] of a convolution's per-example weight gradients from two Gram matrices, and their bounds [N].
 
     `k` [N, M, M] of the pixels of padded inputs, M = H * W being their `extent`; `g` [N, T, T] of the output gradients
     at the T = h * w `positions`. The bound is (sum_t |patch_t| |g_t|)^2: rounding is relative to it.
     """
-    kernels = serve(k, g)
-    if kernels is None:
-        return None
     squares, bound = (torch.empty(len(k), dtype=torch.float64) for _ in range(2))
     shape = _Shape(*extent, 0, *positions, 0, *kernel, *stride, 0, 0, *dilation)
-    kernels.convolution_gram(
+    _compiled().convolution_gram(
         k.data_ptr(), g.data_ptr(), squares.data_ptr(), bound.data_ptr(),
         len(k), ctypes.byref(shape), torch.get_num_threads(),
     )  # fmt: skip
     return squares, bound
 
 
-def group_norm_rows(x: Tensor, g: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor] | None:
+def group_norm_rows(x: Tensor, g: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Per-example gradients [N, C] of scale and shift of a group norm, from its input and output gradient [N, C, ...].
 
     The statistics are those of the input itself. Either layout, channels first or last.
     """
-    kernels = serve(x, g)
-    if kernels is None:
-        return None
-    n, channels = x.shape[:2]
+    kernels, (n, channels) = _compiled(), x.shape[:2]
     x, g = x.reshape(n, channels, -1), g.reshape(n, channels, -1)
     last = not x.is_contiguous() and x.mT.is_contiguous()
     x, g = (t.mT.contiguous() if last else t.contiguous() for t in (x, g))
@@ -179,18 +176,35 @@ def group_norm_rows(x: Tensor, g: Tensor, groups: int, eps: float) -> tuple[Tens
 
 def layer_norm_rows(
     x: Tensor, g: Tensor, examples: int, features: int, eps: float, centred: bool = True
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor]:
     """Per-example gradients [examples, features] of scale and shift of a layer norm over the last `features` elements.
 
     From its input and output gradient. `centred` is False for RMSNorm.
     """
-    kernels = serve(x, g)
-    if kernels is None:
-        return None
     x, g = x.contiguous(), g.contiguous()
     weight, bias = x.new_empty(examples, features), x.new_empty(examples, features)
-    kernels.layer_norm_rows(
+    _compiled().layer_norm_rows(
         x.data_ptr(), g.data_ptr(), weight.data_ptr(), bias.data_ptr(), examples, x.numel() // (examples * features),
         features, eps, centred, torch.get_num_threads(),
     )  # fmt: skip
     return weight, bias
+
+
+def cipher_words(key: tuple[int, ...], counter: int, tiles: int) -> Tensor | None:
+    """Words of a ChaCha key stream, uint32 [tiles, 16, 16], from eight words of key: see `harness.dp.random`."""
+    kernels = serve()
+    if kernels is None:
+        return None
+    out = torch.empty(tiles, 16, 16, dtype=torch.uint32)
+    kernels.cipher_words(_Key(*key), counter, out.data_ptr(), tiles, torch.get_num_threads())
+    return out
+
+
+def add_normals(key: tuple[int, ...], counter: int, value: Tensor | None, scale: float, n: int) -> Tensor | None:
+    """`value` [n] (none: zero) + `scale` times standard normal numbers from a ChaCha key stream, float32."""
+    kernels = serve(*([] if value is None else [value]))
+    if kernels is None or (value is not None and not value.is_contiguous()):
+        return None
+    out, start = torch.empty(n, dtype=torch.float32), None if value is None else value.data_ptr()
+    kernels.add_normals(_Key(*key), counter, start, scale, out.data_ptr(), n, torch.get_num_threads())
+    return out

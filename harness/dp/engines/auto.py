@@ -1,0 +1,151 @@
+"""The fastest engine for a model on this machine, found by trying them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from harness.dp.clip import Clip, State
+from harness.dp.engines.bookkeeping import BookKeeping
+from harness.dp.engines.engine import Engine, PerExample
+from harness.dp.engines.ghost import Ghost
+from harness.dp.engines.plan import modes, untouched
+from harness.dp.engines.vmap import Vmap
+from harness.dp.loss import Batch, Loss
+from harness.dp.native import describe
+from harness.dp.release import Bounded, Relation
+from harness.dp.tree import Tree
+
+CANDIDATES: Mapping[str, PerExample] = {
+    "bookkeeping": BookKeeping(),
+    "bookkeeping, channels last": BookKeeping(channels_last=True),
+    "ghost": Ghost(),
+    "vmap": Vmap(),
+}
+TRIED = 64  # examples of a trial
+ROUNDS = 5
+HOPELESS = 1.5  # times the best of the first round: not tried any further
+
+_chosen: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Auto(PerExample):
+    """Times its candidates once for each model, shape and machine, and is the fastest of them from then on.
+
+    The choice is kept in $EPSBENCH_CACHE/engines (else ~/.cache/epsbench/engines): engines round differently, so a run
+    that is continued in another process repeats its bits only with the same one. All candidates are the same mechanism.
+    """
+
+    def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
+        reasons = [engine.accepts(loss, clip, model) for engine in CANDIDATES.values()]
+        return None if None in reasons else reasons[0]
+
+    def bounded(
+        self,
+        loss: Loss,
+        clip: Clip,
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
+        sigma: float,
+        relation: Relation,
+    ) -> Bounded:
+        if not len(batch):
+            return super().bounded(loss, clip, model, w, batch, state, sigma, relation)
+        arguments = (loss, clip, model, w, batch, state, sigma, relation)
+        return replace(self.chosen(*arguments), microbatch=self.microbatch).bounded(*arguments)
+
+    def chosen(
+        self,
+        loss: Loss,
+        clip: Clip,
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
+        sigma: float,
+        relation: Relation,
+    ) -> PerExample:
+        """The candidate for this model and examples of this shape; tries them all where that is not known yet."""
+        groups = 1 + max(clip.groups(w.names).values(), default=0)
+        facts = [type(loss).__name__, groups, clip.needs_norms, list(batch.x.shape[1:]), str(batch.x.dtype)]
+        key = repr((facts, modes(model), w.layout, batch.x.device.type, torch.get_num_threads()))
+        known = _chosen.setdefault(model, {})
+        if key not in known:
+            file = _file(key)
+            known[key] = _read(file) or _fastest(
+                {
+                    name: engine
+                    for name, engine in CANDIDATES.items()
+                    if engine.accepts(loss, clip, model) is None
+                },
+                (loss, clip, model, w, _sized(batch), state, sigma, relation),
+            )
+            _write(file, known[key])
+        return CANDIDATES[known[key]]
+
+
+def _sized(batch: Batch) -> Batch:
+    """The batch, repeated or cut to the size of a trial."""
+    pick = torch.arange(TRIED, device=batch.x.device) % len(batch)
+    return Batch(batch.x[pick], batch.y[pick])
+
+
+def _fastest(engines: Mapping[str, Engine], arguments: tuple[Any, ...]) -> str:
+    """The name of the engine with the shortest call of `bounded`, rounds interleaved after one that warms up."""
+    model, device = arguments[2], arguments[4].x.device
+    best: dict[str, float] = {}
+
+    def seconds(engine: Engine) -> float:
+        start = time.perf_counter()
+        engine.bounded(*arguments)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    with untouched(model, device):
+        for engine in engines.values():
+            seconds(engine)
+        for _ in range(ROUNDS):
+            for name, engine in engines.items():
+                if not best or best.get(name, 0) < HOPELESS * min(best.values()):
+                    best[name] = min(best.get(name, float("inf")), seconds(engine))
+    return min(best, key=best.__getitem__)
+
+
+def _file(key: str) -> Path:
+    folder = Path(os.environ.get("EPSBENCH_CACHE") or Path.home() / ".cache" / "epsbench") / "engines"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    machine = (platform.machine(), platform.processor(), os.cpu_count(), gpu, torch.__version__, describe())
+    return folder / f"{hashlib.sha256(repr((key, machine)).encode()).hexdigest()[:16]}.json"
+
+
+def _read(file: Path) -> str | None:
+    try:
+        name = json.loads(file.read_text())["engine"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if name in CANDIDATES else None
+
+
+def _write(file: Path, name: str) -> None:
+    with suppress(OSError):  # a cache that cannot be written costs another trial, no more
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as out:
+            out.write(json.dumps({"engine": name}) + "\n")
+        os.replace(out.name, file)
