@@ -25,6 +25,7 @@ from harness.dp import (
     Tree,
     Unclipped,
     Vmap,
+    native,
 )
 from harness.dp.clip import Clip
 from harness.dp.engines.engine import trainable
@@ -32,11 +33,13 @@ from harness.dp.engines.gradients import Geometry, Lookup, Outer, Patches, gram_
 from harness.dp.engines.plan import plan_for
 from harness.dp.engines.rows import squared_norms
 from harness.dp.engines.rules import rule_for
+from harness.dp.native import kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:Using padding='same'")
 
 FAST = [Vmap, Ghost, BookKeeping]
 SMOOTH = sorted(set(ZOO) - {"in place"})
+sizes = st.integers(1, 3)
 
 
 @dataclass(frozen=True)
@@ -120,14 +123,43 @@ def test_unclipped_is_the_plain_sum(name, kind):
     assert observed.norms is None
 
 
+@dataclass(frozen=True)
+class Automatic(Clip):
+    """Weights that are no threshold: 1 / (norm + 0.01), for each parameter on its own."""
+
+    def groups(self, names):
+        return {name: i for i, name in enumerate(names)}
+
+    def weights(self, norms, state):
+        return 1 / (norms + 0.01)
+
+    def sensitivity(self, state, relation):
+        return math.inf  # the number of groups, which a rule is not told; nothing here asks
+
+
+@pytest.fixture(params=["kernels", "torch alone"])
+def way(request, monkeypatch):
+    """With the compiled kernels, and without."""
+    if request.param == "torch alone":
+        monkeypatch.setattr(kernels, "_typed", lambda: None)
+    elif native.library() is None:
+        pytest.skip(
+            f"no kernels were built ({native.describe()}): install a C compiler, such as Debian's gcc"
+        )
+    return request.param
+
+
 @pytest.mark.parametrize("name", SMOOTH)
-def test_float32(name):
-    model = ZOO[name].model(torch.float32)
-    x, y = ZOO[name].batch(4, torch.float32)
-    fast = [release(kind(), model, x, y, Flat(0.3))[0] for kind in FAST]
-    want, _ = release(Loop(), model.double(), x.double() if x.is_floating_point() else x, y, Flat(0.3))
-    for got in fast:
-        assert error(got, want) < 1e-5
+def test_float32(name, way):
+    """To 1e-5 of the loop in float64, for one group and for several, with channels last too."""
+    model, (x, y) = ZOO[name].model(torch.float64), ZOO[name].batch(5)
+    clips = (Flat(0.3), Halves(), Automatic())
+    exact = [release(Loop(), model, x, y, clip)[0] for clip in clips]
+    model, (x, y) = model.float(), ZOO[name].batch(5, torch.float32)
+    engines = [kind(microbatch=size) for kind in FAST for size in (None, 3)]
+    for clip, want in zip(clips, exact, strict=True):
+        for engine in (*engines, BookKeeping(channels_last=True), Ghost(channels_last=True)):
+            assert error(release(engine, model, x, y, clip)[0], want) < 1e-5, engine
 
 
 @pytest.mark.parametrize(
@@ -356,6 +388,96 @@ def test_norms_of_long_vectors_do_not_read_low():
         assert abs(float(total.norm()) - 1) < 1e-6
 
 
+@pytest.mark.parametrize("kind", [Loop, *FAST])
+def test_no_example_exceeds_its_bound(kind, way):
+    """Of 1e7 elements, and of a convolution's: the sum over one example is never longer than C (1 + 1e-6)."""
+    rng = torch.Generator().manual_seed(0)
+    wide = nn.Linear(5000, 2000), torch.rand(3, 5000, generator=rng) * 20, 1e7
+    deep = nn.Sequential(nn.Conv2d(8, 40, 5), nn.Tanh(), nn.Flatten(), nn.Linear(40 * 12 * 12, 900))
+    for model, x, size in (wide, (deep, torch.rand(3, 8, 16, 16, generator=rng) * 9, 5e6)):
+        assert sum(p.numel() for p in model.parameters()) >= size
+        for i in range(len(x)):
+            total, observed = release(kind(), model, x[i : i + 1], torch.tensor([i]), Flat(0.5))
+            assert float(observed.norms) > 0.5
+            assert float(total.norm()) <= 0.5 * (1 + 1e-6)
+
+
+@given(
+    data=st.data(),
+    channels=st.integers(1, 40),
+    outputs=st.integers(1, 40),
+    examples=sizes,
+    dims=st.integers(1, 2),
+    last=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_kernels_of_convolutions(data, channels, outputs, examples, dims, last):
+    """Tiles of every height and width, either memory layout, images wide and narrow: against torch in float64."""
+    if native.library() is None:
+        pytest.skip(
+            f"no kernels were built ({native.describe()}): install a C compiler, such as Debian's gcc"
+        )
+
+    def each(low, high):
+        return tuple(data.draw(st.integers(low, high)) for _ in range(dims))
+
+    geometry = Geometry(each(1, 3), each(1, 2), each(0, 2), each(1, 2), 1)
+    extent = tuple(
+        1 + d * (k - 1) + e for d, k, e in zip(geometry.dilation, geometry.kernel, each(0, 19), strict=True)
+    )
+    x = torch.randn(examples, channels, *extent)
+    convolve = (F.conv1d, F.conv2d)[dims - 1]
+    options = geometry.stride, geometry.padding, geometry.dilation
+    g = torch.randn_like(convolve(x, torch.zeros(outputs, channels, *geometry.kernel), None, *options))
+    if last and dims == 2:
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    ours = Patches(x[:, None], g[:, None], geometry)
+    want = Patches(x[:, None].double(), g[:, None].double(), geometry)
+    scale = want.rows.flatten(1).norm(dim=1).max()
+    assert ours.served and not want.served
+    excess = (
+        ours._squares() - want.squares()
+    )  # Gram matrices cancel, and the margin for it makes them err upwards
+    assert (excess >= -1e-5 * want.squares()).all()
+    assert (
+        excess <= 1e-5 * math.prod(geometry.kernel) * x.double().square().sum() * g.double().square().sum()
+    ).all()
+    assert (ours.rows - want.rows).abs().max() <= 1e-5 * scale
+    assert torch.allclose(ours.squares(), want.squares(), rtol=1e-5)
+    v = torch.rand(examples)
+    assert (ours.weighted(v) - want.weighted(v.double())).norm() <= 1e-5 * scale * examples
+
+
+@given(
+    groups=st.integers(1, 4),
+    channels=st.integers(1, 9),
+    extent=st.integers(1, 700),
+    examples=sizes,
+    last=st.booleans(),
+    rms=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_kernels_of_norms(groups, channels, extent, examples, last, rms):
+    if native.library() is None:
+        pytest.skip(
+            f"no kernels were built ({native.describe()}): install a C compiler, such as Debian's gcc"
+        )
+    width = groups * channels
+    x, g = torch.randn(2, examples, width, extent, 1) + 3
+    if last:
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    tokens = (nn.RMSNorm if rms else nn.LayerNorm)(width), x.squeeze(3).mT, g.squeeze(3).mT
+    for layer, a, b in ((nn.GroupNorm(groups, width), x, g), tokens):
+        if isinstance(layer, nn.GroupNorm) and channels * extent == 1:
+            continue
+        names = dict(layer.named_parameters())
+        got = rule_for(layer)(layer, a, b, examples, names)
+        want = rule_for(layer)(layer.double(), a.double(), b.double(), examples, names)
+        for name in names:
+            off = (got[name].rows - want[name].rows).abs().max()
+            assert off <= 2e-5 * (1 + want[name].rows.abs().max()) * extent**0.5, name
+
+
 @given(seed=st.integers(0, 99), positions=st.integers(2, 40))
 @settings(max_examples=30, deadline=None)
 def test_gram_norms_err_upwards(seed, positions):
@@ -382,9 +504,6 @@ def agree(gradient, want):
     assert torch.allclose(
         gradient.weighted(v), total, rtol=1e-9, atol=1e-12 * float(scale.sqrt())
     )  # now from rows
-
-
-sizes = st.integers(1, 3)
 
 
 @given(

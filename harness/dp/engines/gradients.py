@@ -136,7 +136,8 @@ class Product(Gradient):
 
     @property
     def rows(self) -> Tensor:
-        return self.made[0].movedim(-1, 2) if self.channels_last else self.made[0]
+        made = self.made[0]  # which settles where the channels are
+        return made.movedim(-1, 2) if self.channels_last else made
 
     @property
     def footprint(self) -> int:
