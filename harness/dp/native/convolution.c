@@ -187,8 +187,8 @@ int convolution_rows(const float *x, Strides x_by, const float *g, Strides g_by,
         for (long i = 0; i < n; i++) {
             if (!had) continue;
             const float *from = x + i * x_by.example, *b = g + i * g_by.example;
-            /* Nobody reads beyond the last example. */
-            const int copy = !as_needed || i == n - 1;
+            /* A tile's reading beyond its patch must end within the examples that follow. */
+            const int copy = !as_needed || (n - 1 - i) * x_by.example < 3 * LANES;
             if (copy)
                 channels_last(from, x_by, image, s->height, s->width, s->channels, s->padding_rows, s->padding_columns);
             if (g_by.channel != 1 || g_by.column != s->outputs || g_by.row != s->columns * s->outputs) {
