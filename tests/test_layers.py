@@ -29,7 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"store"},
     "launch": {"run", "store", "track", "measure", "registry", "cell"},
     "verify": {"train", "dp", "data", "models", "registry", "measure"},
-    "bench": {"train", "dp", "data", "models", "registry", "measure"},
+    "peers": {"dp", "models"},
+    "bench": {
+        "train", "dp", "data", "models", "registry", "measure", "peers", "suite", "lines", "store", "codehash",
+    },
     "methods": {"dp", "registry"},
     "cli": {
         "bench", "cell", "data", "launch", "measure", "models", "registry", "report", "run", "store", "suite",

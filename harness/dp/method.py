@@ -10,8 +10,8 @@ from dp_accounting import DpEvent
 
 from harness.dp.account import Ledger
 from harness.dp.clip import Clip, Flat
+from harness.dp.engines.bookkeeping import BookKeeping
 from harness.dp.engines.engine import Engine
-from harness.dp.engines.vmap import Vmap
 from harness.dp.loss import CrossEntropy, Loss
 from harness.dp.noise import Gaussian, Noise
 from harness.dp.optimizer import SGD, Optimizer
@@ -27,7 +27,7 @@ class Method:
     """
 
     loss: Loss = field(default_factory=CrossEntropy)
-    engine: Engine = field(default_factory=Vmap)
+    engine: Engine = field(default_factory=BookKeeping)
     clip: Clip = field(default_factory=Flat)
     noise: Noise = field(default_factory=Gaussian)
     sampler: Sampler = field(default_factory=Poisson)

@@ -89,7 +89,7 @@ def refusal(model: nn.Module) -> str | None:
 def chunk_within(count: int, device: torch.device, footprints: Sequence[int], activations: int = 0) -> int:
     """How many of `count` examples to take at once, given the bytes per example of each tensor held for them.
 
-    As many as fit in a quarter of a GPU's memory, or on a CPU in 256 MiB (measured: more brings nothing). Where a CPU's
+    As many as fit in a quarter of a GPU's memory, or on a CPU in 512 MiB (measured: more brings nothing). Where a CPU's
     allocator insists on returning memory to the system, tensors must stay small enough for it to keep them: below 24
     MiB each and 64 MiB together. Depends on nothing but shapes and the machine, so a resumed run chunks alike.
     """
@@ -98,7 +98,7 @@ def chunk_within(count: int, device: torch.device, footprints: Sequence[int], ac
         most = torch.cuda.get_device_properties(device).total_memory // 4 // (held + activations)
     else:
         fitting = (
-            (256 << 20) // held if keep_freed_memory() else min((64 << 20) // held, (24 << 20) // largest)
+            (512 << 20) // held if keep_freed_memory() else min((64 << 20) // held, (24 << 20) // largest)
         )
         most = min(fitting, (512 << 20) // max(1, activations))
         most -= most % 8 if most > 8 else 0
