@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,23 @@ from harness.dp.native import kernels
 
 BLOCK = 512  # squares that float32 may add up before float64 takes over
 HALF = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def full_precision(device: torch.device, wanted: bool = True) -> Iterator[None]:
+    """On a GPU, products without TF32, whose ten bits would let a clipped gradient exceed its bound by a thousandth."""
+    if device.type != "cuda" or not wanted:
+        yield
+        return
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
 
 
 def squared_norms(g: Tensor) -> Tensor:

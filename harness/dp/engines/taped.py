@@ -15,6 +15,7 @@ from harness.dp.engines.engine import SPEED, Clipped, PerExample, group_norms, l
 from harness.dp.engines.gradients import Gradient
 from harness.dp.engines.loop import Loop
 from harness.dp.engines.plan import gradients, plan_for, untouched
+from harness.dp.engines.rows import full_precision
 from harness.dp.engines.tape import Run
 from harness.dp.engines.vmap import chunk_within, plain_sum, refusal
 from harness.dp.loss import Batch, Loss
@@ -82,25 +83,25 @@ class Taped(PerExample):
                 return Clipped(w.with_flat(total), None, None, losses)
         plan = plan_for(loss, model, w.views, batch)
         leaves, batch = laid_out(w, batch, self.channels_last)
-        taped = plan.run(loss, model, leaves, batch, self.second_pass)
-        found = gradients(plan, model, w.views, taped, loss, batch)
-        losses = taped.losses.detach()
-        again = self.second_pass and max(groups.values()) == 0
-        norms = group_norms({n: found[n].squares(again) for n in w.names if n in found}, groups, losses)
-        weights = clip.weights(norms, state)
-        finite = norms.isfinite()
-        if finite.all():
+        device = batch.x.device
+        with full_precision(device, self.second_pass):  # two passes must agree to the last bit that counts
+            taped = plan.run(loss, model, leaves, batch, self.second_pass)
+        losses, again = taped.losses.detach(), self.second_pass and max(groups.values()) == 0
+        with full_precision(device):
+            found = gradients(plan, model, w.views, taped, loss, batch)
+            norms = group_norms({n: found[n].squares(again) for n in w.names if n in found}, groups, losses)
+            weights = clip.weights(norms, state)
             total = self.weighted_sum(w, groups, weights, taped, leaves, found)
-        else:  # weight 0 would not do: 0 * inf is not a number
+        finite = norms.isfinite()
+        if not finite.all():  # weight 0 does not do: 0 * inf is not a number
             total, good = torch.zeros_like(w.flat), finite.all(1)
             if good.any():
-                part = self.clipped_sum(
-                    loss, clip, groups, model, w, Batch(batch.x[good], batch.y[good]), state
-                )
+                rest = Batch(batch.x[good], batch.y[good])
+                part = self.clipped_sum(loss, clip, groups, model, w, rest, state)
                 total = part.total.flat
                 if (
                     part.norms is not None and part.weights is not None
-                ):  # other numbers if the model draws any
+                ):  # others, if the model draws random numbers
                     norms[good], weights[good] = part.norms, part.weights
         if not clip.needs_norms:
             return Clipped(w.with_flat(total), None, None, losses)

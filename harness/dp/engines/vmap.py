@@ -13,7 +13,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Clipped, PerExample, group_norms
-from harness.dp.engines.rows import squared_norms, weighted_rows
+from harness.dp.engines.rows import full_precision, squared_norms, weighted_rows
 from harness.dp.loss import Batch, Loss
 from harness.dp.native.memory import keep_freed_memory
 from harness.dp.tree import Tree
@@ -100,7 +100,7 @@ def chunk_within(count: int, device: torch.device, footprints: Sequence[int], ac
         fitting = (
             (512 << 20) // held if keep_freed_memory() else min((64 << 20) // held, (24 << 20) // largest)
         )
-        most = min(fitting, (512 << 20) // max(1, activations))
+        most = min(fitting, (1 << 30) // max(1, activations))
         most -= most % 8 if most > 8 else 0
     return max(1, min(count, most))
 
@@ -131,6 +131,18 @@ class Vmap(PerExample):
             if total.isfinite().all():
                 return Clipped(w.with_flat(total), None, None, losses)
         grads, losses = per_example_gradients(loss, model, w.views, w.names, batch)
+        with full_precision(batch.x.device):
+            return self._weighed(clip, groups, w, state, grads, losses)
+
+    def _weighed(
+        self,
+        clip: Clip,
+        groups: Mapping[str, int],
+        w: Tree,
+        state: State,
+        grads: dict[str, Tensor],
+        losses: Tensor,
+    ) -> Clipped:
         norms = group_norms({name: squared_norms(g) for name, g in grads.items()}, groups, losses)
         weights = clip.weights(norms, state)
         v, good = weights, norms.isfinite().all(1)
