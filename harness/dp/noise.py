@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 
+from harness.dp.random import Stream
 from harness.dp.release import Release
 from harness.dp.tree import Tree
 
@@ -22,7 +22,7 @@ class Noise:
         """Whether anything is protected at all."""
         return True
 
-    def add(self, release: Release, rng: torch.Generator) -> Tree:
+    def add(self, release: Release, rng: Stream) -> Tree:
         """The public version of `release`. `rng` gives fresh draws for every release of every step."""
         raise NotImplementedError
 
@@ -39,7 +39,7 @@ class NoNoise(Noise):
     def private(self) -> bool:
         return False
 
-    def add(self, release: Release, rng: torch.Generator) -> Tree:
+    def add(self, release: Release, rng: Stream) -> Tree:
         return release.value
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:
@@ -54,14 +54,12 @@ class Gaussian(Noise):
     own sensitivity and multiplier: the joint multiplier is (sum of sigma_i^-2)^(-1/2).
     """
 
-    def add(self, release: Release, rng: torch.Generator) -> Tree:
+    def add(self, release: Release, rng: Stream) -> Tree:
         if not (math.isfinite(release.sensitivity) and release.sensitivity > 0):
             raise ValueError(
                 f"Gaussian noise needs a finite sensitivity, and this release has {release.sensitivity}"
             )
-        flat = release.value.flat
-        noise = torch.randn(flat.shape, generator=rng, dtype=flat.dtype, device=flat.device)
-        return release.value.with_flat(torch.add(flat, noise, alpha=release.sigma * release.sensitivity))
+        return release.value.with_flat(rng.noised(release.value.flat, release.sigma * release.sensitivity))
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:
         sigmas = list(sigmas)

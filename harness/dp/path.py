@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from dp_accounting import DpEvent
 
+from harness.dp.random import Stream
 from harness.dp.tree import Tree
 
 
@@ -23,7 +23,7 @@ class Path:
         """Where this step differentiates."""
         return w
 
-    def base(self, w: Tree, state: Any, rng: torch.Generator) -> Tree:
+    def base(self, w: Tree, state: Any, rng: Stream) -> Tree:
         """Where the optimizer steps from. `rng` is the path's own secret stream."""
         return w
 

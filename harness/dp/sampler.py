@@ -12,6 +12,7 @@ import torch
 from dp_accounting import DpEvent, NoOpDpEvent, PoissonSampledDpEvent, SampledWithoutReplacementDpEvent
 from torch import Tensor
 
+from harness.dp.random import Stream
 from harness.dp.release import Relation
 
 
@@ -41,10 +42,8 @@ class Sampler:
         raise NotImplementedError
 
 
-def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The generator of one step. Consecutive steps differ in the low 32 bits, all that the CPU generator looks at."""
-    mixed = (seed & ~0xFFFFFFFF) | ((seed + step) & 0xFFFFFFFF)
-    return torch.Generator(device).manual_seed(mixed)
+def generator(seed: int, step: int, device: torch.device | str = "cpu") -> Stream:
+    return Stream(seed, "bench", step)
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,7 @@ class Poisson(Sampler):
     """Every example is in with probability q = batch / n, independently of all else. A batch may be empty."""
 
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
-        # float64: a float32 uniform has 24 bits, too coarse for a small q
-        coins = torch.rand(n, generator=generator(seed, step), dtype=torch.float64)
+        coins = Stream(seed, "sampling", step).uniform(n)
         return (coins < batch / n).nonzero().squeeze(1)
 
     def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
@@ -72,7 +70,7 @@ class Fixed(Sampler):
         return Relation.REPLACE_ONE
 
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
-        return torch.randperm(n, generator=generator(seed, step))[:batch].sort().values
+        return Stream(seed, "sampling", step).permutation(n)[:batch].sort().values
 
     def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
         return SampledWithoutReplacementDpEvent(n, batch, event)
@@ -113,7 +111,7 @@ class Shuffle(Sampler):
 
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
         epoch, place = divmod(step, self.steps_per_epoch(n, batch))
-        order = torch.randperm(n, generator=generator(seed, epoch))
+        order = Stream(seed, "sampling", epoch).permutation(n)
         return order[place * batch : (place + 1) * batch].sort().values
 
     def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:

@@ -1,8 +1,9 @@
 """Kernels in C for the few loops that PyTorch has no operator for: optional, built on first use and kept.
 
 `library()` compiles the C files of this folder with the system's compiler into one shared object, once for each
-machine, compiler and version of the sources, and loads it. A file that must be compiled otherwise says so in its first line, `/* flags: ...`. Where there is no compiler, or `EPSBENCH_NATIVE=0` is set,
-it is None and every caller has a way in PyTorch alone; `describe()` says which it was, and a run's record repeats it.
+machine, compiler and version of the sources, and loads it. A file that needs flags of its own has them in a line
+`#define FLAGS ...`. Where there is no compiler, or `EPSBENCH_NATIVE=0` is set, it is None and every caller has a way
+without; `describe()` says which it was, and a run's record repeats it.
 
 The kernels share PyTorch's OpenMP threads: importing torch first puts its runtime in the process, and the loader finds
 that one.
@@ -14,6 +15,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -69,9 +71,9 @@ def _run(*command: str) -> None:
 
 
 def _own_flags(file: Path) -> list[str]:
-    """What the first line of a C file adds to the flags."""
-    words = file.read_text().partition("\n")[0].split()
-    return words[2:] if words[1:2] == ["flags:"] else []
+    """What a C file adds to the flags."""
+    found = re.search(r"^#define FLAGS (.*)", file.read_text(), re.MULTILINE)
+    return found[1].split() if found else []
 
 
 def _cpu() -> str:

@@ -46,8 +46,8 @@ def _typed() -> ctypes.CDLL | None:
         found.cipher_words.argtypes = (_Key, ctypes.c_uint64, _AT, _LONG, _INT)
         found.add_normals.argtypes = (_Key, ctypes.c_uint64, _AT, ctypes.c_float, _AT, _LONG, _INT)
         for name in (
-            "squared_norms", "weighted_rows", "convolution_gram", "group_norm_rows", "group_norm_rows_last", "layer_norm_rows",
-            "cipher_words", "add_normals",
+            "squared_norms", "weighted_rows", "convolution_gram", "group_norm_rows", "group_norm_rows_last",
+            "layer_norm_rows", "cipher_words", "add_normals",
         ):  # fmt: skip
             getattr(found, name).restype = None
     return found
@@ -200,7 +200,9 @@ def cipher_words(key: tuple[int, ...], counter: int, tiles: int) -> Tensor | Non
     return out
 
 
-def add_normals(key: tuple[int, ...], counter: int, value: Tensor | None, scale: float, n: int) -> Tensor | None:
+def add_normals(
+    key: tuple[int, ...], counter: int, value: Tensor | None, scale: float, n: int
+) -> Tensor | None:
     """`value` [n] (none: zero) + `scale` times standard normal numbers from a ChaCha key stream, float32."""
     kernels = serve(*([] if value is None else [value]))
     if kernels is None or (value is not None and not value.is_contiguous()):

@@ -1,11 +1,11 @@
-/* flags: -ffp-contract=off
- *
- * Normal numbers from a stream cipher: ChaCha in counter mode, then Box and Muller's transform.
+/* Normal numbers from a stream cipher: ChaCha in counter mode, then Box and Muller's transform.
  *
  * harness/dp/random.py has the same in numpy, and both give the same bits on every machine: single operations in one
  * order, each rounded once, hence no contraction of a product and a sum. What that order is stands there; this file
  * repeats it without comment.
  */
+#define FLAGS -ffp-contract=off
+
 #include <math.h>
 #include <stdint.h>
 

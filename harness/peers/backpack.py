@@ -1,0 +1,69 @@
+"""BackPACK: per-example gradients by its extension `BatchGrad`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from harness.dp.clip import Clip
+from harness.dp.loss import Batch, Loss
+from harness.dp.tree import Tree
+from harness.peers.double import double
+from harness.peers.peer import Rows, tied
+
+KNOWN = {
+    *(nn.Linear, nn.Embedding, nn.RNN, nn.LSTM, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+}
+
+
+@dataclass(frozen=True)
+class BackPack(Rows):
+    """`backpack(BatchGrad())` around the backward pass of a copy of the model that `extend` prepared."""
+
+    PACKAGE: ClassVar[str] = "backpack-for-pytorch"
+    IMPORTS: ClassVar[str] = "backpack"
+    INSTALL: ClassVar[str] = "epsbench[backpack]"
+    SOURCE: ClassVar[str] = (
+        "Dangel, Kunstner and Hennig, BackPACK: Packing more into backprop, arXiv:1912.10985"
+    )
+
+    def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
+        if tied(model):
+            return "the model has tied parameters, which BackPACK counts once"
+        return super().refuses(loss, clip, model)
+
+    def objection(self, layer: nn.Module) -> str | None:
+        if type(layer) not in KNOWN:
+            return "is no layer that BatchGrad knows: it would go without per-example gradients, silently"
+        if getattr(layer, "padding_mode", "zeros") != "zeros" or isinstance(
+            getattr(layer, "padding", 0), str
+        ):
+            return "has a padding that BatchGrad takes for another: it gives another gradient, silently"
+        if isinstance(layer, nn.RNNBase) and (layer.num_layers > 1 or layer.bidirectional or not layer.bias):
+            return "is more than the one layer with biases, in one direction, that BatchGrad serves"
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+            return "has a padding entry, which BatchGrad refuses"
+        if isinstance(layer, nn.Embedding) and layer.weight.dtype is not torch.float32:
+            return "is not in float32, and BatchGrad's rule for embeddings is"
+        return None
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """`module`, a copy that is ours to change, prepared by BackPACK."""
+        from backpack import extend
+
+        return extend(module)
+
+    def rows(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        from backpack import backpack
+        from backpack.extensions import BatchGrad
+
+        with double(type(self), self.wrap, model, w) as (module, parameters):
+            with backpack(BatchGrad()):
+                losses = loss.per_example(module(batch.x), batch.y)
+                losses.sum().backward()
+            found = {name: p.__dict__.pop("grad_batch", None) for name, p in parameters.items()}
+        return {name: g for name, g in found.items() if g is not None}, losses.detach()

@@ -1,0 +1,192 @@
+"""Opacus: per-example gradients by hooks, by functorch and by expanded weights, and its ghost clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from harness.dp.clip import Clip, State
+from harness.dp.engines.engine import Clipped, trainable
+from harness.dp.loss import Batch, Loss
+from harness.dp.tree import Tree
+from harness.peers.double import double
+from harness.peers.peer import Peer, Rows, tied
+
+OPACUS = "Yousefpour et al., Opacus: User-friendly differential privacy library in PyTorch, arXiv:2109.12298"
+EXPANDED = {
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.RNN, nn.LSTM, nn.GRU, nn.GroupNorm),
+    *(nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+}
+
+
+def with_its_own_layers(module: nn.Module) -> nn.Module:
+    """`module`, a copy that is ours to change, with Opacus's recurrent layers for PyTorch's."""
+    from opacus.layers import DPGRU, DPLSTM
+
+    kinds = {nn.LSTM: DPLSTM, nn.GRU: DPGRU}
+    for parent in list(module.modules()):
+        for name, m in parent.named_children():
+            if type(m) in kinds:
+                shape = m.input_size, m.hidden_size, m.num_layers, m.bias, m.batch_first, m.dropout
+                new = kinds[type(m)](*shape, m.bidirectional).to(m.weight_ih_l0).train(m.training)
+                new.load_state_dict(m.state_dict())
+                for key, p in new.state_dict(keep_vars=True).items():
+                    p.requires_grad_(m.get_parameter(key).requires_grad)
+                setattr(parent, name, new)
+    return module
+
+
+class Opacus(Peer):
+    """What all four ways of Opacus have in common."""
+
+    PACKAGE: ClassVar[str] = "opacus"
+    IMPORTS: ClassVar[str] = "opacus"
+    INSTALL: ClassVar[str] = "opacus"
+    SOURCE: ClassVar[str] = OPACUS
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Opacus's module around `module`, a copy that is ours to change."""
+        raise NotImplementedError
+
+
+def no_hooks(layer: nn.Module) -> str | None:
+    """Where Opacus's hooks do not work."""
+    if not layer.training:
+        return "is in eval mode, where Opacus takes no per-example gradients"
+    if any(True for _ in layer.buffers()):
+        return "is trained and has buffers, which Opacus refuses"
+    if isinstance(layer, nn.MultiheadAttention):
+        return "would have to be Opacus's own DPMultiheadAttention, whose parameters are others"
+    if isinstance(layer, nn.RNNBase) and (type(layer) not in (nn.LSTM, nn.GRU) or layer.proj_size):
+        return "has no counterpart among Opacus's recurrent layers: nn.LSTM and nn.GRU without projection do"
+    return None
+
+
+def wrong_formula(layer: nn.Module) -> str | None:
+    """Where Opacus's own formulas fail or, as found by comparison with the loop, give another gradient."""
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return "pads other than with zeros, and Opacus's gradients ignore that: norms read low"
+    if type(layer) is nn.LayerNorm and layer.bias is None:
+        return "has no bias, and Opacus's formula fails without one"
+    return padded(layer)
+
+
+def padded(layer: nn.Module) -> str | None:
+    """An embedding whose padding entry is not trained, by PyTorch's definition."""
+    if type(layer) is nn.Embedding and layer.padding_idx is not None:
+        return "has a padding entry, to which Opacus gives a gradient"
+    return None
+
+
+@dataclass(frozen=True)
+class Hooks(Opacus, Rows):
+    """`GradSampleModule`: hooks on each layer compute its per-example gradients from its input and output gradient."""
+
+    FUNCTORCH: ClassVar[bool] = False
+
+    def objection(self, layer: nn.Module) -> str | None:
+        return no_hooks(layer) or (None if self.FUNCTORCH else wrong_formula(layer))
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        from opacus.grad_sample import GradSampleModule
+
+        return GradSampleModule(
+            with_its_own_layers(module), loss_reduction="sum", force_functorch=self.FUNCTORCH
+        )
+
+    def rows(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        with double(type(self), self.wrap, model, w) as (module, parameters):
+            losses = loss.per_example(module(batch.x), batch.y)
+            losses.sum().backward()
+            found = {name: p.grad_sample for name, p in parameters.items()}
+            for p in parameters.values():
+                p.grad_sample = None
+        return {name: g for name, g in found.items() if g is not None}, losses.detach()
+
+
+@dataclass(frozen=True)
+class Functorch(Hooks):
+    """The same hooks, with `torch.func` through each layer instead of Opacus's formulas."""
+
+    FUNCTORCH: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class ExpandedWeights(Hooks):
+    """`GradSampleModuleExpandedWeights`: PyTorch's own per-example gradients, by parameters that know the batch."""
+
+    def objection(self, layer: nn.Module) -> str | None:
+        if type(layer) not in EXPANDED:
+            return "is no layer that expanded weights support"
+        if type(layer) is nn.LSTM and layer.weight_ih_l0.dtype is torch.float32 and layer.weight_ih_l0.is_cpu:
+            return "runs in oneDNN in float32 on a CPU, where expanded weights do not follow"
+        return padded(layer)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        from opacus.grad_sample import GradSampleModuleExpandedWeights
+
+        return GradSampleModuleExpandedWeights(module, loss_reduction="sum")
+
+
+@dataclass(frozen=True)
+class Ghost(Opacus):
+    """`GradSampleModuleFastGradientClipping`: norms by hooks, then a second backward pass of the reweighted loss.
+
+    The norms are Opacus's own. In float32 they read low on large layers (by 2e-5 for a convolution of a million weights
+    as measured), so a clipped gradient may exceed its bound by as much.
+    """
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+        return GradSampleModuleFastGradientClipping(with_its_own_layers(module), loss_reduction="sum")
+
+    def objection(self, layer: nn.Module) -> str | None:
+        return no_hooks(layer) or wrong_formula(layer)
+
+    def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
+        if tied(model):
+            return "the model has tied parameters, which Opacus's ghost clipping refuses"
+        if max(clip.groups(tuple(trainable(model))).values(), default=0):
+            return f"{type(clip).__name__} has several clipping groups, and Opacus's two passes serve one"
+        return super().refuses(loss, clip, model)
+
+    def clipped_sum(
+        self,
+        loss: Loss,
+        clip: Clip,
+        groups: Mapping[str, int],
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
+    ) -> Clipped:
+        module: Any
+        with double(type(self), self.wrap, model, w) as (module, parameters):
+            losses = loss.per_example(module(batch.x), batch.y)
+            for p in parameters.values():  # one that no layer uses keeps this norm
+                p._norm_sample = losses.new_zeros(len(batch))
+            losses.sum().backward(retain_graph=True)
+            for p in parameters.values():
+                p.grad = None
+            norms = module.get_norm_sample()[:, None]
+            weights, good = clip.weights(norms, state), norms.isfinite().all(1)
+            module.disable_hooks()
+            (weights[:, 0].to(losses.dtype) * losses).sum().backward()
+            module.enable_hooks()
+            flat = torch.cat(
+                [
+                    torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1)
+                    for p in parameters.values()
+                ]
+            )
+        if not good.all():  # weight 0 would not do: 0 * inf is not a number
+            flat = torch.zeros_like(w.flat)
+            if good.any():
+                few = Batch(batch.x[good], batch.y[good])
+                flat = self.clipped_sum(loss, clip, groups, model, w, few, state).total.flat
+        return Clipped(w.with_flat(flat), norms, weights, losses.detach())
