@@ -24,7 +24,7 @@ class Cell:
     ``task`` holds ``name dataset digest mean std n_train model architecture evaluate``; ``n_train`` is the
     number of examples trained on, smaller than the data set's where a part is kept for validation.
     ``privacy`` holds ``epsilon delta relation unit accountant``, None (but the unit) for training without
-    privacy. ``device`` holds ``device threads microbatch``, ``budget`` ``seconds memory_mib``.
+    privacy. ``device`` holds ``device threads engine microbatch``, ``budget`` ``seconds memory_mib``.
     ``method_file`` is the user's own file, None for installed methods. All values are JSON values.
     """
 
@@ -81,7 +81,7 @@ class Cell:
         return self.privacy["epsilon"] is not None
 
     def on(self, device: str, **speed: int | None) -> Cell:
-        """The same cell on another device, with other ``threads`` or ``microbatch``; the id stays."""
+        """The same cell on another device, with other ``threads``, ``engine`` or ``microbatch``; the id stays."""
         return dataclasses.replace(self, device=self.device | {"device": device} | speed)
 
     def to_json(self) -> str:

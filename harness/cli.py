@@ -359,7 +359,8 @@ def _suite_rows() -> list[list[str]]:
     rows = []
     for path in sorted(Path("suites").glob("*.toml")):
         try:
-            header = tomllib.loads(path.read_text())["suite"]
+            tables = tomllib.loads(path.read_text())
+            header = tables["bench" if tables.get("kind") == "throughput" else "suite"]
             rows.append([str(path), str(header["question"])])
         except (ValueError, KeyError, TypeError):
             rows.append([str(path), f"cannot be read: epsbench check {path}"])
@@ -368,6 +369,12 @@ def _suite_rows() -> list[list[str]]:
 
 def _check(options: argparse.Namespace) -> int:
     if options.subject.endswith(".toml"):
+        from harness.bench import plan
+
+        if plan.is_plan(file := _find(options.subject)):
+            timed = plan.load(file)
+            print(f"{file}: {len(timed.workloads)} workloads for epsbench bench; nothing is wrong.")
+            return OK
         suite = _load(options)
         cells = suite.cells()
         print(
@@ -411,6 +418,10 @@ def _find(text: str) -> Path:
 
 def _load(options: argparse.Namespace) -> Suite:
     named = _find(getattr(options, "suite", None) or options.subject)
+    from harness.bench import plan
+
+    if plan.is_plan(named):
+        raise UserError(f"{named}: times engines and trains nothing; epsbench bench --suite {named} runs it.")
     _add_files(options.method)
     from harness import suite
 

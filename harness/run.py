@@ -17,6 +17,8 @@ import torch
 from harness import codehash, data, measure, models, registry
 from harness.dp.account import Ledger, epsilon, epsilons, ranking
 from harness.dp.calibrate import calibrate
+from harness.dp.engines import per_example
+from harness.dp.engines.engine import PerExample
 from harness.dp.method import Method, parts
 from harness.dp.release import Relation
 from harness.dp.tree import Tree
@@ -62,15 +64,19 @@ class Target:
 
 
 def method_of(cell: Cell) -> Method:
-    """The cell's method, with its engine set to the microbatch that the device asks for."""
+    """The cell's method, with the engine and the microbatch that the device asks for.
+
+    Only the default engine gives way to another: an engine that a method names is part of what it is.
+    """
     spec = cell.canonical()["method"]
     if cell.method_file:
         registry.add_file(Path(cell.method_file))
     method = registry.load(registry.resolve("method", spec["name"]))(**spec["parameters"])
-    microbatch = cell.device.get("microbatch")
-    if microbatch and any(f.name == "microbatch" for f in dataclasses.fields(method.engine)):
-        method = dataclasses.replace(method, engine=dataclasses.replace(method.engine, microbatch=microbatch))
-    return method
+    engine, microbatch = cell.device.get("engine"), cell.device.get("microbatch")
+    chosen = per_example(engine) if engine and method.engine == Method().engine else method.engine
+    if microbatch and isinstance(chosen, PerExample):
+        chosen = dataclasses.replace(chosen, microbatch=microbatch)
+    return dataclasses.replace(method, engine=chosen)
 
 
 def code_of(cell: Cell) -> dict[str, Any]:

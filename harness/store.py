@@ -312,7 +312,7 @@ def cell_of(record: Record) -> Cell:
         schedule=cell["schedule"],
         numerics=cell["numerics"],
         seed=cell["seed"],
-        device={"device": device.get("spec"), "threads": device.get("threads"), "microbatch": None},
+        device={"device": device.get("spec"), "threads": device.get("threads"), "engine": None, "microbatch": None},
     )
 
 

@@ -6,7 +6,7 @@ write instead. :meth:`Suite.cells` then builds the methods and asks for the data
 :class:`Cell` for each run.
 
 What a cell *is* (method, data, model, privacy, schedule, numerics, seed) makes its id; where and how fast it
-runs (device, threads, microbatch, budgets, paths) does not, nor does how it is shown (labels, names of
+runs (device, threads, engine, microbatch, budgets, paths) does not, nor does how it is shown (labels, names of
 tasks).
 """
 
@@ -17,10 +17,10 @@ import itertools
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -107,11 +107,13 @@ Positive = Annotated[float, Field(gt=0, le=1e15)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
+    """One table of a file: exact types, no other keys, no infinities."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Header(_Table):
+class Header(Table):
     """``[suite]``: its name, the question it answers, and the seeds of each run (a count or a list)."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
@@ -119,7 +121,7 @@ class Header(_Table):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**53)], ...], BeforeValidator(_seeds)] = (0,)
 
 
-class Privacy(_Table):
+class Privacy(Table):
     """``[privacy]``: targets for private methods; the noise is calibrated to them by ``accountant``."""
 
     epsilon: Annotated[tuple[Positive, ...], BeforeValidator(_one_or_many)]
@@ -128,7 +130,7 @@ class Privacy(_Table):
     accountant: Literal["pld", "rdp"] = "pld"
 
 
-class Train(_Table):
+class Train(Table):
     """``[train]``: expected logical batch, and the length in epochs or in steps."""
 
     batch: Size | None = None
@@ -136,7 +138,7 @@ class Train(_Table):
     steps: Size | None = None
 
 
-class Task(_Table):
+class Task(Table):
     """``[[task]]``: data set and model (specs), where to evaluate, and a schedule of its own."""
 
     dataset: Text
@@ -148,7 +150,7 @@ class Task(_Table):
     steps: Size | None = None
 
 
-class MethodTable(_Table):
+class MethodTable(Table):
     """``[[method]]``: name, label, tasks (globs) and epsilons it is for, overrides by task; the other keys are
     hyper-parameters."""
 
@@ -161,31 +163,35 @@ class MethodTable(_Table):
     on: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
-class Device(_Table):
-    """``[[device]]``: numerics (``dtype``, ``tf32``) and speed (``device``, ``threads``, ``microbatch``)."""
+class Device(Table):
+    """``[[device]]``: numerics (``dtype``, ``tf32``) and speed (``device``, ``threads``, ``engine``, ``microbatch``).
+
+    ``engine`` takes the place of the default one; a method that names its own keeps it.
+    """
 
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
     dtype: Literal["float32", "float64"] = "float32"
     tf32: bool = False
     threads: Annotated[int, Field(ge=1, le=4096)] = 1
+    engine: Literal["bookkeeping", "ghost", "vmap", "loop", "auto"] | None = None
     microbatch: Size | None = None
 
 
-class Budget(_Table):
+class Budget(Table):
     """``[budget]``: limits for each run; None is no limit."""
 
     seconds: Positive | None = None
     memory_mib: Positive | None = None
 
 
-class Tuning(_Table):
+class Tuning(Table):
     """``[tuning]``: how hyper-parameters were chosen, as text for the report."""
 
     data: Text
     protocol: Text
 
 
-class Published(_Table):
+class Published(Table):
     """``[[published]]``: a value from the literature, and its source."""
 
     method: Text
@@ -197,15 +203,16 @@ class Published(_Table):
     note: str = ""
 
 
-_SINGLE: Mapping[str, type[_Table]] = {
+_SINGLE: Mapping[str, type[Table]] = {
     "suite": Header, "privacy": Privacy, "train": Train, "budget": Budget, "tuning": Tuning,
 }  # fmt: skip
-_ARRAYS: Mapping[str, type[_Table]] = {
+_ARRAYS: Mapping[str, type[Table]] = {
     "task": Task, "method": MethodTable, "device": Device, "published": Published,
 }  # fmt: skip
 _NEEDED = ("suite", "privacy", "task", "method")
 
-T = TypeVar("T", bound=_Table)
+Many = BeforeValidator(_one_or_many)
+T = TypeVar("T", bound=Table)
 
 
 # Suites ---------------------------------------------------------------------------------------------------
@@ -383,7 +390,7 @@ class Suite:
             schedule=schedules[task.index],
             numerics={"dtype": device.dtype, "tf32": device.tf32},
             seed=seed,
-            device={"device": device.device, "threads": device.threads, "microbatch": device.microbatch},
+            device=device.model_dump(include={"device", "threads", "engine", "microbatch"}),
             budget={"seconds": self.budget.seconds, "memory_mib": self.budget.memory_mib},
             method_file=None if entry.module else str(entry.file),
         )  # fmt: skip
@@ -434,24 +441,33 @@ def load(path: str | Path, files: Iterable[str | Path] = (), *, names: Registry 
             names.add_file(file)
         except OSError as error:
             problems.append(Problem(str(file), 1, str(error)))
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise SuiteError([*problems, _unreadable(Path(path), error)]) from None
-    return parse(text, str(path), names=names, problems=problems)
+    return parse(source(path, problems), str(path), names=names, problems=problems)
 
 
 def parse(
     text: str, file: str = "suite.toml", *, names: Registry | None = None, problems: Iterable[Problem] = ()
 ) -> Suite:
     """Check the text of a suite; ``file`` is the name that errors give. Raises :class:`SuiteError`."""
+    data = document(text, file, problems)
+    return _Reader(file, data, Lines(text), names or registry.installed(), list(problems)).suite()
+
+
+def source(path: str | Path, problems: Iterable[Problem] = ()) -> str:
+    """The text of a file. Raises :class:`SuiteError` where it cannot be read."""
     try:
-        data = tomllib.loads(text)
+        return Path(path).read_bytes().decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise SuiteError([*problems, _unreadable(Path(path), error)]) from None
+
+
+def document(text: str, file: str, problems: Iterable[Problem] = ()) -> dict[str, Any]:
+    """The tables of a TOML text. Raises :class:`SuiteError` where it is not one."""
+    try:
+        return tomllib.loads(text)
     except RecursionError:
         raise SuiteError([*problems, Problem(file, 1, "not valid TOML: nested too deeply.")]) from None
     except ValueError as error:
         raise SuiteError([*problems, _not_toml(file, text, error)]) from None
-    return _Reader(file, data, Lines(text), names or registry.installed(), list(problems)).suite()
 
 
 def _unreadable(path: Path, error: Exception) -> Problem:
@@ -476,8 +492,13 @@ def _not_toml(file: str, text: str, error: ValueError) -> Problem:
     return Problem(file, int(place[1]), f"not valid TOML: {message} (column {place[2]}).")
 
 
-class _Reader:
-    """Checks one document and gathers every problem before it gives up."""
+class Reader:
+    """Checks the tables of one document and gathers every problem before it gives up."""
+
+    kind: ClassVar[str] = "suite"
+    single: ClassVar[Mapping[str, type[Table]]]
+    arrays: ClassVar[Mapping[str, type[Table]]]
+    needed: ClassVar[Sequence[str]]
 
     def __init__(
         self, file: str, data: dict[str, Any], lines: Lines, names: Registry, problems: list[Problem]
@@ -485,56 +506,30 @@ class _Reader:
         self.file, self.data, self.lines, self.names, self.problems = file, data, lines, names, problems
 
     def bad(self, path: KeyPath, message: str, suggestion: str | None = None) -> None:
+        """Report a problem at the line of a key path."""
         problem = Problem(self.file, self.lines.line(path), message, suggestion)
         if problem not in self.problems:
             self.problems.append(problem)
 
-    def suite(self) -> Suite:
-        self._known_tables()
-        header = self._single("suite", Header)
-        privacy = self._single("privacy", Privacy)
-        train = self._single("train", Train)
-        budget = self._single("budget", Budget)
-        tuning = self._single("tuning", Tuning)
-        tasks = self._tasks(train)
-        methods = self._array("method", MethodTable)
-        devices = self._devices()
-        published = self._array("published", Published)
-        self._distinct(("privacy", "epsilon"), privacy.epsilon if privacy else ())
-        self._distinct(("suite", "seeds"), header.seeds if header else ())
-        variants = self._variants(methods, tasks)
-        self._filters(methods, privacy)
-        self._count(variants, header, privacy, devices)
-        self._published(published, methods, tasks)
-        if self.problems or header is None or privacy is None:
-            raise SuiteError(self.problems)
-        return Suite(
-            file=self.file, name=header.name, question=header.question, seeds=header.seeds, privacy=privacy,
-            tasks=tuple(tasks.values()), variants=tuple(variants), budget=budget or Budget(), tuning=tuning,
-            devices=tuple(devices.values()) or (Device(),), published=tuple(published.values()),
-            names=self.names, lines=self.lines,
-        )  # fmt: skip
-
-    # tables
-
-    def _known_tables(self) -> None:
-        known = [*_SINGLE, *_ARRAYS]
+    def known_tables(self) -> None:
+        """Report tables that are unknown, and those that are missing."""
+        known = [*self.single, *self.arrays]
         for key in self.data:
             if key not in known:
                 self.bad(
                     (key,),
-                    f'a suite has no table "{key}"; it has {", ".join(known)}.',
+                    f'a {self.kind} has no table "{key}"; it has {", ".join(known)}.',
                     did_you_mean(key, known),
                 )
-        for key in _NEEDED:
+        for key in self.needed:
             if key not in self.data:
-                self.bad((), f"the suite needs {self._title(key)}.")
+                self.bad((), f"the {self.kind} needs {self._title(key)}.")
 
-    @staticmethod
-    def _title(key: str) -> str:
-        return f"[[{key}]]" if key in _ARRAYS else f"[{key}]"
+    def _title(self, key: str) -> str:
+        return f"[[{key}]]" if key in self.arrays else f"[{key}]"
 
-    def _single(self, key: str, table: type[T]) -> T | None:
+    def one(self, key: str, table: type[T]) -> T | None:
+        """The table ``[key]``; None where it is absent or wrong."""
         raw = self.data.get(key)
         if raw is None:
             return None
@@ -543,7 +538,7 @@ class _Reader:
             return None
         return self._table((key,), raw, table)
 
-    def _array(self, key: str, table: type[T]) -> dict[int, T]:
+    def array(self, key: str, table: type[T]) -> dict[int, T]:
         """The valid tables of an array by index."""
         raw = self.data.get(key, [])
         if not isinstance(raw, list) or not all(isinstance(one, dict) for one in raw):
@@ -584,15 +579,63 @@ class _Reader:
                 message = _PATTERNS[(str(path[0]), key)]
             self.bad((*path, *place), f"{title} {key} = {show(_listed(value))}: {message}.", guess)
 
-    def _distinct(self, path: KeyPath, values: Iterable[object]) -> None:
+    def distinct(self, path: KeyPath, values: Iterable[object]) -> None:
+        """Report values of a list that are given twice."""
         seen: set[object] = set()
         for number, value in enumerate(values):
             if value in seen:
                 self.bad((*path, number), f"[{path[0]}] {path[1]}: {show(value)} is given twice; keep one.")
             seen.add(value)
 
+    def lookup(self, path: KeyPath, kind: str, spec: str) -> dict[str, Any] | None:
+        """``{"name", "options"}`` of a spec, with defaults expanded."""
+        try:
+            entry, arguments = self.names.lookup(kind, spec)
+        except registry.OptionError as error:
+            for one in error.problems:
+                self.bad(path, one.message, one.suggestion)
+        except RegistryError as error:
+            self.bad(path, error.message, error.suggestion)
+        else:
+            given = arguments.pop(entry.argument, None) if entry.argument else None
+            name = entry.name if given is None else f"{entry.name}:{given}"
+            return {"name": name, "options": arguments}
+        return None
+
+
+class _Reader(Reader):
+    """Checks the document of a suite."""
+
+    single, arrays, needed = _SINGLE, _ARRAYS, _NEEDED
+
+    def suite(self) -> Suite:
+        self.known_tables()
+        header = self.one("suite", Header)
+        privacy = self.one("privacy", Privacy)
+        train = self.one("train", Train)
+        budget = self.one("budget", Budget)
+        tuning = self.one("tuning", Tuning)
+        tasks = self._tasks(train)
+        methods = self.array("method", MethodTable)
+        devices = self._devices()
+        published = self.array("published", Published)
+        self.distinct(("privacy", "epsilon"), privacy.epsilon if privacy else ())
+        self.distinct(("suite", "seeds"), header.seeds if header else ())
+        variants = self._variants(methods, tasks)
+        self._filters(methods, privacy)
+        self._count(variants, header, privacy, devices)
+        self._published(published, methods, tasks)
+        if self.problems or header is None or privacy is None:
+            raise SuiteError(self.problems)
+        return Suite(
+            file=self.file, name=header.name, question=header.question, seeds=header.seeds, privacy=privacy,
+            tasks=tuple(tasks.values()), variants=tuple(variants), budget=budget or Budget(), tuning=tuning,
+            devices=tuple(devices.values()) or (Device(),), published=tuple(published.values()),
+            names=self.names, lines=self.lines,
+        )  # fmt: skip
+
     def _devices(self) -> dict[int, Device]:
-        devices = self._array("device", Device)
+        devices = self.array("device", Device)
         seen: dict[tuple[str, bool], int] = {}
         for index, device in devices.items():
             if device.tf32 and (device.device == "cpu" or device.dtype != "float32"):
@@ -615,7 +658,7 @@ class _Reader:
     def _tasks(self, train: Train | None) -> dict[int, Scheduled]:
         if train is not None and train.epochs is not None and train.steps is not None:
             self.bad(("train", "steps"), "[train] has both epochs and steps; keep one.")
-        tables = self._array("task", Task)
+        tables = self.array("task", Task)
         found: dict[int, Scheduled] = {}
         names: dict[str, int] = {}
         for index, table in tables.items():
@@ -635,8 +678,8 @@ class _Reader:
     def _task(self, index: int, table: Task, train: Train | None) -> Scheduled | None:
         path: KeyPath = ("task", index)
         before = len(self.problems)
-        self._lookup((*path, "dataset"), "dataset", table.dataset)
-        model = self._lookup((*path, "model"), "model", table.model)
+        self.lookup((*path, "dataset"), "dataset", table.dataset)
+        model = self.lookup((*path, "model"), "model", table.model)
         schedule = self._schedule(path, table, train)
         if len(self.problems) > before or model is None or schedule is None:
             return None
@@ -644,21 +687,6 @@ class _Reader:
             index=index, name=table.name or f"{table.dataset}/{table.model}", dataset=table.dataset,
             model=table.model, architecture=model, evaluate=table.evaluate, schedule=schedule,
         )  # fmt: skip
-
-    def _lookup(self, path: KeyPath, kind: str, spec: str) -> dict[str, Any] | None:
-        """``{"name", "options"}`` of a spec, with defaults expanded."""
-        try:
-            entry, arguments = self.names.lookup(kind, spec)
-        except registry.OptionError as error:
-            for one in error.problems:
-                self.bad(path, one.message, one.suggestion)
-        except RegistryError as error:
-            self.bad(path, error.message, error.suggestion)
-        else:
-            given = arguments.pop(entry.argument, None) if entry.argument else None
-            name = entry.name if given is None else f"{entry.name}:{given}"
-            return {"name": name, "options": arguments}
-        return None
 
     def _schedule(self, path: KeyPath, table: Task, train: Train | None) -> dict[str, Any] | None:
         """Batch, and epochs or steps; a task that gives either replaces both of ``[train]``."""

@@ -138,7 +138,7 @@ def make_cell(label: str, seed: int = 0, seconds: float | None = None, memory: f
         task={"name": "t", "dataset": "d", "model": "m"},
         privacy={"epsilon": 3.0, "delta": 1e-5, "relation": "add-or-remove", "unit": "example", "accountant": "pld"},
         schedule={"batch": 1, "steps": STEPS}, numerics={}, seed=seed,
-        device={"device": "cpu", "threads": 1, "microbatch": None},
+        device={"device": "cpu", "threads": 1, "engine": None, "microbatch": None},
         budget={"seconds": seconds, "memory_mib": memory},
     )  # fmt: skip
 

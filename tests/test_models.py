@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from harness import registry
+from harness.dp.engines.vmap import explicit_states
 from harness.models import CrossExampleLayer, WSConv2d, build, check, to_groupnorm
 
 IMAGE, GREY, SIGNAL = (3, 32, 32), (1, 28, 28), (1, 40)
@@ -25,6 +26,11 @@ SIZES = {
     ("cnn1d", SIGNAL): 5_210,
     ("resnet20", IMAGE): 269_722,
     ("wrn-16-4", IMAGE): 2_751_562,
+    ("resnet18", IMAGE): 11_173_962,
+    ("transformer", (64,)): 930_570,
+    ("lstm", GREY): 82_186,
+    ("lstm", (28, 28)): 82_186,
+    ("gru", GREY): 161_034,
 }
 
 
@@ -63,6 +69,10 @@ TINY = {
     "tanh-cnn-32": ("tanh-cnn-32", (1, 8, 8)),
     "resnet20": ("resnet20?width=4&groups=2", (3, 8, 8)),
     "wrn-16-4": ("wrn-16-4?width=1&ws=true&shortcut=conv-gn-relu", (3, 8, 8)),
+    "resnet18": ("resnet18?width=2&groups=2", (3, 8, 8)),
+    "transformer": ("transformer?vocabulary=4&width=4&heads=2&layers=1&feedforward=6", (5,)),
+    "lstm": ("lstm?hidden=3", (2, 5, 4)),
+    "gru": ("gru?hidden=3", (5, 4)),
     "timm": ("timm:test_resnet?groupnorm=true", (3, 32, 32)),
 }
 
@@ -78,7 +88,8 @@ def test_every_model_has_per_example_gradients(name: str) -> None:
     def loss(w: dict[str, Tensor], one: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, w, (one[None],)), label[None])
 
-    per_example = vmap(grad(loss), (None, 0, 0))(weights, x, y)
+    with explicit_states(model):  # of recurrent layers
+        per_example = vmap(grad(loss), (None, 0, 0))(weights, x, y)
     total = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), list(model.parameters()))
     for (key, g), t in zip(per_example.items(), total, strict=True):
         torch.testing.assert_close(g.sum(0), t, rtol=1e-8, atol=1e-10, msg=key)

@@ -167,7 +167,7 @@ def test_cells(cells: list[Cell]) -> None:
     }  # fmt: skip
     assert private.parts["clip"] == {"type": "Flat", "clip": 1.0}
     assert cells[-1].task["n_train"] == 3200
-    assert private.device == {"device": "cpu", "threads": 1, "microbatch": 64}
+    assert private.device == {"device": "cpu", "threads": 1, "engine": None, "microbatch": 64}
     assert len({cell.id for cell in cells}) == len(cells)
     assert len({cell.group for cell in cells}) == len(cells) // 2
 

@@ -40,14 +40,15 @@ class Observed:
     """What an engine saw while it worked: for diagnosis only, computed from private values and never released.
 
     `losses` [B] per-example losses, `norms` [B, G] gradient norms per clipping group (None where nothing was
-    clipped), `clipped` and `non_finite` counts of examples, as scalar tensors. `microbatch`: how many examples the
-    engine took at once (0 where that means nothing).
+    clipped), `clipped` and `non_finite` counts of examples, as scalar tensors. `engine`: who worked,
+    and `microbatch`: on how many examples at once ("" and 0 where that means nothing).
     """
 
     losses: Tensor
     norms: Tensor | None
     clipped: Tensor
     non_finite: Tensor
+    engine: str = ""
     microbatch: int = 0
 
 

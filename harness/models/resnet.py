@@ -1,8 +1,8 @@
-"""Residual networks with group normalisation: WRN-16-4 and ResNet-20, with the block layout as an option.
+"""Residual networks with group normalisation: WRN-16-4, ResNet-20 and ResNet-18.
 
-The order of activation and normalisation is worth eight points of accuracy under DP (Bao and Bindschaedler,
-arXiv:2508.15141, Table 6), so it is part of a model's name here. Their orders are, as options of
-``wrn-16-4``:
+The block layout of the first two is an option. The order of activation and normalisation is worth eight points
+of accuracy under DP (Bao and Bindschaedler, arXiv:2508.15141, Table 6), so it is part of a model's name here.
+Their orders are, as options of ``wrn-16-4``:
 
 - 0, ReLU then GN everywhere (De et al., arXiv:2204.13650): the default
 - 1, GN then ReLU everywhere: ``order=conv-gn-relu``
@@ -150,5 +150,46 @@ def resnet20(
         for block in range(3):
             stride = 2 if stage and not block else 1
             layers.append(BasicBlock(before, width << stage, stride, groups, ws, order))
+            before = width << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+class ProjectedBlock(nn.Module):
+    """He et al.'s block with a 1x1 convolution as shortcut where the shape changes; ReLU after the sum."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, groups: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            _conv(inputs, outputs, 3, stride, ws=False, bias=False),
+            _activate("conv-gn-relu", _norm(outputs, groups)),
+            _conv(outputs, outputs, 3, 1, ws=False, bias=False),
+            _norm(outputs, groups),
+        )
+        self.skip: nn.Module = nn.Identity()
+        if inputs != outputs or stride != 1:
+            self.skip = nn.Sequential(
+                _conv(inputs, outputs, 1, stride, ws=False, bias=False), _norm(outputs, groups)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, inputs, H, W]`` to ``[B, outputs, H / stride, W / stride]``."""
+        return F.relu(self.skip(x) + self.branch(x))
+
+
+@model("resnet18", paper="arXiv:1512.03385")
+def resnet18(input_shape: tuple[int, ...], classes: int, groups: int = 16, width: int = 64) -> nn.Module:
+    """ResNet-18 for small images: a 3x3 stem for the 7x7 one and its pooling, GroupNorm, 11.2 M parameters.
+
+    Four stages of two blocks, of ``width`` times 1, 2, 4 and 8 channels.
+    """
+    channels, _, _ = images("resnet18", input_shape, at_least=8)
+    layers: list[nn.Module] = [
+        _conv(channels, width, 3, 1, ws=False, bias=False),
+        _activate("conv-gn-relu", _norm(width, groups)),
+    ]
+    before = width
+    for stage in range(4):
+        for block in range(2):
+            layers.append(ProjectedBlock(before, width << stage, 2 if stage and not block else 1, groups))
             before = width << stage
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -84,6 +84,12 @@ class PerExample(Engine):
         if self.microbatch is not None and self.microbatch < 1:
             raise ValueError(f"a microbatch holds at least one example, not {self.microbatch}")
 
+    @property
+    def label(self) -> str:
+        """The engine's name, with the switches that are on."""
+        switches = [f.name.replace("_", " ") for f in fields(self) if getattr(self, f.name) is True]
+        return ", ".join([type(self).__name__, *switches])
+
     def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:
         """How many examples of a non-empty batch to take at once."""
         return self.microbatch or len(batch)
@@ -132,7 +138,7 @@ class PerExample(Engine):
         }
         if norms is not None:
             releases |= clip.side(norms, state, relation, sigma)
-        return Bounded(releases, replace(observed, microbatch=chunk))
+        return Bounded(releases, replace(observed, engine=self.label, microbatch=chunk))
 
     def _summed(
         self,
