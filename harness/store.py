@@ -312,7 +312,12 @@ def cell_of(record: Record) -> Cell:
         schedule=cell["schedule"],
         numerics=cell["numerics"],
         seed=cell["seed"],
-        device={"device": device.get("spec"), "threads": device.get("threads"), "engine": None, "microbatch": None},
+        device={
+            "device": device.get("spec"),
+            "threads": device.get("threads"),
+            "engine": None,
+            "microbatch": None,
+        },
     )
 
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from harness.dp.engines import attention, recurrent
 from harness.dp.engines.gradients import Rows
+from harness.dp.native import describe, kernels, library
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 
@@ -159,6 +160,29 @@ def test_narrow_numbers_are_computed_in_float32(make, dtype):
     outputs = [t.detach() for t in tree_flatten(module(*args))[0]]
     found = rule(module, args, {}, outputs, outputs, B, {name for name, _ in module.named_parameters()})
     assert all(g.weighted(torch.ones(B)).dtype == torch.float32 for g in found.values())
+
+
+@pytest.mark.skipif(
+    library() is None, reason=f"native kernels: {describe()}; install a C compiler (apt-get install gcc)"
+)
+@pytest.mark.parametrize("h", [1, 5, 16, 37])
+def test_kernels_compute_what_torch_computes(h):
+    torch.manual_seed(h)
+    gates, cell, dh, dc = torch.randn(3, 7, 4, h), torch.randn(7, h), torch.randn(7, h), torch.randn(7, h)
+    gates[0, 1] *= 1e3  # saturated
+    gates[1, 2] = torch.inf
+    gates[1, 3] = torch.nan
+    ours, theirs = gates.clone(), gates.double()
+    results = [*kernels.lstm_local(ours, cell.clone()), ours]
+    expected = [*recurrent.lstm_local(theirs, cell.double()), theirs]
+    for got, want in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, want.float(), rtol=0, atol=2e-6, equal_nan=True)
+    slope, forget, _, four = (t[0] for t in results)
+    whole = dc + dh * slope
+    want = torch.cat([four[:, :3] * whole[:, None], four[:, 3:] * dh[:, None]], 1)
+    kernels.lstm_step(four, dh, slope, forget, dc)
+    torch.testing.assert_close(four, want)
+    torch.testing.assert_close(dc, whole * forget)
 
 
 class Own(nn.LSTM):

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.dp.engines.rows import squared_norms, weighted_rows, wide
+from harness.dp.engines.rows import product, squared_norms, weighted_rows, wide
 from harness.dp.native import kernels
 
 MARGIN = 4.0  # rounding units added to a squared norm from Gram matrices; 2.6 were seen at d = 64, 5.4 at d = 16384
@@ -225,9 +225,7 @@ class Outer(Product):
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
         a, g = wide(self.a).flatten(0, 1), scaled(v, wide(self.g)).flatten(0, 1)
-        if out is not None and out.dtype == a.dtype:
-            return torch.mm(g.mT, a, out=out)
-        return placed(g.mT @ a, out)
+        return placed(product(g.mT, a.mT), out)
 
     def __add__(self, other: Gradient) -> Gradient:
         if isinstance(other, Outer) and not (self.held or other.held):

@@ -19,11 +19,11 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.dp.engines.gradients import Costs, Gradient, Outer, Rows, careful, placed
-from harness.dp.engines.rows import wide
+from harness.dp.engines.rows import product, wide
+from harness.dp.native import kernels
 
 
 @dataclass
@@ -72,19 +72,6 @@ class Traced(NamedTuple):
     unprojected: Tensor | None = None  # what W_hr reads [T, N, h]
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """x [..., d] times the transpose of weight [p, d], plus bias [p] or, for x [n, d], plus `plus` [n, p].
-
-    On a CPU oneDNN is asked directly: the BLAS behind F.linear need not use the processor's widest instructions.
-    """
-    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    if onednn and x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.numel():
-        if plus is None:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, plus, weight, bias, "add")
-    return F.linear(x, weight, bias) if plus is None else torch.addmm(plus, x, weight.mT)
-
-
 def tanh_(t: Tensor) -> Tensor:
     """tanh in place, right to a rounding unit of 1, through the sigmoid: vectorised where tanh may not be."""
     return t.mul_(2).sigmoid_().mul_(2).sub_(1)
@@ -92,47 +79,60 @@ def tanh_(t: Tensor) -> Tensor:
 
 def lstm(layer: Direction) -> Traced:
     """i, f, o = sigmoid(.), g = tanh(.); c_t = f c_{t-1} + i g; h_t = W_hr (o tanh(c_t)), or without W_hr."""
-    w, (steps, rows) = layer.weights, layer.x.shape[:2]
+    w = layer.weights
     gates = product(
         torch.cat([layer.x, layer.before], 2),
         torch.cat([w["weight_ih"], w["weight_hh"]], 1),
         w["bias_ih"] + w["bias_hh"] if "bias_ih" in w else None,
     ).unflatten(2, (4, -1))
-    i, f, g, o = gates.unbind(2)
-    g.mul_(2)
-    gates.sigmoid_()
-    g.mul_(2).sub_(1)  # the sigmoid of twice as much gives tanh
-    forget, new = f.clone(), i * g
-    cells = new.new_empty(steps + 1, rows, new.shape[2])
-    cells[0] = 0 if layer.cell is None else layer.cell
-    for before, after, kept, added in zip(cells[:-1], cells[1:], forget, new, strict=True):
-        torch.addcmul(added, kept, before, out=after)
-    tanh = tanh_(cells[1:].clone())
-    shown = o * tanh
-    slope = torch.addcmul(o, shown, tanh, value=-1)  # d h_t / d c_t, before the projection
-    # The gates give way to d c_t / d (i, f, g) and d h_t / d o, before the gates' functions.
-    torch.addcmul(i, new, g, value=-1, out=g)
-    torch.addcmul(new, new, i, value=-1, out=i)
-    torch.addcmul(f, f, forget, value=-1, out=f).mul_(cells[:-1])
-    torch.addcmul(shown, shown, o, value=-1, out=o)
+    dc = gates.new_zeros(gates.shape[1:2] + gates.shape[3:])
+    cell = dc.clone() if layer.cell is None else layer.cell.clone(memory_format=torch.contiguous_format)
+    served = kernels.serve(gates, cell, layer.dh) is not None
+    slope, forget, shown = (kernels.lstm_local if served else lstm_local)(gates, cell)
 
-    found, by_cell = gates.flatten(2), gates[:, :, :3]
     back, down = w["weight_hh"].mT.contiguous(), w["weight_hr"].mT.contiguous() if "weight_hr" in w else None
-    dc = torch.zeros_like(cells[0]) if layer.dc is None else layer.dc.clone()
-    dc_thrice, later = dc.unsqueeze(1), None
-    columns = (found, by_cell, o, slope, forget, layer.dh)
-    for now, ifg, output, bend, kept, dh in reversed(list(zip(*columns, strict=True))):
+    if layer.dc is not None:
+        dc += layer.dc
+    found = gates.flatten(2)
+    steps = zip(found, gates, layer.dh, slope, forget, strict=True)
+    later = None
+    for now, four, dh, bend, kept in reversed(list(steps)):
         if later is not None:
             total = product(later, back, plus=dh)
             dh = total if down is None else dh.copy_(total)
         if down is not None:
             dh = product(dh, down)
-        dc.addcmul_(dh, bend)
-        ifg.mul_(dc_thrice)
-        output.mul_(dh)
-        dc.mul_(kept)
+        if served:
+            kernels.lstm_step(four, dh, bend, kept, dc)
+        else:
+            dc.addcmul_(dh, bend)
+            four[:, :3].mul_(dc.unsqueeze(1))
+            four[:, 3].mul_(dh)
+            dc.mul_(kept)
         later = now
     return Traced(found, found, None if down is None else shown)
+
+
+def lstm_local(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `kernels.lstm_local` computes, of any type and on any device."""
+    i, f, g, o = gates.unbind(2)
+    g.mul_(2)
+    gates.sigmoid_()
+    g.mul_(2).sub_(1)  # the sigmoid of twice as much gives tanh
+    forget, new = f.clone(), i * g
+    cells = torch.empty_like(new)
+    before = torch.empty_like(new)
+    for t in range(len(gates)):
+        before[t] = cell if t == 0 else cells[t - 1]
+        torch.addcmul(new[t], forget[t], before[t], out=cells[t])
+    tanh = tanh_(cells)
+    shown = o * tanh
+    slope = torch.addcmul(o, shown, tanh, value=-1)
+    torch.addcmul(i, new, g, value=-1, out=g)
+    torch.addcmul(new, new, i, value=-1, out=i)
+    torch.addcmul(f, f, forget, value=-1, out=f).mul_(before)
+    torch.addcmul(shown, shown, o, value=-1, out=o)
+    return slope, forget, shown
 
 
 def gru(layer: Direction) -> Traced:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from harness.dp.native import kernels
 
 BLOCK = 512  # squares that float32 may add up before float64 takes over
+ONEDNN = 1 << 22  # multiply-adds from which oneDNN's way of preparing a product pays
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -20,7 +23,7 @@ def full_precision(device: torch.device, wanted: bool = True) -> Iterator[None]:
     if device.type != "cuda" or not wanted:
         yield
         return
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     before = [switch.allow_tf32 for switch in switches]
     try:
         for switch in switches:
@@ -54,6 +57,21 @@ def weighted_rows(v: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
         return kernels.weighted_rows(v, g, out)
     total = (v.to(g.dtype) @ g.reshape(g.shape[0], g.shape[1:].numel())).view(g.shape[1:])
     return total if out is None else out.copy_(total)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """x [..., d] times the transpose of weight [p, d], plus bias [p], plus `plus` [..., p].
+
+    Large ones on a CPU are asked of oneDNN directly: the BLAS behind F.linear does not use the widest instructions of
+    every processor, and takes twice as long on some.
+    """
+    served = x.is_cpu and x.dtype is weight.dtype is torch.float32 and x.numel() * len(weight) >= ONEDNN
+    if not (served and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        found = F.linear(x, weight, bias)
+        return found if plus is None else found + plus
+    if plus is None:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, plus, weight, bias, "add")
 
 
 def wide(t: Tensor) -> Tensor:

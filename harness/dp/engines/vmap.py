@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Clipped, PerExample, group_norms
@@ -31,7 +32,8 @@ def per_example_gradients(
         return loss.per_example(outputs, y[None]).sum()
 
     each = vmap(grad_and_value(one), in_dims=(None, 0, 0), randomness="different")
-    with explicit_states(model):
+    # The fused attention of a CPU has no rule for vmap, and would be called example by example.
+    with explicit_states(model), sdpa_kernel(SDPBackend.MATH):
         return each({name: t for name, t in w.items() if name in chosen}, batch.x, batch.y)
 
 

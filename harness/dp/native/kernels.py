@@ -43,11 +43,13 @@ def _typed() -> ctypes.CDLL | None:
         found.group_norm_rows.argtypes = (_AT, _AT, _AT, _AT, _LONG, _LONG, _LONG, _LONG, _DOUBLE, _INT)
         found.group_norm_rows_last.argtypes = found.group_norm_rows.argtypes
         found.layer_norm_rows.argtypes = (_AT, _AT, _AT, _AT, _LONG, _LONG, _LONG, _DOUBLE, _INT, _INT)
+        found.lstm_local.argtypes = (*[_AT] * 5, _LONG, _LONG, _LONG, _INT)
+        found.lstm_step.argtypes = (*[_AT] * 5, _LONG, _LONG, _INT)
         found.cipher_words.argtypes = (_Key, ctypes.c_uint64, _AT, _LONG, _INT)
         found.add_normals.argtypes = (_Key, ctypes.c_uint64, _AT, ctypes.c_float, _AT, _LONG, _INT)
         for name in (
             "squared_norms", "weighted_rows", "convolution_gram", "group_norm_rows", "group_norm_rows_last",
-            "layer_norm_rows", "cipher_words", "add_normals",
+            "layer_norm_rows", "cipher_words", "add_normals", "lstm_local", "lstm_step",
         ):  # fmt: skip
             getattr(found, name).restype = None
     return found
@@ -210,3 +212,27 @@ def add_normals(
     out, start = torch.empty(n, dtype=torch.float32), None if value is None else value.data_ptr()
     kernels.add_normals(_Key(*key), counter, start, scale, out.data_ptr(), n, torch.get_num_threads())
     return out
+
+
+def lstm_local(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Local derivatives of an LSTM's steps, from what its gates' functions get, [T, N, 4, h], and c_0 [N, h].
+
+    In place of `gates`: d c_t / d (i, f, g) and d h_t / d o, before these functions. Returns d h_t / d c_t, f and h_t,
+    [T, N, h] each; `cell` is used up. All contiguous.
+    """
+    steps, rows, _, h = gates.shape
+    slope, forget, shown = (gates.new_empty(steps, rows, h) for _ in range(3))
+    _compiled().lstm_local(
+        gates.data_ptr(), cell.data_ptr(), slope.data_ptr(), forget.data_ptr(), shown.data_ptr(), steps, rows, h,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return slope, forget, shown
+
+
+def lstm_step(gates: Tensor, dh: Tensor, slope: Tensor, forget: Tensor, dc: Tensor) -> None:
+    """One step back from dh and dc [N, h]: `gates` [N, 4, h] become gradients, dc that at the step before, in place."""
+    dh = dh.contiguous()
+    _compiled().lstm_step(
+        gates.data_ptr(), dh.data_ptr(), slope.data_ptr(), forget.data_ptr(), dc.data_ptr(), *dc.shape,
+        torch.get_num_threads(),
+    )  # fmt: skip
