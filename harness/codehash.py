@@ -2,14 +2,16 @@
 
 The closure starts at the modules of a method, its parts and its model and follows imports inside the
 packages of this project. Names taken from a package are followed to the module that defines them, so that a
-method which uses ``Flat`` does not depend on an engine it never calls. Files are compared as syntax trees
-without docstrings and comments: mending a sentence makes no record stale.
+method which uses ``Flat`` does not depend on an engine it never calls. C files belong to the package in whose
+folder they lie. Files are compared as syntax trees without docstrings and comments, C files without comments:
+mending a sentence makes no record stale.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -23,7 +25,7 @@ FOLLOWED: frozenset[str] = frozenset({"harness", "methods"})
 
 
 def code_hash(files: Iterable[Path]) -> str:
-    """12 hex digits over the contents of Python files; order, names and places do not matter."""
+    """12 hex digits over the contents of Python and C files; order, names and places do not matter."""
     digests = sorted(_digest(file) for file in {f.resolve() for f in files})
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:12]
 
@@ -41,7 +43,7 @@ def hashes(files: Iterable[Path], roots: Iterable[Path] | None = None) -> dict[s
 def closure(
     modules: Iterable[str | Path], roots: Iterable[Path] | None = None, skip: Collection[str] = IGNORED
 ) -> list[Path]:
-    """Files that the modules import, directly or not, themselves included, in order of paths.
+    """Files that the modules import, directly or not, themselves and C files included, in order of paths.
 
     ``modules`` are import names or paths of files; ``roots`` are the folders that hold the packages, by
     default the one that holds ``harness``; ``skip`` are modules that are left out. Imports inside functions
@@ -111,6 +113,8 @@ class _Graph:
         if file in self.seen:
             return
         self.seen.add(file)
+        if file.name == "__init__.py":
+            self.seen.update(file.parent.glob("*.[ch]"))
         for target, names in _imports(self.tree(file), module, file.name == "__init__.py"):
             if names is None:
                 self.module(target)
@@ -210,7 +214,12 @@ def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[
 
 
 def _digest(file: Path) -> str:
-    return hashlib.sha256(_normal(ast.parse(file.read_bytes(), filename=str(file))).encode()).hexdigest()
+    if file.suffix == ".py":
+        text = _normal(ast.parse(file.read_bytes(), filename=str(file)))
+    else:
+        lines = re.sub(r"/\*.*?\*/|//[^\n]*", " ", file.read_text(), flags=re.DOTALL).splitlines()
+        text = "\n".join(" ".join(line.split()) for line in lines if line.strip())
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _normal(node: object) -> str:

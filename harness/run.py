@@ -20,6 +20,7 @@ from harness.dp.calibrate import calibrate
 from harness.dp.engines import per_example
 from harness.dp.engines.engine import PerExample
 from harness.dp.method import Method, parts
+from harness.dp.native import describe as kernels
 from harness.dp.release import Relation
 from harness.dp.tree import Tree
 from harness.seeds import Seeds
@@ -248,6 +249,7 @@ class _Session:
             "examples_per_second": measure.quartiles([size / seconds for size, seconds in blocks if seconds > 0]),
             "train_seconds": sum(progress.seconds), "peak_memory_mib": self.peak or None,
             "warmup_steps": self.schedule.warmup, "sessions": progress.sessions,
+            "engine": progress.engine or None, "microbatch": progress.microbatch or None, "kernels": kernels(),
         }  # fmt: skip
 
     def diagnostics(self, progress: Progress) -> dict[str, Any]:

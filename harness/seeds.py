@@ -2,7 +2,8 @@
 
 ``init`` depends on the data, the model and the seed of the cell: every method of a task starts from the same
 weights. ``sampling``, ``noise`` and ``path`` depend on the whole cell as well, because two mechanisms must
-not share the randomness that protects the data.
+not share the randomness that protects the data. Each is a hash of all that it depends on, in full: no two cells, and
+no two roles, share one by accident or by having seeds close together.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ __all__ = ["Seeds", "derive"]
 
 
 def derive(role: str, *axes: object) -> int:
-    """A seed in [0, 2**63) for a role and the axes it depends on (JSON values, in this order)."""
+    """A seed in [0, 2**256) for a role and the axes it depends on (JSON values, in this order)."""
     text = canonical_json([role, *axes])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
 
 
 class Seeds:
@@ -25,7 +26,7 @@ class Seeds:
 
     def __init__(self, cell: Cell) -> None:
         shared = (cell.task["digest"], cell.task["architecture"], cell.seed)
-        self.init = derive("init", *shared)
+        self.init = derive("init", *shared) >> 193  # 63 bits, as PyTorch takes them
         self.sampling = derive("sampling", *shared, cell.id)
         self.noise = derive("noise", *shared, cell.id)
         self.path = derive("path", *shared, cell.id)

@@ -19,8 +19,8 @@ from harness.dp.account import Ledger
 from harness.dp.engines.engine import trainable
 from harness.dp.loss import Batch, Loss
 from harness.dp.method import Method
+from harness.dp.random import Stream
 from harness.dp.release import Observed
-from harness.dp.sampler import generator
 from harness.dp.tree import Layout, Tree
 from harness.measure import Clock
 
@@ -38,8 +38,8 @@ class Parts(NamedTuple):
 class Streams(NamedTuple):
     """The secret random streams of one step."""
 
-    noise: torch.Generator
-    path: torch.Generator
+    noise: Stream
+    path: Stream
 
 
 class Stepped(NamedTuple):
@@ -89,7 +89,7 @@ class Data(Protocol):
 
 
 class Seeds(Protocol):
-    """The secret seeds of a run, by role."""
+    """The secret seeds of a run, by role, of any length."""
 
     sampling: int
     noise: int
@@ -113,6 +113,8 @@ class Progress:
     loss: float | None = None
     sessions: int = 1
     trace: int = 0
+    engine: str = ""
+    microbatch: int = 0
 
 
 class LogPoint(NamedTuple):
@@ -180,12 +182,16 @@ def train(
     while p.step < schedule.steps:
         indices = method.sampler.draw(n, schedule.batch, p.step, seeds.sampling).to(device)
         batch = Batch(*data.batch(indices))
-        torch.manual_seed(generator(seeds.path ^ 1, p.step).initial_seed())  # dropout and the like
-        streams = Streams(generator(seeds.noise, p.step, device), generator(seeds.path, p.step, device))
+        seed_globally(Stream(seeds.path, "dropout", p.step).seed64(), device)
+        streams = Streams(Stream(seeds.noise, "noise", p.step), Stream(seeds.path, "path", p.step))
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams)
         p.ledger.add(bill(method, done.sigmas, n, schedule.batch, p.step))
         p.w, p.parts, p.step = done.w, done.parts, p.step + 1
-        p.sensitivity = done.sensitivity
+        p.sensitivity, p.engine, p.microbatch = (
+            done.sensitivity,
+            done.observed.engine,
+            done.observed.microbatch,
+        )
         losses.append(done.observed.losses.sum())
         counts.append(torch.stack([done.observed.clipped, done.observed.non_finite]))
         size += len(batch)
@@ -215,6 +221,17 @@ def train(
                 saved = clock.now()
             lap = clock.now()  # logging and saving are not training
     return p
+
+
+def seed_globally(seed: int, device: torch.device) -> None:
+    """Seed the generator that dropout and the like draw from on `device`.
+
+    On a CPU not by `torch.manual_seed`, which each time notes down a seed for every other device there might be.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def bill(method: Method, sigmas: tuple[float, ...], n: int, batch: int, step: int) -> Any:
@@ -255,7 +272,17 @@ def write_checkpoint(file: Path, p: Progress) -> None:
         "loss": p.loss,
         **{
             name: getattr(p, name)
-            for name in ("seconds", "sizes", "seen", "clipped", "non_finite", "sessions", "trace")
+            for name in (
+                "seconds",
+                "sizes",
+                "seen",
+                "clipped",
+                "non_finite",
+                "sessions",
+                "trace",
+                "engine",
+                "microbatch",
+            )
         },
     }
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,13 @@ class Part:
         return math.pi * r**2
 '''
 
+KERNEL = """/* Twice x. */
+#define FLAGS -ffp-contract=off
+float f(float x) {
+return x + x;  // exact
+}
+"""
+
 
 def write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +38,11 @@ def write(path: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "same"),
     [
+        ("/* Twice x. */", "/* A sum\n * of x and x. */", True),
+        ("  // exact", "", True),
+        ("return x", "    return x", True),
+        ("x + x", "x * 2", False),
+        ("-ffp-contract=off", "-ffp-contract=fast", False),
         ('"""A module."""', '"""Another text\n\nover lines."""', True),
         ('        """Of a circle."""\n', "", True),
         ("# a comment\n", "", True),
@@ -38,13 +50,14 @@ def write(path: Path, text: str) -> Path:
         ("r**2", "r**3", False),
         ("x: float = 1.0", "x: float = 1", False),
         ("def area(self, r)", "def area(self, r=None)", False),
-        ("return ", "yield ", False),
+        ("return math", "yield math", False),
     ],
 )
 def test_hash_sees_code_and_not_prose(tmp_path: Path, old: str, new: str, same: bool) -> None:
-    assert old in SOURCE
-    one = write(tmp_path / "a" / "one.py", SOURCE)
-    two = write(tmp_path / "b" / "two.py", SOURCE.replace(old, new))
+    name, text = ("one.c", KERNEL) if old in KERNEL else ("one.py", SOURCE)
+    assert old in text
+    one = write(tmp_path / "a" / name, text)
+    two = write(tmp_path / "b" / name, text.replace(old, new))
     assert (codehash.code_hash([one]) == codehash.code_hash([two])) is same
 
 
@@ -69,6 +82,11 @@ def tree(tmp_path: Path) -> Path:
         "harness/dp/engines/__init__.py": "",
         "harness/dp/engines/ghost.py": "def f():\n    from .shared import g\n",
         "harness/dp/engines/shared.py": "from ..tree import Tree as T\n",
+        "harness/dp/native/__init__.py": "def library(): ...\n",
+        "harness/dp/native/kernels.py": "from harness.dp.native import library\n",
+        "harness/dp/native/normal.c": "",
+        "harness/dp/native/vector.h": "",
+        "harness/dp/noise.py": "from harness.dp.native import kernels\n",
         "harness/models/__init__.py": "from .nets import mlp as net\nLATE = 1\n",
         "harness/models/nets.py": "import typing\nif typing.TYPE_CHECKING:\n    import harness.dp.clip\n",
         "methods/__init__.py": "",
@@ -97,6 +115,11 @@ def tree(tmp_path: Path) -> Path:
             "harness/dp/__init__ harness/dp/clip harness/dp/engines/ghost harness/dp/engines/shared "
             "harness/dp/tree harness/models/__init__ harness/models/nets methods/whole",
         ),
+        (
+            "harness.dp.noise",
+            "harness/dp/native/__init__ harness/dp/native/kernels harness/dp/native/normal harness/dp/native/vector "
+            "harness/dp/noise",
+        ),
         ("lab.mine", "harness/dp/clip harness/dp/tree lab/mine lab/other"),
     ],
 )
@@ -120,5 +143,6 @@ def test_closure_of_a_lone_file_and_of_nothing(tree: Path, tmp_path_factory: pyt
 def test_a_method_of_this_project_depends_on_the_mathematics_and_on_no_other_method() -> None:
     found = codehash.hashes(codehash.closure(["methods.dp_sgd"]))
     assert {"methods/dp_sgd.py", "harness/dp/clip.py", "harness/dp/noise.py"} <= set(found)
+    assert {"harness/dp/random.py", "harness/dp/native/normal.c", "harness/dp/native/vector.h"} <= set(found)
     assert [name for name in found if name.startswith("methods/")] == ["methods/dp_sgd.py"]
     assert not {"harness/registry.py", "harness/dp/engines/ghost.py"} & set(found)

@@ -22,7 +22,7 @@ from harness.dp import (
     Tree,
     Unclipped,
 )
-from harness.dp.sampler import generator
+from harness.dp.random import Stream
 
 ADD = Relation.ADD_OR_REMOVE
 
@@ -54,7 +54,7 @@ def test_gaussian_noise_has_its_standard_deviation_and_is_independent():
     release = Release(zero, sensitivity=0.5, sigma=4.0)
 
     def draw(step: int) -> list[Tree]:
-        rng = generator(7, step)
+        rng = Stream(7, "noise", step)
         return [Gaussian().add(release, rng) for _ in range(2)]
 
     samples = [t for step in (0, 1) for release in draw(step) for t in (release["a"].flatten(), release["b"])]
@@ -68,7 +68,7 @@ def test_gaussian_noise_has_its_standard_deviation_and_is_independent():
 
 def test_noise_refuses_what_has_no_bound():
     with pytest.raises(ValueError, match="finite sensitivity"):
-        Gaussian().add(Release(tree(a=torch.zeros(1)), math.inf, 1.0), generator(0, 0))
+        Gaussian().add(Release(tree(a=torch.zeros(1)), math.inf, 1.0), Stream(0, "noise", 0))
 
 
 def test_poisson_includes_each_example_independently_at_its_rate():

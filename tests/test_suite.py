@@ -235,7 +235,7 @@ def test_methods_of_a_task_start_from_the_same_weights(cells: list[Cell]) -> Non
     assert len({Seeds(cell).init for cell in cells}) == 4  # tasks times seeds
     every = [seed for cell in cells for seed in (Seeds(cell).sampling, Seeds(cell).noise, Seeds(cell).path)]
     assert len(set(every)) == 3 * len(cells)
-    assert all(0 <= seed < 2**63 for seed in every)
+    assert all(0 <= seed < 2**256 for seed in every)
 
 
 # Faults ---------------------------------------------------------------------------------------------------

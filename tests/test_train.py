@@ -26,7 +26,7 @@ from harness.dp import (
     Vmap,
 )
 from harness.dp.engines.engine import trainable
-from harness.dp.sampler import generator
+from harness.dp.random import Stream
 from harness.train import (
     Diverged,
     Schedule,
@@ -77,7 +77,7 @@ def run(method: Method, steps: int = 12, sigma: float = 1.0, **kwargs):
 
 
 def streams(seed: int = 0) -> Streams:
-    return Streams(generator(seed, 0), generator(seed, 1))
+    return Streams(Stream(seed, "noise", 0), Stream(seed, "path", 0))
 
 
 def test_the_ledger_is_the_plan():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,7 @@ class SGD(Optimizer):
 
     def update(self, g: Tree, state: Tree | None, w: Tree) -> tuple[Tree, Tree | None]:
         if self.weight_decay:
-            g = g + self.weight_decay * w
+            g = g.with_flat(g.flat.add(w.flat, alpha=self.weight_decay))
         if state is None:
             return w.with_flat(w.flat.sub(g.flat, alpha=self.lr)), None
         v = g.with_flat(g.flat.add(state.flat, alpha=self.momentum))
@@ -78,8 +79,9 @@ class Adam(Optimizer):
         t = state["t"] + 1
         m = state["m"].flat.lerp(g.flat, 1 - self.beta1)
         v = state["v"].flat.mul(self.beta2).addcmul_(g.flat, g.flat, value=1 - self.beta2)
-        scale = (v / (1 - self.beta2**t)).sqrt_().add_(self.eps)
-        new = w.flat.mul(1 - self.lr * self.weight_decay).addcdiv_(
-            m, scale, value=-self.lr / (1 - self.beta1**t)
-        )
+        root = math.sqrt(
+            1 - self.beta2**t
+        )  # of v's bias correction, taken out of the passes over the weights
+        decayed = w.flat.mul(1 - self.lr * self.weight_decay) if self.weight_decay else w.flat
+        new = decayed.addcdiv(m, v.sqrt().add_(self.eps * root), value=-self.lr * root / (1 - self.beta1**t))
         return w.with_flat(new), {"t": t, "m": w.with_flat(m), "v": w.with_flat(v)}

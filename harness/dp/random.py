@@ -72,7 +72,7 @@ class Stream:
             self._block += _tiles(n) * BLOCKS
             return out
         # not torch.add with alpha, which rounds once where the kernel and other machines round twice
-        return value + scale * self.normal(n, value.dtype, value.device)
+        return self.normal(n, value.dtype, value.device).mul_(scale).add_(value)
 
     def uniform(self, n: int) -> Tensor:
         """Independent numbers [n] in [0, 1), float64: multiples of 2^-53."""
@@ -88,9 +88,12 @@ class Stream:
 
     def _words64(self, n: int) -> Array:
         tiles = _tiles(2 * n)
-        words = cipher_words(self._key, self._block, tiles).reshape(-1)[: 2 * n].astype(np.uint64)
+        words = cipher_words(self._key, self._block, tiles).reshape(-1)
         self._block += tiles * BLOCKS
-        return words[:n] << np.uint64(32) | words[n:]
+        pairs = words[:n].astype(np.uint64)
+        pairs <<= np.uint64(32)
+        pairs |= words[n : 2 * n]
+        return pairs
 
     def _on(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:

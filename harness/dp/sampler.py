@@ -42,10 +42,6 @@ class Sampler:
         raise NotImplementedError
 
 
-def generator(seed: int, step: int, device: torch.device | str = "cpu") -> Stream:
-    return Stream(seed, "bench", step)
-
-
 @dataclass(frozen=True)
 class Poisson(Sampler):
     """Every example is in with probability q = batch / n, independently of all else. A batch may be empty."""

@@ -37,8 +37,9 @@ from harness.dp.engines.loop import Loop
 from harness.dp.loss import Batch
 from harness.dp.method import Method, describe
 from harness.dp.noise import Noise
+from harness.dp.random import Stream
 from harness.dp.release import Bounded, Relation, Release
-from harness.dp.sampler import Sampler, generator
+from harness.dp.sampler import Sampler
 from harness.dp.tree import Tree
 from harness.train import Progress, Schedule, Streams, read_checkpoint, start, step, train, write_checkpoint
 
@@ -131,7 +132,7 @@ class Subject:
                 names += [f'"{key}" ({name})'] * size
         rows = []
         for t in range(DRAWS):
-            rng = generator(1, t)  # one stream for all releases of a step, as in training
+            rng = Stream(1, "noise", t)  # one stream for all releases of a step, as in training
             # every other step hands in zeros: noise depends on no value
             inputs = [r if t % 2 else r._replace(value=r.value.zeros_like()) for r in releases.values()]
             rows.append(
@@ -579,7 +580,8 @@ def empty_step(s: Subject) -> None:
     m = s.method
     p = start(m, s.model)
     batch = Batch(s.data.x[:0], s.data.y[:0])
-    done = step(m, s.model, p.w, batch, p.parts, SIGMA, BATCH, Streams(generator(1, 1), generator(2, 2)))
+    streams = Streams(Stream(1, "noise", 1), Stream(1, "path", 1))
+    done = step(m, s.model, p.w, batch, p.parts, SIGMA, BATCH, streams)
     if not done.w.flat.isfinite().all():
         raise Violation("an empty batch makes the weights non-finite")
     if m.noise.private and torch.equal(done.w.flat, p.w.flat):
@@ -634,9 +636,9 @@ class _Blind(Noise):
 
     noise: Noise
 
-    def add(self, release: Release, rng: torch.Generator) -> Tree:
+    def add(self, release: Release, rng: Stream) -> Tree:
         flat = release.value.flat
-        return release.value.with_flat(0.1 * torch.randn(flat.shape, generator=rng, dtype=flat.dtype))
+        return release.value.with_flat(0.1 * rng.normal(len(flat), flat.dtype))
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:
         return self.noise.event(sigmas)
@@ -670,7 +672,7 @@ class _Shred(Noise):
 
     noise: Noise
 
-    def add(self, release: Release, rng: torch.Generator) -> Tree:
+    def add(self, release: Release, rng: Stream) -> Tree:
         public = self.noise.add(release, rng).clone()
         release.value.flat.fill_(math.nan)
         return public
