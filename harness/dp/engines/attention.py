@@ -61,6 +61,10 @@ class Stacked(Gradient):
         return all(part.held for part in self.parts)
 
     @property
+    def whole(self) -> bool:
+        return all(part.whole for part in self.parts)
+
+    @property
     def rows(self) -> Tensor:
         return torch.cat([part.rows for part in self.parts], 1)
 

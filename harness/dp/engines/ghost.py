@@ -40,7 +40,7 @@ class Ghost(Taped):
         leaves: Mapping[str, Tensor],
         found: Mapping[str, Gradient],
     ) -> Tensor:
-        again = [n for n in w.names if weights.shape[1] == 1 and n in found and not found[n].held]
+        again = [n for n in w.names if weights.shape[1] == 1 and n in found and found[n].whole]
         rest = {name: gradient for name, gradient in found.items() if name not in again}
         total = super().weighted_sum(w, groups, weights, taped, leaves, rest)
         if again:

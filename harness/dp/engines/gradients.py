@@ -14,7 +14,6 @@ Shapes: B examples, T positions of a layer within one example, fan-in d, outputs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -23,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.dp.engines.rows import product, squared_norms, weighted_rows, wide
+from harness.dp.engines.rows import factor_squares, product, squared_norms, weighted_rows, wide
 from harness.dp.native import kernels
 
-MARGIN = 4.0  # rounding units added to a squared norm from Gram matrices; 2.6 were seen at d = 64, 5.4 at d = 16384
-CANCELLED = 1e4  # rounding units below which a squared norm is not taken from Gram matrices at all
+DOUBLE = 4  # multiply-adds of floats for one of doubles in a batched product
+CANCELLED = (
+    1024.0  # times that (sum_t |g_t| |a_t|)^2 may exceed a squared norm before its terms count as cancelled
+)
 
 
 def scaled(v: Tensor, g: Tensor) -> Tensor:
@@ -64,6 +65,11 @@ class Gradient:
     def held(self) -> bool:
         """Whether the weighted sum needs no more matrix products, but one pass over memory."""
         raise NotImplementedError
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing of it is held, so that another backward pass may take its place."""
+        return not self.held
 
     @property
     def rows(self) -> Tensor:
@@ -121,9 +127,14 @@ class Product(Gradient):
     """Gradients that are products of other tensors, multiplied out on demand and then kept.
 
     They are kept as `made`, with their channels last if that is how they came.
+
+    Where Gram matrices give the norms, an example whose positions cancel needs care: its clipped sum is made of terms
+    far larger than itself, and their rounding, which no norm sees, could exceed its bound. Such examples are set
+    `apart`: their gradients are made after all, and weighed and added as they are.
     """
 
     channels_last = False
+    apart: tuple[Tensor, Product] | None = None
 
     @cached_property
     def made(self) -> tuple[Tensor, Tensor]:
@@ -135,6 +146,10 @@ class Product(Gradient):
         return "made" in self.__dict__
 
     @property
+    def whole(self) -> bool:
+        return not self.held and self.apart is None
+
+    @property
     def rows(self) -> Tensor:
         made = self.made[0]  # which settles where the channels are
         return made.movedim(-1, 2) if self.channels_last else made
@@ -144,16 +159,33 @@ class Product(Gradient):
         return self.shape.numel() * self.made[0].element_size() if self.held else 0
 
     def squares(self, again: bool = False) -> Tensor:
-        way = "keep" if self.held else self.costs(again).way
-        return self.made[1] if way == "keep" else self._squares()
+        if self.held or self.costs(again).way == "keep":
+            return self.made[1]
+        total, bound = self._gram()
+        cancelled = (~(CANCELLED * total >= bound)).nonzero().squeeze(1)  # or not a number
+        if len(cancelled):
+            self.apart = cancelled, self._some(cancelled)
+            total[cancelled] = self.apart[1].made[1]
+        return total
 
-    def _squares(self) -> Tensor:
-        """Squared norms [B] without the products."""
+    def _gram(self) -> tuple[Tensor, Tensor]:
+        """Squared norms [B] without the products, and (sum_t |g_t| |a_t|)^2 [B], to which rounding is relative.
+
+        Both in float64, and the squares of no factor in anything less: it could vanish, and the product would not.
+        """
+        raise NotImplementedError
+
+    def _some(self, chosen: Tensor) -> Product:
+        """The gradients of the examples of these numbers."""
         raise NotImplementedError
 
     def weighted(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         if not self.held:
-            return self._weighted(v, out)
+            if self.apart is None:
+                return self._weighted(v, out)
+            chosen, gradients = self.apart
+            total = self._weighted(v.index_fill(0, chosen, 0), out)
+            return total.add_(gradients.weighted(v[chosen].contiguous()))
         if self.channels_last:
             return kernels.weighted_rows(v, self.made[0], out, swap=True)
         return weighted_rows(v, self.made[0], out)
@@ -163,30 +195,18 @@ class Product(Gradient):
         raise NotImplementedError
 
 
-def careful(total: Tensor, bound: Tensor, dtype: torch.dtype, products: Callable[[Tensor], Tensor]) -> Tensor:
-    """Squared norms [B] that err upwards, from sums over pairs of positions, whose rounding is relative to `bound` [B].
+def gram_squares(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms [B] of sum_t g_t a_t^T from a [B, T, d] and g [B, T, p], and (sum_t |a_t| |g_t|)^2 [B].
 
-    A margin is added; where the terms cancel so far that rounding would count, `products` of those examples are made
-    after all: a norm that reads low would let an example contribute more than its bound.
+    |sum_t g_t a_t^T|^2 = sum_{s,t} (a_s . a_t) (g_s . g_t), in float64: in float32 a dot product of d like terms can
+    read low by d / 2 rounding units.
     """
-    unit = torch.finfo(dtype).eps * bound
-    total = total + MARGIN * unit
-    cancelled = (total < CANCELLED * unit).nonzero().squeeze(1)
-    for some in cancelled.split(8) if len(cancelled) else ():
-        total[some] = squared_norms(products(some))
-    return total
-
-
-def gram_squares(a: Tensor, g: Tensor) -> Tensor:
-    """Squared norms [B], in float64, of sum_t g_t a_t^T from a [B, T, d] and g [B, T, p], without the products.
-
-    |sum_t g_t a_t^T|^2 = sum_{s,t} (a_s . a_t) (g_s . g_t). The terms may cancel, so rounding is relative not to the
-    result but to (sum_t |a_t| |g_t|)^2.
-    """
+    if kernels.serve(a, g):
+        return kernels.outer_gram(a, g)
+    a, g = a.double(), g.double()
     product = torch.bmm(a, a.mT).mul_(torch.bmm(g, g.mT))
-    bound = product.diagonal(dim1=1, dim2=2).double().sqrt().sum(1).square()
-    total = product.sum(2).double().sum(1)
-    return careful(total, bound, a.dtype, lambda some: torch.bmm(g[some].mT.double(), a[some].double()))
+    bound = product.diagonal(dim1=1, dim2=2).sqrt().sum(1).square()
+    return product.sum((1, 2)), bound
 
 
 def row_cost(elements: int, like: Tensor) -> int:
@@ -216,12 +236,18 @@ class Outer(Product):
         positions, (p, d) = self.a.shape[1], self.shape
         if positions == 1:
             return Costs(row_cost(p * d, self.a), 0)
-        return Costs(row_cost(p * d, self.a), positions**2 * (p + d) + again * positions * p * d)
+        gram = positions**2 * (p + d) * (1 if kernels.serve(self.a, self.g) else DOUBLE)
+        return Costs(row_cost(p * d, self.a), gram + again * positions * p * d)
 
-    def _squares(self) -> Tensor:
-        if self.a.shape[1] == 1:
-            return squared_norms(self.a) * squared_norms(self.g)
-        return gram_squares(wide(self.a), wide(self.g))
+    def _gram(self) -> tuple[Tensor, Tensor]:
+        a, g = wide(self.a), wide(self.g)
+        if a.shape[1] > 1:
+            return gram_squares(a, g)
+        total = factor_squares(a[:, 0]) * factor_squares(g[:, 0])
+        return total, total
+
+    def _some(self, chosen: Tensor) -> Product:
+        return Outer(self.a[chosen], self.g[chosen])
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
         a, g = wide(self.a).flatten(0, 1), scaled(v, wide(self.g)).flatten(0, 1)
@@ -253,30 +279,32 @@ class Lookup(Gradient):
         return 0
 
     @cached_property
-    def keys(self) -> Tensor:
-        """The index [B * T] into the rows of all examples."""
+    def summed(self) -> tuple[Tensor, Tensor]:
+        """Which rows of which examples are not zero [R], as example * entries + entry, and these rows [R, d].
+
+        Positions that look up the same entry in the same example add up before they are squared or added to others.
+        """
+        g = wide(self.g).flatten(0, 1)
         first = torch.arange(len(self.index), device=self.index.device) * self.entries
-        return (self.index + first[:, None]).flatten()
+        keys, inverse = torch.unique((self.index + first[:, None]).flatten(), return_inverse=True)
+        return keys, g.new_zeros(len(keys), g.shape[1]).index_add_(0, inverse, g)
 
     @property
     def rows(self) -> Tensor:
-        g = wide(self.g).flatten(0, 1)
-        return (
-            g.new_zeros(len(self.index) * self.entries, g.shape[1])
-            .index_add_(0, self.keys, g)
-            .unflatten(0, (-1, self.entries))
-        )
+        keys, sums = self.summed
+        whole = sums.new_zeros(len(self.index) * self.entries, sums.shape[1])
+        return whole.index_copy_(0, keys, sums).unflatten(0, (-1, self.entries))
 
     def squares(self, again: bool = False) -> Tensor:
-        # Positions that look up the same entry in the same example add up before they are squared.
-        g = wide(self.g).flatten(0, 1)
-        keys, inverse = torch.unique(self.keys, return_inverse=True)
-        squares = squared_norms(g.new_zeros(len(keys), g.shape[1]).index_add_(0, inverse, g))
+        keys, sums = self.summed
+        squares = squared_norms(sums)
         return squares.new_zeros(len(self.index)).index_add_(0, keys // self.entries, squares)
 
     def weighted(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        g = scaled(v, wide(self.g)).flatten(0, 1)
-        return placed(g.new_zeros(self.shape).index_add_(0, self.index.flatten(), g), out)
+        keys, sums = self.summed
+        total = sums.new_zeros(self.shape)
+        total.index_add_(0, keys % self.entries, scaled(v[keys // self.entries], sums))
+        return placed(total, out)
 
     def __add__(self, other: Gradient) -> Gradient:
         if isinstance(other, Lookup):
@@ -354,35 +382,19 @@ class Patches(Product):
         if self.served:
             pixels = math.prod(n + 2 * p for n, p in zip(self.x.shape[3:], geo.padding, strict=True))
             offsets = math.prod(geo.kernel)
-            gram = pixels**2 * self.shape[1] + positions**2 * (self.shape[0] + 3 * offsets)
-            return Costs(keep, 2 * gram + once_more)
-        return Costs(
-            keep, positions**2 * (math.prod(self.shape[1:]) + self.shape[0] // geo.groups) + once_more
-        )
+            # Half of each matrix, at half the speed that floats have.
+            gram = pixels**2 * self.shape[1] + positions**2 * (self.shape[0] + 2 * offsets)
+            return Costs(keep, gram + once_more)
+        gram = positions**2 * (math.prod(self.shape[1:]) + self.shape[0] // geo.groups)
+        return Costs(keep, DOUBLE * gram + once_more)
 
-    def _squares(self) -> Tensor:
-        return self._pixel_squares() if self.served else self._patch_squares()
-
-    def _pixel_squares(self) -> Tensor:
-        """From the Gram matrix of pixels, whose diagonals, shifted by the kernel's offsets, add up to the patches'."""
-        x, g, geo = self.x[:, 0], self.g[:, 0], self.geometry.as_image()
-        x, g = (t if t.ndim == 4 else t.unsqueeze(2) for t in (x, g))
-        (up, left), extent = geo.padding, g.shape[2:]
-        x = F.pad(x, (left, left, up, up))
-        # Pixels take the place of inputs and outputs, and channels that of positions.
-        of_x, of_g = (kernels.outer_rows(t.flatten(2), t.flatten(2))[0] for t in (x, g))
-        total, bound = kernels.convolution_gram(
-            of_x, of_g, x.shape[2:], extent, geo.kernel, geo.stride, geo.dilation
-        )
-
-        def products(some: Tensor) -> Tensor:
-            return Patches(self.x[some].double(), self.g[some].double(), self.geometry).rows
-
-        return careful(total, bound, x.dtype, products)
-
-    def _patch_squares(self) -> Tensor:
-        geo, groups = self.geometry.as_image(), self.geometry.groups
-        x, g = wide(self.x).flatten(0, 1), wide(self.g)
+    def _gram(self) -> tuple[Tensor, Tensor]:
+        geo = self.geometry
+        if self.served:
+            return kernels.convolution_gram(
+                self.x[:, 0], self.g[:, 0], geo.kernel, geo.stride, geo.padding, geo.dilation
+            )
+        geo, groups, x, g = geo.as_image(), geo.groups, wide(self.x).flatten(0, 1), wide(self.g)
         patches = F.unfold(
             x if x.ndim == 4 else x.unsqueeze(2), geo.kernel, geo.dilation, geo.padding, geo.stride
         )
@@ -391,8 +403,13 @@ class Patches(Product):
         def positions(t: Tensor) -> Tensor:
             return t.unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3).flatten(0, 1)
 
-        a = positions(patches.unflatten(0, g.shape[:2]))
-        return gram_squares(a, positions(g.flatten(3))).unflatten(0, (-1, groups)).sum(1)
+        total, bound = gram_squares(positions(patches.unflatten(0, g.shape[:2])), positions(g.flatten(3)))
+        return total.unflatten(0, (-1, groups)).sum(1), bound.sqrt().unflatten(0, (-1, groups)).sum(
+            1
+        ).square()
+
+    def _some(self, chosen: Tensor) -> Product:
+        return Patches(self.x[chosen], self.g[chosen], self.geometry)
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
         g = scaled(v, wide(self.g)).flatten(0, 1)

@@ -312,6 +312,7 @@ def make_plan(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batc
             "the model's gradients are not finite even on tame inputs, so no plan can be verified"
         )
     layouts, random = survey(model, state, batch)
+    refuse_mixing(loss, model, state, batch, random)
     detached = {name: t.detach() for name, t in state.items()}
     trial = Trial(loss, model, state, detached, batch, taped, layouts, random, truth)
     free, spread = trial.copies()
@@ -383,6 +384,102 @@ def one_by_one(losses: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]
             none = torch.zeros_like(given[0])
             truth[name] = torch.cat([squared_norms((none if g is None else g)[None]) for g in column])
     return truth
+
+
+def refuse_mixing(
+    loss: Loss, model: nn.Module, state: Mapping[str, Tensor], batch: Batch, random: Collection[str]
+) -> None:
+    """Raise ValueError where an example's loss or gradient depends on the examples beside or before it.
+
+    Each example is taken by itself, and with the others, with all modules silenced that draw random numbers. In
+    float64, where kinks do not tell one from three, unless the model insists on its own type.
+    """
+    with silenced(model, random):
+        try:
+            found = apart_and_together(loss, model, doubled(state), doubled(batch.x), batch.y)
+        except (RuntimeError, TypeError):
+            found = apart_and_together(loss, model, dict(state), batch.x, batch.y)
+    if found is None:
+        return
+    together, alone, scale, tolerance = found
+    for name in sorted(together.keys() | alone.keys()):
+        none = torch.zeros_like(scale).expand(PROBE)
+        a, b = together.get(name, none), alone.get(name, none)
+        if ((a - b).abs() > tolerance * (b + tolerance * scale)).any():
+            raise ValueError(
+                f"the gradient of {name} differs between an example on its own and the same example in a batch: "
+                'some layer mixes examples, and only engine = "loop" gives it a meaning'
+            )
+
+
+def doubled(given: Any) -> Any:
+    """Floating tensors in float64, with the gradients that they require."""
+    if isinstance(given, Tensor):
+        return (
+            given.detach().double().requires_grad_(given.requires_grad)
+            if given.is_floating_point()
+            else given
+        )
+    return {name: doubled(t) for name, t in given.items()}
+
+
+def apart_and_together(
+    loss: Loss, model: nn.Module, state: dict[str, Tensor], x: Tensor, y: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float] | None:
+    """Squared norms [B] by parameter, of examples together and of each alone; their scale, and what rounding may do.
+
+    None for a model that draws random numbers all the same.
+    """
+    kind = next(t.dtype for t in state.values())
+    rest = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    others = {name: t.detach().clone() for name, t in rest.items() if name not in state}
+    given = state | {name: t.to(kind) if t.is_floating_point() else t for name, t in others.items()}
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        return loss.per_example(functional_call(model, given, (x,)), y)
+
+    drawn: set[str] = set()
+    with watching(model, drawn):
+        first, again = losses(x, y), losses(x, y)
+    if drawn:
+        return None
+    if not torch.equal(first, again):
+        raise ValueError(
+            "a forward pass changes a buffer that the next one depends on: examples leave traces"
+        )
+    try:
+        single = torch.cat([losses(*one) for one in zip(x.split(1), y.split(1), strict=True)])
+    except ValueError as why:
+        raise ValueError(
+            f"an example by itself cannot be served, so some layer mixes examples ({why})"
+        ) from why
+    together, alone = one_by_one(first, state), one_by_one(single, state)
+    scale = (
+        torch.stack(list(together.values())).sum() if together else first.new_zeros((), dtype=torch.float64)
+    )
+    return together, alone, scale, 1e-6 if kind is torch.float64 else 0.05
+
+
+def agree(squares: Tensor, truth: Tensor, everything: Tensor, dtype: torch.dtype) -> bool:
+    """Whether squared norms are right, up to rounding; `everything`: those of the whole gradient."""
+    eps = torch.finfo(dtype).eps
+    relative = max(1e-6, min(0.1, 2e4 * eps))  # 2e-3 in float32
+    # A gradient that is zero but for rounding, like that of an attention key's bias, has no relative accuracy.
+    return bool(((squares - truth).abs() <= relative * truth + (100 * eps) ** 2 * everything).all())
+
+
+@contextmanager
+def silenced(model: nn.Module, paths: Collection[str]) -> Iterator[None]:
+    """The modules at `paths` as in evaluation, one by one and not what is inside them."""
+    modules = [model.get_submodule(path) for path in paths]
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, before, strict=True):
+            module.training = mode
 
 
 def survey(
@@ -608,8 +705,4 @@ class Trial:
         """Whether the squared norms are right, up to rounding."""
         truth = self.truth[name]
         squares = found[name].squares() if name in found else torch.zeros_like(truth)
-        eps = torch.finfo(self.w[name].dtype).eps
-        relative = max(1e-6, min(0.1, 2e4 * eps))  # 2e-3 in float32
-        everything = torch.stack(list(self.truth.values())).sum(0)
-        # A gradient that is zero but for rounding, like that of an attention key's bias, has no relative accuracy.
-        return bool(((squares - truth).abs() <= relative * truth + (100 * eps) ** 2 * everything).all())
+        return agree(squares, truth, torch.stack(list(self.truth.values())).sum(0), self.w[name].dtype)

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from harness.dp.engines.gradients import Costs, Gradient, Outer, Rows, careful, placed
+from harness.dp.engines.gradients import Gradient, Outer, Rows, placed
 from harness.dp.engines.rows import product, wide
 from harness.dp.native import kernels
 
@@ -29,22 +29,6 @@ from harness.dp.native import kernels
 @dataclass
 class Steps(Outer):
     """The `Outer` of a weight read at every step, from views [B, T, .] of tensors that lie in memory time first."""
-
-    pairs: Callable[[], Tensor]  # the Gram matrices g g^T [B, T, T], made once for all weights that share g
-
-    def costs(self, again: bool = False) -> Costs:
-        found = super().costs(again)
-        return found._replace(gram=found.gram - self.g.shape[1] ** 2 * self.g.shape[2] / 2)
-
-    def _squares(self) -> Tensor:
-        product = torch.bmm(self.a, self.a.mT).mul_(self.pairs())
-        bound = product.diagonal(dim1=1, dim2=2).double().sqrt().sum(1).square()
-        return careful(
-            product.sum(2).double().sum(1),
-            bound,
-            product.dtype,
-            lambda some: torch.bmm(self.g[some].mT.double(), self.a[some].double()),
-        )
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
         a, g = self.a.transpose(0, 1), self.g.transpose(0, 1)
@@ -327,15 +311,11 @@ def _gradients(layer: Direction, trace: Traced, examples: int) -> dict[str, Call
         return t.unflatten(1, (examples, -1)).transpose(0, 1).flatten(1, 2)
 
     @cache
-    def pairs(t: Tensor) -> Tensor:
-        return torch.bmm(own(t), own(t).mT)
-
-    @cache
     def summed(t: Tensor) -> Tensor:
         return t.sum(0).unflatten(0, (examples, -1)).sum(1)
 
     def weight(a: Tensor, g: Tensor) -> Callable[[], Gradient]:
-        return lambda: Steps(own(a), own(g), partial(pairs, g))
+        return lambda: Steps(own(a), own(g))
 
     found = {
         "weight_ih": weight(layer.x, trace.ih),

@@ -51,6 +51,14 @@ def squared_norms(g: Tensor) -> Tensor:
     return blocks.double().square().sum(1) + tail
 
 
+def factor_squares(t: Tensor) -> Tensor:
+    """Squared l2 norms [B] of rows [B, ...] that are a factor of a product: in float64, so that none vanishes."""
+    rows = t.reshape(len(t), -1)
+    if kernels.serve(rows) and rows.is_contiguous():
+        return kernels.squared_norms(rows)
+    return rows.double().square().sum(1)
+
+
 def weighted_rows(v: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
     """The sum over i of v[i] * g[i], of the shape of one row of `g` [B, ...]; into `out` if given."""
     if kernels.serve(v, g) and g.is_contiguous():

@@ -38,6 +38,7 @@ class Call:
     edges: list[GradientEdge | None] = field(default_factory=list)
     output_versions: list[int] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)  # the outputs' values, where a rule reads them
+    result_versions: list[int] = field(default_factory=list)
 
     def arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`leaves` in place of the inputs, as positional and keyword arguments."""
@@ -45,7 +46,7 @@ class Call:
 
     @property
     def disturbed(self) -> bool:
-        """Whether an input, or an output whose place in the graph is thereby lost, was written to afterwards."""
+        """Whether an input or a result, or an output whose place in the graph is thereby lost, was written to since."""
         inputs = any(
             v is not None and t._version != v for t, v in zip(self.inputs, self.versions, strict=True)
         )
@@ -53,7 +54,8 @@ class Call:
             t is not None and t._is_view() and t._version != v
             for t, v in zip(self.outputs, self.output_versions, strict=True)
         )
-        return inputs or outputs
+        results = any(t._version != v for t, v in zip(self.results, self.result_versions, strict=True))
+        return inputs or outputs or results
 
 
 @dataclass
@@ -95,7 +97,8 @@ class Tape:
             call.edges.append(get_gradient_edge(leaf) if known else None)
             call.output_versions.append(leaf._version if known else 0)
             if isinstance(module, ANSWERING) and isinstance(leaf, Tensor):
-                call.results.append(leaf.detach())
+                call.results.append(leaf.detach().clone() if self.copy else leaf.detach())
+                call.result_versions.append(call.results[-1]._version)
         self.calls.append(call)
         return output
 

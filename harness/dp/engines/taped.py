@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -135,6 +136,17 @@ def _due(model: nn.Module) -> bool:
     seen = _batches.get(model, 0)
     _batches[model] = seen + 1
     return seen % AUDIT_EVERY == 0 or (seen < AUDIT_EVERY and seen & (seen - 1) == 0)
+
+
+@contextmanager
+def unaudited(model: nn.Module) -> Iterator[None]:
+    """Batches that do not count among those that audits are spread over."""
+    seen = _batches.get(model, 0)
+    _batches[model] = AUDIT_EVERY + 1  # the next audit is far
+    try:
+        yield
+    finally:
+        _batches[model] = seen
 
 
 def audit(engine: Taped, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> None:

@@ -7,94 +7,9 @@
  */
 #include <stdlib.h>
 
-#include "vector.h"
+#include "image.h"
 
 #define WIDE (LANES / 2) /* output channels of a tile of several vectors */
-
-typedef struct {
-    long height, width, channels; /* of the input */
-    long rows, columns, outputs;  /* of the output */
-    long kernel_rows, kernel_columns, stride_rows, stride_columns, padding_rows, padding_columns;
-    long dilation_rows, dilation_columns;
-} Shape;
-
-/* How an image of a batch lies in memory: floats from one row, column and channel to the next. */
-typedef struct {
-    long example, channel, row, column;
-} Strides;
-
-#if LANES == 16
-#define PICK(F)                                                                                                        \
-    F(0), F(1), F(2), F(3), F(4), F(5), F(6), F(7), F(8), F(9), F(10), F(11), F(12), F(13), F(14), F(15)
-#else
-#define PICK(F) F(0), F(1), F(2), F(3), F(4), F(5), F(6), F(7)
-#endif
-
-/* One stage of a transposition: exchange the off-diagonal blocks of side S. */
-#define STAGE(S)                                                                                                       \
-    for (int i = 0; i < LANES; i++)                                                                                    \
-        if (!(i & S)) {                                                                                                \
-            const vec a = v[i], b = v[i + S];                                                                          \
-            v[i] = __builtin_shufflevector(a, b, PICK(UPPER_##S));                                                     \
-            v[i + S] = __builtin_shufflevector(a, b, PICK(LOWER_##S));                                                 \
-        }
-#define UPPER(S, j) ((j) & S ? LANES + (j)-S : (j))
-#define LOWER(S, j) ((j) & S ? LANES + (j) : (j) + S)
-#define UPPER_1(j) UPPER(1, j)
-#define UPPER_2(j) UPPER(2, j)
-#define UPPER_4(j) UPPER(4, j)
-#define UPPER_8(j) UPPER(8, j)
-#define LOWER_1(j) LOWER(1, j)
-#define LOWER_2(j) LOWER(2, j)
-#define LOWER_4(j) LOWER(4, j)
-#define LOWER_8(j) LOWER(8, j)
-
-static inline void transpose(vec *v) {
-#pragma GCC unroll 16
-    STAGE(1)
-#pragma GCC unroll 16
-    STAGE(2)
-#pragma GCC unroll 16
-    STAGE(4)
-#if LANES == 16
-#pragma GCC unroll 16
-    STAGE(8)
-#endif
-}
-
-/* Copy one image into `to` [rows + 2 * pad_rows, columns + 2 * pad_columns, channels], whose border is zero already. */
-static void channels_last(const float *from, Strides by, float *to, long rows, long columns, long channels,
-                          long pad_rows, long pad_columns) {
-    const long line = (columns + 2 * pad_columns) * channels;
-    to += pad_rows * line + pad_columns * channels;
-    if (by.channel == 1 && by.column == channels) {
-        for (long r = 0; r < rows; r++) memcpy(to + r * line, from + r * by.row, 4 * columns * channels);
-        return;
-    }
-    long c = 0;
-    if (by.column == 1 && by.row == columns) {
-        const long positions = rows * columns;
-        for (; c + LANES <= channels; c += LANES) {
-            long t = 0;
-            for (; t + LANES <= positions; t += LANES) {
-                vec v[LANES];
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) v[i] = *(const vec *)(from + (c + i) * by.channel + t);
-                transpose(v);
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++)
-                    *(vec *)(to + (t + i) / columns * line + (t + i) % columns * channels + c) = v[i];
-            }
-            for (; t < positions; t++)
-                for (int i = 0; i < LANES; i++)
-                    to[t / columns * line + t % columns * channels + c + i] = from[(c + i) * by.channel + t];
-        }
-    }
-    for (; c < channels; c++)
-        for (long r = 0; r < rows; r++)
-            for (long x = 0; x < columns; x++)
-                to[r * line + x * channels + c] = from[c * by.channel + r * by.row + x * by.column];
-}
 
 /* One tile: NP output channels, NV vectors of patch elements, all positions. Writes `length` of the NV * LANES
  * elements of each row of `out`, whose rows are `pitch` apart, and returns the sum of their squares. */
@@ -207,45 +122,4 @@ int convolution_rows(const float *x, Strides x_by, const float *g, Strides g_by,
         free(gradient);
     }
     return had;
-}
-
-/* Squared norms from Gram matrices: of the pixels of a padded input, k [n, m, m] with m = height * width, and of the
- * output gradients, g [n, t, t] with t = rows * columns. The patches' Gram matrix is the sum of k's diagonals shifted
- * by every offset of the kernel, so it never exists. `bound` [n] gets (sum_t |patch_t| |g_t|)^2, to which rounding is
- * relative. */
-void convolution_gram(const float *k, const float *g, double *squares, double *bound, long n, const Shape *s,
-                      int threads) {
-    const long width = s->width + 2 * s->padding_columns, m = (s->height + 2 * s->padding_rows) * width;
-    const long t = s->rows * s->columns, offsets = s->kernel_rows * s->kernel_columns;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (long i = 0; i < n; i++) {
-        const float *pixels = k + i * m * m;
-        double total = 0, root = 0;
-        for (long a = 0; a < t; a++) {
-            const long here = a / s->columns * s->stride_rows * width + a % s->columns * s->stride_columns;
-            float line[s->columns];
-            for (long r = 0; r < s->rows; r++) {
-                const float *weights = g + (i * t + a) * t + r * s->columns;
-                memset(line, 0, sizeof line);
-                for (long o = 0; o < offsets; o++) {
-                    const long shift = o / s->kernel_columns * s->dilation_rows * width +
-                                       o % s->kernel_columns * s->dilation_columns;
-                    const float *row = pixels + (here + shift) * m + r * s->stride_rows * width + shift;
-                    if (s->stride_columns == 1)
-                        for (long c = 0; c < s->columns; c++) line[c] += row[c];
-                    else
-                        for (long c = 0; c < s->columns; c++) line[c] += row[c * s->stride_columns];
-                }
-                if (r == a / s->columns) {
-                    const double own = (double)line[a % s->columns] * weights[a % s->columns];
-                    root += own > 0 ? __builtin_sqrt(own) : 0;
-                }
-                float part = 0;
-                for (long c = 0; c < s->columns; c++) part += line[c] * weights[c];
-                total += part;
-            }
-        }
-        squares[i] = total;
-        bound[i] = root * root;
-    }
 }

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import math
-from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ def _typed() -> ctypes.CDLL | None:
         found.squared_norms.argtypes = (_AT, _AT, _LONG, _LONG, _INT)
         found.weighted_rows.argtypes = (_AT, _AT, _AT, _LONG, _LONG, _LONG, _LONG, _INT)
         found.convolution_rows.argtypes = (_AT, _Strides, _AT, _Strides, _AT, _AT, _LONG, shape, _INT)
-        found.convolution_gram.argtypes = (_AT, _AT, _AT, _AT, _LONG, shape, _INT)
+        found.convolution_gram.argtypes = found.convolution_rows.argtypes
         found.group_norm_rows.argtypes = (_AT, _AT, _AT, _AT, _LONG, _LONG, _LONG, _LONG, _DOUBLE, _INT)
         found.group_norm_rows_last.argtypes = found.group_norm_rows.argtypes
         found.layer_norm_rows.argtypes = (_AT, _AT, _AT, _AT, _LONG, _LONG, _LONG, _DOUBLE, _INT, _INT)
@@ -48,9 +47,13 @@ def _typed() -> ctypes.CDLL | None:
         found.cipher_words.argtypes = (_Key, ctypes.c_uint64, _AT, _LONG, _INT)
         found.add_normals.argtypes = (_Key, ctypes.c_uint64, _AT, ctypes.c_float, _AT, _LONG, _INT)
         for name in (
-            "squared_norms", "weighted_rows", "convolution_gram", "group_norm_rows", "group_norm_rows_last",
-            "layer_norm_rows", "cipher_words", "add_normals", "lstm_local", "lstm_step",
-        ):  # fmt: skip
+            "squared_norms",
+            "group_norm_rows",
+            "cipher_words",
+            "add_normals",
+            "lstm_local",
+            "lstm_step",
+        ):
             getattr(found, name).restype = None
     return found
 
@@ -91,10 +94,11 @@ def weighted_rows(v: Tensor, rows: Tensor, out: Tensor | None, swap: bool = Fals
     else:
         total = out
     outputs, channels = (shape[0], shape[1]) if swap else (1, shape.numel())
-    _compiled().weighted_rows(
+    done = _compiled().weighted_rows(
         v.data_ptr(), rows.data_ptr(), total.data_ptr(), n, outputs, shape.numel() // max(1, outputs * channels),
         channels, torch.get_num_threads(),
     )  # fmt: skip
+    _had(done)
     return total if out is None or out is total else out.copy_(total)
 
 
@@ -111,22 +115,36 @@ def convolution_rows(
     From inputs x [N, C, H, W] and output gradients g [N, p, h, w] of an ungrouped convolution, or of one of lines, all
     without the heights; any memory layout. Raises MemoryError.
     """
-    line = len(kernel) == 1
-    if line:
+    shape, n, arguments = _convolution(x, g, kernel, stride, padding, dilation)
+    kernel_sides = (shape.kernel_rows, shape.kernel_columns)[-len(kernel) :]
+    out = x.new_empty(n, shape.outputs, *kernel_sides, shape.channels)
+    squares = torch.empty(n, dtype=torch.float64)
+    _had(_compiled().convolution_rows(*arguments[:4], out.data_ptr(), squares.data_ptr(), *arguments[4:]))
+    return out, squares
+
+
+def _convolution(
+    x: Tensor,
+    g: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[_Shape, int, tuple[Any, ...]]:
+    """The shape of a convolution, of lines as one of images a single row high; N; and the arguments of its kernels."""
+    if len(kernel) == 1:
         x, g = x.unsqueeze(2), g.unsqueeze(2)
         kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
     n, channels, height, width = x.shape
     _, outputs, rows, columns = g.shape
-    out = x.new_empty(n, outputs, *kernel, channels)
-    squares = torch.empty(n, dtype=torch.float64)
     shape = _Shape(height, width, channels, rows, columns, outputs, *kernel, *stride, *padding, *dilation)
-    done = _compiled().convolution_rows(
-        x.data_ptr(), _Strides(*x.stride()), g.data_ptr(), _Strides(*g.stride()), out.data_ptr(), squares.data_ptr(),
-        n, ctypes.byref(shape), torch.get_num_threads(),
-    )  # fmt: skip
-    if not done:
-        raise MemoryError(f"no memory for {math.prod(x.shape[1:])} floats in each thread")
-    return out.squeeze(2) if line else out, squares
+    places = x.data_ptr(), _Strides(*x.stride()), g.data_ptr(), _Strides(*g.stride())
+    return shape, n, (*places, n, ctypes.byref(shape), torch.get_num_threads())
+
+
+def _had(memory: int) -> None:
+    if not memory:
+        raise MemoryError("no memory for the examples that each thread works on")
 
 
 def outer_rows(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,26 +154,26 @@ def outer_rows(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def convolution_gram(
-    k: Tensor,
+    x: Tensor,
     g: Tensor,
-    extent: Sequence[int],
-    positions: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
-    """Squared norms [N] of a convolution's per-example weight gradients from two Gram matrices, and their bounds [N].
+    """Squared norms [N] of what `convolution_rows` makes, without making it, and (sum_t |patch_t| |g_t|)^2 [N].
 
-    `k` [N, M, M] of the pixels of padded inputs, M = H * W being their `extent`; `g` [N, T, T] of the output gradients
-    at the T = h * w `positions`. The bound is (sum_t |patch_t| |g_t|)^2: rounding is relative to it.
+    In float64, from Gram matrices. Raises MemoryError.
     """
-    squares, bound = (torch.empty(len(k), dtype=torch.float64) for _ in range(2))
-    shape = _Shape(*extent, 0, *positions, 0, *kernel, *stride, 0, 0, *dilation)
-    _compiled().convolution_gram(
-        k.data_ptr(), g.data_ptr(), squares.data_ptr(), bound.data_ptr(),
-        len(k), ctypes.byref(shape), torch.get_num_threads(),
-    )  # fmt: skip
+    _, n, arguments = _convolution(x, g, kernel, stride, padding, dilation)
+    squares, bound = (torch.empty(n, dtype=torch.float64) for _ in range(2))
+    _had(_compiled().convolution_gram(*arguments[:4], squares.data_ptr(), bound.data_ptr(), *arguments[4:]))
     return squares, bound
+
+
+def outer_gram(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms [N] of sum_t g_t a_t^T, without making it, and (sum_t |a_t| |g_t|)^2 [N]; as `convolution_gram`."""
+    return convolution_gram(a.mT, g.mT, (1,), (1,), (0,), (1,))
 
 
 def group_norm_rows(x: Tensor, g: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -169,10 +187,12 @@ def group_norm_rows(x: Tensor, g: Tensor, groups: int, eps: float) -> tuple[Tens
     x, g = (t.mT.contiguous() if last else t.contiguous() for t in (x, g))
     weight, bias = x.new_empty(n, channels), x.new_empty(n, channels)
     run = kernels.group_norm_rows_last if last else kernels.group_norm_rows
-    run(
+    done = run(
         x.data_ptr(), g.data_ptr(), weight.data_ptr(), bias.data_ptr(), n, groups, channels // groups,
         x.shape[1 if last else 2], eps, torch.get_num_threads(),
     )  # fmt: skip
+    if last:
+        _had(done)
     return weight, bias
 
 
@@ -185,10 +205,11 @@ def layer_norm_rows(
     """
     x, g = x.contiguous(), g.contiguous()
     weight, bias = x.new_empty(examples, features), x.new_empty(examples, features)
-    _compiled().layer_norm_rows(
+    done = _compiled().layer_norm_rows(
         x.data_ptr(), g.data_ptr(), weight.data_ptr(), bias.data_ptr(), examples, x.numel() // (examples * features),
         features, eps, centred, torch.get_num_threads(),
     )  # fmt: skip
+    _had(done)
     return weight, bias
 
 

@@ -73,21 +73,26 @@ void group_norm_rows(const float *x, const float *g, float *weight, float *bias,
 }
 
 /* The same where channels are next to each other: x and g [n, positions, groups * channels]. */
-void group_norm_rows_last(const float *x, const float *g, float *weight, float *bias, long n, long groups,
-                          long channels, long positions, double eps, int threads) {
+int group_norm_rows_last(const float *x, const float *g, float *weight, float *bias, long n, long groups,
+                         long channels, long positions, double eps, int threads) {
     const long all = groups * channels;
-#pragma omp parallel num_threads(threads)
+    int had = 1;
+#pragma omp parallel num_threads(threads) reduction(&& : had)
     {
-        double sums[3][all];
-        float mean[all], parts[3][all];
+        double *const memory = malloc((3 * sizeof(double) + 4 * sizeof(float)) * all);
+        double(*const sums)[all] = (double(*)[all])memory;
+        float *const mean = (float *)(memory + 3 * all);
+        float(*const parts)[all] = (float(*)[all])(mean + all);
+        had = memory != NULL;
 #pragma omp for schedule(static)
         for (long i = 0; i < n; i++) {
+            if (!had) continue;
             const float *a = x + i * positions * all, *b = g + i * positions * all;
             for (int pass = 0; pass < 2; pass++) {
-                memset(sums, 0, sizeof sums);
+                memset(sums, 0, 3 * all * sizeof(double));
                 for (long begin = 0; begin < positions; begin += BLOCK) {
                     const long end = begin + BLOCK < positions ? begin + BLOCK : positions;
-                    memset(parts, 0, sizeof parts);
+                    memset(parts, 0, 3 * all * sizeof(float));
                     for (long t = begin; t < end; t++) {
                         const float *p = a + t * all, *q = b + t * all;
                         if (pass == 0)
@@ -118,23 +123,29 @@ void group_norm_rows_last(const float *x, const float *g, float *weight, float *
                 }
             }
         }
+        free(memory);
     }
+    return had;
 }
 
 /* Statistics over the features of each position: x and g [n, positions, features]; weight and bias [n, features].
  * `centred` is false for a norm by the root mean square alone. */
-void layer_norm_rows(const float *x, const float *g, float *weight, float *bias, long n, long positions, long features,
-                     double eps, int centred, int threads) {
-#pragma omp parallel num_threads(threads)
+int layer_norm_rows(const float *x, const float *g, float *weight, float *bias, long n, long positions, long features,
+                    double eps, int centred, int threads) {
+    int had = 1;
+#pragma omp parallel num_threads(threads) reduction(&& : had)
     {
-        double sums[2][features];
-        float parts[2][features];
+        double *const memory = malloc(2 * (sizeof(double) + sizeof(float)) * features);
+        double(*const sums)[features] = (double(*)[features])memory;
+        float(*const parts)[features] = (float(*)[features])(memory + 2 * features);
+        had = memory != NULL;
 #pragma omp for schedule(static)
         for (long i = 0; i < n; i++) {
-            memset(sums, 0, sizeof sums);
+            if (!had) continue;
+            memset(sums, 0, 2 * features * sizeof(double));
             for (long begin = 0; begin < positions; begin += BLOCK) {
                 const long end = begin + BLOCK < positions ? begin + BLOCK : positions;
-                memset(parts, 0, sizeof parts);
+                memset(parts, 0, 2 * features * sizeof(float));
                 for (long t = i * positions + begin; t < i * positions + end; t++) {
                     const float *a = x + t * features, *b = g + t * features;
                     const float mean = centred ? total(a, features) / features : 0;
@@ -152,6 +163,8 @@ void layer_norm_rows(const float *x, const float *g, float *weight, float *bias,
                 bias[i * features + c] = sums[1][c];
             }
         }
+        free(memory);
     }
+    return had;
 }
 

@@ -15,6 +15,13 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 typedef double wide __attribute__((vector_size(4 * LANES)));
 
+/* Half a vector of floats, as doubles. */
+static inline wide doubles(const float *x) {
+    half some;
+    memcpy(&some, x, sizeof some);
+    return __builtin_convertvector(some, wide);
+}
+
 /* The sum of a vector's elements, in double precision. */
 static inline double sum_of(vec v) {
     half lower, upper;
