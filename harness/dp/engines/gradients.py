@@ -25,7 +25,6 @@ from torch import Tensor
 from harness.dp.engines.rows import factor_squares, product, squared_norms, weighted_rows, wide
 from harness.dp.native import kernels
 
-DOUBLE = 4  # multiply-adds of floats for one of doubles in a batched product
 CANCELLED = (
     1024.0  # times that (sum_t |g_t| |a_t|)^2 may exceed a squared norm before its terms count as cancelled
 )
@@ -211,7 +210,14 @@ def gram_squares(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 def row_cost(elements: int, like: Tensor) -> int:
     """Writing, squaring and summing the elements of a per-example gradient, in multiply-adds (measured)."""
-    return elements * (22 if kernels.serve(like) else 41)
+    if not kernels.serve(like):
+        return 40 * elements
+    return (20 if elements > 1 << 20 else 12) * elements
+
+
+def gram_cost(terms: int, *like: Tensor) -> int:
+    """So many multiply-adds of float64 Gram matrices, of which kernels make half, in those of a weight gradient."""
+    return (3 if kernels.serve(*like) else 4) * terms
 
 
 @dataclass
@@ -236,7 +242,7 @@ class Outer(Product):
         positions, (p, d) = self.a.shape[1], self.shape
         if positions == 1:
             return Costs(row_cost(p * d, self.a), 0)
-        gram = positions**2 * (p + d) * (1 if kernels.serve(self.a, self.g) else DOUBLE)
+        gram = gram_cost(positions**2 * (p + d), self.a, self.g)
         return Costs(row_cost(p * d, self.a), gram + again * positions * p * d)
 
     def _gram(self) -> tuple[Tensor, Tensor]:
@@ -382,11 +388,10 @@ class Patches(Product):
         if self.served:
             pixels = math.prod(n + 2 * p for n, p in zip(self.x.shape[3:], geo.padding, strict=True))
             offsets = math.prod(geo.kernel)
-            # Half of each matrix, at half the speed that floats have.
-            gram = pixels**2 * self.shape[1] + positions**2 * (self.shape[0] + 2 * offsets)
-            return Costs(keep, gram + once_more)
-        gram = positions**2 * (math.prod(self.shape[1:]) + self.shape[0] // geo.groups)
-        return Costs(keep, DOUBLE * gram + once_more)
+            terms = pixels**2 * self.shape[1] + positions**2 * (self.shape[0] + 2 * offsets)
+        else:
+            terms = positions**2 * (math.prod(self.shape[1:]) + self.shape[0] // geo.groups)
+        return Costs(keep, gram_cost(terms, self.x, self.g) + once_more)
 
     def _gram(self) -> tuple[Tensor, Tensor]:
         geo = self.geometry

@@ -64,6 +64,12 @@ static void channels_last(const float *from, Strides by, float *to, long rows, l
         for (long r = 0; r < rows; r++) memcpy(to + r * line, from + r * by.row, 4 * columns * channels);
         return;
     }
+    if (by.channel == 1) {
+        for (long r = 0; r < rows; r++)
+            for (long x = 0; x < columns; x++)
+                memcpy(to + r * line + x * channels, from + r * by.row + x * by.column, 4 * channels);
+        return;
+    }
     long c = 0;
     if (by.column == 1 && by.row == columns) {
         const long positions = rows * columns;
