@@ -32,7 +32,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make report       write the leaderboard of $(SUITE) from the records in results/"
 	@echo "make ui           open MLflow on the local store"
-	@echo "make bench        time a training step, part by part"
+	@echo "make bench        time every engine and peer side by side (under 20 minutes)"
 	@echo "make lint         ruff and mypy"
 	@echo "make setup        only make .venv;  make clean-venv removes it"
 

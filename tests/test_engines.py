@@ -14,6 +14,7 @@ from torch import nn
 from zoo import ZOO, Animal, Mixing, Repeated, Sequence, mlp
 
 from harness.dp import (
+    Auto,
     Batch,
     BookKeeping,
     CrossEntropy,
@@ -615,6 +616,185 @@ class Difference(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.layer(x)
         return self.head(h[:, 0] - h[:, 1])
+
+
+def moved_by(engine, model, x, y, who, clip):
+    """How far the sum moves when an example leaves, in units of the bound."""
+    rest = torch.arange(len(x)) != who
+    with_it, without = (release(engine, model, *data, clip)[0] for data in ((x, y), (x[rest], y[rest])))
+    return float((with_it - without).norm()) / clip.clip
+
+
+class Summed(nn.Module):
+    """A layer over positions and the sum of what it makes; `deep` is a second layer that the first may precede."""
+
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(outputs, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.layer(x)
+        z = z[0] if isinstance(z, tuple) else z
+        return self.head(torch.tanh(z if x.ndim < 4 else z.flatten(2).transpose(1, 2)).sum(1))
+
+
+@pytest.mark.parametrize("kind", [Ghost, BookKeeping])
+@pytest.mark.parametrize("layer", ["linear", "convolution", "rnn"])
+@pytest.mark.parametrize("scale", [10.0, 1e3, 1e6])
+def test_what_cancels_is_added_as_it_was_weighed(scale, layer, kind, way):
+    """Positions of one feature that cancel to a small gradient, through sums of numbers 2^24 times as large.
+
+    The layer does not see that feature. From Gram matrices alone, one example moved the sum by 20,000 bounds.
+    """
+    torch.manual_seed(0)
+    if layer == "linear":
+        made, column = nn.Linear(64, 64), (slice(None), 0)
+    elif layer == "convolution":
+        made, column = nn.Conv2d(64, 64, 1), (slice(None), 0)
+    else:
+        made, column = nn.RNN(64, 64, batch_first=True), (slice(None), 0)
+    model = Summed(made, 64)
+    with torch.no_grad():
+        (made.weight_ih_l0 if layer == "rnn" else made.weight)[column] = 0
+    x = torch.randn(6, 8, 64) * 0.1
+    x[2, :, 1:] = x[2, :1, 1:]
+    x[2, :, 0] = scale * torch.tensor([2.0**24, 1, 1, 1, 1, -(2.0**24), -4, 0])
+    if layer == "convolution":
+        x = x.transpose(1, 2).reshape(6, 64, 2, 4)
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    assert moved_by(kind(), model, x, y, 2, Flat(1.0)) <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("kind", [Ghost, BookKeeping])
+def test_one_examples_lookups_do_not_wipe_out_anothers(kind):
+    class Difference(nn.Module):
+        """Adds up tokens with weights of their place: two places of one token cancel to nothing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            z = self.embed(x)
+            return self.head(z[:, 0] + torch.where(x[:, :1] == 4, 1e9, 0.0) * (z[:, 1] - z[:, 2]))
+
+    torch.manual_seed(0)
+    model = Difference()
+    x = torch.randint(0, 4, (12, 3))
+    x[:, 1], x[7] = 1, torch.tensor([4, 1, 1])
+    y = torch.arange(12) % 3
+    got, want = (release(engine, model, x, y, Flat(1.0))[0] for engine in (kind(), Loop()))
+    assert error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [Ghost, BookKeeping])
+def test_small_factors_do_not_vanish_from_a_norm(kind, way):
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 3, bias=False))
+    with torch.no_grad():
+        model[1].weight.mul_(1e18)
+    x, y = 1e-24 * torch.rand(2, 64), torch.tensor([0, 1])
+    ours, theirs = (release(engine, model, x, y, Flat(1e-3))[1].norms for engine in (kind(), Loop()))
+    assert torch.allclose(ours, theirs, rtol=1e-4)
+    assert float(ours.max()) > 0
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("kind", [Ghost, BookKeeping])
+def test_recurrent_outputs_that_are_written_to_later(cell, kind):
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = cell(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            h = self.cell(x.transpose(0, 1))[0]
+            h.clamp_(-0.3, 0.3)
+            return self.head(h.mean(0))
+
+    torch.manual_seed(0)
+    model, y = Clamped().double(), torch.tensor([0, 1, 2, 0])
+    release(
+        kind(), model, 1e-2 * torch.randn(4, 5, 4).double(), y, Flat(0.1)
+    )  # planned where nothing is clamped
+    x = 9 * torch.randn(4, 5, 4).double()
+    got, want = (release(engine, model, x, y, Flat(0.1))[0] for engine in (kind(), Loop()))
+    assert error(got, want) < 1e-9
+
+
+class Detached(nn.Module):
+    """Weighs each example by all of them, where no gradient shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(h * (1 + h.detach().square().sum(0)))
+
+
+class Rolled(nn.Module):
+    """Takes its neighbour's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(x.roll(1, 0))
+
+
+class Remembering(nn.Module):
+    """Subtracts what it remembers of the batches before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(5, 3)
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x):
+        z = x - self.mean
+        self.mean.lerp_(x.mean(0).to(self.mean.dtype), 0.9)
+        return self.last(z)
+
+
+@pytest.mark.parametrize("kind", [Ghost, BookKeeping])
+@pytest.mark.parametrize(
+    "build",
+    [
+        Detached,
+        Rolled,
+        Remembering,
+        lambda: nn.Sequential(nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3)),
+        lambda: nn.Sequential(nn.Dropout(0.2), nn.BatchNorm1d(5), nn.Linear(5, 3)),
+    ],
+)
+def test_models_whose_examples_depend_on_each_other_are_refused(build, kind):
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 5), torch.arange(6) % 3
+    with pytest.raises(ValueError, match=r"mixes examples|leave traces"):
+        release(kind(), build(), x, y, Flat(1.0))
+
+
+def test_auto_leaves_out_who_cannot_and_audits_as_usual(tmp_path, monkeypatch):
+    class Asking(nn.Module):
+        """Looks at a value, which vmap has no answer to."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.last(x if float(x.sum()) < 1e9 else -x)
+
+    monkeypatch.setenv("EPSBENCH_CACHE", str(tmp_path))
+    model, x, y = Asking(), torch.randn(6, 5), torch.arange(6) % 3
+    got, observed = release(Auto(), model, x, y, Flat(0.1))
+    assert error(got, release(Loop(), model, x, y, Flat(0.1))[0]) < 1e-5
+    assert observed.engine.split(",")[0] in ("BookKeeping", "Ghost")
+    (kept,) = (tmp_path / "engines").iterdir()
+    release(Auto(), Asking(), x, y, Flat(0.1))  # another model of this kind: the choice is read, not made
+    assert list((tmp_path / "engines").iterdir()) == [kept]
 
 
 def test_norms_do_not_read_low_where_positions_cancel():

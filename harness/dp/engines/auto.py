@@ -38,7 +38,8 @@ CANDIDATES: Mapping[str, PerExample] = {
 }
 TRIED = 64  # examples of a trial
 ROUNDS = 5
-HOPELESS = 1.5  # times the best of the first round: not tried any further
+HOPELESS = 1.5  # times the best so far: not tried any further
+NOISE = 1.03  # times the best: no slower, as far as a trial can tell, and the first of these is chosen
 
 _chosen: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
@@ -85,6 +86,7 @@ class Auto(PerExample):
         """The candidate for this model and examples of this shape; tries them all where that is not known yet."""
         groups = 1 + max(clip.groups(w.names).values(), default=0)
         facts = [type(loss).__name__, groups, clip.needs_norms, list(batch.x.shape[1:]), str(batch.x.dtype)]
+        images = any(t.ndim == 4 for t in w.views.values())
         key = repr((facts, modes(model), w.layout, batch.x.device.type, torch.get_num_threads()))
         known = _chosen.setdefault(model, {})
         if key not in known:
@@ -93,12 +95,17 @@ class Auto(PerExample):
                 {
                     name: engine
                     for name, engine in CANDIDATES.items()
-                    if engine.accepts(loss, clip, model) is None
+                    if engine.accepts(loss, clip, model) is None and (images or not channels_last(engine))
                 },
                 (loss, clip, model, w, _sized(batch), state, sigma, relation),
             )
             _write(file, known[key])
         return CANDIDATES[known[key]]
+
+
+def channels_last(engine: PerExample) -> bool:
+    """Whether an engine lays images out with channels last, which nothing but convolutions gains by."""
+    return getattr(engine, "channels_last", False)
 
 
 def _sized(batch: Batch) -> Batch:
@@ -132,7 +139,7 @@ def _fastest(engines: Mapping[str, Engine], arguments: tuple[Any, ...]) -> str:
             for name, engine in able.items():
                 if not best or best.get(name, 0) < HOPELESS * min(best.values()):
                     best[name] = min(best.get(name, float("inf")), seconds(engine))
-    return min(best, key=best.__getitem__)
+    return next(name for name in best if best[name] <= NOISE * min(best.values()))
 
 
 def _file(key: str) -> Path:

@@ -54,8 +54,10 @@ def laid_out(w: Tree, batch: Batch, channels_last: bool) -> tuple[dict[str, Tens
     if not channels_last:
         return {name: t.detach().requires_grad_() for name, t in w.items()}, batch
 
-    def last(t: Tensor) -> Tensor:
-        return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+    def last(
+        t: Tensor,
+    ) -> Tensor:  # `contiguous` would leave a single channel's strides, by which operators choose
+        return t.to(memory_format=torch.channels_last) if t.ndim == 4 else t
 
     leaves = {name: last(t.detach()).detach().requires_grad_() for name, t in w.items()}
     return leaves, Batch(last(batch.x), batch.y)
