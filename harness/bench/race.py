@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping
 
 import torch
@@ -88,13 +89,14 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each call, one of each in a round, those with fewer turns in evenly spread rounds.
 
-    The order is turned by one place each round, so that nobody always comes after the same other. Whoever raises is
-    out, and its entry in `rows` says so.
+    The order is drawn anew each round, so that nobody always comes after the same other. Whoever raises is out, and its
+    entry in `rows` says so.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, most = list(calls), max(shares.values(), default=0)
+    draw = random.Random(0)
     for number in range(most):
-        order = order[1:] + order[:1]
+        draw.shuffle(order)
         for name in list(order):
             if number * shares[name] // most == (number + 1) * shares[name] // most:
                 continue

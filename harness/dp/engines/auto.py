@@ -36,8 +36,8 @@ CANDIDATES: Mapping[str, PerExample] = {
     "ghost": Ghost(),
     "vmap": Vmap(),
 }
-TRIED = 64  # examples of a trial
-ROUNDS = 5
+TRIED = 32  # examples of a trial
+ROUNDS = 3
 HOPELESS = 1.5  # times the best so far: not tried any further
 NOISE = 1.03  # times the best: no slower, as far as a trial can tell, and the first of these is chosen
 
@@ -85,20 +85,26 @@ class Auto(PerExample):
     ) -> PerExample:
         """The candidate for this model and examples of this shape; tries them all where that is not known yet."""
         groups = 1 + max(clip.groups(w.names).values(), default=0)
-        facts = [type(loss).__name__, groups, clip.needs_norms, list(batch.x.shape[1:]), str(batch.x.dtype)]
         images = any(t.ndim == 4 for t in w.views.values())
+        able = {
+            name: engine
+            for name, engine in CANDIDATES.items()
+            if engine.accepts(loss, clip, model) is None and (images or not channels_last(engine))
+        }
+        facts = [
+            type(loss).__name__,
+            groups,
+            clip.needs_norms,
+            list(batch.x.shape[1:]),
+            str(batch.x.dtype),
+            list(able),
+        ]
         key = repr((facts, modes(model), w.layout, batch.x.device.type, torch.get_num_threads()))
         known = _chosen.setdefault(model, {})
         if key not in known:
             file = _file(key)
-            known[key] = _read(file) or _fastest(
-                {
-                    name: engine
-                    for name, engine in CANDIDATES.items()
-                    if engine.accepts(loss, clip, model) is None and (images or not channels_last(engine))
-                },
-                (loss, clip, model, w, _sized(batch), state, sigma, relation),
-            )
+            arguments = (loss, clip, model, w, _sized(batch), state, sigma, relation)
+            known[key] = _read(file) or _fastest(able, arguments)
             _write(file, known[key])
         return CANDIDATES[known[key]]
 
