@@ -17,6 +17,7 @@ from harness.bench.trial import first_line
 LARGEST_DRIFT = 2e-2  # of a float32 sum over the whole batch: kinks alone make right engines differ by 5e-3
 ORACLE = "loop"
 ROUNDS_OUTSIDE = 30
+TURN = 0.05  # seconds that a turn takes at least
 
 
 def race(
@@ -74,9 +75,9 @@ def race(
 
 
 def turns(costs: Mapping[str, float], rounds: int, seconds: float) -> dict[str, int]:
-    """How many calls each gets: an equal share of the time, at least one call, and at most `rounds`."""
+    """How many turns each gets: an equal share of the time, at least one turn, and at most `rounds`."""
     return {
-        name: max(1, min(rounds, math.floor(seconds / len(costs) / max(cost, 1e-9))))
+        name: max(1, min(rounds, math.floor(seconds / len(costs) / max(cost, TURN))))
         for name, cost in costs.items()
     }
 
@@ -87,7 +88,10 @@ def interleave(
     clock: measure.Clock,
     rows: dict[str, Answer],
 ) -> dict[str, list[float]]:
-    """Seconds of each call, one of each in a round, those with fewer turns in evenly spread rounds.
+    """Seconds of each call, one turn of each in a round, those with fewer turns in evenly spread rounds.
+
+    A step so short that the others' memory traffic would decide its time is called again and again in its turn, as
+    in training; its first call only brings its data back into the caches, and does not count.
 
     The order is drawn anew each round, so that nobody always comes after the same other. Whoever raises is out, and its
     entry in `rows` says so.
@@ -100,9 +104,12 @@ def interleave(
         for name in list(order):
             if number * shares[name] // most == (number + 1) * shares[name] // most:
                 continue
+            turn: list[float] = []
             try:
-                with clock.timed(times[name]):
-                    calls[name]()
+                while not turn or sum(turn) < TURN:
+                    with clock.timed(turn):
+                        calls[name]()
+                times[name] += turn[1:] or turn
             except Exception as why:
                 rows[name] = {"status": "failed", "reason": first_line(why)}
                 order.remove(name)
