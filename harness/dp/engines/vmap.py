@@ -102,9 +102,9 @@ def chunk_within(count: int, device: torch.device, footprints: Sequence[int], ac
         fitting = (
             (512 << 20) // held if keep_freed_memory() else min((64 << 20) // held, (24 << 20) // largest)
         )
-        most = min(fitting, (1 << 30) // max(1, activations))
-        most -= most % 8 if most > 8 else 0
-    return max(1, min(count, most))
+        most = min(fitting, (2 << 30) // max(1, activations))
+    chunks = -(-count // max(1, most))
+    return max(1, -(-count // chunks))  # of one size, as nearly as may be
 
 
 @dataclass(frozen=True)
