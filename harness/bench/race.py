@@ -1,4 +1,4 @@
-"""Engines side by side in one process, one call of each in turn: what slows the machine down hits them alike."""
+"""Engines side by side in one process, in turn: what slows the machine down hits them alike."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def race(
 def turns(costs: Mapping[str, float], rounds: int, seconds: float) -> dict[str, int]:
     """How many turns each gets: an equal share of the time, at least one turn, and at most `rounds`."""
     return {
-        name: max(1, min(rounds, math.floor(seconds / len(costs) / max(cost, TURN))))
+        name: max(1, min(rounds, math.floor(seconds / len(costs) / max(2 * cost, TURN))))
         for name, cost in costs.items()
     }
 
@@ -90,8 +90,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each call, one turn of each in a round, those with fewer turns in evenly spread rounds.
 
-    A step so short that the others' memory traffic would decide its time is called again and again in its turn, as
-    in training; its first call only brings its data back into the caches, and does not count.
+    A turn is several calls, as in training; the first only brings its data back into the caches, perhaps its pages
+    back into memory, and does not count.
 
     The order is drawn anew each round, so that nobody always comes after the same other. Whoever raises is out, and its
     entry in `rows` says so.
@@ -106,10 +106,10 @@ def interleave(
                 continue
             turn: list[float] = []
             try:
-                while not turn or sum(turn) < TURN:
+                while len(turn) < 2 or sum(turn) < TURN:
                     with clock.timed(turn):
                         calls[name]()
-                times[name] += turn[1:] or turn
+                times[name] += turn[1:]
             except Exception as why:
                 rows[name] = {"status": "failed", "reason": first_line(why)}
                 order.remove(name)
