@@ -17,12 +17,13 @@ import torch
 from harness import codehash, data, measure, models, registry
 from harness.dp.account import Ledger, epsilon, epsilons, ranking
 from harness.dp.calibrate import calibrate
+from harness.dp.claim import Run
 from harness.dp.engines import per_example
-from harness.dp.engines.engine import PerExample
+from harness.dp.engines.engine import PerExample, trainable
 from harness.dp.method import Method, parts
 from harness.dp.native import describe as kernels
 from harness.dp.release import Relation
-from harness.dp.tree import Tree
+from harness.dp.tree import Layout, Tree
 from harness.seeds import Seeds
 from harness.train import (
     Diverged,
@@ -199,7 +200,7 @@ class _Session:
         progress = (
             read_checkpoint(self.checkpoint, self.device)
             if self.checkpoint.exists()
-            else start(m, self.model)
+            else start(m, self.model, self.schedule.steps)
         )
         _truncate(self.trace, progress.trace)
         measure.reset_peak_memory(self.device)
@@ -214,6 +215,7 @@ class _Session:
         except Diverged as error:
             status, reason = "diverged", str(error)
         record["privacy"] |= _bounds("spent", progress.ledger, self.target, m)
+        record["privacy"]["claimed"] = self.claim(sigma, progress)
         record["privacy"] |= {
             "ledger": progress.ledger.to_json(),
             "sensitivity": _finite_all(progress.sensitivity),
@@ -241,6 +243,16 @@ class _Session:
     def save(self, progress: Progress) -> None:
         """Write the checkpoint."""
         write_checkpoint(self.checkpoint, progress)
+
+    def claim(self, sigma: float, progress: Progress) -> dict[str, Any] | None:
+        """What the path claims beyond the ledger, under assumptions; None if it claims nothing."""
+        if self.target.delta is None:
+            return None
+        n, batch, steps = self.data.n_train, self.schedule.batch, self.schedule.steps
+        claim = self.method.path.claim(
+            Run(self.method, sigma, n, batch, steps, self.target.delta), progress.parts.path
+        )
+        return claim.to_json() if claim else None
 
     def measured(self, progress: Progress) -> dict[str, Any]:
         """Speed and memory."""
@@ -278,6 +290,12 @@ def unfit(method: Method, model: torch.nn.Module, target: Target, relation: str)
             f"{type(method.sampler).__name__} sampling is analysed for {method.sampler.relation.value} neighbours, and"
             f" the suite asks for {relation}: set [privacy] relation, or take another sampler"
         )
+    try:
+        method.clip.init(Layout.of(trainable(model)))
+    except (
+        ValueError
+    ) as error:  # groups that leave a parameter out, thresholds that are not one for each group
+        return str(error)
     return method.engine.accepts(method.loss, method.clip, model)
 
 

@@ -147,10 +147,11 @@ class Diverged(Exception):
     """The weights or the outputs are not finite any more."""
 
 
-def start(method: Method, model: nn.Module) -> Progress:
-    """The state before the first step, at the model's own parameters."""
+def start(method: Method, model: nn.Module, steps: int) -> Progress:
+    """The state before the first of `steps` steps, at the model's own parameters."""
     w = Tree.of(trainable(model))
-    return Progress(0, w, Parts(method.optimizer.init(w), method.path.init(w), method.clip.init()))
+    parts = Parts(method.optimizer.init(w, steps), method.path.init(w), method.clip.init(w.layout))
+    return Progress(0, w, parts)
 
 
 def train(
@@ -181,7 +182,8 @@ def train(
     saved = lap = clock.now()
     while p.step < schedule.steps:
         indices = method.sampler.draw(n, schedule.batch, p.step, seeds.sampling).to(device)
-        batch = Batch(*data.batch(indices))
+        views = Stream(seeds.path, "views", p.step)
+        batch = method.loss.prepare(Batch(*data.batch(indices)), views)
         seed_globally(Stream(seeds.path, "dropout", p.step).seed64(), device)
         streams = Streams(Stream(seeds.noise, "noise", p.step), Stream(seeds.path, "path", p.step))
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams)

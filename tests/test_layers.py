@@ -39,7 +39,13 @@ ALLOWED: dict[str, set[str]] = {
         "track", "verify",
     },
 }  # fmt: skip
-MATHEMATICS = {"torch", "dp_accounting", "numpy", "attrs"}  # the events of dp_accounting are attrs classes
+MATHEMATICS = {
+    "torch",
+    "dp_accounting",
+    "numpy",
+    "scipy",
+    "attrs",
+}  # the events of dp_accounting are attrs classes
 
 
 def modules() -> Iterator[tuple[Path, str]]:

@@ -117,7 +117,7 @@ def test_optimizers_are_those_of_torch(ours, theirs):
     rng = torch.Generator().manual_seed(1)
     w = tree(a=torch.randn(5, generator=rng, dtype=torch.float64))
     parameter = torch.nn.Parameter(w.flat.clone())
-    reference, state = theirs([parameter]), ours.init(w)
+    reference, state = theirs([parameter]), ours.init(w, 6)
     for _ in range(6):
         g = torch.randn(5, generator=rng, dtype=torch.float64)
         w, state = ours.update(tree(a=g), state, w)

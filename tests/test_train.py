@@ -63,7 +63,7 @@ def net(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def run(method: Method, steps: int = 12, sigma: float = 1.0, **kwargs):
     model = net()
-    progress = kwargs.pop("progress", None) or start(method, model)
+    progress = kwargs.pop("progress", None) or start(method, model, 12)
     return train(
         method,
         model,
@@ -95,7 +95,7 @@ def test_the_ledger_is_the_plan():
 
 def test_an_empty_batch_is_a_step_with_noise_and_a_bill():
     method, model = Method(clip=Flat(0.5), optimizer=SGD(1.0)), net()
-    p = start(method, model)
+    p = start(method, model, 12)
     empty = Batch(torch.zeros(0, 2, dtype=torch.float64), torch.zeros(0, dtype=torch.long))
     done = step(method, model, p.w, empty, p.parts, 2.0, 10, streams())
     assert done.sigmas == (2.0,)
@@ -111,7 +111,7 @@ def test_the_denominator_is_public():
         net().eval(),
         Toy(),
     )
-    p = start(method, model)
+    p = start(method, model, 12)
 
     def moved(n: int) -> torch.Tensor:
         return (
@@ -137,7 +137,7 @@ def test_the_microbatch_changes_nothing():
             Method(engine=Vmap(microbatch=microbatch)),
             net().apply(lambda m: setattr(m, "p", 0.0)),
         )
-        return train(method, model, Toy(), 1.0, Schedule(12, 10, 4), SEEDS, start(method, model)).w.flat
+        return train(method, model, Toy(), 1.0, Schedule(12, 10, 4), SEEDS, start(method, model, 12)).w.flat
 
     reference = without_dropout(None)
     for microbatch in (1, 4, 7):
@@ -183,7 +183,7 @@ def test_divergence_is_noticed():
 
 def test_it_learns_and_evaluates():
     method, model = Method(clip=Flat(1.0), optimizer=SGD(0.5, 0.9)), net()
-    p = train(method, model, Toy(), 0.3, Schedule(60, 20, 60), SEEDS, start(method, model))
+    p = train(method, model, Toy(), 0.3, Schedule(60, 20, 60), SEEDS, start(method, model, 12))
     assert evaluate(model, p.w, method.loss, Toy())["accuracy"] > 0.85
 
 

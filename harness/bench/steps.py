@@ -154,7 +154,7 @@ class Ready(Engine):
 def outside(engine: PerExample, model: nn.Module, batch: Batch) -> Callable[[], None]:
     """A whole private step whose engine has nothing to do: what is left is noise, optimizer and ledger."""
     method = Method(engine=engine, clip=CLIP, optimizer=SGD(RATE, 0.9))
-    p = start(method, model)
+    p = start(method, model, 1)
     method = replace(method, engine=Ready(clipped(engine, CLIP, model, p.w, batch)))
 
     def one() -> None:

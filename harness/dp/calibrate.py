@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dp_accounting.mechanism_calibration import (
 )
 
 from harness.dp.account import ACCOUNTANTS, Ledger, epsilon, quiet
+from harness.dp.clip import Flat
 from harness.dp.method import Method
 
 
@@ -38,16 +40,17 @@ def calibrate(
     files under `cache`. Raises ValueError where no accountant can bound the plan, or no multiplier will do.
     """
     relation = method.sampler.relation
+    ceiling = method.clip.ceiling * (1 - 1e-9)
 
     def ledger(sigma: float) -> Ledger:
         return method.plan(sigma, n, batch, steps)
 
-    known = [a for a in (accountant, *ACCOUNTANTS) if math.isfinite(epsilon(ledger(8.0), delta, relation, a))]
+    some = ledger(min(8.0, ceiling))
+    known = [a for a in (accountant, *ACCOUNTANTS) if math.isfinite(epsilon(some, delta, relation, a))]
     if not known:
-        raise ValueError(f"no accountant knows the events of this plan: {ledger(8.0).composed()}")
-    key = json.dumps(
-        [ledger(s).to_json() for s in (1.0, 2.0)] + [known[0], relation.value, target, delta, _version()]
-    )
+        raise ValueError(f"no accountant knows the events of this plan: {some.composed()}")
+    trials = [ledger(min(s, ceiling / 2)).to_json() for s in (1.0, 2.0)]
+    key = json.dumps([*trials, known[0], relation.value, target, delta, _version()])
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json" if cache else None
     if file and file.exists():
         return float(json.loads(file.read_text())["noise_multiplier"])
@@ -64,10 +67,22 @@ def calibrate(
     def spent(sigma: float) -> float:
         return epsilon(ledger(sigma), delta, relation, known[0])
 
+    if math.isfinite(ceiling) and spent(ceiling) > target:
+        needed = calibrate(replace(method, clip=Flat()), n, batch, steps, target, delta, accountant, cache)
+        raise ValueError(
+            f"epsilon = {target:g} at delta = {delta:g} needs a noise multiplier of {needed:.4g}, and the noise of"
+            f" {type(method.clip).__name__}'s side releases serves none of {method.clip.ceiling:g} or more:"
+            f" write a count_noise above {needed / 2:.4g}"
+        )
     try:
         # RDP's epsilon is quick to compute and never below PLD's, so its multiplier brackets PLD's from above. From
         # below we go down by steps: at a multiplier far too small PLD's grid is so wide that it takes minutes.
-        upper = solve("rdp", LowerEndpointAndGuess(0.05, 1.0), 1e-4 if known[0] == "rdp" else 1e-2)
+        if math.isinf(ceiling):
+            upper = solve("rdp", LowerEndpointAndGuess(0.05, 1.0), 1e-4 if known[0] == "rdp" else 1e-2)
+        elif epsilon(ledger(ceiling), delta, relation, "rdp") > target:
+            upper = ceiling
+        else:
+            upper = solve("rdp", ExplicitBracketInterval(0.05, ceiling), 1e-4 if known[0] == "rdp" else 1e-2)
     except mechanism_calibration.NoBracketIntervalFoundError as error:
         raise ValueError(
             f"no noise multiplier from 0.05 up meets epsilon = {target} at delta = {delta}: take fewer steps or a"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from harness.dp.random import Stream
 
 
 class Batch(NamedTuple):
@@ -23,9 +27,22 @@ class Batch(NamedTuple):
 class Loss:
     """A loss that is a sum over examples, so that one example's gradient is its own."""
 
+    @property
+    def rows(self) -> int:
+        """How many rows of the model's input make one example."""
+        return 1
+
     def per_example(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Losses [B] from model outputs [B, ...] and targets [B]."""
         raise NotImplementedError
+
+    def prepare(self, batch: Batch, rng: Stream) -> Batch:
+        """What a logical batch becomes before it is trained on; never what is evaluated on."""
+        return batch
+
+    def of(self, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+        """Losses [B] of a prepared batch."""
+        return self.per_example(model(batch.x), batch.y)
 
 
 @dataclass(frozen=True)
@@ -36,3 +53,52 @@ class CrossEntropy(Loss):
         if outputs.ndim == 2:
             return F.cross_entropy(outputs, y, reduction="none")
         return F.cross_entropy(outputs.movedim(-1, 1), y, reduction="none").flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Views(Loss):
+    """Augmentation multiplicity (De et al., arXiv:2204.13650): the mean of a loss over random `views` of an image.
+
+    A view is a crop of the image padded by `pad` pixels of zeros, and with `flip` mirrored half of the time. The views'
+    gradients are averaged before they are clipped, so that an example still contributes one gradient.
+    """
+
+    of_view: Loss = field(default_factory=CrossEntropy)
+    views: int = 4
+    pad: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.views < 1 or self.pad < 0:
+            raise ValueError(
+                f"views = {self.views} and pad = {self.pad}: one view or more, no negative padding"
+            )
+
+    @property
+    def rows(self) -> int:
+        return self.views
+
+    def per_example(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return self.of_view.per_example(outputs, y)
+
+    def prepare(self, batch: Batch, rng: Stream) -> Batch:
+        """Images [B, C, H, W] to views [B, K, C, H, W]. Raises ValueError for other shapes."""
+        if batch.x.ndim != 4:
+            raise ValueError(f"views are made of images [B, C, H, W], not of inputs {list(batch.x.shape)}")
+        x = batch.x.repeat_interleave(self.views, 0)
+        count, _, height, width = x.shape
+        down, right, mirror = rng.uniform(3 * count).to(x.device).view(3, count)
+        steps = 2 * self.pad + 1
+        rows = (down * steps).long()[:, None] + torch.arange(height, device=x.device)
+        columns = (right * steps).long()[:, None] + torch.arange(width, device=x.device)
+        if self.flip:
+            columns = torch.where((mirror < 0.5)[:, None], columns.flip(1), columns)
+        padded = F.pad(x, (self.pad,) * 4)
+        which = torch.arange(count, device=x.device)[:, None, None]
+        cropped = padded.movedim(1, -1)[which, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+        return Batch(cropped.unflatten(0, (-1, self.views)) if count else batch.x[:, None], batch.y)
+
+    def of(self, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+        outputs = model(batch.x.flatten(0, 1))
+        targets = batch.y[:, None].expand(-1, self.views).reshape(-1)
+        return self.per_example(outputs, targets).unflatten(0, (-1, self.views)).mean(1)

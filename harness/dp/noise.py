@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 
 from harness.dp.random import Stream
@@ -48,7 +49,7 @@ class NoNoise(Noise):
 
 @dataclass(frozen=True)
 class Gaussian(Noise):
-    """Independent N(0, (sigma * sensitivity)^2) on every coordinate of every release.
+    """Independent N(0, (sigma * sensitivity * scale)^2) on every coordinate of every release.
 
     Releases computed from the same sample are one Gaussian mechanism on the concatenation, each block scaled by its
     own sensitivity and multiplier: the joint multiplier is (sum of sigma_i^-2)^(-1/2).
@@ -59,7 +60,11 @@ class Gaussian(Noise):
             raise ValueError(
                 f"Gaussian noise needs a finite sensitivity, and this release has {release.sensitivity}"
             )
-        return release.value.with_flat(rng.noised(release.value.flat, release.sigma * release.sensitivity))
+        value, deviation = release.value, release.sigma * release.sensitivity
+        if release.scale is None:
+            return value.with_flat(rng.noised(value.flat, deviation))
+        noised = [rng.noised(t.reshape(-1), deviation * release.scale[name]) for name, t in value.items()]
+        return value.with_flat(torch.cat(noised))
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:
         sigmas = list(sigmas)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -28,11 +29,21 @@ class Release(NamedTuple):
 
     `value` is the exact private sum; `sensitivity` bounds the l2 distance between its values on neighbouring data
     sets; `sigma` is the noise multiplier: the noise part adds N(0, (sigma * sensitivity)^2) to every coordinate.
+
+    `scale` gives tensors units of their own: the sensitivity is then that of the value with each tensor divided by its
+    scale, and the noise on a tensor is multiplied by it. None is 1 for all.
     """
 
     value: Tree
     sensitivity: float
     sigma: float
+    scale: Mapping[str, float] | None = None
+
+    def in_units(self, tree: Tree) -> Tree:
+        """`tree`, of the value's layout, with each tensor divided by its scale."""
+        if self.scale is None:
+            return tree
+        return Tree.of({name: t / self.scale[name] for name, t in tree.items()})
 
 
 @dataclass(frozen=True)

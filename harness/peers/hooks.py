@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Clipped, trainable
 from harness.dp.loss import Batch, Loss
-from harness.dp.tree import Tree
+from harness.dp.tree import Layout, Tree
 from harness.peers.double import double
 from harness.peers.peer import Peer, Rows, tied
 
@@ -151,7 +151,7 @@ class Ghost(Opacus):
     def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if tied(model):
             return "the model has tied parameters, which Opacus's ghost clipping refuses"
-        if max(clip.groups(tuple(trainable(model))).values(), default=0):
+        if max(clip.groups(Layout.of(trainable(model))).values(), default=0):
             return f"{type(clip).__name__} has several clipping groups, and Opacus's two passes serve one"
         return super().refuses(loss, clip, model)
 

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from harness.dp.clip import Clip, State
+from harness.dp.clip import Clip, Flat, State
 from harness.dp.engines.engine import Clipped, PerExample, group_norms
 from harness.dp.engines.loop import Loop
 from harness.dp.engines.plan import untouched
@@ -54,6 +54,9 @@ class Peer(PerExample):
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if importlib.util.find_spec(self.IMPORTS) is None:
             return f'{self.PACKAGE} is not installed: pip install "{self.INSTALL}"'
+        if clip.cuts_coordinates or loss.rows > 1:
+            part = clip if clip.cuts_coordinates else loss
+            return f"{type(part).__name__} works on each example's gradient, and {self.PACKAGE} weighs rows"
         return refusal(model) or self.refuses(loss, clip, model)
 
     def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
@@ -100,8 +103,8 @@ class Peer(PerExample):
 
     def compare(self, loss: Loss, clip: Clip, model: nn.Module, w: Tree, batch: Batch, norms: Tensor) -> None:
         """Raise RuntimeError unless `norms` [n, G], of the first n examples, are those of the loop."""
-        few, groups = Batch(batch.x[: len(norms)], batch.y[: len(norms)]), clip.groups(w.names)
-        one, two = (Loop().clipped_sum(loss, clip, groups, model, w, few, None).norms for _ in range(2))
+        few, groups = Batch(batch.x[: len(norms)], batch.y[: len(norms)]), clip.groups(w.layout)
+        one, two = (Loop().clipped_sum(loss, Flat(), groups, model, w, few, None).norms for _ in range(2))
         assert one is not None and two is not None
         slack = SLACK.get(w.flat.dtype, 0.02)
         off = (norms.double() - one).abs() / one.clamp(

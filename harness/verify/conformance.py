@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from harness import registry
 from harness.dp.account import epsilon, epsilons, ranking
 from harness.dp.calibrate import calibrate
-from harness.dp.engines.engine import Engine, PerExample, trainable
+from harness.dp.engines.engine import Engine, PerExample
 from harness.dp.engines.loop import Loop
 from harness.dp.loss import Batch
 from harness.dp.method import Method, describe
@@ -118,7 +118,7 @@ class Subject:
     ) -> dict[str, Release]:
         """The bounded releases of one batch, at the start or `at` a later state."""
         m = method or self.method
-        p = at or start(m, self.model)
+        p = at or start(m, self.model, STEPS)
         args = (m.path.probe(p.w, p.parts.path), Batch(x, y), p.parts.clip, SIGMA, m.sampler.relation)
         return m.engine.bounded(m.loss, m.clip, self.model, *args).releases
 
@@ -138,7 +138,8 @@ class Subject:
             rows.append(
                 torch.cat(
                     [
-                        (self.method.noise.add(r, rng) - r.value).flat.double() / (r.sigma * r.sensitivity)
+                        r.in_units(self.method.noise.add(r, rng) - r.value).flat.double()
+                        / (r.sigma * r.sensitivity)
                         for r in inputs
                     ]
                 )
@@ -148,7 +149,7 @@ class Subject:
     @cached_property
     def reached(self) -> list[Progress]:
         """The states that a short training passes through, from the start to its end."""
-        states = [start(self.method, self.model)]
+        states = [start(self.method, self.model, STEPS)]
         end = self.run(save=lambda p: states.append(dataclasses.replace(p)))
         return [*states, end]
 
@@ -157,7 +158,7 @@ class Subject:
         m = method or self.method
         schedule = Schedule(STEPS, BATCH, 2, save_seconds=-1.0)
         return train(
-            m, self.model, self.data, SIGMA, schedule, SEEDS, progress or start(m, self.model), **hooks
+            m, self.model, self.data, SIGMA, schedule, SEEDS, progress or start(m, self.model, STEPS), **hooks
         )
 
 
@@ -252,14 +253,14 @@ def _removals(
 def _moved(ours: dict[str, Release], theirs: dict[str, Release], story: str, slack: float = 1e-6) -> None:
     if list(ours) != list(theirs):
         raise Violation(f"{story} changes which values are released, from {list(ours)} to {list(theirs)}")
-    for name, (value, sensitivity, sigma) in ours.items():
+    for name, (value, sensitivity, sigma, scale) in ours.items():
         other = theirs[name]
-        if (sensitivity, sigma) != (other.sensitivity, other.sigma):
+        if (sensitivity, sigma, scale) != other[1:]:
             raise Violation(
-                f'{story} changes the declared sensitivity or sigma of "{name}", from {sensitivity:.6g} and'
-                f" {sigma:.6g} to {other.sensitivity:.6g} and {other.sigma:.6g}: compute both from public values"
+                f'{story} changes the declared sensitivity, sigma or scale of "{name}", from {sensitivity:.6g} and'
+                f" {sigma:.6g} to {other.sensitivity:.6g} and {other.sigma:.6g}: compute them from public values"
             )
-        moved = float((value - other.value).norm())
+        moved = float(ours[name].in_units(value - other.value).norm())
         if not moved <= sensitivity * (1 + slack):
             raise Violation(
                 f'{story} moves the release "{name}" by {moved:.6g}, its declared sensitivity is {sensitivity:.6g}'
@@ -288,15 +289,20 @@ def clip_rule(s: Subject) -> None:
     clip = s.method.clip
     if not s.method.noise.private:
         return
-    groups = 1 + max(clip.groups(list(trainable(s.model))).values())
+    layout = start(s.method, s.model, STEPS).w.layout
+    of = clip.groups(layout)
+    groups = 1 + max(of.values())
     norms = _norms(groups)
     for p in s.reached:
         state = p.parts.clip
-        weights = clip.weights(norms, state)
+        weights, scale = clip.weights(norms, state), clip.scale(layout, state) or {}
+        units = norms.new_tensor([max(scale.get(n, 1.0) for n in of if of[n] == g) for g in range(groups)])
+        if len({(of[n], scale.get(n, 1.0)) for n in of}) > groups:
+            raise Violation("tensors of one clipping group have different scales: give a group one scale")
         if weights.shape != norms.shape:
             raise Violation(f"weights have shape {tuple(weights.shape)}, the norms {tuple(norms.shape)}")
         for relation in Relation:
-            reach = relation.moves * (weights * norms).square().sum(1).sqrt()
+            reach = relation.moves * (weights * norms / units).square().sum(1).sqrt()
             allowed, worst = clip.sensitivity(state, relation), int(reach.nan_to_num(math.inf).argmax())
             if not float(reach[worst]) <= allowed * (1 + 1e-9):
                 raise Violation(
@@ -566,9 +572,12 @@ def still(s: Subject) -> None:
     optimizer = s.method.optimizer
     if not any(f.name == "lr" for f in dataclasses.fields(optimizer)):
         return
+    begun = s.reached[1]
+    if not _same(s.method.path.base(begun.w, begun.parts.path, Stream(1, "path", 1)), begun.w):
+        return  # a path that steps from elsewhere moves the weights by itself
     stop: dict[str, Any] = {"lr": 0.0}
     frozen = dataclasses.replace(s.method, optimizer=dataclasses.replace(optimizer, **stop))
-    moved = float((s.run(frozen).w - start(frozen, s.model).w).norm())
+    moved = float((s.run(frozen).w - start(frozen, s.model, STEPS).w).norm())
     if moved:
         raise Violation(
             f"with lr = 0 the weights move by {moved:.1e}: something but the optimizer changes them"
@@ -578,7 +587,7 @@ def still(s: Subject) -> None:
 def empty_step(s: Subject) -> None:
     """an empty Poisson batch is a step like any other"""
     m = s.method
-    p = start(m, s.model)
+    p = start(m, s.model, STEPS)
     batch = Batch(s.data.x[:0], s.data.y[:0])
     streams = Streams(Stream(1, "noise", 1), Stream(1, "path", 1))
     done = step(m, s.model, p.w, batch, p.parts, SIGMA, BATCH, streams)

@@ -84,7 +84,7 @@ class Auto(PerExample):
         relation: Relation,
     ) -> PerExample:
         """The candidate for this model and examples of this shape; tries them all where that is not known yet."""
-        groups = 1 + max(clip.groups(w.names).values(), default=0)
+        groups = 1 + max(clip.groups(w.layout).values(), default=0)
         images = any(t.ndim == 4 for t in w.views.values())
         able = {
             name: engine

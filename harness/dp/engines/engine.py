@@ -124,7 +124,7 @@ class PerExample(Engine):
         relation: Relation,
     ) -> Bounded:
         keep_freed_memory()
-        groups = clip.groups(w.names)
+        groups = clip.groups(w.layout)
         chunk = self.chunk(loss, model, w, batch) if len(batch) else 1
         while True:
             try:
@@ -135,9 +135,8 @@ class PerExample(Engine):
                     raise
                 chunk //= 2
         norms, observed = observe(parts, w, 1 + max(groups.values(), default=0))
-        releases = {
-            "grad": Release(w.with_flat(total), clip.sensitivity(state, relation), clip.split(sigma)["grad"])
-        }
+        bound, multiplier = clip.sensitivity(state, relation), clip.split(sigma)["grad"]
+        releases = {"grad": Release(w.with_flat(total), bound, multiplier, clip.scale(w.layout, state))}
         if norms is not None:
             releases |= clip.side(norms, state, relation, sigma)
         return Bounded(releases, replace(observed, engine=self.label, microbatch=chunk))

@@ -33,17 +33,17 @@ class Loop(PerExample):
         total = torch.zeros_like(w.flat)
         norms, weights, losses = [], [], []
         for x, y in zip(batch.x.split(1), batch.y.split(1), strict=True):
-            value = loss.per_example(functional_call(model, leaves, (x,)), y)
+            value = loss.of(lambda rows: functional_call(model, leaves, (rows,)), Batch(x, y))
             grads = torch.autograd.grad(
                 value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
             )
             squares = {name: g.double().square().sum()[None] for name, g in zip(leaves, grads, strict=True)}
             norm = group_norms(squares, groups, value.detach())
             weight = clip.weights(norm, state)
+            limit = clip.limit(norm, state)
             if norm.isfinite().all():  # weight 0 would not do: 0 * inf is not a number
-                grad = [
-                    g * weight[0, groups[name]].to(g.dtype) for name, g in zip(leaves, grads, strict=True)
-                ]
+                cut = grads if limit is None else [g.clamp(-float(limit), float(limit)) for g in grads]
+                grad = [g * weight[0, groups[name]].to(g.dtype) for name, g in zip(leaves, cut, strict=True)]
                 total += torch.cat([g.reshape(-1) for g in grad])
             norms.append(norm)
             weights.append(weight)

@@ -42,7 +42,7 @@ class Plain(PerExample):
         state: State,
     ) -> Clipped:
         leaves, batch = laid_out(w, batch, self.channels_last)
-        losses = loss.per_example(functional_call(model, leaves, (batch.x,)), batch.y)
+        losses = loss.of(lambda x: functional_call(model, leaves, (x,)), batch)
         grads = torch.autograd.grad(
             losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
         )

@@ -167,7 +167,7 @@ def run(
     """
     copies = {name: repeated(state[name].detach(), len(batch)).requires_grad_() for name in free}
     with taping(model, paths, copy, spread, len(batch)) as tape:
-        losses = loss.per_example(functional_call(model, {**state, **copies}, (batch.x,)), batch.y)
+        losses = loss.of(lambda x: functional_call(model, {**state, **copies}, (x,)), batch)
     if tape.disturbed and not copy:
         return run(loss, model, state, batch, paths, free, spread, True, retain)
     ends = [edge for call in tape.calls for edge in call.edges if edge is not None]

@@ -18,7 +18,7 @@ from harness.dp.engines.loop import Loop
 from harness.dp.engines.plan import gradients, plan_for, untouched, watching
 from harness.dp.engines.rows import full_precision
 from harness.dp.engines.tape import Run
-from harness.dp.engines.vmap import chunk_within, plain_sum, refusal
+from harness.dp.engines.vmap import Vmap, chunk_within, plain_sum, refusal
 from harness.dp.loss import Batch, Loss
 from harness.dp.release import Bounded, Relation
 from harness.dp.tree import Tree
@@ -63,6 +63,11 @@ class Taped(PerExample):
         sigma: float,
         relation: Relation,
     ) -> Bounded:
+        if (
+            clip.cuts_coordinates or loss.rows > 1
+        ):  # needs each example's own gradient; tapes hold rows and layers
+            rows = Vmap(self.microbatch)
+            return rows.bounded(loss, clip, model, w, batch, state, sigma, relation)
         if clip.needs_norms and len(batch) and _due(model):
             with untouched(model, batch.x.device):
                 audit(self, loss, model, w, batch)

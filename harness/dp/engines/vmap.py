@@ -28,8 +28,9 @@ def per_example_gradients(
     fixed = {name: t for name, t in w.items() if name not in chosen}
 
     def one(free: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        outputs = functional_call(model, {**fixed, **free}, (x[None],))
-        return loss.per_example(outputs, y[None]).sum()
+        return loss.of(
+            lambda rows: functional_call(model, {**fixed, **free}, (rows,)), Batch(x[None], y[None])
+        ).sum()
 
     each = vmap(grad_and_value(one), in_dims=(None, 0, 0), randomness="different")
     # The fused attention of a CPU has no rule for vmap, and would be called example by example.
@@ -71,11 +72,17 @@ def explicit_states(model: nn.Module) -> Iterator[None]:
 def plain_sum(loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
     """The unweighted sum of gradients, flat, and the losses [B]: one backward pass."""
     leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
-    losses = loss.per_example(functional_call(model, leaves, (batch.x,)), batch.y)
+    losses = loss.of(lambda x: functional_call(model, leaves, (x,)), batch)
     grads = torch.autograd.grad(
         losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
     )
     return torch.cat([g.reshape(-1) for g in grads]), losses.detach()
+
+
+def cut(rows: Tensor, limit: Tensor) -> Tensor:
+    """Per-example gradients [B, ...], the coordinates of each cut off at plus and minus its `limit` [B]."""
+    most = limit.to(rows.dtype).view(-1, *(1,) * (rows.ndim - 1))
+    return torch.minimum(torch.maximum(rows, -most), most)
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -146,7 +153,9 @@ class Vmap(PerExample):
         losses: Tensor,
     ) -> Clipped:
         norms = group_norms({name: squared_norms(g) for name, g in grads.items()}, groups, losses)
-        weights = clip.weights(norms, state)
+        weights, limit = clip.weights(norms, state), clip.limit(norms, state)
+        if limit is not None:
+            grads = {name: cut(g, limit) for name, g in grads.items()}
         v, good = weights, norms.isfinite().all(1)
         if not good.all():  # weight 0 would not do: 0 * inf is not a number
             v, grads = weights[good], {name: g[good] for name, g in grads.items()}

@@ -1,14 +1,17 @@
-"""Paths: where to differentiate, where to step from, and which weights to keep. Public values only."""
+"""The straight path, and the average along any path."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from dp_accounting import DpEvent
 
 from harness.dp.random import Stream
 from harness.dp.tree import Tree
+
+if TYPE_CHECKING:
+    from harness.dp.claim import Claim, Run
 
 
 @dataclass(frozen=True)
@@ -39,27 +42,50 @@ class Path:
         """The step's event, where the path changes it."""
         return event
 
+    def claim(self, run: Run, state: Any) -> Claim | None:
+        """An epsilon that holds under assumptions of the path's own, from the `state` at the end of `run`.
+
+        It is recorded beside the one that ranks and never takes its place.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class EMA(Path):
-    """Keeps an exponential moving average of the weights: free of privacy cost, being post-processing.
+    """Another path whose weights are averaged exponentially: free of privacy cost, being post-processing.
 
     The decay warms up as min(decay, (1 + t) / (10 + t)), so that the average forgets its start.
     """
 
     decay: float = 0.999
+    along: Path = field(default_factory=Path)
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), and is {self.decay}")
 
     def init(self, w: Tree) -> dict[str, Any]:
-        return {"t": 0, "mean": w}
+        return {"t": 0, "mean": w, "along": self.along.init(w)}
+
+    def probe(self, w: Tree, state: dict[str, Any]) -> Tree:
+        return self.along.probe(w, state["along"])
+
+    def base(self, w: Tree, state: dict[str, Any], rng: Stream) -> Tree:
+        return self.along.base(w, state["along"], rng)
 
     def after(self, old: Tree, new: Tree, g: Tree, state: dict[str, Any]) -> dict[str, Any]:
         t = state["t"] + 1
         decay = min(self.decay, (1 + t) / (10 + t))
-        return {"t": t, "mean": new.with_flat(new.flat.lerp(state["mean"].flat, decay))}
+        kept = self.along.kept(new, state["along"])
+        mean = new.with_flat(kept.flat.lerp(state["mean"].flat, decay))
+        return {"t": t, "mean": mean, "along": self.along.after(old, new, g, state["along"])}
 
     def kept(self, w: Tree, state: dict[str, Any]) -> Tree:
-        return state["mean"]
+        mean: Tree = state["mean"]
+        return mean
+
+    def amend(self, event: DpEvent) -> DpEvent:
+        return self.along.amend(event)
+
+    def claim(self, run: Run, state: dict[str, Any]) -> Claim | None:
+        return self.along.claim(run, state["along"])  # an average of iterates is a function of them
