@@ -25,7 +25,9 @@ class Cell:
     number of examples trained on, smaller than the data set's where a part is kept for validation.
     ``privacy`` holds ``epsilon delta relation unit accountant``, None (but the unit) for training without
     privacy. ``device`` holds ``device threads engine microbatch``, ``budget`` ``seconds memory_mib``.
-    ``method_file`` is the user's own file, None for installed methods. All values are JSON values.
+    ``method_file`` is the user's own file, None for installed methods. ``changes`` are the parts that the suite gives
+    the method (slot to spec, see :mod:`harness.parts`); ``parts`` describes the method with them. All values are JSON
+    values.
     """
 
     suite: str
@@ -41,6 +43,7 @@ class Cell:
     device: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     method_file: str | None = None
+    changes: dict[str, str] = field(default_factory=dict)
 
     def canonical(self) -> dict[str, Any]:
         """The cell as a record holds it: what is run, and under which names."""
@@ -49,6 +52,7 @@ class Cell:
             "label": self.label,
             "parameters": self.parameters,
             "parts": self.parts,
+            **({"with": self.changes} if self.changes else {}),
         }
         return {
             "method": method, "task": self.task, "privacy": self.privacy, "schedule": self.schedule,

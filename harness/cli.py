@@ -1,4 +1,5 @@
-"""The command ``epsbench``: ls, check, plan, run, status, show, merge, report, track, bench.
+"""The command ``epsbench``: ls, check, plan, run, status, show, merge, report, track, bench,
+claims.
 
 Only the verb that is asked for imports what it needs: ``ls`` and ``--help`` answer without torch. What a
 user can get wrong is a :class:`UserError` (or an error of the room that found it) and is printed as one
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                             + _hint(given[0], _VERBS))  # fmt: skip
         if given[:1] == ["bench"]:
             return _bench(given[1:])
+        if given[:1] == ["claims"]:
+            return _claims(given[1:])
         options = _parser().parse_args(given)
         options.command = ["epsbench", *given]
         code: int = options.verb(options)
@@ -146,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         epsbench check my.py               the same for each method of a file of yours
         """)  # fmt: skip
     check.add_argument("subject", metavar="SUITE.toml|METHOD|METHOD.py")
+    _reduced_option(check)
     _method_option(check)
 
     plan = verb("plan", _plan, "Show what a run would do: ids, noise, epsilon, what is done, time left.", """
@@ -161,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         epsbench run suites/smoke.toml --method my.py                with methods of a file of yours
         epsbench run suites/core.toml --retry                        crashed, oom and timeout once more
         epsbench run suites/fashion.toml --device cuda:0             the suite's runs, on a GPU
+        epsbench run suites/fashion.toml --reduced                   its reduced profile, in minutes
         """)  # fmt: skip
     _suite_options(run)
     run.add_argument("--jobs", type=_positive, metavar="N",
@@ -182,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         epsbench status suites/core.toml    against what the suite asks for today
         """)  # fmt: skip
     status.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
+    _reduced_option(status)
     _results_option(status)
     _method_option(status)
 
@@ -209,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         epsbench report suites/core.toml
         """)  # fmt: skip
     report.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
+    _reduced_option(report)
     _results_option(report)
     _reports_option(report)
     _method_option(report)
@@ -230,10 +237,14 @@ def _parser() -> argparse.ArgumentParser:
         epsbench bench
         epsbench bench --help
         """)  # fmt: skip
+    verb("claims", lambda options: OK, "Recompute published privacy numbers from their settings.", """
+        epsbench claims
+        epsbench claims modelmix-cifar10
+        """)  # fmt: skip
     return parser
 
 
-_VERBS = ("ls", "check", "plan", "run", "status", "show", "merge", "report", "track", "bench")
+_VERBS = ("ls", "check", "plan", "run", "status", "show", "merge", "report", "track", "bench", "claims")
 _KINDS = {"methods": "method", "datasets": "dataset", "models": "model"}
 
 
@@ -245,8 +256,16 @@ def _suite_options(parser: argparse.ArgumentParser) -> None:
              "any may hold, of different kinds all must",
     )  # fmt: skip
     parser.add_argument("--device", metavar="cpu|cuda:N", help="run here whatever device the suite names")
+    _reduced_option(parser)
     _results_option(parser)
     _method_option(parser)
+
+
+def _reduced_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reduced", action="store_true",
+        help="the reduced profile of the suite, its table [reduced]; its results are in a suite NAME-reduced",
+    )  # fmt: skip
 
 
 def _results_option(parser: argparse.ArgumentParser) -> None:
@@ -355,12 +374,27 @@ def _ls_entries(entries: Sequence[Any], detail: bool) -> None:
             print(_wrap(", ".join(shown), " " * 6))
 
 
+_HEADERS = {
+    "suite": "suite",
+    "throughput": "bench",
+    "claims": "claims",
+}  # where a kind of file says what it is for
+
+
+def _kind(file: Path) -> str:
+    """The kind that a TOML file says it is; "suite" where it says nothing, or cannot be read."""
+    try:
+        return str(tomllib.loads(file.read_text()).get("kind", "suite"))
+    except (OSError, ValueError):
+        return "suite"
+
+
 def _suite_rows() -> list[list[str]]:
     rows = []
     for path in sorted(Path("suites").glob("*.toml")):
         try:
             tables = tomllib.loads(path.read_text())
-            header = tables["bench" if tables.get("kind") == "throughput" else "suite"]
+            header = tables[_HEADERS[tables.get("kind", "suite")]]
             rows.append([str(path), str(header["question"])])
         except (ValueError, KeyError, TypeError):
             rows.append([str(path), f"cannot be read: epsbench check {path}"])
@@ -369,9 +403,16 @@ def _suite_rows() -> list[list[str]]:
 
 def _check(options: argparse.Namespace) -> int:
     if options.subject.endswith(".toml"):
+        file = _find(options.subject)
+        if _kind(file) == "claims":
+            from harness.verify import claims
+
+            held = claims.load(file)
+            print(f"{file}: {len(held.claims)} claims for epsbench claims; nothing is wrong.")
+            return OK
         from harness.bench import plan
 
-        if plan.is_plan(file := _find(options.subject)):
+        if plan.is_plan(file):
             timed = plan.load(file)
             print(f"{file}: {len(timed.workloads)} workloads for epsbench bench; nothing is wrong.")
             return OK
@@ -381,6 +422,8 @@ def _check(options: argparse.Namespace) -> int:
             f"{suite.file}: {len(cells)} runs of {len({c.group for c in cells})} settings; nothing is wrong."
         )
         return OK
+    if options.reduced:
+        raise UserError(f"--reduced: {options.subject} is a method; it is for suites.")
     _add_files(options.method)
     if options.subject.endswith(".py"):
         _add_files([options.subject])
@@ -418,6 +461,10 @@ def _find(text: str) -> Path:
 
 def _load(options: argparse.Namespace) -> Suite:
     named = _find(getattr(options, "suite", None) or options.subject)
+    if _kind(named) == "claims":
+        raise UserError(
+            f"{named}: holds claims and trains nothing; epsbench claims --suite {named} recomputes it."
+        )
     from harness.bench import plan
 
     if plan.is_plan(named):
@@ -425,7 +472,18 @@ def _load(options: argparse.Namespace) -> Suite:
     _add_files(options.method)
     from harness import suite
 
-    return suite.load(named, options.method)
+    return suite.load(named, options.method, reduced=options.reduced)
+
+
+def _again(options: argparse.Namespace, verb: str) -> str:
+    """The command that does something else with the same suite."""
+    return f"epsbench {verb} {options.suite}" + (" --reduced" if options.reduced else "")
+
+
+def _need_suite(options: argparse.Namespace) -> None:
+    """Raise UserError where --reduced has no suite to be the profile of."""
+    if options.reduced and options.suite is None:
+        raise UserError("--reduced: the profile of which suite? Name it.")
 
 
 def _cells(options: argparse.Namespace) -> tuple[Suite, list[Cell]]:
@@ -497,7 +555,9 @@ def _codes(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
     known: dict[str, dict[str, Any]] = {}
     codes: dict[str, dict[str, Any]] = {}
     for cell in cells:
-        key = json.dumps([cell.method, cell.parameters, cell.task["architecture"]["name"], cell.method_file])
+        key = json.dumps([
+            cell.method, cell.parameters, cell.changes, cell.task["architecture"]["name"], cell.method_file,
+        ])  # fmt: skip
         if key not in known:
             known[key] = run.code_of(cell)
         codes[cell.id] = known[key]
@@ -611,6 +671,7 @@ def _need_device(spec: str) -> None:
 def _status(options: argparse.Namespace) -> int:
     from harness import launch, store
 
+    _need_suite(options)
     if options.suite is None:
         return _status_of_all(options.results)
     suite = _load(options)
@@ -619,8 +680,8 @@ def _status(options: argparse.Namespace) -> int:
     states = _states(selection)
     print(f"suite {suite.name}: {len(cells)} runs")
     advice = {
-        "stale": f"epsbench run {options.suite} --stale", "failed": f"epsbench run {options.suite} --retry",
-        "half done": f"epsbench run {options.suite}", "missing": f"epsbench run {options.suite}",
+        "stale": f"{_again(options, 'run')} --stale", "failed": f"{_again(options, 'run')} --retry",
+        "half done": _again(options, "run"), "missing": _again(options, "run"),
     }  # fmt: skip
     rows = []
     for state in ("done", "stale", "failed", "running", "half done", "missing"):
@@ -726,7 +787,7 @@ def _say_selection(
         for record in selection.stale[:10]:
             print(f"  stale: {record['id']}, made by code {record['code'].get('hash')}")
         if len(selection.stale) > 10:
-            print(f"  and {len(selection.stale) - 10} more: epsbench plan {options.suite}")
+            print(f"  and {len(selection.stale) - 10} more: {_again(options, 'plan')}")
     _say_broken(selection.broken)
     threads = max((int(job.cell.device.get("threads") or 1) for job in selection.todo), default=1)
     if options.jobs and options.jobs * threads > measure.cores():
@@ -813,7 +874,12 @@ def _show(options: argparse.Namespace) -> int:
     )
     row("planned", pairs(privacy.get("planned")))
     row("spent", pairs(privacy.get("spent")), privacy.get("accountant") and f"{privacy['accountant']} ranks")
-    row("claimed", pairs(privacy.get("claimed")))
+    claim = privacy.get("claimed") or {}
+    row(
+        "claimed",
+        pairs({"epsilon": claim.get("epsilon")} if claim else None),
+        "; ".join(claim.get("failed", ())),
+    )
     row("metrics", pairs(record["metrics"]))
     row(
         "speed",
@@ -890,13 +956,26 @@ def _recipe(record: store.Record) -> list[str]:
         lines.append(f"git checkout {commit}{unknown}")
     from harness import registry
 
-    file = Path("suites") / f"{record['suite']}.toml"
+    file, reduced = _suite_file(record["suite"])
     known = record["cell"]["method"]["name"] in registry.index("method")
-    words = ["epsbench", "run", str(file) if file.exists() else "SUITE.toml", "--only", record["id"]]
+    words = ["epsbench", "run", str(file) if file else "SUITE.toml", *(["--reduced"] if reduced else [])]
+    words += ["--only", record["id"]]
     words += ["--results", "again", "--no-track", *([] if known else ["--method", "FILE.py"])]
-    own = "" if file.exists() and known else "    # with the files of your own that it was run from"
+    own = "" if file and known else "    # with the files of your own that it was run from"
     lines.append(f"{shlex.join(words)}{own}")
     return lines
+
+
+def _suite_file(name: str) -> tuple[Path | None, bool]:
+    """The file of a suite by the name in its records, and whether they are of its reduced profile."""
+    file = Path("suites") / f"{name}.toml"
+    if file.is_file():
+        return file, False
+    full = file.with_stem(name.removesuffix("-reduced"))
+    with contextlib.suppress(OSError, ValueError):
+        if "reduced" in tomllib.loads(full.read_text("utf-8")):
+            return full, True
+    return None, False
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -916,6 +995,7 @@ def _merge(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from harness import store
 
+    _need_suite(options)
     if options.suite is not None:
         suite = _load(options)
         _write_report(options, suite, None)
@@ -924,13 +1004,14 @@ def _report(options: argparse.Namespace) -> int:
     if not names:
         raise UserError(f"{options.results}: holds no records to report; epsbench run SUITE makes some.")
     for name in names:
-        file = Path("suites") / f"{name}.toml"
-        if file.is_file():
+        file, options.reduced = _suite_file(name)
+        if file:
             options.suite = str(file)
             _write_report(options, _load(options), None)
         else:
             print(
-                f"{name}: there is no {file}, so its records are shown without question and published values"
+                f"{name}: there is no suites/{name}.toml, so its records are shown without question and"
+                " published values"
             )
             _build(options, name, "", store.current(store.load(options.results, name)))
     return OK
@@ -963,7 +1044,7 @@ def _write_report(
         records = store.current(records)
     if not records:
         raise UserError(
-            f"{options.results / suite.name}: holds no records to report; epsbench run {suite.file}"
+            f"{options.results / suite.name}: holds no records to report; {_again(options, 'run')}"
         )
     _build(
         options,
@@ -972,6 +1053,7 @@ def _write_report(
         records,
         published=[row.model_dump() for row in suite.published],
         tuning=suite.tuning.model_dump() if suite.tuning else None,
+        reduced=suite.reduced,
     )
 
 
@@ -997,6 +1079,12 @@ def _track(options: argparse.Namespace) -> int:
     added = track.rebuild(options.results, options.uri)
     print(f"{added} records added to {track.resolve_uri(options.uri)}")
     return OK
+
+
+def _claims(arguments: Sequence[str]) -> int:
+    from harness.verify import claims
+
+    return claims.main(arguments)
 
 
 def _bench(arguments: Sequence[str]) -> int:

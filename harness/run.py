@@ -19,11 +19,12 @@ from harness.dp.account import Ledger, epsilon, epsilons, ranking
 from harness.dp.calibrate import calibrate
 from harness.dp.claim import Run
 from harness.dp.engines import per_example
-from harness.dp.engines.engine import PerExample, trainable
+from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.method import Method, parts
 from harness.dp.native import describe as kernels
 from harness.dp.release import Relation
 from harness.dp.tree import Layout, Tree
+from harness.parts import combine, modules
 from harness.seeds import Seeds
 from harness.train import (
     Diverged,
@@ -66,7 +67,7 @@ class Target:
 
 
 def method_of(cell: Cell) -> Method:
-    """The cell's method, with the engine and the microbatch that the device asks for.
+    """The cell's method with the parts that its suite gives it, and the engine and microbatch that its device asks for.
 
     Only the default engine gives way to another: an engine that a method names is part of what it is.
     """
@@ -74,9 +75,10 @@ def method_of(cell: Cell) -> Method:
     if cell.method_file:
         registry.add_file(Path(cell.method_file))
     method = registry.load(registry.resolve("method", spec["name"]))(**spec["parameters"])
+    method = combine(method, cell.changes)
     engine, microbatch = cell.device.get("engine"), cell.device.get("microbatch")
-    chosen = per_example(engine) if engine and method.engine == Method().engine else method.engine
-    if microbatch and isinstance(chosen, PerExample):
+    chosen: Any = per_example(engine) if engine and method.engine == Method().engine else method.engine
+    if microbatch and any(field.name == "microbatch" for field in dataclasses.fields(chosen)):
         chosen = dataclasses.replace(chosen, microbatch=microbatch)
     return dataclasses.replace(method, engine=chosen)
 
@@ -85,8 +87,8 @@ def code_of(cell: Cell) -> dict[str, Any]:
     """{"hash", "files"} of the source that decides the cell's numbers, as it is today."""
     method = method_of(cell)
     named = {"method": cell.method, "model": registry.parse_spec(cell.task["model"])[0]}
-    modules = {type(part).__module__ for part in parts(method).values()} | {"harness.train"}
-    starts = sorted(modules) + sorted(Path(registry.resolve(kind, name).file) for kind, name in named.items())
+    rooms = {module for part in parts(method).values() for module in modules(part)} | {"harness.train"}
+    starts = sorted(rooms) + sorted(Path(registry.resolve(kind, name).file) for kind, name in named.items())
     # Neither a clock nor the registry decides a number.
     files = codehash.closure(starts, skip={"harness.measure", "harness.registry"})
     return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
@@ -212,6 +214,8 @@ class _Session:
             weights = m.path.kept(progress.w, progress.parts.path)
             record["metrics"] = evaluate(self.model, weights, m.loss, self.data)
             record["weights_sha256"] = digest(weights)
+        except Unserved as error:
+            return "skipped", str(error)
         except Diverged as error:
             status, reason = "diverged", str(error)
         record["privacy"] |= _bounds("spent", progress.ledger, self.target, m)

@@ -307,6 +307,7 @@ def cell_of(record: Record) -> Cell:
         label=method["label"],
         parameters=method["parameters"],
         parts=method["parts"],
+        changes=method.get("with", {}),
         task=cell["task"],
         privacy=cell["privacy"],
         schedule=cell["schedule"],

@@ -17,18 +17,21 @@ import itertools
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from harness import registry
+from harness import parts, registry
 from harness.cell import Cell, canonical_json
 from harness.lines import Lines
 from harness.lines import Path as KeyPath
 from harness.registry import Entry, Registry, RegistryError, did_you_mean, show
+
+if TYPE_CHECKING:
+    from harness.dp import Method
 
 __all__ = [
     "Budget",
@@ -49,6 +52,7 @@ __all__ = [
 
 MOST_CELLS = 100_000
 MOST_SEEDS = 10_000
+REDUCED = " (reduced)"  # what the names of a reduced profile's tasks end in
 
 
 # Problems -------------------------------------------------------------------------------------------------
@@ -105,6 +109,8 @@ def _seeds(value: object) -> object:
 Size = Annotated[int, Field(ge=1, lt=2**53)]
 Positive = Annotated[float, Field(gt=0, le=1e15)]
 Text = Annotated[str, Field(min_length=1)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**53)], ...], BeforeValidator(_seeds)]
+Epsilons = Annotated[tuple[Positive, ...], BeforeValidator(_one_or_many)]
 
 
 class Table(BaseModel):
@@ -118,13 +124,13 @@ class Header(Table):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     question: Text
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**53)], ...], BeforeValidator(_seeds)] = (0,)
+    seeds: Seeds = (0,)
 
 
 class Privacy(Table):
     """``[privacy]``: targets for private methods; the noise is calibrated to them by ``accountant``."""
 
-    epsilon: Annotated[tuple[Positive, ...], BeforeValidator(_one_or_many)]
+    epsilon: Epsilons
     delta: Annotated[float, Field(gt=0, lt=1)]
     relation: Literal["add-or-remove", "replace-one"] = "add-or-remove"
     accountant: Literal["pld", "rdp"] = "pld"
@@ -151,16 +157,17 @@ class Task(Table):
 
 
 class MethodTable(Table):
-    """``[[method]]``: name, label, tasks (globs) and epsilons it is for, overrides by task; the other keys are
-    hyper-parameters."""
+    """``[[method]]``: name, label, tasks (globs) and epsilons it is for, overrides by task, other parts (``with``);
+    the other keys are hyper-parameters."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
     name: Text
     label: Text | None = None
     tasks: Annotated[tuple[Text, ...], BeforeValidator(_one_or_many)] = ("*",)
-    epsilon: Annotated[tuple[Positive, ...], BeforeValidator(_one_or_many)] | None = None
+    epsilon: Epsilons | None = None
     on: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    changes: dict[str, Any] = Field(default_factory=dict, alias="with")
 
 
 class Device(Table):
@@ -192,7 +199,7 @@ class Tuning(Table):
 
 
 class Published(Table):
-    """``[[published]]``: a value from the literature, and its source."""
+    """``[[published]]``: a value from the literature, its source, and the accountant of its epsilon where known."""
 
     method: Text
     task: Text
@@ -201,10 +208,24 @@ class Published(Table):
     value: float
     source: Text
     note: str = ""
+    accountant: Text | None = None
+
+
+class Reduced(Table):
+    """``[reduced]``: what makes the suite small enough to run in minutes, and why its results are not the suite's.
+
+    ``train`` and ``task`` stand in the place of the suite's own tables where they are given.
+    """
+
+    why: Text
+    seeds: Seeds | None = None
+    epsilon: Epsilons | None = None
+    train: Any = None
+    task: Any = None
 
 
 _SINGLE: Mapping[str, type[Table]] = {
-    "suite": Header, "privacy": Privacy, "train": Train, "budget": Budget, "tuning": Tuning,
+    "suite": Header, "privacy": Privacy, "train": Train, "budget": Budget, "tuning": Tuning, "reduced": Reduced,
 }  # fmt: skip
 _ARRAYS: Mapping[str, type[Table]] = {
     "task": Task, "method": MethodTable, "device": Device, "published": Published,
@@ -220,9 +241,14 @@ T = TypeVar("T", bound=Table)
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A task with everything resolved: ``schedule`` has ``batch`` and one of ``epochs`` and ``steps``."""
+    """A task with everything resolved: ``schedule`` has ``batch`` and one of ``epochs`` and ``steps``.
+
+    ``path`` is where its table is in the file, ``train`` where the lengths are that it does not give itself.
+    """
 
     index: int
+    path: KeyPath
+    train: KeyPath
     name: str
     dataset: str
     model: str
@@ -235,7 +261,8 @@ class Scheduled:
 class Variant:
     """One method with one value for each hyper-parameter, on one task; ``index`` counts ``[[method]]``.
 
-    ``epsilons`` are the privacy targets it is for, None for all of the suite's.
+    ``epsilons`` are the privacy targets it is for, None for all of the suite's. ``changes`` are the parts it is given
+    in the place of its own (slot to spec), ``places`` says where in the file its parameters are written.
     """
 
     index: int
@@ -244,15 +271,32 @@ class Variant:
     parameters: dict[str, Any]
     task: Scheduled
     epsilons: tuple[float, ...] | None = None
+    changes: dict[str, str] = field(default_factory=dict)
+    places: Mapping[str, KeyPath] = field(default_factory=dict, repr=False)
 
     def meets(self, other: Variant) -> bool:
         """Whether both are for one of the same targets."""
         return self.epsilons is None or other.epsilons is None or bool({*self.epsilons} & {*other.epsilons})
 
 
+class Built(NamedTuple):
+    """A method with the parts that the suite gives it, and their description."""
+
+    method: Method
+    parts: dict[str, Any]
+
+    @property
+    def private(self) -> bool:
+        """Whether it adds noise, so that a target of epsilon means something."""
+        return bool(self.parts["noise"]["type"] != "NoNoise")
+
+
 @dataclass(frozen=True, eq=False)
 class Suite:
-    """A checked suite. ``file`` is as the user named it, the rest in order of the file."""
+    """A checked suite. ``file`` is as the user named it, the rest in order of the file.
+
+    ``reduced`` says what is reduced where this is the reduced profile of the suite, and is None where it is all of it.
+    """
 
     file: str
     name: str
@@ -265,6 +309,7 @@ class Suite:
     budget: Budget
     tuning: Tuning | None
     published: tuple[Published, ...]
+    reduced: str | None
     names: Registry = field(repr=False)
     lines: Lines = field(repr=False)
 
@@ -272,23 +317,26 @@ class Suite:
         """Every run of the suite, all methods of the first seed first.
 
         Imports torch, builds the methods and asks for the data's digests. Raises :class:`SuiteError` with
-        every method that refuses its parameters, data that is missing, and runs that would be the same.
+        every method that refuses its parameters or its parts, targets that need more noise than a clipping rule
+        can serve, data that is missing, and runs that would be the same.
         """
         problems: list[Problem] = []
         facts = self._facts(problems)
-        parts = self._parts(problems)
+        built = self._built(problems)
         schedules = {task.index: self._schedule(task, facts, problems) for task in self.tasks}
-        for number, variant in enumerate(self.variants):
-            if variant.epsilons is not None and parts[number] and not _is_private(parts[number]):
+        for variant, one in zip(self.variants, built, strict=True):
+            if variant.epsilons is not None and one is not None and not one.private:
                 message = f'method "{variant.name}" trains without privacy; leave "epsilon" out.'
                 problems.append(self._problem(("method", variant.index, "epsilon"), message))
+        self._refuse_splits(built, facts, schedules, problems)
         if problems:
             raise SuiteError(problems)
         cells = [
-            self._cell(variant, facts, schedules, parts[number], epsilon, device, seed)
+            self._cell(variant, facts, schedules, one, epsilon, device, seed)
             for seed in self.seeds
-            for number, variant in enumerate(self.variants)
-            for epsilon in (self._targets(variant) if _is_private(parts[number]) else (None,))
+            for variant, one in zip(self.variants, built, strict=True)
+            if one is not None
+            for epsilon in (self._targets(variant) if one.private else (None,))
             for device in self.devices
         ]
         self._refuse_twins(cells)
@@ -309,7 +357,7 @@ class Suite:
             try:
                 known = data.describe(task.dataset)
             except (ValueError, OSError, ImportError) as error:
-                problems.append(self._problem(("task", task.index, "dataset"), str(error)))
+                problems.append(self._problem((*task.path, "dataset"), str(error)))
                 continue
             n_train = int(known["n_train"])
             found[task.index] = {
@@ -320,27 +368,107 @@ class Suite:
             }
         return found
 
-    def _parts(self, problems: list[Problem]) -> list[dict[str, Any]]:
-        """The description of each variant's parts, in order of variants."""
+    def _built(self, problems: list[Problem]) -> list[Built | None]:
+        """The method of each variant, in order of variants; None where it cannot be built."""
+        built: dict[str, Built | None] = {}
+        keys = [canonical_json([one.name, one.parameters, one.changes]) for one in self.variants]
+        for key, variant in zip(keys, self.variants, strict=True):
+            if key not in built:
+                built[key] = self._build(variant, problems)
+        return [built[key] for key in keys]
+
+    def _build(self, variant: Variant, problems: list[Problem]) -> Built | None:
         from harness.dp.method import describe
 
-        built: dict[str, dict[str, Any]] = {}
-        found: list[dict[str, Any]] = []
-        for variant in self.variants:
-            key = canonical_json([variant.name, variant.parameters])
-            if key not in built:
-                try:
-                    function = self.names.load(self.names.resolve("method", variant.name))
-                    built[key] = _plain(describe(function(**variant.parameters)))
-                except Exception as error:  # the function may be a user's: whatever it raises has a line
-                    given = ", ".join(f"{k} = {show(v)}" for k, v in variant.parameters.items())
-                    what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                    text = what if isinstance(error, RegistryError) else f"{what} (with {given})"
-                    message = f'method "{variant.name}" cannot be built: {text}'
-                    problems.append(self._problem(("method", variant.index), message))
-                    built[key] = {}
-            found.append(built[key])
-        return found
+        try:
+            function = self.names.load(self.names.resolve("method", variant.name))
+            method = function(**variant.parameters)
+            described = describe(method)
+        except Exception as error:  # the function may be a user's: whatever it raises has a line
+            given = ", ".join(f"{k} = {show(v)}" for k, v in variant.parameters.items())
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            text = what if isinstance(error, RegistryError) else f"{what} (with {given})"
+            message = f'method "{variant.name}" cannot be built: {text}'
+            problems.append(self._problem(("method", variant.index), message))
+            return None
+        fits = True
+        for slot, spec in variant.changes.items():
+            try:
+                method = parts.put(method, slot, spec)
+                described = describe(method)
+            except ValueError as error:
+                message = f'method "{variant.name}" cannot take {slot} = "{spec}": {error}.'
+                problems.append(self._problem(("method", variant.index, "with", slot), message))
+                fits = False
+        if fits and variant.changes:
+            self._refuse_idle(variant, function, described, problems)
+        return Built(method, _plain(described)) if fits else None
+
+    def _refuse_idle(
+        self, variant: Variant, function: Callable[..., Method], described: object, problems: list[Problem]
+    ) -> None:
+        """Report hyper-parameters that are written for parts which ``with`` replaces: they would do nothing."""
+        from harness.dp.method import describe
+
+        own = describe(function(**variant.parameters))
+        entry = self.names.resolve("method", variant.name)
+        for key, place in variant.places.items():
+            if entry.parameters[key].required:
+                continue
+            try:
+                other = function(**variant.parameters | {key: entry.parameters[key].default})
+                idle = describe(parts.combine(other, variant.changes)) == described
+            except ValueError:  # the default does not go with the other values: so the value matters
+                continue
+            if idle and describe(other) != own:
+                text = f'method "{variant.name}": "{key}" is for a part that "with" replaces; leave it out.'
+                problem = self._problem(place, text)
+                if problem not in problems:
+                    problems.append(problem)
+
+    def _refuse_splits(
+        self, built: Sequence[Built | None], facts: Mapping[int, dict[str, Any]],
+        schedules: Mapping[int, dict[str, Any]], problems: list[Problem],
+    ) -> None:  # fmt: skip
+        """Report targets that need more noise than a clipping rule with a ceiling can serve.
+
+        Its side releases have noise of a size of their own, which the joint noise multiplier must stay below.
+        """
+        known: dict[
+            str, str | None
+        ] = {}  # by what decides the answer: most variants differ in learning rates
+        for variant, one in zip(self.variants, built, strict=True):
+            size = schedules[variant.task.index]
+            if one is None or not one.private or not size or math.isinf(one.method.clip.ceiling):
+                continue
+            if one.method.sampler.relation.value != self.privacy.relation:  # no run of it will be made
+                continue
+            n, batch, steps = facts[variant.task.index]["n_train"], size["batch"], size["steps"]
+            plan = one.method.plan(one.method.clip.ceiling / 2, n, batch, steps).to_json()
+            for epsilon in self._targets(variant):
+                key = canonical_json([plan, n, batch, epsilon])
+                if key not in known:
+                    known[key] = self._unreachable(one.method, n, batch, steps, epsilon)
+                if known[key] is not None:
+                    place: KeyPath = ("method", variant.index)
+                    place = variant.places.get("count_noise", place)
+                    place = ("method", variant.index, "with", "clip") if "clip" in variant.changes else place
+                    text = f'method "{variant.name}" on task "{variant.task.name}": {known[key]}.'
+                    problem = self._problem(place, text)
+                    if problem not in problems:
+                        problems.append(problem)
+
+    def _unreachable(self, method: Method, n: int, batch: int, steps: int, epsilon: float) -> str | None:
+        """Why no noise multiplier meets a target, or None. What is calibrated is kept for the run."""
+        from harness.data.source import cache_root
+        from harness.dp.calibrate import calibrate
+
+        folder, privacy = cache_root() / "calibration", self.privacy
+        try:
+            calibrate(method, n, batch, steps, epsilon, privacy.delta, privacy.accountant, folder)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _schedule(
         self, task: Scheduled, facts: Mapping[int, dict[str, Any]], problems: list[Problem]
@@ -353,19 +481,21 @@ class Suite:
         if batch > n:
             text = f'task "{task.name}": batch {batch} is more than its {n} training examples.'
             problems.append(self._problem(self._written(task, "batch"), text))
-        elif steps < 1:
+            return {}
+        if steps < 1:
             text = f'task "{task.name}": {epochs} epochs of {n} examples are no step of {batch}; write more.'
             problems.append(self._problem(self._written(task, "epochs"), text))
+            return {}
         return {"batch": batch, "steps": steps}
 
     def _written(self, task: Scheduled, key: str) -> KeyPath:
         """Where a task's schedule is written: in its own table, else in ``[train]``."""
-        own: KeyPath = ("task", task.index, key)
-        return own if self.lines.has(own) else ("train", key)
+        own = (*task.path, key)
+        return own if self.lines.has(own) else (*task.train, key)
 
     def _cell(
         self, variant: Variant, facts: Mapping[int, dict[str, Any]], schedules: Mapping[int, dict[str, Any]],
-        parts: dict[str, Any], epsilon: float | None, device: Device, seed: int,
+        built: Built, epsilon: float | None, device: Device, seed: int,
     ) -> Cell:  # fmt: skip
         task = variant.task
         private = epsilon is not None
@@ -375,7 +505,8 @@ class Suite:
             method=variant.name,
             label=variant.label,
             parameters=variant.parameters,
-            parts=parts,
+            parts=built.parts,
+            changes=variant.changes,
             task={
                 "name": task.name, "dataset": task.dataset, "model": task.model, "evaluate": task.evaluate,
                 "architecture": task.architecture, **facts[task.index],
@@ -404,14 +535,10 @@ class Suite:
             if other is not cell:
                 here, there = (f'"{one.label}" on task "{one.task["name"]}"' for one in (cell, other))
                 text = f"{here} is the same run as {there}; remove one."
-                index = next(t.index for t in self.tasks if t.name == cell.task["name"])
-                problems.setdefault(text, self._problem(("task", index), text))
+                place = next(t.path for t in self.tasks if t.name == cell.task["name"])
+                problems.setdefault(text, self._problem(place, text))
         if problems:
             raise SuiteError(problems.values())
-
-
-def _is_private(parts: Mapping[str, Any]) -> bool:
-    return bool(parts["noise"]["type"] != "NoNoise")
 
 
 def _plain(value: Any) -> Any:
@@ -428,8 +555,14 @@ def _plain(value: Any) -> Any:
 # Reading --------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, files: Iterable[str | Path] = (), *, names: Registry | None = None) -> Suite:
-    """Read and check a suite; ``files`` are Python files with methods of the user.
+def load(
+    path: str | Path,
+    files: Iterable[str | Path] = (),
+    *,
+    names: Registry | None = None,
+    reduced: bool = False,
+) -> Suite:
+    """Read and check a suite, or its reduced profile; ``files`` are Python files with methods of the user.
 
     ``names`` is the registry to look names up in, by default the installation's. Raises :class:`SuiteError`
     with every problem, whatever the file holds.
@@ -441,15 +574,20 @@ def load(path: str | Path, files: Iterable[str | Path] = (), *, names: Registry 
             names.add_file(file)
         except OSError as error:
             problems.append(Problem(str(file), 1, str(error)))
-    return parse(source(path, problems), str(path), names=names, problems=problems)
+    return parse(source(path, problems), str(path), names=names, problems=problems, reduced=reduced)
 
 
 def parse(
-    text: str, file: str = "suite.toml", *, names: Registry | None = None, problems: Iterable[Problem] = ()
+    text: str,
+    file: str = "suite.toml",
+    *,
+    names: Registry | None = None,
+    problems: Iterable[Problem] = (),
+    reduced: bool = False,
 ) -> Suite:
     """Check the text of a suite; ``file`` is the name that errors give. Raises :class:`SuiteError`."""
     data = document(text, file, problems)
-    return _Reader(file, data, Lines(text), names or registry.installed(), list(problems)).suite()
+    return _Reader(file, data, Lines(text), names or registry.installed(), list(problems)).suite(reduced)
 
 
 def source(path: str | Path, problems: Iterable[Problem] = ()) -> str:
@@ -528,25 +666,37 @@ class Reader:
     def _title(self, key: str) -> str:
         return f"[[{key}]]" if key in self.arrays else f"[{key}]"
 
-    def one(self, key: str, table: type[T]) -> T | None:
-        """The table ``[key]``; None where it is absent or wrong."""
-        raw = self.data.get(key)
+    def written(self, path: KeyPath) -> Any:
+        """What the document has at a path of keys; None where it has nothing there."""
+        found: Any = self.data
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    def one(self, key: str, table: type[T], within: KeyPath = ()) -> T | None:
+        """The table ``[key]``, or that ``within`` another; None where it is absent or wrong."""
+        path = (*within, key)
+        raw = self.written(path)
         if raw is None:
             return None
         if not isinstance(raw, dict):
-            self.bad((key,), f'"{key}" should be one table; write [{key}].')
+            self.bad(path, f'"{_dotted(path)}" should be one table; write [{_dotted(path)}].')
             return None
-        return self._table((key,), raw, table)
+        return self._table(path, raw, table)
 
-    def array(self, key: str, table: type[T]) -> dict[int, T]:
+    def array(self, key: str, table: type[T], within: KeyPath = ()) -> dict[int, T]:
         """The valid tables of an array by index."""
-        raw = self.data.get(key, [])
-        if not isinstance(raw, list) or not all(isinstance(one, dict) for one in raw):
-            self.bad((key,), f'"{key}" should be a list of tables; write [[{key}]] above each.')
+        path = (*within, key)
+        raw = self.written(path)
+        if raw is None:
             return {}
-        if key in self.data and not raw:
-            self.bad((key,), f'"{key}" is an empty list; write at least one [[{key}]].')
-        found = {index: self._table((key, index), one, table) for index, one in enumerate(raw)}
+        if not isinstance(raw, list) or not all(isinstance(one, dict) for one in raw):
+            text = f'"{_dotted(path)}" should be a list of tables; write [[{_dotted(path)}]] above each.'
+            self.bad(path, text)
+            return {}
+        if not raw:
+            self.bad(path, f'"{_dotted(path)}" is an empty list; write at least one [[{_dotted(path)}]].')
+        found = {index: self._table((*path, index), one, table) for index, one in enumerate(raw)}
         return {index: one for index, one in found.items() if one is not None}
 
     def _table(self, path: KeyPath, raw: dict[str, Any], table: type[T]) -> T | None:
@@ -560,7 +710,7 @@ class Reader:
     def _explain(self, path: KeyPath, raw: dict[str, Any], error: Any, keys: list[str]) -> None:
         """One error of pydantic as a problem."""
         place: KeyPath = error["loc"]
-        title, key = self._title(str(path[0])), str(place[0]) if place else ""
+        title, key = _heading(path), str(place[0]) if place else ""
         if error["type"] == "extra_forbidden":
             text = f'{title} has no key "{key}"; it has {", ".join(keys)}.'
             self.bad((*path, *place), text, did_you_mean(key, keys))
@@ -576,7 +726,7 @@ class Reader:
             if error["type"] == "literal_error" and isinstance(value, str):
                 guess = did_you_mean(value, re.findall(r"'([^']*)'", error["ctx"]["expected"]))
             if error["type"] == "string_pattern_mismatch":
-                message = _PATTERNS[(str(path[0]), key)]
+                message = _PATTERNS.get((str(path[0]), key), message)
             self.bad((*path, *place), f"{title} {key} = {show(_listed(value))}: {message}.", guess)
 
     def distinct(self, path: KeyPath, values: Iterable[object]) -> None:
@@ -608,31 +758,70 @@ class _Reader(Reader):
 
     single, arrays, needed = _SINGLE, _ARRAYS, _NEEDED
 
-    def suite(self) -> Suite:
+    def suite(self, small: bool) -> Suite:
+        """The suite, or its reduced profile where ``small``. The tables of both are checked."""
         self.known_tables()
         header = self.one("suite", Header)
         privacy = self.one("privacy", Privacy)
         train = self.one("train", Train)
         budget = self.one("budget", Budget)
         tuning = self.one("tuning", Tuning)
-        tasks = self._tasks(train)
+        reduced = self.one("reduced", Reduced)
+        tasks = self._tasks((), ("train",), train)
+        few = self._few(train) if isinstance(self.data.get("reduced"), dict) else {}
         methods = self.array("method", MethodTable)
         devices = self._devices()
         published = self.array("published", Published)
         self.distinct(("privacy", "epsilon"), privacy.epsilon if privacy else ())
         self.distinct(("suite", "seeds"), header.seeds if header else ())
-        variants = self._variants(methods, tasks)
-        self._filters(methods, privacy)
+        self.distinct(("reduced", "epsilon"), (reduced and reduced.epsilon) or ())
+        self.distinct(("reduced", "seeds"), (reduced and reduced.seeds) or ())
+        if small and "reduced" not in self.data:
+            text = 'the suite has no reduced profile; write one, as [reduced] with why = "...", or leave --reduced out.'
+            self.bad((), text)
+        chosen = few if small else tasks
+        variants = self._variants(methods, chosen)
+        self._published(published, methods, tasks, variants)
+        if small and privacy and reduced and header:
+            header = header.model_copy(update={"seeds": reduced.seeds or header.seeds})
+            targets = reduced.epsilon or privacy.epsilon
+            self._filters(methods, privacy.epsilon, targets)
+            privacy = privacy.model_copy(update={"epsilon": targets})
+            variants = self._reached(variants, targets)
+        elif privacy:
+            self._filters(methods, privacy.epsilon)
         self._count(variants, header, privacy, devices)
-        self._published(published, methods, tasks)
         if self.problems or header is None or privacy is None:
             raise SuiteError(self.problems)
-        return Suite(
+        suite = Suite(
             file=self.file, name=header.name, question=header.question, seeds=header.seeds, privacy=privacy,
-            tasks=tuple(tasks.values()), variants=tuple(variants), budget=budget or Budget(), tuning=tuning,
-            devices=tuple(devices.values()) or (Device(),), published=tuple(published.values()),
+            tasks=tuple(chosen.values()), variants=tuple(variants), budget=budget or Budget(), tuning=tuning,
+            devices=tuple(devices.values()) or (Device(),), published=tuple(published.values()), reduced=None,
             names=self.names, lines=self.lines,
         )  # fmt: skip
+        return _reduced(suite, reduced.why, tasks) if small and reduced else suite
+
+    def _few(self, train: Train | None) -> dict[int, Scheduled]:
+        """The tasks of the reduced profile: those of the suite where it has none of its own."""
+        root: KeyPath = ("reduced",)
+        length: KeyPath = ("train",)
+        if self.written((*root, "train")) is not None:
+            length, train = (*root, "train"), self.one("train", Train, root)
+        return self._tasks(root if self.written((*root, "task")) is not None else (), length, train)
+
+    def _reached(self, variants: list[Variant], targets: Sequence[float]) -> list[Variant]:
+        """The variants that are for some of the targets, and for these only."""
+        kept = [
+            one if one.epsilons is None
+            else replace(one, epsilons=tuple(epsilon for epsilon in one.epsilons if epsilon in targets))
+            for one in variants
+        ]  # fmt: skip
+        found = [one for one in kept if one.epsilons is None or one.epsilons]
+        if variants and not found:
+            self.bad(
+                ("reduced", "epsilon"), "[reduced] epsilon: no method is for these targets; take others."
+            )
+        return found
 
     def _devices(self) -> dict[int, Device]:
         devices = self.array("device", Device)
@@ -655,60 +844,68 @@ class _Reader(Reader):
 
     # tasks
 
-    def _tasks(self, train: Train | None) -> dict[int, Scheduled]:
+    def _tasks(self, root: KeyPath, length: KeyPath, train: Train | None) -> dict[int, Scheduled]:
+        """The tasks in the table at ``root``; ``train``, at ``length``, is for those that give no schedule."""
         if train is not None and train.epochs is not None and train.steps is not None:
-            self.bad(("train", "steps"), "[train] has both epochs and steps; keep one.")
-        tables = self.array("task", Task)
+            self.bad((*length, "steps"), f"{_heading(length)} has both epochs and steps; keep one.")
+        tables = self.array("task", Task, root)
         found: dict[int, Scheduled] = {}
         names: dict[str, int] = {}
         for index, table in tables.items():
-            task = self._task(index, table, train)
+            task = self._task(index, (*root, "task", index), table, length, train)
             if task is None:
                 continue
             other = names.setdefault(task.name, index)
             if other != index:
-                line = self.lines.line(("task", other))
+                line = self.lines.line((*root, "task", other))
                 text = (
                     f'two tasks are called "{task.name}" (the other on line {line}); give one another name.'
                 )
-                self.bad(("task", index), text)
+                self.bad((*root, "task", index), text)
             found[index] = task
         return found
 
-    def _task(self, index: int, table: Task, train: Train | None) -> Scheduled | None:
-        path: KeyPath = ("task", index)
+    def _task(
+        self, index: int, path: KeyPath, table: Task, length: KeyPath, train: Train | None
+    ) -> Scheduled | None:
         before = len(self.problems)
         self.lookup((*path, "dataset"), "dataset", table.dataset)
         model = self.lookup((*path, "model"), "model", table.model)
-        schedule = self._schedule(path, table, train)
+        schedule = self._schedule(path, table, length, train)
         if len(self.problems) > before or model is None or schedule is None:
             return None
         return Scheduled(
-            index=index, name=table.name or f"{table.dataset}/{table.model}", dataset=table.dataset,
-            model=table.model, architecture=model, evaluate=table.evaluate, schedule=schedule,
+            index=index, path=path, train=length, name=table.name or f"{table.dataset}/{table.model}",
+            dataset=table.dataset, model=table.model, architecture=model, evaluate=table.evaluate, schedule=schedule,
         )  # fmt: skip
 
-    def _schedule(self, path: KeyPath, table: Task, train: Train | None) -> dict[str, Any] | None:
-        """Batch, and epochs or steps; a task that gives either replaces both of ``[train]``."""
+    def _schedule(
+        self, path: KeyPath, table: Task, place: KeyPath, train: Train | None
+    ) -> dict[str, Any] | None:
+        """Batch, and epochs or steps; a task that gives either replaces both of ``[train]``, which is at ``place``."""
+        title, shared = _heading(path), _heading(place)
         if table.epochs is not None and table.steps is not None:
-            self.bad((*path, "steps"), "[[task]] has both epochs and steps; keep one.")
+            self.bad((*path, "steps"), f"{title} has both epochs and steps; keep one.")
             return None
         own = table.epochs is not None or table.steps is not None
         length = table if own else train
         batch = table.batch if table.batch is not None or train is None else train.batch
-        if train is None and "train" in self.data:  # its own problem is reported already
+        if train is None and self.written(place) is not None:  # its own problem is reported already
             return None
         if batch is None:
-            self.bad(path, '[[task]] has no batch; write "batch = 256" here or in [train].')
+            self.bad(path, f'{title} has no batch; write "batch = 256" here or in {shared}.')
         if length is None or (length.epochs is None and length.steps is None):
-            self.bad(path, '[[task]] has no length; write "epochs = 20" or "steps = 300" here or in [train].')
+            self.bad(
+                path, f'{title} has no length; write "epochs = 20" or "steps = 300" here or in {shared}.'
+            )
             return None
         return {"batch": batch, "epochs": length.epochs, "steps": length.steps}
 
     # methods
 
     def _variants(self, methods: Mapping[int, MethodTable], tasks: Mapping[int, Scheduled]) -> list[Variant]:
-        complete = len(tasks) == len(_tables(self.data.get("task")))
+        place = next((task.path[:-1] for task in tasks.values()), ("task",))
+        complete = len(tasks) == len(_tables(self.written(place)))
         found: list[Variant] = []
         for index, table in methods.items():
             path: KeyPath = ("method", index)
@@ -731,31 +928,69 @@ class _Reader(Reader):
             self._matches((*path, "tasks", number), glob, names, complete)
         selected = [task for task in tasks.values() if any(_match(task.name, glob) for glob in table.tasks)]
         base = self._grid(path, entry, table.model_extra or {})
+        changes = self._changes((*path, "with"), table.changes)
+        places: dict[str, dict[str, KeyPath]] = {"": {key: (*path, key) for key in table.model_extra or {}}}
         overrides: dict[str, dict[str, list[Any]]] = {}
         for glob, values in table.on.items():
             self._matches((*path, "on", glob), glob, [task.name for task in selected], complete)
-            overrides[glob] = self._grid((*path, "on", glob), entry, values)
-        grids: list[tuple[Scheduled, dict[str, list[Any]]]] = []
+            if "with" in values:
+                text = '"with" is for all tasks of a [[method]]; write another [[method]], with "tasks", for these.'
+                self.bad((*path, "on", glob, "with"), text)
+            options = {key: value for key, value in values.items() if key != "with"}
+            overrides[glob] = self._grid((*path, "on", glob), entry, options)
+            places[glob] = {key: (*path, "on", glob, key) for key in options}
+        grids: list[tuple[Scheduled, dict[str, list[Any]], dict[str, KeyPath]]] = []
         for task in selected:
-            grid, written = dict(base), set(table.model_extra or {})
+            grid, written = dict(base), dict(places[""])
             for glob, values in overrides.items():
                 if _match(task.name, glob):
                     grid |= values
-                    written |= set(table.on[glob])
+                    written |= places[glob]
             for key, parameter in entry.parameters.items():
                 if parameter.required and key not in written:
                     text = (
                         f'method "{entry.name}" needs parameter "{key}" ({parameter.type}) on "{task.name}".'
                     )
                     self.bad(path, text)
-            grids.append((task, grid))
-        if sum(math.prod(map(len, grid.values())) for _, grid in grids) > MOST_CELLS:
+            grids.append((task, grid, written))
+        each = math.prod(map(len, changes.values()))
+        if each * sum(math.prod(map(len, grid.values())) for _, grid, _ in grids) > MOST_CELLS:
             self.bad(path, f'[[method]] "{table.name}" means more than {MOST_CELLS} runs; shorten its lists.')
         if len(self.problems) > before:
             return []
         return [
-            variant for task, grid in grids for variant in _expand(int(path[1]), table, entry, task, grid)
+            replace(variant, places=written)
+            for task, grid, written in grids
+            for variant in _expand(int(path[1]), table, entry, task, grid, changes)
         ]
+
+    def _changes(self, path: KeyPath, given: Mapping[str, Any]) -> dict[str, list[_Given]]:
+        """The parts of ``with`` by slot, in the order in which they are applied; what is wrong is left out."""
+        found: dict[str, list[_Given]] = {}
+        for slot, raw in given.items():
+            listed = isinstance(raw, list)
+            if raw == []:
+                self.bad((*path, slot), f'"{slot}" is an empty list; write at least one part.')
+            for number, spec in enumerate(raw if listed else [raw]):
+                place = (*path, slot, number) if listed else (*path, slot)
+                try:
+                    parts.entries(slot)
+                    if not isinstance(spec, str):
+                        text = (
+                            f'"{slot}" = {show(spec)}: should be the name of a part, as in "name?key=value".'
+                        )
+                        raise RegistryError(text)
+                    choice = parts.choose(slot, spec)
+                except registry.OptionError as error:
+                    for one in error.problems:
+                        self.bad(place, one.message, one.suggestion)
+                except RegistryError as error:
+                    self.bad(place, error.message, error.suggestion)
+                else:
+                    if choice in [one.choice for one in found.setdefault(slot, [])]:
+                        self.bad(place, f'"{slot}": {show(spec)} is given twice; keep one.')
+                    found[slot].append(_Given(spec, choice))
+        return {slot: found[slot] for slot in parts.SLOTS if slot in found}
 
     def _matches(self, path: KeyPath, glob: str, names: list[str], complete: bool) -> None:
         if complete and names and not any(_match(name, glob) for name in names):
@@ -785,16 +1020,18 @@ class _Reader(Reader):
                 grid[key] = good
         return grid
 
-    def _filters(self, methods: Mapping[int, MethodTable], privacy: Privacy | None) -> None:
-        """A method may be for some of the suite's targets only."""
+    def _filters(
+        self, methods: Mapping[int, MethodTable], targets: Sequence[float], few: Sequence[float] = ()
+    ) -> None:
+        """A method may be for some of the suite's targets only, or for some of the ``few`` of its reduced profile."""
         for index, table in methods.items():
             given = table.epsilon or ()
             for number, epsilon in enumerate(given):
                 if epsilon in given[:number]:
                     text = f"[[method]] epsilon: {show(epsilon)} is given twice; keep one."
                     self.bad(("method", index, "epsilon", number), text)
-                if privacy and epsilon not in privacy.epsilon:
-                    known = ", ".join(f"{one:g}" for one in privacy.epsilon)
+                if epsilon not in (*targets, *few):
+                    known = ", ".join(f"{one:g}" for one in targets)
                     text = f"epsilon {epsilon:g} is no target of this suite; [privacy] has {known}."
                     self.bad(("method", index, "epsilon", number), text)
 
@@ -804,8 +1041,8 @@ class _Reader(Reader):
         for one in variants:
             others = [other for other in before.setdefault(one.task.index, []) if other.meets(one)]
             before[one.task.index].append(one)
-            key = canonical_json([one.name, one.parameters])
-            twin = next((o for o in others if canonical_json([o.name, o.parameters]) == key), one)
+            what = (one.name, one.parameters, one.changes)
+            twin = next((o for o in others if (o.name, o.parameters, o.changes) == what), one)
             named = next((o for o in others if o.label == one.label), one)
             if twin is not one:
                 line = self.lines.line(("method", twin.index))
@@ -837,8 +1074,10 @@ class _Reader(Reader):
         rows: Mapping[int, Published],
         methods: Mapping[int, MethodTable],
         tasks: Mapping[int, Scheduled],
+        variants: Iterable[Variant],
     ) -> None:
         known = [name for m in methods.values() for name in (m.name, m.label) if name]
+        known += [variant.label for variant in variants if variant.changes]
         if methods and len(methods) == len(_tables(self.data.get("method"))):
             self._rows(rows, "method", known)
         if tasks and len(tasks) == len(_tables(self.data.get("task"))):
@@ -859,6 +1098,40 @@ _PATTERNS = {
 }
 
 
+class _Given(NamedTuple):
+    """A part as a suite writes it, and what that means."""
+
+    text: str
+    choice: parts.Choice
+
+
+def _reduced(suite: Suite, why: str, full: Mapping[int, Scheduled]) -> Suite:
+    """A suite that has the runs of its reduced profile, under names that tell it from the ``full`` one.
+
+    What is published for a task stands beside the profile's task of the same place in the file.
+    """
+    tasks = {task.index: replace(task, name=task.name + REDUCED) for task in suite.tasks}
+    index = {task.name: task.index for task in full.values()}
+    rows = [
+        row.model_copy(update={"task": tasks[index[row.task]].name})
+        for row in suite.published
+        if index[row.task] in tasks
+    ]
+    return replace(
+        suite, name=f"{suite.name}-reduced", reduced=why, tasks=tuple(tasks.values()), published=tuple(rows),
+        variants=tuple(replace(variant, task=tasks[variant.task.index]) for variant in suite.variants),
+    )  # fmt: skip
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(key for key in path if isinstance(key, str))
+
+
+def _heading(path: KeyPath) -> str:
+    """The header of a table as the file writes it: ``[train]``, ``[[task]]``, ``[[reduced.task]]``."""
+    return f"[[{_dotted(path)}]]" if isinstance(path[-1], int) else f"[{_dotted(path)}]"
+
+
 def _listed(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
@@ -872,15 +1145,25 @@ def _match(name: str, glob: str) -> bool:
 
 
 def _expand(
-    index: int, table: MethodTable, entry: Entry, task: Scheduled, grid: Mapping[str, list[Any]]
-) -> Iterable[Variant]:
-    """The product of the lists; a label names the values of the lists that have more than one."""
+    index: int, table: MethodTable, entry: Entry, task: Scheduled, grid: Mapping[str, list[Any]],
+    changes: Mapping[str, list[_Given]],
+) -> Iterable[Variant]:  # fmt: skip
+    """The product of the lists; a label names the parts, and the values of the lists that have more than one."""
     keys = [key for key in entry.parameters if key in grid]
     defaults = {key: parameter.default for key, parameter in entry.parameters.items()}
-    for values in itertools.product(*(grid[key] for key in keys)):
-        given = dict(zip(keys, values, strict=True))
-        swept = ", ".join(f"{key}={given[key]}" for key in keys if len(grid[key]) > 1)
-        label = table.label or table.name
+    fixed = [f"{slot}: {ones[0].choice.name}" for slot, ones in changes.items() if len(ones) == 1]
+    label = table.label or ", ".join([table.name, *fixed])
+    for values in itertools.product(*(grid[key] for key in keys), *changes.values()):
+        given = dict(zip(keys, values[: len(keys)], strict=True))
+        chosen: dict[str, _Given] = dict(zip(changes, values[len(keys) :], strict=True))
+        swept = [f"{key}={given[key]}" for key in keys if len(grid[key]) > 1]
+        swept += [f"{slot}={_short(chosen[slot], ones)}" for slot, ones in changes.items() if len(ones) > 1]
         yield Variant(
-            index, table.name, f"{label} ({swept})" if swept else label, defaults | given, task, table.epsilon
-        )
+            index, table.name, f"{label} ({', '.join(swept)})" if swept else label, defaults | given, task,
+            table.epsilon, {slot: one.choice.spec for slot, one in chosen.items()},
+        )  # fmt: skip
+
+
+def _short(one: _Given, among: Sequence[_Given]) -> str:
+    """The name of a part where it tells the part from the others of its list, else all that is written."""
+    return one.choice.name if [o.choice.name for o in among].count(one.choice.name) == 1 else one.text

@@ -118,6 +118,9 @@ def test_a_user_error_says_what_where_and_what_to_write(
         "plan tiny --only dp-sdg": 'matches no run.*Did you mean "dp-sgd"',
         "plan tiny --only eps=2": "the suite has eps inf, 1, 8; write eps=VALUE",
         "plan tiny --only non-private eps=8": "no run matches all of them",
+        "run tiny --reduced": r"suites/tiny.toml:1: the suite has no reduced profile; write one, as \[reduced\]",
+        "check dp-sgd --reduced": "--reduced: dp-sgd is a method; it is for suites",
+        "status --reduced": "the profile of which suite",
         "run tiny --device gpu": 'write "cpu" or "cuda:0"',
         "run tiny --device cuda:99": "this machine has .* CUDA devices; write --device",
         "run tiny --no-track --results file": "file",
@@ -195,6 +198,51 @@ def test_a_suite_from_nothing_to_leaderboard(home: Path, capsys: pytest.CaptureF
     assert json.loads(said("show", f"tiny/{one['id']}", "--json"))["id"] == one["id"]
     assert "tiny   3     ok 3" in said("status")
     assert "3 records added to all" in said("merge", "results", "--results", "all")
+
+
+REDUCED = """
+[reduced]
+why = "one run"
+seeds = [1]
+epsilon = 0.5
+[[reduced.task]]
+dataset = "digits"
+model = "logistic"
+batch = 64
+steps = 2
+"""
+
+
+def test_a_reduced_profile_has_results_of_its_own(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command that takes a suite takes the profile; what it advises is about the profile."""
+    (home / "suites" / "tiny.toml").write_text(TINY + REDUCED)
+    for verb, expected in {
+        "check": "2 runs of 2 settings",
+        "plan": r"digits/logistic \(reduced\).*2 runs of suite tiny-reduced: missing 2",
+        "status": "suite tiny-reduced: 2 runs.*epsbench run tiny --reduced",
+    }.items():
+        assert cli.main([verb, "suites/tiny.toml" if verb == "check" else "tiny", "--reduced"]) == cli.OK
+        said = capsys.readouterr().out
+        assert re.search(expected, said, re.DOTALL), said
+    assert cli._suite_file("tiny-reduced") == (Path("suites/tiny.toml"), True)
+    assert cli._suite_file("tiny") == (Path("suites/tiny.toml"), False)
+    (home / "suites" / "tiny.toml").write_text(TINY)
+    assert cli._suite_file("tiny-reduced") == (None, False)
+
+
+@pytest.mark.slow
+def test_a_reduced_run_says_so_in_its_report(home: Path) -> None:
+    (home / "suites" / "tiny.toml").write_text(TINY + REDUCED)
+    request = ["run", "tiny", "--reduced", "--only", "eps=0.5", "--no-track", "--report"]
+    done = commands(request, ["report"], home=home)  # the second is found by the name of the results' folder
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("leaderboard: reports/tiny-reduced/index.html") == 2
+    (record,) = store.load(home / "results")
+    assert (record["suite"], record["cell"]["seed"], record["status"]) == ("tiny-reduced", 1, "ok")
+    page = (home / "reports" / "tiny-reduced" / "leaderboard.md").read_text()
+    assert "reduced: one run" in page.split("## ")[0]
+    shown = commands(["show", record["id"]], home=home)
+    assert f"epsbench run suites/tiny.toml --reduced --only {record['id']}" in shown.stdout
 
 
 def test_failures_end_with_exit_code_1_and_stale_ones_are_listed(

@@ -10,18 +10,26 @@ from dp_accounting import GaussianDpEvent, LaplaceDpEvent, NoOpDpEvent, PoissonS
 
 from harness import registry
 from harness.dp import (
+    PSASC,
     SGD,
+    Automatic,
+    Batch,
     Fixed,
     Flat,
     Gaussian,
     Ghost,
+    GroupWise,
     Loop,
     Method,
     Path,
     Poisson,
+    Quantile,
+    Refined,
+    Relation,
     Release,
     Shuffle,
     Tree,
+    Views,
     Vmap,
 )
 from harness.dp.random import Stream
@@ -57,7 +65,7 @@ class NotDoubled(Flat):
 class Growing(Flat):
     """Its bound grows from step to step, its declared sensitivity does not."""
 
-    def init(self):
+    def init(self, layout):
         return 1.0
 
     def weights(self, norms, state):
@@ -97,8 +105,8 @@ class KeepsInfinite(Flat):
 class GroupByGroup(Flat):
     """Clips each tensor to C and declares C for them all."""
 
-    def groups(self, names):
-        return {name: i for i, name in enumerate(names)}
+    def groups(self, layout):
+        return {name: i for i, name in enumerate(layout.names)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +150,7 @@ class MeanNorm(Flat):
 class MeanOfRawNorms(Flat):
     """Clips to the mean raw norm of the last private batch."""
 
-    def init(self):
+    def init(self, layout):
         return {"c": self.clip}
 
     def weights(self, norms, state):
@@ -175,6 +183,173 @@ class Counted(Flat):
     def side(self, norms, state, relation, sigma):
         count = (norms < 1).sum().reshape(1).to(norms.dtype)
         return {"count": Release(Tree.of({"count": count}), 1.0 * relation.moves, sigma * 2**0.5)}
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlyIfAny(Counted):
+    """Releases a count only of batches that hold something."""
+
+    def side(self, norms, state, relation, sigma):
+        return super().side(norms, state, relation, sigma) if len(norms) else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Coarsely(Flat):
+    """Gives weights that float32 rounds up by half."""
+
+    def weights(self, norms, state):
+        return (self.clip / norms).clamp(max=1.0).nan_to_num(0.0)
+
+
+# --- groups with scales of their own, adaptive thresholds, views ---
+
+
+@dataclasses.dataclass(frozen=True)
+class FreeCounts(Quantile):
+    """Releases its counts and does not bill them."""
+
+    def split(self, sigma):
+        return {"grad": sigma}
+
+    def side(self, norms, state, relation, sigma):
+        return Quantile().side(norms, state, relation, sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class SumsOfNorms(Quantile):
+    """Releases sums of norms by the sensitivity of counts."""
+
+    def side(self, norms, state, relation, sigma):
+        counts = super().side(norms, state, relation, sigma)["counts"]
+        sums = (norms * norms.isfinite()).nan_to_num(0, 0, 0).sum(0)
+        return {"counts": counts._replace(value=Tree.of({"counts": sums}))}
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeCounts(Quantile):
+    """Does not take half the batch off: a count moves by 1, and 1/2 is declared."""
+
+    def side(self, norms, state, relation, sigma):
+        counts = super().side(norms, state, relation, sigma)["counts"]
+        return {"counts": counts._replace(value=counts.value + len(norms) / 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class OneCount(Quantile):
+    """Declares the sensitivity of one count for those of all groups."""
+
+    def side(self, norms, state, relation, sigma):
+        counts = super().side(norms, state, relation, sigma)["counts"]
+        return {"counts": counts._replace(sensitivity=relation.moves / 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedCounts(Quantile):
+    """Forgets that replacing an example moves a count by twice as much."""
+
+    def side(self, norms, state, relation, sigma):
+        return super().side(norms, state, Relation.ADD_OR_REMOVE, sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivateMedian(Quantile):
+    """Sets its thresholds to the medians of the private norms."""
+
+    def side(self, norms, state, relation, sigma):
+        out = super().side(norms, state, relation, sigma)
+        if len(norms):
+            state["thresholds"] = tuple(norms.nan_to_num(1, 1, 1).median(0).values.clamp(min=1e-3).tolist())
+        return out
+
+
+LAST: dict[str, float] = {"scale": 1.0, "weight": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivateScale(GroupWise):
+    """Noises each tensor in units of the largest norm in the batch."""
+
+    def weights(self, norms, state):
+        LAST["scale"] = float(norms.nan_to_num(0, 0, 0).max()) + 1e-3
+        return super().weights(norms, state)
+
+    def scale(self, layout, state):
+        return dict.fromkeys(layout.names, LAST["scale"])
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallScale(GroupWise):
+    """Noises one group half as much as the sensitivity supposes."""
+
+    def scale(self, layout, state):
+        scale = dict(super().scale(layout, state))
+        return {name: value / (2 if name == "4.weight" else 1) for name, value in scale.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoScales(GroupWise):
+    """Noises the tensors of one group in different units."""
+
+    def scale(self, layout, state):
+        return {name: 1.0 + i for i, name in enumerate(layout.names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaleless(Gaussian):
+    """Forgets the scales."""
+
+    def add(self, release, rng):
+        return super().add(release._replace(scale=None), rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneScaleShort(Gaussian):
+    """Takes one tensor's scale for half of what it is."""
+
+    def add(self, release, rng):
+        scale = {**release.scale, "1.bias": release.scale["1.bias"] / 2}
+        return super().add(release._replace(scale=scale), rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class LargestWeight(Automatic):
+    """Weighs by C / x, then clips to that times C, with noise for the largest weight of the batch: of the batch!"""
+
+    def weights(self, norms, state):
+        bounds = self.clip * super().weights(norms, state)
+        LAST["weight"] = float(bounds.max()) if len(bounds) else 1.0
+        return (bounds / norms).clamp(max=1.0).nan_to_num(0.0)
+
+    def sensitivity(self, state, relation):
+        return LAST["weight"] * relation.moves
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewByView(Vmap):
+    """Clips each view's gradient and adds them up, so that an example contributes as many as it has views."""
+
+    def bounded(self, loss, clip, model, w, batch, *rest):
+        rows = Batch(batch.x.flatten(0, 1), batch.y.repeat_interleave(loss.views))
+        return super().bounded(loss.of_view, clip, model, w, rows, *rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewsAveragedLate(Vmap):
+    """Clips each view's gradient and averages: within the bound, and not what was asked for."""
+
+    def bounded(self, loss, clip, model, w, batch, *rest):
+        out = ViewByView().bounded(loss, clip, model, w, batch, *rest)
+        grad = out.releases["grad"]
+        out.releases["grad"] = grad._replace(value=grad.value / loss.views)
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Uncut(Vmap):
+    """Leaves the coordinates as they are, whatever the rule's limit."""
+
+    def bounded(self, loss, clip, *rest):
+        return super().bounded(loss, Flat(clip.clip), *rest)
 
 
 # --- noise ---
@@ -457,6 +632,26 @@ FAULTS = [
     (Method(clip=MeanOfRawNorms()), checks.twins),
     (Method(engine=Leaky(), optimizer=Uses()), checks.twins),
     (Method(engine=Leaky(), optimizer=Remembers()), checks.twins),
+    (Method(clip=OnlyIfAny()), checks.empty_step),
+    (Method(clip=Coarsely(1e-8)), checks.clip_rule),
+    (Method(clip=FreeCounts()), checks.billed),
+    (Method(clip=SumsOfNorms()), checks.within_sensitivity),
+    (Method(clip=SumsOfNorms()), checks.clip_rule),
+    (Method(clip=WholeCounts()), checks.clip_rule),
+    (Method(clip=OneCount()), checks.clip_rule),
+    (Method(clip=AddedCounts()), checks.clip_rule),
+    (Method(clip=AddedCounts(), sampler=Fixed()), checks.replaced),
+    (Method(clip=PrivateMedian()), checks.twins),
+    (Method(clip=PrivateScale()), checks.within_sensitivity),
+    (Method(clip=SmallScale(allocation="equal")), checks.clip_rule),
+    (Method(clip=SmallScale(0.01, allocation="equal")), checks.within_sensitivity_later),
+    (Method(clip=TwoScales(by="flat")), checks.clip_rule),
+    (Method(clip=GroupWise(allocation="dimension"), noise=Scaleless()), checks.noised),
+    (Method(clip=GroupWise(allocation="optimal"), noise=OneScaleShort()), checks.noised),
+    (Method(clip=LargestWeight(form="vanilla")), checks.within_sensitivity),
+    (Method(loss=Views(views=3, pad=1), engine=ViewByView(), clip=Flat(0.1)), checks.within_sensitivity),
+    (Method(loss=Views(views=3, pad=1), engine=ViewsAveragedLate(), clip=Flat(0.1)), checks.equals_loop),
+    (Method(clip=Refined(0.1, share=0.1), engine=Uncut()), checks.equals_loop),
     (Method(noise=Stuck()), checks.independent),
     (Method(clip=Flat(0.1), noise=Quiet()), checks.noised),
     (Method(noise=Bare()), checks.noised),
@@ -515,6 +710,13 @@ SOUND = [
     Method(sampler=Fixed()),
     Method(sampler=Shuffle()),
     Method(clip=Counted()),
+    Method(loss=Views(views=2, pad=1)),
+    Method(clip=GroupWise(allocation="equal"), sampler=Fixed()),
+    Method(clip=Quantile(by="parameter", allocation="dimension", rate=0.5), sampler=Shuffle()),
+    Method(clip=Quantile(by="shards:2", allocation="optimal", count_noise=3.0)),
+    Method(clip=Refined(0.1, share=0.1), sampler=Fixed()),
+    Method(clip=PSASC(0.5, s=0.2), engine=Ghost(), sampler=Shuffle()),
+    Method(clip=Automatic(0.5, form="vanilla")),
 ]
 
 

@@ -49,8 +49,8 @@ class Halves(Clip):
 
     bounds: tuple[float, float] = (0.1, 0.4)
 
-    def groups(self, names):
-        return {name: int(2 * i >= len(names)) for i, name in enumerate(names)}
+    def groups(self, layout):
+        return {name: int(2 * i >= len(layout.names)) for i, name in enumerate(layout.names)}
 
     def weights(self, norms, state):
         weights = (norms.new_tensor(self.bounds)[: norms.shape[1]] / norms).clamp(max=1)
@@ -128,8 +128,8 @@ def test_unclipped_is_the_plain_sum(name, kind):
 class Automatic(Clip):
     """Weights that are no threshold: 1 / (norm + 0.01), for each parameter on its own."""
 
-    def groups(self, names):
-        return {name: i for i, name in enumerate(names)}
+    def groups(self, layout):
+        return {name: i for i, name in enumerate(layout.names)}
 
     def weights(self, norms, state):
         return 1 / (norms + 0.01)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from harness import registry
+from harness.dp import Batch, BookKeeping, CrossEntropy, Flat, Loop, Relation, Tree
 from harness.dp.engines.vmap import explicit_states
 from harness.models import CrossExampleLayer, WSConv2d, build, check, to_groupnorm
+from harness.models.dpnas import CELLS, Cell
 
 IMAGE, GREY, SIGNAL = (3, 32, 32), (1, 28, 28), (1, 40)
 SIZES = {
@@ -27,6 +29,11 @@ SIZES = {
     ("resnet20", IMAGE): 269_722,
     ("wrn-16-4", IMAGE): 2_751_562,
     ("resnet18", IMAGE): 11_173_962,
+    ("resnet10", GREY): 4_902_090,  # 4.9021 M in a notebook of DP-SAT's code (MNIST)
+    ("dpnas", IMAGE): 529_434,  # .5294 M in its CIFAR-10 notebook
+    ("dpnas?cell=fashion", GREY): 214_570,  # .2146 M in its Fashion-MNIST notebook
+    ("dpnas?cell=mnist", GREY): 213_418,
+    ("cnn4", GREY): 26_010,
     ("transformer", (64,)): 930_570,
     ("lstm", GREY): 82_186,
     ("lstm", (28, 28)): 82_186,
@@ -70,6 +77,9 @@ TINY = {
     "resnet20": ("resnet20?width=4&groups=2", (3, 8, 8)),
     "wrn-16-4": ("wrn-16-4?width=1&ws=true&shortcut=conv-gn-relu", (3, 8, 8)),
     "resnet18": ("resnet18?width=2&groups=2", (3, 8, 8)),
+    "resnet10": ("resnet10?width=2&groups=2", (3, 8, 8)),
+    "dpnas": ("dpnas?width=8", (3, 8, 8)),
+    "cnn4": ("cnn4", (2, 14, 16)),
     "transformer": ("transformer?vocabulary=4&width=4&heads=2&layers=1&feedforward=6", (5,)),
     "lstm": ("lstm?hidden=3", (2, 5, 4)),
     "gru": ("gru?hidden=3", (5, 4)),
@@ -119,6 +129,53 @@ def test_default_wrn_puts_relu_before_the_norm() -> None:
         if norm is nn.GroupNorm:
             assert before is nn.ReLU and after is nn.Conv2d
     assert leaves[-2:] == [nn.ReLU, nn.GroupNorm]
+
+
+# As two notebooks of DP-SAT's public code print them: (operation, from, to); 0 is no edge.
+PRINTED = {
+    "cifar": [(5, 0, 1), (1, 0, 2), (5, 1, 2), (6, 0, 3), (1, 1, 3), (0, 2, 3), (5, 0, 4), (0, 1, 4), (0, 2, 4),
+              (3, 3, 4), (5, 0, 5), (5, 1, 5), (6, 2, 5), (1, 3, 5), (6, 4, 5)],
+    "fashion": [(3, 0, 1), (0, 0, 2), (5, 1, 2), (4, 0, 3), (5, 1, 3), (3, 2, 3), (0, 0, 4), (0, 1, 4), (6, 2, 4),
+                (3, 3, 4), (5, 0, 5), (6, 1, 5), (1, 2, 5), (4, 3, 5), (1, 4, 5)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_cells_of_dpnas_are_the_printed_ones(name: str) -> None:
+    torch.manual_seed(0)
+    cell, x = Cell(CELLS[name], inputs=4, channels=8).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    own = {
+        (source, target): module for (target, source), module in zip(cell.edges, cell.operations, strict=True)
+    }
+    values = {0: F.group_norm(F.conv2d(x, cell.before[0].weight), 8)}
+    for operation, source, target in PRINTED[name]:
+        if operation == 0:
+            assert (source, target) not in own
+            continue
+        module, value = own.pop((source, target)), values[source]
+        if operation == 1:
+            value = F.max_pool2d(value, 3, stride=1, padding=1)
+        elif operation != 3:
+            activation = {4: F.relu, 5: F.selu, 6: torch.tanh}[operation]
+            value = activation(F.group_norm(F.conv2d(value, module[0].weight, padding=1, groups=8), 8))
+        values[target] = values.get(target, 0) + value
+    assert not own
+    torch.testing.assert_close(cell(x), torch.cat([values[i] for i in range(1, 6)], dim=1))
+
+
+@pytest.mark.parametrize("name", ["cnn4", "dpnas", "resnet10"])
+def test_networks_of_the_papers_are_served_by_book_keeping(name: str) -> None:
+    spec, shape = TINY[name]
+    model = build(spec, shape, 3, seed=0).double()
+    x = torch.randn(4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batch, w = Batch(x, torch.tensor([0, 2, 1, 1])), Tree.of(dict(model.named_parameters()))
+
+    def clipped(engine: BookKeeping | Loop) -> Tensor:
+        out = engine.bounded(CrossEntropy(), Flat(0.3), model, w, batch, None, 1.0, Relation.ADD_OR_REMOVE)
+        assert int(out.observed.clipped) > 0
+        return out.releases["grad"].value.flat
+
+    torch.testing.assert_close(clipped(BookKeeping()), clipped(Loop()), rtol=1e-9, atol=1e-12)
 
 
 def test_weight_standardisation() -> None:
@@ -280,6 +337,10 @@ def test_timm_is_refused_with_a_remedy_that_works() -> None:
         ("tanh-cnn", SIGNAL, 'Use "cnn1d"'),
         ("tanh-cnn-28", (1, 8, 8), "at least 18x18"),
         ("resnet20?groups=5", IMAGE, "does not divide"),
+        ("resnet10?groups=5", IMAGE, "does not divide"),
+        ("dpnas?width=12", IMAGE, "multiple of 8"),
+        ("dpnas?cell=svhn", IMAGE, "fashion"),
+        ("cnn4", (1, 13, 14), "at least 14x14"),
         ("timm:test_resnt", IMAGE, 'Did you mean "test_resnet"'),
         ("timm:test_resnet?more=nonsense:1", IMAGE, "does not take"),
         ("timm:test_vit", (3, 8, 8), "does not run on examples of shape"),

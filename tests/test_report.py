@@ -194,7 +194,7 @@ def make(records: list[dict[str, Any]], **options: Any) -> Board:
 def pages(model: Board) -> dict[str, str]:
     """Everything but the figures."""
     return {"html": html.page(model, {}), "md": text.markdown(model), "csv": text.table_csv(model),
-            "txt": text.top_rows(model)}  # fmt: skip
+            "published": text.published_csv(model), "txt": text.top_rows(model)}  # fmt: skip
 
 
 def table(model: Board, epsilon: float = 3.0, task: str = "mnist-5k/tanh-cnn", split: str = "test") -> Table:
@@ -261,7 +261,7 @@ def test_board_of_the_fixture() -> None:
     assert reference.row.epsilon == math.inf and epsilon(reference.row.epsilon) == "∞"
     speed = {e.row.title: (e.to_reference, e.to_baseline) for e in here.entries}
     assert speed["fast-clipping"] == pytest.approx((9800 / 21000, 9800 / 5200))
-    assert [v.verdict for v in model.published] == ["agrees", "differs", "not measured"]
+    assert [v.verdict for v in model.published] == ["agrees", "differs", "not comparable"]
     assert model.published[1].difference == pytest.approx(0.85397 - 0.981, abs=1e-4)
     search = next(t for t in model.tables if t.search)
     assert search.baseline is not None and search.baseline.label == "dp-sgd (lr=1)"
@@ -273,7 +273,7 @@ def test_the_page_says_what_happened() -> None:
     for kind in ("html", "md"):
         page = shown[kind]
         for words in ("∞", "the loss is not finite at step 118", "engine ghost has no group-wise clipping",
-                      "validation split", "not measured", "6 settings a method", "stale"):  # fmt: skip
+                      "validation split", "nothing here runs dp-sat", "6 settings a method", "stale"):  # fmt: skip
             assert words in page, (kind, words)
     page = shown["html"]
     one = fixture_records()[0]["id"]
@@ -287,6 +287,91 @@ def test_the_page_says_what_happened() -> None:
     assert 0 < float(sgd["accuracy_low"]) < float(sgd["accuracy_mean"]) < float(sgd["accuracy_high"]) < 1
     reference = next(r for r in rows if r["role"] == "reference")
     assert reference["epsilon_spent"] == "inf" and reference["rank"] == ""
+
+
+# ------------------------------------------------------------ published values
+
+
+def claim(value: float = 0.90, **changes: Any) -> dict[str, Any]:
+    """A published accuracy of dp-sgd at epsilon 3."""
+    return {"method": "dp-sgd", "task": "mnist-5k/tanh-cnn", "epsilon": 3.0, "metric": "accuracy", "value": value,
+            "source": "table 1", "note": ""} | changes  # fmt: skip
+
+
+def verdict(records: list[dict[str, Any]], said: dict[str, Any], **options: Any) -> tuple[str, str]:
+    """The verdict on one published value, and what the table says."""
+    (found,) = make(records, published=[said], **options).published
+    return found.verdict, text.outcome(found)
+
+
+def test_a_published_value_agrees_exactly_within_the_interval() -> None:
+    records = seeds("dp-sgd", [0.88, 0.90, 0.92])  # mean .90, s = .02, t(2, .975) = 4.30265
+    half = 4.302652729911275 * 0.02 / math.sqrt(3)
+    for value, word in ((0.90, "agrees"), (0.90 + half - 1e-9, "agrees"), (0.90 - half + 1e-9, "agrees"),
+                        (0.90 + half + 1e-9, "differs"), (100 * (0.90 - half - 1e-9), "differs")):  # fmt: skip
+        assert verdict(records, claim(value))[0] == word, value
+    assert verdict(records, claim(0.8))[1] == "differs: +10.00 points"
+    assert verdict(records, claim(0.97))[1] == "differs: −7.00 points"
+    (found,) = make(records, published=[claim(0.97)]).published
+    (row,) = csv.DictReader(io.StringIO(text.published_csv(make(records, published=[claim(0.97)]))))
+    assert found.difference == pytest.approx(-0.07) and float(row["difference"]) == found.difference
+    assert float(row["measured_high"]) == pytest.approx(0.90 + half) and row["measured_n"] == "3"
+    assert (row["published"], row["verdict"], row["because"]) == ("0.97", "differs", "")
+    assert row["ids"].split() == [r["id"] for r in records]
+
+
+def stale(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [records[0] | {"stale": True}, *records[1:]]
+
+
+THREE = [0.88, 0.90, 0.92]
+NOT_COMPARABLE: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
+    "method": (seeds("dp-adam", THREE), claim(), "nothing here runs dp-sgd on mnist-5k/tanh-cnn"),
+    "epsilon": (seeds("dp-sgd", THREE, epsilon=1.0) + seeds("dp-sgd", THREE, epsilon=8.0), claim(),
+                "no run at ε = 3, only at 1, 8"),
+    "split": (seeds("dp-sgd", THREE, evaluate="validation"), claim(), "only a validation split was evaluated"),
+    "failed": (seeds("dp-sgd", THREE, status="diverged"), claim(), "no run gave its accuracy (3 diverged)"),
+    "metric": (seeds("dp-sgd", THREE), claim(metric="top_5"), "no run gave its top 5 (3 ok)"),
+    "value": (seeds("dp-sgd", THREE), claim(value=math.nan), "no value is given"),
+    "seeds": (seeds("dp-sgd", [0.9]), claim(), "one seed gives no interval"),
+    "stale": (stale(seeds("dp-sgd", THREE)), claim(), "1 of 3 runs were made by other code than today's"),
+    "accountant": (seeds("dp-sgd", THREE), claim(accountant="rdp"), "its epsilon is by rdp, ours by pld"),
+    "both": (stale(seeds("dp-sgd", [0.9])), claim(),
+             "1 of 1 runs were made by other code than today's and one seed gives no interval"),
+    "reduced": (seeds("dp-sgd", THREE, task="mnist-5k/tanh-cnn (reduced)"), claim(), "this is a reduced profile"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_COMPARABLE)
+def test_what_cannot_be_compared_says_why(name: str) -> None:
+    records, said, why = NOT_COMPARABLE[name]
+    assert verdict(records, said) == ("not comparable", f"not comparable, because {why}")
+    model = make(records, published=[said])
+    for kind, page in pages(model).items():
+        if kind in ("html", "md", "published"):
+            assert why in page.replace("&#39;", "'").replace("\\_", "_"), kind
+    assert "1 not comparable" in text.top_rows(model)
+    # Nothing but the obstacle stands in the way.
+    if name in ("stale", "accountant"):
+        assert verdict(seeds("dp-sgd", THREE), claim(accountant="pld"))[0] == "agrees"
+
+
+def test_a_reduced_run_says_so_everywhere() -> None:
+    records = [r | {"suite": "mine-reduced"} for r in seeds("dp-sgd", THREE, task="digits/mlp (reduced)")]
+    for options in ({"reduced": "CIFAR-10 takes hours"}, {}):
+        model = board("mine-reduced", QUESTION, records, [claim(), claim(task="digits/mlp")], None, **options)
+        assert {v.verdict for v in model.published} == {"not comparable"}
+        assert {v.because for v in model.published} == {("this is a reduced profile",)}
+        assert [v.measured is None for v in model.published] == [True, False]
+        shown = pages(model)
+        for kind in ("html", "md"):
+            why = options.get("reduced", "other data, models or lengths than the suite asks for")
+            assert f"reduced: {why}" in shown[kind] and "mine-reduced" in shown[kind]
+        assert all(
+            "digits/mlp (reduced)" in shown[kind] for kind in ("html", "md", "csv", "published", "txt")
+        )
+        assert f"epsbench run suites/mine.toml --reduced --only {records[0]['id']}" in shown["html"]
+    assert "Profile" not in dict(make(records).facts)
 
 
 def test_devices_and_failed_launches() -> None:
@@ -436,10 +521,11 @@ def test_hostile_text_is_shown_as_text(name: str) -> None:
     for line in shown["md"].splitlines():
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) in (10, 17), line
-    for row in csv.DictReader(io.StringIO(shown["csv"])):
-        for column, cell in row.items():
-            assert not re.match(r"\s*[=+@]", cell), (column, cell)
-            assert not cell.startswith("-") or isinstance(float(cell), float)
+    for kind in ("csv", "published"):
+        for row in csv.DictReader(io.StringIO(shown[kind])):
+            for column, cell in row.items():
+                assert not re.match(r"\s*[=+@]", cell), (column, cell)
+                assert not cell.startswith("-") or isinstance(float(cell), float)
     figures.draw(model)
 
 

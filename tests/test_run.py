@@ -1,15 +1,22 @@
 """Whole runs: kill them anywhere, and nothing is lost, repeated or changed."""
 
+import dataclasses
 import json
 import multiprocessing
 import random
 import time
 from pathlib import Path
 
-from harness import suite
+import jsonschema
+import pytest
+
+from harness import registry, suite
 from harness.cell import Cell
+from harness.report.read import read
 from harness.run import execute
 
+SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "record.schema.json").read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA | SCHEMA["$defs"]["privacy"])
 SUITE = """
 [suite]
 name = "kill"
@@ -42,7 +49,9 @@ def child(text: str, out: str) -> None:
 
 
 def lasting(record: dict) -> dict:
-    return {key: value for key, value in record.items() if key not in MEASURED}
+    """All but times, and what somebody may commit or edit between two runs."""
+    kept = {key: value for key, value in record.items() if key not in MEASURED}
+    return kept | {"code": {key: kept["code"][key] for key in ("hash", "files")}}
 
 
 def trace(out: Path) -> list[dict]:
@@ -101,3 +110,41 @@ def test_what_cannot_run_is_a_record_with_a_reason(tmp_path):
     wild = SUITE.format(method="non-private", steps=40) + "lr = 3e38\n"
     record = execute(suite.parse(wild, "kill.toml").cells()[0], tmp_path, "kill")
     assert record["status"] == "diverged" and "not finite" in record["reason"] and record["metrics"] == {}
+
+
+@pytest.mark.parametrize("relearned", [False, True])
+def test_a_claim_is_recorded_with_its_assumptions_and_never_ranks(relearned, tmp_path):
+    """ModelMix stands; dp-sgd claims nothing; mixing under momentum is no claim, and says so."""
+    mixed = cell("modelmix", 40)
+    if relearned:
+        file = tmp_path / "mixed.py"
+        file.write_text(
+            "import dataclasses\n\nfrom harness.dp import SGD\nfrom harness.registry import method\n"
+            "from methods.modelmix import modelmix\n\n\n"
+            '@method("mixed-momentum", family="path")\ndef mixed_momentum():\n    """ModelMix under momentum."""\n'
+            "    return dataclasses.replace(modelmix(), optimizer=SGD(1.0, 0.9))\n"
+        )
+        registry.add_file(file)
+        mixed = dataclasses.replace(cell("mixed-momentum", 40), method_file=str(file))
+    record = json.loads(json.dumps(execute(mixed, tmp_path / "mixed", "kill")))
+    assert [error.message for error in VALIDATOR.iter_errors(record["privacy"])] == []
+    privacy, claimed = record["privacy"], record["privacy"]["claimed"]
+    assert privacy["epsilon"] == privacy["spent"]["pld"] and privacy["planned"] == privacy["spent"]
+    (row,) = read([record])
+    assert row.epsilon == privacy["epsilon"]
+    assert (
+        "assumed, not checked: nothing but iterates, and functions of them, is released; no worse pair"
+        in row.claim
+    )
+    if relearned:
+        assert row.claimed is claimed["epsilon"] is None
+        assert "failed: no optimizer state made of noisy gradients (SGD(lr=1.0, momentum=0.9" in row.claim
+        assert len(claimed["failed"]) == 1 and claimed["failed"][0].startswith("no optimizer state")
+    else:
+        assert row.claimed == claimed["epsilon"] > 0 and claimed["failed"] == [] and "failed" not in row.claim
+        plain = execute(cell("dp-sgd", 40), tmp_path / "plain", "kill")["privacy"]
+        assert plain["claimed"] is None and plain["epsilon"] == privacy["epsilon"]
+        broken = claimed | {
+            "failed": ["an assumption"]
+        }  # the schema knows that a failed claim has no epsilon
+        assert not VALIDATOR.is_valid(privacy | {"claimed": broken})

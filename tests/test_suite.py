@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import data, registry, suite
+from harness import data, parts, registry, store, suite
 from harness.cell import Cell
+from harness.dp import EMA, LookAhead, Method, Mix
+from harness.dp.method import describe
 from harness.lines import Lines
+from harness.run import code_of, method_of
 from harness.seeds import Seeds
 from harness.suite import Suite, SuiteError
 
@@ -297,8 +303,8 @@ seconds = "long"
         "9: [privacy] delta = 2: should be less than 1.",
         "10: [privacy] accountant = \"prv\": should be 'pld' or 'rdp'.",
         "15: [train] has both epochs and steps; keep one.",
-        '17: a suite has no table "trian"; it has suite, privacy, train, budget, tuning, task, method, '
-        'device, published. Did you mean "train"?',
+        '17: a suite has no table "trian"; it has suite, privacy, train, budget, tuning, reduced, task, '
+        'method, device, published. Did you mean "train"?',
         '20: no dataset is called "digitz"; there are '
         + ", ".join(registry.index("dataset"))
         + '. Did you mean "digits"?',
@@ -439,6 +445,320 @@ def test_checking_a_suite_does_not_import_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+# Parts ----------------------------------------------------------------------------------------------------
+
+HEAD = """\
+[suite]
+name = "s"
+question = "?"
+[privacy]
+epsilon = [1.0, 8.0]
+delta = 1e-5
+[train]
+batch = 64
+steps = 10
+[[task]]
+dataset = "digits"
+model = "mlp"
+"""
+
+
+def every_part() -> list[tuple[str, str]]:
+    return [(slot, name) for slot in parts.SLOTS for name in parts.entries(slot)]
+
+
+@pytest.mark.parametrize(("slot", "name"), every_part())
+def test_options_read_from_source_are_the_fields_of_the_class(slot: str, name: str) -> None:
+    """With their defaults; fields that hold parts are no options, nor are those that the name itself sets."""
+    entry = parts.entries(slot)[name]
+    kind = getattr(importlib.import_module(entry.module), entry.function)
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    if slot == "schedule":
+        assert fields.pop("decay")
+    assert {key: p.default for key, p in entry.parameters.items()} == {
+        k: f.default for k, f in fields.items()
+    }
+    made = describe(parts.combine(Method(), {slot: name}))
+    wrapped = {"schedule": "optimizer", "average": "path", "views": "loss"}.get(slot, slot)
+    assert made[wrapped]["type"] == entry.function
+    assert {key: one for key, one in made.items() if key != wrapped} == {
+        key: one for key, one in describe(Method()).items() if key != wrapped
+    }
+    spec = parts.choose(slot, name).spec
+    assert parts.choose(slot, spec).spec == spec
+    assert parts.combine(Method(), {slot: spec}) == parts.combine(Method(), {slot: name})
+
+
+def test_a_suite_gives_a_method_other_parts() -> None:
+    text = (
+        HEAD
+        + """
+[[method]]
+name = "dp-sat"
+rho = 0.1
+with = { average = "ema?decay=0.9", clip = "automatic?clip=0.5", schedule = "step?at=0.25,0.5" }
+[[method]]
+name = "dp-sat"
+rho = 0.1
+[[method]]
+name = "dp-sam"
+label = "swept"
+with.optimizer = ["adam", "lamb?lr=1", "lamb?lr=2"]
+with.schedule = "cosine"
+"""
+    )
+    cells = suite.parse(text).cells()
+    assert list(dict.fromkeys(cell.label for cell in cells)) == [
+        "dp-sat, clip: automatic, schedule: step, average: ema", "dp-sat",
+        "swept (optimizer=adam)", "swept (optimizer=lamb?lr=1)", "swept (optimizer=lamb?lr=2)",
+    ]  # fmt: skip
+    one, plain, sam = cells[0], cells[2], cells[4]
+    assert one.parts["clip"] == {"type": "Automatic", "clip": 0.5, "gamma": 0.01, "form": "stable"}
+    assert one.parts["path"] == {
+        "type": "EMA", "decay": 0.9, "along": {"type": "Sharp", "rho": 0.1, "along": "gradient"},
+    }  # fmt: skip
+    assert one.parts["optimizer"]["at"] == [0.25, 0.5]
+    assert (
+        one.parts["optimizer"]["optimizer"] == plain.parts["optimizer"]
+    )  # what was not replaced is the method's
+    # A path with two gradients a step keeps its optimizer's pace, and the schedule is that of the steps it makes.
+    inner = sam.parts["optimizer"]["optimizer"]
+    assert (sam.parts["path"]["type"], sam.parts["optimizer"]["type"]) == ("LookAhead", "EverySecond")
+    assert (inner["type"], inner["optimizer"]["type"]) == ("Scheduled", "Adam")
+    for cell in cells:
+        assert describe(method_of(cell)) == json.loads(json.dumps(cell.parts))
+        assert ("with" in cell.canonical()["method"]) is bool(cell.changes)
+        record = {"cell": cell.canonical(), "suite": "s", "device": {}}
+        assert store.cell_of(record).id == Cell.from_json(cell.to_json()).id == cell.id
+    spelled = text.replace("automatic?clip=0.5", "automatic?gamma=1e-2&clip=.5")
+    assert [cell.id for cell in suite.parse(spelled).cells()] == [cell.id for cell in cells]
+
+
+def test_the_code_of_a_run_is_that_of_inner_parts_too() -> None:
+    assert set(parts.modules(EMA(along=Mix()))) == {"harness.dp.path.straight", "harness.dp.path.mix"}
+    text = HEAD + '[[method]]\nname = "dp-sgd"\nwith = { path = "mix", average = "ema" }\n'
+    (cell, _) = suite.parse(text).cells()
+    assert "harness/dp/path/mix.py" in code_of(cell)["files"]
+
+
+def test_all_faults_of_parts_at_once_with_their_lines() -> None:
+    text = (
+        HEAD
+        + """\
+[[method]]
+name = "dp-sgd"
+[method.with]
+clpi = "flat"
+clip = "automatc"
+path = "sharp?rho=far&alnog=step"
+optimizer = ["adam", "adam?lr=0.001", "adam?"]
+sampler = 3
+schedule = "step?at=0.5,x"
+average = []
+[[method]]
+name = "dp-adam"
+on."*" = { with = { clip = "flat" } }
+"""
+    )
+    assert problems(text) == [
+        '16: "with" has no part "clpi"; it has clip, path, optimizer, sampler, schedule, average, views. '
+        'Did you mean "clip"?',
+        '17: no clip is called "automatc"; there are flat, automatic, psac, psasc, group-wise, quantile, refined. '
+        'Did you mean "automatic"?',
+        '18: path "sharp" has no parameter "alnog"; it has rho, along. Did you mean "along"?',
+        '18: path "sharp", parameter "rho": "far" does not fit the type float; write a number such as 0.5.',
+        '19: "optimizer": "adam?lr=0.001" is given twice; keep one.',
+        '19: spec "adam?": "" is not an option; write key=value, joined by "&".',
+        '20: "sampler" = 3: should be the name of a part, as in "name?key=value".',
+        '21: schedule "step", parameter "at": "0.5,x" does not fit the type tuple[float, ...]; '
+        'write numbers joined by commas, as in "0.5,0.75".',
+        '22: "average" is an empty list; write at least one part.',
+        '25: "with" is for all tasks of a [[method]]; write another [[method]], with "tasks", for these.',
+    ]
+    same = '[[method]]\nname = "dp-sgd"\nwith.clip = "flat"\n[[method]]\nname = "dp-sgd"\nwith.clip = "flat?clip=1"\n'
+    assert problems(HEAD + same) == [
+        '16: [[method]] "dp-sgd, clip: flat" is the same as the one on line 13; remove one.'
+    ]
+    one = same[: same.index("[[method]]", 1)]
+    row = 'task = "digits/mlp"\nmetric = "accuracy"\nvalue = 1.0\nsource = "nowhere"\naccountant = "rdp"\n'
+    published = f'{HEAD}{one}[[published]]\nmethod = "dp-sgd, clip: flt"\n{row}'
+    assert problems(published) == [
+        '17: [[published]] method "dp-sgd, clip: flt" is not in this suite; it has dp-sgd, dp-sgd, clip: flat. '
+        'Did you mean "dp-sgd, clip: flat"?'
+    ]
+
+
+def test_parts_that_do_not_go_together_have_their_lines() -> None:
+    text = (
+        HEAD
+        + """\
+[[method]]
+name = "non-private"
+[method.with]
+optimizer = "adam"
+sampler = "full"
+clip = "flat"
+[[method]]
+name = "dp-sgd"
+label = "refused"
+with.clip = "psac?r=-1"
+with.schedule = "cosine?warmup=2"
+[[method]]
+name = "dp-sam"
+with.path = "sharp"
+[[method]]
+name = "dp-sat"
+clip = 0.3
+lr = 0.1
+rho = 0.1
+with = { clip = "automatic", optimizer = "adam", average = "ema" }
+"""
+    )
+    with pytest.raises(SuiteError) as caught:
+        suite.parse(text, "s.toml").cells()
+    found = [(problem.line, problem.message) for problem in caught.value.problems]
+    assert [line for line, _ in found] == [17, 18, 22, 23, 26, 29, 30]
+    assert "trains without privacy" in found[0][1] and "trains without privacy" in found[1][1]
+    assert "r must be positive" in found[2][1] and "warmup must lie" in found[3][1]
+    assert LookAhead.__name__ in found[4][1]
+    assert [message for _, message in found[5:]] == [
+        f'method "dp-sat": "{key}" is for a part that "with" replaces; leave it out.'
+        for key in ("clip", "lr")
+    ]
+
+
+def test_a_target_beyond_a_clipping_rules_noise_is_refused_with_the_number_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise on a count is fixed, so no multiplier above twice it can be served: epsilon 0.1 needs more."""
+    monkeypatch.setenv("EPSBENCH_CACHE", str(tmp_path))
+    text = (
+        HEAD.replace("[1.0, 8.0]", "[0.1, 2.0]").replace("steps = 10", "steps = 2")
+        + """\
+[[method]]
+name = "adaptive"
+on."digits/*" = { count_noise = 1.0 }
+[[method]]
+name = "dp-sgd"
+[method.with]
+path = "sharp"
+clip = "quantile?count_noise=1.0"
+"""
+    )
+    with pytest.raises(SuiteError) as caught:
+        suite.parse(text, "s.toml").cells()
+    assert [problem.line for problem in caught.value.problems] == [15, 20]
+    first, second = (problem.message for problem in caught.value.problems)
+    assert 'method "adaptive" on task "digits/mlp": epsilon = 0.1 at delta = 1e-05 needs' in first
+    above = re.search(r"write a count_noise above ([0-9.]+)\.$", first)
+    assert above and above[0] in second
+    enough = text.replace("count_noise = 1.0", f"count_noise = {float(above[1]) * 1.01}")
+    with pytest.raises(SuiteError) as caught:
+        suite.parse(enough, "s.toml").cells()
+    assert [problem.line for problem in caught.value.problems] == [20]
+    other = text.replace("delta = 1e-5", 'delta = 1e-5\nrelation = "replace-one"')
+    assert len(suite.parse(other).cells()) == 4  # whose runs are skipped for another reason
+
+
+# Reduced profiles -----------------------------------------------------------------------------------------
+
+REDUCED = """
+[reduced]
+why = "two steps on the digits"
+seeds = [3]
+epsilon = 3.0
+
+[reduced.train]
+batch = 32
+steps = 2
+
+[[reduced.task]]
+dataset = "digits"
+model = "logistic"
+name = "digits/mlp"
+[[reduced.task]]
+dataset = "digits"
+model = "mlp"
+name = "mnist1d/logistic"
+steps = 3
+"""
+
+
+def test_a_reduced_profile_is_another_suite_of_the_same_methods(cells: list[Cell]) -> None:
+    text = TEXT.replace("lr = 0.01\n", "lr = 0.01\nepsilon = 1.0\n") + REDUCED
+    assert ids(suite.parse(TEXT + REDUCED).cells()) == ids(cells)  # it changes nothing in the suite
+    small = suite.parse(text, reduced=True)
+    assert (small.name, small.question, small.reduced) == (
+        "pinned-reduced",
+        "Which ids?",
+        "two steps on the digits",
+    )
+    assert [(task.name, task.schedule["batch"], task.schedule["steps"]) for task in small.tasks] == [
+        ("digits/mlp (reduced)", 32, 2), ("mnist1d/logistic (reduced)", 32, 3),
+    ]  # fmt: skip
+    found = [
+        (c.label, c.task["name"], c.task["dataset"], c.privacy["epsilon"], c.seed) for c in small.cells()
+    ]
+    assert found == [
+        ("non-private", "digits/mlp (reduced)", "digits", None, 3),
+        ("dp-sgd (lr=0.5)", "digits/mlp (reduced)", "digits", 3.0, 3),
+        ("dp-sgd (lr=1.0)", "digits/mlp (reduced)", "digits", 3.0, 3),
+        ("non-private", "mnist1d/logistic (reduced)", "digits", None, 3),
+        ("dp-sgd, heavy", "mnist1d/logistic (reduced)", "digits", 3.0, 3),
+    ]  # dp-adam is for epsilon 1 alone
+    (row,) = small.published
+    assert (row.method, row.task) == ("dp-sgd, heavy", "digits/mlp (reduced)")
+    second = text.replace('task = "digits/mlp"', 'task = "mnist1d/logistic"')
+    one = second[: second.rindex("[[reduced.task]]")].replace('"mnist1d/*"', '"*"').replace("mnist1d/*", "*")
+    assert suite.parse(one, reduced=True).published == ()  # the profile has no second task
+    tables = text[
+        : text.index("[[reduced.task]]")
+    ]  # with the suite's own tasks, one of which has steps of its own
+    assert [(c.task["dataset"], c.schedule) for c in suite.parse(tables, reduced=True).cells()[2:4]] == [
+        ("digits", {"batch": 32, "steps": 2}), ("mnist1d", {"batch": 256, "steps": 5}),
+    ]  # fmt: skip
+
+
+def test_faults_of_a_reduced_profile_have_their_lines() -> None:
+    base = TEXT.count("\n")
+    broken = (
+        REDUCED.replace("why", "because").replace("seeds = [3]", "seeds = [3, 3]")
+        .replace("steps = 2\n", "steps = 2\nepochs = 1\n").replace('"logistic"', '"logistik"')
+    )  # fmt: skip
+    for reduced in (False, True):
+        with pytest.raises(SuiteError) as caught:
+            suite.parse(TEXT + broken, "s.toml", reduced=reduced)
+        found = [(problem.line - base, problem.message.split(";")[0]) for problem in caught.value.problems]
+        assert found == [
+            (2, '[reduced] needs "why".'),
+            (3, '[reduced] has no key "because"'),
+            (9, "[reduced.train] has both epochs and steps"),
+            (14, 'no model is called "logistik"'),
+        ]
+    lost = REDUCED.replace("[reduced.train]\nbatch = 32\n", "[reduced.train]\n").replace(
+        "steps = 3", "batch = 8"
+    )
+    assert problems(TEXT + lost) == [
+        f'{base + 10}: [[reduced.task]] has no batch; write "batch = 256" here or in [reduced.train].'
+    ]
+    with pytest.raises(SuiteError, match=r"^s\.toml:1: the suite has no reduced profile"):
+        suite.parse(TEXT, "s.toml", reduced=True)
+    # Globs and targets must fit the profile that is asked for, and no other.
+    elsewhere = REDUCED.replace('"mnist1d/logistic"', '"elsewhere"').replace("epsilon = 3.0", "epsilon = 5.0")
+    suite.parse(TEXT + elsewhere)
+    with pytest.raises(SuiteError) as caught:
+        suite.parse(TEXT + elsewhere, "s.toml", reduced=True)
+    assert [problem.line for problem in caught.value.problems] == [42, 47]
+    assert '"mnist1d/*" matches no task; tasks are digits/mlp, elsewhere.' in str(caught.value)
+    with pytest.raises(
+        SuiteError, match=r'"elsewhere" matches no task; tasks are digits/mlp, mnist1d/logistic'
+    ):
+        suite.parse(TEXT.replace('tasks = "mnist1d/*"', 'tasks = "elsewhere"') + elsewhere)
+    nobody = TEXT[: TEXT.index("[[method]]")] + '[[method]]\nname = "dp-sgd"\nepsilon = 1.0\n' + REDUCED
+    with pytest.raises(SuiteError, match=r"\[reduced\] epsilon: no method is for these targets"):
+        suite.parse(nobody, reduced=True)
+
+
 # Malformed input ------------------------------------------------------------------------------------------
 
 VALUES = st.sampled_from(
@@ -448,20 +768,22 @@ VALUES = st.sampled_from(
 
 
 def survives(text: str) -> None:
-    """The text is a suite, or everything said about it has a place and a message."""
-    try:
-        suite.parse(text, "s.toml")
-    except SuiteError as error:
-        assert error.problems
-        for problem in error.problems:
-            assert problem.message
-            assert 1 <= problem.line <= text.count("\n") + 1
+    """The text is a suite, or everything said about it has a place and a message; so for its reduced profile."""
+    for reduced in (False, True):
+        try:
+            suite.parse(text, "s.toml", reduced=reduced)
+        except SuiteError as error:
+            assert error.problems
+            for problem in error.problems:
+                assert problem.message
+                assert 1 <= problem.line <= text.count("\n") + 1
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_malformed_suites_never_end_in_a_traceback(draws: st.DataObject) -> None:
-    lines = TEXT.splitlines()
+    with_parts = 'lr = 0.01\nwith = { clip = ["flat", "psac?r=1"], average = "ema" }\n'
+    lines = (TEXT.replace("lr = 0.01\n", with_parts) + REDUCED).splitlines()
     for _ in range(draws.draw(st.integers(1, 3))):
         at = draws.draw(st.integers(0, len(lines) - 1))
         kind = draws.draw(st.sampled_from(["value", "key", "drop", "double", "swap", "character"]))

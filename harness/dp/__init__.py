@@ -57,6 +57,7 @@ _WHERE = {
     "Ghost": "engines.ghost",
     "BookKeeping": "engines.bookkeeping",
     "Auto": "engines.auto",
+    "Feedback": "engines.feedback",
 }
 
 __all__ = list(_WHERE)

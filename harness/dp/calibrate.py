@@ -45,6 +45,17 @@ def calibrate(
     def ledger(sigma: float) -> Ledger:
         return method.plan(sigma, n, batch, steps)
 
+    tight = math.isfinite(ceiling) and epsilon(ledger(ceiling), delta, relation, "rdp") > target
+    if tight:
+        # Not by PLD at the ceiling, which takes minutes where that is far too low, and before the cache is read, where
+        # a plan that looks the same may be that of a rule without a ceiling.
+        needed = calibrate(replace(method, clip=Flat()), n, batch, steps, target, delta, accountant, cache)
+        if needed >= ceiling:
+            raise ValueError(
+                f"epsilon = {target:g} at delta = {delta:g} needs a noise multiplier of {needed:.4g}, and the noise"
+                f" of {type(method.clip).__name__}'s side releases serves none of {method.clip.ceiling:g} or more:"
+                f" write a count_noise above {needed / 2:.4g}"
+            )
     some = ledger(min(8.0, ceiling))
     known = [a for a in (accountant, *ACCOUNTANTS) if math.isfinite(epsilon(some, delta, relation, a))]
     if not known:
@@ -67,19 +78,12 @@ def calibrate(
     def spent(sigma: float) -> float:
         return epsilon(ledger(sigma), delta, relation, known[0])
 
-    if math.isfinite(ceiling) and spent(ceiling) > target:
-        needed = calibrate(replace(method, clip=Flat()), n, batch, steps, target, delta, accountant, cache)
-        raise ValueError(
-            f"epsilon = {target:g} at delta = {delta:g} needs a noise multiplier of {needed:.4g}, and the noise of"
-            f" {type(method.clip).__name__}'s side releases serves none of {method.clip.ceiling:g} or more:"
-            f" write a count_noise above {needed / 2:.4g}"
-        )
     try:
         # RDP's epsilon is quick to compute and never below PLD's, so its multiplier brackets PLD's from above. From
         # below we go down by steps: at a multiplier far too small PLD's grid is so wide that it takes minutes.
         if math.isinf(ceiling):
             upper = solve("rdp", LowerEndpointAndGuess(0.05, 1.0), 1e-4 if known[0] == "rdp" else 1e-2)
-        elif epsilon(ledger(ceiling), delta, relation, "rdp") > target:
+        elif tight:
             upper = ceiling
         else:
             upper = solve("rdp", ExplicitBracketInterval(0.05, ceiling), 1e-4 if known[0] == "rdp" else 1e-2)

@@ -82,7 +82,7 @@ class Views(Loss):
         return self.of_view.per_example(outputs, y)
 
     def prepare(self, batch: Batch, rng: Stream) -> Batch:
-        """Images [B, C, H, W] to views [B, K, C, H, W]. Raises ValueError for other shapes."""
+        """Images [B, C, H, W] to views [B, K, C, H, W], or [B, C, H, W] for one view. Raises ValueError for others."""
         if batch.x.ndim != 4:
             raise ValueError(f"views are made of images [B, C, H, W], not of inputs {list(batch.x.shape)}")
         x = batch.x.repeat_interleave(self.views, 0)
@@ -96,9 +96,11 @@ class Views(Loss):
         padded = F.pad(x, (self.pad,) * 4)
         which = torch.arange(count, device=x.device)[:, None, None]
         cropped = padded.movedim(1, -1)[which, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
-        return Batch(cropped.unflatten(0, (-1, self.views)) if count else batch.x[:, None], batch.y)
+        return Batch(cropped.unflatten(0, (len(batch), self.views)) if self.views > 1 else cropped, batch.y)
 
     def of(self, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+        if self.views == 1:
+            return super().of(model, batch)
         outputs = model(batch.x.flatten(0, 1))
         targets = batch.y[:, None].expand(-1, self.views).reshape(-1)
-        return self.per_example(outputs, targets).unflatten(0, (-1, self.views)).mean(1)
+        return self.per_example(outputs, targets).unflatten(0, (len(batch), self.views)).mean(1)

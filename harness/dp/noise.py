@@ -63,6 +63,10 @@ class Gaussian(Noise):
         value, deviation = release.value, release.sigma * release.sensitivity
         if release.scale is None:
             return value.with_flat(rng.noised(value.flat, deviation))
+        if not all(scale > 0 and math.isfinite(scale) for scale in release.scale.values()):
+            raise ValueError(
+                f"Gaussian noise needs positive, finite scales, and this release has {release.scale}"
+            )
         noised = [rng.noised(t.reshape(-1), deviation * release.scale[name]) for name, t in value.items()]
         return value.with_flat(torch.cat(noised))
 

@@ -106,15 +106,9 @@ class LAMB(Adam):
         v = state["v"].flat.mul(self.beta2).addcmul_(g.flat, g.flat, value=1 - self.beta2)
         root = v.div(1 - self.beta2**t).sqrt_().add_(self.eps)
         r = w.with_flat(m.div(1 - self.beta1**t).div_(root).add_(w.flat, alpha=self.weight_decay))
-        new = [
-            old.sub(d * trust(old, d), alpha=self.lr)
-            for old, d in zip(w.views.values(), r.views.values(), strict=True)
-        ]
-        return Tree.of(dict(zip(w.names, new, strict=True))), {
-            "t": t,
-            "m": w.with_flat(m),
-            "v": w.with_flat(v),
-        }
+        steps = [d * trust(w[name], d) for name, d in r.items()]
+        new = w.flat.sub(torch.cat([d.reshape(-1) for d in steps]), alpha=self.lr)
+        return w.with_flat(new), {"t": t, "m": w.with_flat(m), "v": w.with_flat(v)}
 
 
 def trust(weights: Tensor, direction: Tensor) -> Tensor:
@@ -127,8 +121,8 @@ def trust(weights: Tensor, direction: Tensor) -> Tensor:
 class Scheduled(Optimizer):
     """Another optimizer, its learning rate multiplied by a factor of the step t of T.
 
-    The factor rises linearly over the first `warmup` of all steps, and then is constant, or falls: "cosine" to `floor`
-    as half a cosine wave, "step" by `drop` at each of the fractions `at` of all steps.
+    The factor rises linearly over the first `warmup` of all steps, is 1 at the next one, and then is constant, or
+    falls: "cosine" to `floor` as half a cosine wave, "step" by `drop` at each of the fractions `at` of all steps.
     """
 
     optimizer: Optimizer = field(default_factory=SGD)
@@ -143,28 +137,34 @@ class Scheduled(Optimizer):
             raise ValueError(f"{type(self.optimizer).__name__} has no learning rate to schedule")
         if self.decay not in ("constant", "cosine", "step"):
             raise ValueError(f'decay must be "constant", "cosine" or "step", not "{self.decay}"')
-        for name, values in {"warmup": (self.warmup,), "floor": (self.floor,), "at": self.at}.items():
+        for name, values in {
+            "warmup": (self.warmup,),
+            "floor": (self.floor,),
+            "drop": (self.drop,),
+            "at": self.at,
+        }.items():
             if not all(0 <= value <= 1 for value in values):
                 raise ValueError(f"{name} must lie in [0, 1], and is {getattr(self, name)}")
 
     def factor(self, t: int, steps: int) -> float:
         """What the learning rate of step t = 0, 1, ... of `steps` is multiplied by."""
-        rising = self.warmup * steps
+        rising = round(self.warmup * steps)
         if t < rising:
-            return (t + 1) / (math.floor(rising) + 1)
+            return (t + 1) / (rising + 1)
         if self.decay == "step":
-            return float(self.drop ** sum(t >= share * steps for share in self.at))
+            return float(self.drop ** sum(t >= share * steps - 1e-9 for share in self.at))
         if self.decay == "constant":
             return 1.0
-        along = (t - rising) / max(1.0, steps - rising)
+        along = min(1.0, (t - rising) / max(1, steps - rising))
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * along)) / 2
 
     def init(self, w: Tree, steps: int) -> dict[str, Any]:
         return {"t": 0, "steps": steps, "inner": self.optimizer.init(w, steps)}
 
     def update(self, g: Tree, state: dict[str, Any], w: Tree) -> tuple[Tree, dict[str, Any]]:
-        rate: dict[str, Any] = {"lr": self.optimizer.lr * self.factor(state["t"], state["steps"])}
-        new, inner = replace(self.optimizer, **rate).update(g, state["inner"], w)
+        optimizer: Any = self.optimizer
+        scaled = replace(optimizer, lr=optimizer.lr * self.factor(state["t"], state["steps"]))
+        new, inner = scaled.update(g, state["inner"], w)
         return new, {**state, "t": state["t"] + 1, "inner": inner}
 
 

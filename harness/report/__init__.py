@@ -20,7 +20,14 @@ from .tables import Board, board
 
 __all__ = ["Board", "Report", "board", "build", "top_rows"]
 
-FILES = ("leaderboard.md", "leaderboard.csv", "accuracy-vs-epsilon.svg", "throughput.svg", "index.html")
+FILES = (
+    "leaderboard.md",
+    "leaderboard.csv",
+    "published.csv",
+    "accuracy-vs-epsilon.svg",
+    "throughput.svg",
+    "index.html",
+)
 _HERE = Path(__file__).parent
 
 
@@ -51,6 +58,7 @@ def build(
     *,
     published: Iterable[Mapping[str, Any]] = (),
     tuning: Mapping[str, Any] | None = None,
+    reduced: str | None = None,
     results: Path | None = None,
 ) -> Report:
     """Write the report of one suite into ``out/<suite_name>/`` and return where it is.
@@ -58,7 +66,9 @@ def build(
     `records` are record dicts, best those of `harness.store.current`, with the computed keys ``path`` (a path
     that ends in ``<suite>/<id>/record.json``; links lead to that file under `results`, by default the folder
     ``results`` beside `out`) and ``stale``. `published` rows have the keys method, task, epsilon (null:
-    infinite), metric, value, source, note. `tuning` says how hyper-parameters were chosen.
+    infinite), metric, value, source, note, accountant (of the published epsilon, if known). `tuning` says how
+    hyper-parameters were chosen. `reduced` says why these are runs of the suite's reduced profile, None where they are
+    not; nothing that is published is compared with those.
 
     The files depend on the arguments and on this package only: the order of the records, the time and the
     machine do not matter, and a report that is already there for the same arguments is left alone.
@@ -73,8 +83,10 @@ def build(
     records = [{**record, "path": record_path(record.get("path"))} for record in records]
     published = [dict(claim) for claim in published]
     link = os.path.relpath(results, folder)
-    digest = _digest([suite_name, question, sorted(map(canonical, records)), published, tuning, link])
-    model = board(suite_name, question, records, published, tuning)
+    digest = _digest(
+        [suite_name, question, sorted(map(canonical, records)), published, tuning, reduced, link]
+    )
+    model = board(suite_name, question, records, published, tuning, reduced)
     top = text.top_rows(model)
     if _current(folder) == digest:
         return Report(folder, False, top)
@@ -85,6 +97,7 @@ def build(
     files = {
         "leaderboard.md": text.markdown(model),
         "leaderboard.csv": text.table_csv(model),
+        "published.csv": text.published_csv(model),
         **drawings,
         "index.html": html.page(model, drawings, digest=digest, here=folder, results=results),
     }

@@ -22,6 +22,7 @@ from .figures import SERIES, accuracy_data, inline, throughput_data
 from .read import Run, listing, natural
 from .statistics import RULE, Interval
 from .tables import (
+    REDUCED_SUITE,
     Board,
     Entry,
     Row,
@@ -39,7 +40,7 @@ from .tables import (
     statement,
     statuses,
 )
-from .text import measure, measured, outcome, sigma
+from .text import VERDICTS, measure, measured, outcome, sigma
 
 HERE = Path(__file__).parent
 
@@ -157,6 +158,7 @@ def page(
         script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode(),
         style=(HERE / "page.css").read_text("utf-8"),
         rule=RULE,
+        verdict_rule=VERDICTS,
         columns=COLUMNS,
         run_columns=RUN_COLUMNS,
         overviews=_overviews(board),
@@ -412,7 +414,10 @@ def _glance(entry: Entry | None) -> dict[str, Any]:
 
 
 def _run(run: Run, board: Board, names: _RunNames) -> dict[str, Any]:
-    suite = shlex.quote(f"suites/{board.suite}.toml")
+    suite = shlex.quote(
+        f"suites/{board.suite.removesuffix(REDUCED_SUITE) if board.reduced else board.suite}.toml"
+    )
+    profile = " --reduced" if board.reduced else ""
     cells = {
         "id": Cell(run.id),
         "method": Cell(run.label),
@@ -433,7 +438,7 @@ def _run(run: Run, board: Board, names: _RunNames) -> dict[str, Any]:
         "device": _device(run.device),
         "commands": "\n".join((
             f"epsbench show {shlex.quote(run.id)}",
-            f"epsbench run {suite} --only {shlex.quote(run.id)}",
+            f"epsbench run {suite}{profile} --only {shlex.quote(run.id)}",
             "tags.\"epsbench.id\" = '{}'".format(run.id.replace("'", "\\'")),
         )),
     }  # fmt: skip

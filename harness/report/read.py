@@ -215,11 +215,26 @@ def _part(value: Any) -> str:
 
 
 def _claim(value: Any) -> tuple[float | None, str]:
-    """The epsilon claimed under assumptions, and the assumptions as text."""
+    """The epsilon claimed under assumptions, None if one of them failed; and what is open and what failed, as text."""
     if not isinstance(value, dict):
         return number(value), ""
-    rest = {k: v for k, v in value.items() if k != "epsilon"}
-    return number(value.get("epsilon")), "; ".join(f"{k}: {v}" for k, v in _pairs(rest))
+    epsilon, assumptions = number(value.get("epsilon")), value.get("assumptions")
+    if not isinstance(assumptions, list):
+        return epsilon, "; ".join(
+            f"{k}: {v}" for k, v in _pairs({k: v for k, v in value.items() if k != "epsilon"})
+        )
+    read = [one for one in assumptions if isinstance(one, dict) and isinstance(one.get("text"), str)]
+    known = [one["text"] for one in read if one.get("holds") is True]
+    failed = [f"{one['text']} ({one.get('why') or 'no'})" for one in read if one.get("holds") is False]
+    unknown = [one["text"] for one in read if not isinstance(one.get("holds"), bool)]
+    parts: dict[str, list[Any]] = {
+        "source": [value.get("source")],
+        "failed": failed,
+        "assumed, not checked": unknown,
+        "checked": known,
+    }
+    words = [f"{name}: {'; '.join(map(scalar, texts))}" for name, texts in parts.items() if any(texts)]
+    return None if failed else epsilon, ". ".join(words)
 
 
 def _run(record: RecordLike) -> Run:

@@ -19,6 +19,8 @@ from .statistics import Entrant, Interval, Place, mean_interval, rank
 
 BASELINE = "dp-sgd"
 REFERENCE = "non-private"
+# How the names of a suite's reduced profile, and of its tasks, end.
+REDUCED_SUITE, REDUCED_TASK = "-reduced", " (reduced)"
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One published value beside what was measured. `row` is None when nothing here measures it."""
+    """One published value beside what was measured. `row` is None when nothing here measures it.
+
+    `verdict` is ``agrees`` (the value lies in the 95 % interval of the measurement), ``differs`` or
+    ``not comparable``, and then `because` says why. `difference` is measured minus published, None where nothing was
+    measured.
+    """
 
     method: str
     task: str
@@ -198,14 +205,16 @@ class Verdict:
     measured: Interval | None
     verdict: str
     difference: float | None
+    because: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Board:
-    """Everything a report shows."""
+    """Everything a report shows. `reduced` says why these are runs of a suite's reduced profile, empty if not."""
 
     suite: str
     question: str
+    reduced: str
     runs: tuple[Run, ...]
     rows: tuple[Row, ...]
     tables: tuple[Table, ...]
@@ -230,6 +239,7 @@ class Board:
         devices = sorted({_device(r.device) for r in runs} - {""}, key=natural)
         code = sorted({r.commit[:12] + (" with local changes" if r.dirty else "") for r in runs if r.commit})
         facts = {
+            "Profile": f"reduced: {self.reduced}" if self.reduced else "",
             "Tasks": _join(r.setting.task for r in runs),
             "Methods": _join(r.method for r in runs),
             "Privacy": f"ε = {epsilons}" + (f" at δ = {deltas}" if deltas else "") if epsilons else "",
@@ -252,17 +262,22 @@ def board(
     records: Iterable[RecordLike],
     published: Iterable[Mapping[str, Any]] = (),
     tuning: Mapping[str, Any] | None = None,
+    reduced: str | None = None,
 ) -> Board:
     """Everything the report shows, computed from `records`; see `harness.report.build` for the arguments."""
     runs = read(records)
     rows = _rows(runs)
+    if reduced is None and suite.endswith(REDUCED_SUITE):  # of records alone, without their suite
+        reduced = "other data, models or lengths than the suite asks for"
+    why = visible(reduced or "")
     return Board(
         suite=visible(suite),
         question=visible(question),
+        reduced=why,
         runs=tuple(runs),
         rows=tuple(rows),
         tables=tuple(_tables(rows)),
-        published=tuple(v for claim in published for v in _verdicts(claim, rows)),
+        published=tuple(v for claim in published for v in _verdicts(claim, rows, bool(why))),
         tuning=tuple((visible(str(k)), scalar(v)) for k, v in (tuning or {}).items()),
     )
 
@@ -433,7 +448,7 @@ def _speeds(rows: Sequence[Row]) -> dict[tuple[str, ...], float]:
 # ------------------------------------------------------------ --- published values
 
 
-def _verdicts(claim: Mapping[str, Any], rows: Sequence[Row]) -> list[Verdict]:
+def _verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> list[Verdict]:
     """Compare one published value with every row that measures it (variants and devices are told apart)."""
 
     def text(name: str) -> str:
@@ -445,25 +460,70 @@ def _verdicts(claim: Mapping[str, Any], rows: Sequence[Row]) -> list[Verdict]:
     if metric == "accuracy" and value is not None and value > 1:
         value /= 100  # papers print percent
     known = Verdict(
-        method, task, target, metric, value, text("source"), text("note"), None, None, "not measured", None
+        method, task, target, metric, value, text("source"), text("note"), None, None, "not comparable", None
     )
-    here = [
-        row for row in rows
-        if task in (row.setting.task, row.first.dataset)
-        and row.setting.split == "test"
-        and (row.setting.epsilon == target or math.isclose(row.setting.epsilon, target, rel_tol=1e-9))
-    ]  # fmt: skip
-    matching = [r for r in here if r.label == method] or [r for r in here if r.first.method == method]
+    there = [row for row in rows if task in _names(row)]
+    there = [r for r in there if r.label == method] or [r for r in there if r.first.method == method]
+    here = [row for row in there if row.setting.split == "test" and _same_target(row.setting.epsilon, target)]
     out = []
-    for row in matching:
+    for row in here:
         measured = mean_interval(v for v in (_metric(run, metric) for run in row.counted) if v is not None)
         if measured is None or value is None or not math.isfinite(measured.mean):
             continue
-        difference = measured.mean - value
-        inside = measured.contains(value)
-        verdict = "agrees" if inside else "differs" if inside is False else "one run, no interval"
-        out.append(replace(known, row=row, measured=measured, verdict=verdict, difference=difference))
-    return out or [known]
+        why = _obstacles(row, measured, text("accountant"), reduced)
+        verdict = "not comparable" if why else "agrees" if measured.contains(value) else "differs"
+        out.append(
+            replace(
+                known,
+                row=row,
+                measured=measured,
+                verdict=verdict,
+                difference=measured.mean - value,
+                because=why,
+            )
+        )
+    return out or [replace(known, because=_absent(known, there, here, reduced))]
+
+
+def _names(row: Row) -> tuple[str, str, str]:
+    """What a published value may call a row's task."""
+    return row.setting.task, row.setting.task.removesuffix(REDUCED_TASK), row.first.dataset
+
+
+def _same_target(a: float, b: float) -> bool:
+    return a == b or math.isclose(a, b, rel_tol=1e-9)
+
+
+def _obstacles(row: Row, measured: Interval, accountant: str, reduced: bool) -> tuple[str, ...]:
+    """Why a measurement cannot be held against a published value; `accountant` is the one of the published epsilon."""
+    why = []
+    if reduced or row.setting.task.endswith(REDUCED_TASK):
+        why.append("this is a reduced profile")
+    others = {run.calibrated for run in row.counted if run.calibrated} - {accountant}
+    if accountant and others and math.isfinite(row.setting.epsilon):
+        why.append(f"its epsilon is by {accountant}, ours by {', '.join(sorted(others))}")
+    if stale := sum(run.stale for run in row.counted):
+        why.append(f"{stale} of {len(row.counted)} runs were made by other code than today's")
+    if measured.low is None:
+        why.append("one seed gives no interval")
+    return tuple(why)
+
+
+def _absent(claim: Verdict, there: Sequence[Row], here: Sequence[Row], reduced: bool) -> tuple[str, ...]:
+    """Why nothing stands beside a published value: `there` are its rows, `here` those at its epsilon."""
+    if claim.value is None:
+        return ("no value is given",)
+    if reduced:
+        return ("this is a reduced profile",)
+    if not there:
+        return (f"nothing here runs {claim.method} on {claim.task}",)
+    if here:
+        ended = ", ".join(f"{n} {status}" for status, n in tally(r for row in here for r in row.runs).items())
+        return (f"no run gave its {claim.metric.replace('_', ' ')} ({ended})",)
+    tested = sorted({row.setting.epsilon for row in there if row.setting.split == "test"})
+    if not tested:
+        return ("only a validation split was evaluated",)
+    return (f"no run at ε = {epsilon(claim.epsilon)}, only at {', '.join(map(epsilon, tested))}",)
 
 
 def _epsilon_value(value: Any) -> float:

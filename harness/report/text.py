@@ -37,6 +37,11 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", " ".join(text.split()))
 
 
+VERDICTS = (
+    "Agrees: the published value lies inside the 95 % interval of our measurement; a wide interval agrees easily, "
+    "so read its width. Differences are measured minus published. Not comparable: we have no such measurement, or one "
+    "that is no test of the published value, and the row says why."
+)
 LEGEND = (
     "± is half of a 95 % t-interval over seeds; differences are paired by seed, their interval in brackets."
 )
@@ -48,7 +53,9 @@ def markdown(board: Board) -> str:
     if board.question:
         out += [escape(board.question), ""]
     out += [f"- **{name}**: {escape(text)}" for name, text in board.facts]
-    out += ["", "Full page: [index.html](index.html). Data: [leaderboard.csv](leaderboard.csv).", ""]
+    data = "Data: [leaderboard.csv](leaderboard.csv)"
+    data += ", [published.csv](published.csv)." if board.published else "."
+    out += ["", f"Full page: [index.html](index.html). {data}", ""]
     out += [
         f"{LEGEND} A record is `results/{escape(board.suite)}/ID/record.json`; `epsbench show ID` prints it.",
         "",
@@ -58,7 +65,7 @@ def markdown(board: Board) -> str:
         out += _markdown_table(table)
     out += ["## How ranks are made", "", RULE, ""]
     if board.published:
-        out += ["## Published and measured", ""]
+        out += ["## Published and measured", "", VERDICTS, ""]
         out += _grid(
             ("method", "task", "ε", "metric", "published", "measured", "verdict", "source", "note"),
             ([escape(cell) for cell in verdict_cells(v)] for v in board.published),
@@ -143,7 +150,9 @@ def measured(verdict: Verdict) -> str:
 
 
 def outcome(verdict: Verdict) -> str:
-    """The verdict, with the difference (measured minus published) unless they agree."""
+    """The verdict; by how much the two differ (measured minus published), or why they cannot be compared."""
+    if verdict.verdict == "not comparable":
+        return f"not comparable, because {' and '.join(verdict.because)}"
     if verdict.difference is None or verdict.verdict == "agrees":
         return verdict.verdict
     unit = " points" if verdict.metric == "accuracy" else ""
@@ -224,6 +233,28 @@ def _csv_row(table: Table, entry: Entry, reference: bool) -> list[tuple[str, Fie
 
 def _planned(run: Run, accountant: str) -> float | None:
     return run.planned.get(accountant)
+
+
+def published_csv(board: Board) -> str:
+    """Every published value beside its measurement, with full precision; empty where unknown."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(PUBLISHED)
+    for v in board.published:
+        m = v.measured or Interval(math.nan, None, None, 0)
+        fields: tuple[Field, ...] = (
+            v.method, v.row.title if v.row else "", v.task, v.row.setting.task if v.row else "", v.epsilon,
+            v.metric, v.value, m.mean if m.n else None, m.low, m.high, m.n, v.difference, v.verdict,
+            " and ".join(v.because), v.source, v.note, " ".join(r.id for r in v.row.runs) if v.row else "",
+        )  # fmt: skip
+        writer.writerow([guarded(value) for value in fields])
+    return out.getvalue()
+
+
+PUBLISHED = (
+    "method", "label", "task", "measured_task", "epsilon", "metric", "published", "measured_mean", "measured_low",
+    "measured_high", "measured_n", "difference", "verdict", "because", "source", "note", "ids",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------ --- terminal

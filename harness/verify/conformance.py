@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import tempfile
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from harness import registry
 from harness.dp.account import epsilon, epsilons, ranking
 from harness.dp.calibrate import calibrate
+from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Engine, PerExample
 from harness.dp.engines.loop import Loop
 from harness.dp.loss import Batch
@@ -113,20 +115,29 @@ class Subject:
     model: nn.Module
     data: Toy
 
+    def prepared(self, x: Tensor, y: Tensor) -> Batch:
+        """Examples as the loss wants them to be trained on, by the same draws every time."""
+        return self.method.loss.prepare(Batch(x, y), Stream(1, "views", 0))
+
     def releases(
-        self, x: Tensor, y: Tensor, method: Method | None = None, at: Progress | None = None
+        self, batch: Batch, method: Method | None = None, at: Progress | None = None
     ) -> dict[str, Release]:
-        """The bounded releases of one batch, at the start or `at` a later state."""
+        """The bounded releases of one prepared batch, at the start or `at` a later state."""
         m = method or self.method
         p = at or start(m, self.model, STEPS)
-        args = (m.path.probe(p.w, p.parts.path), Batch(x, y), p.parts.clip, SIGMA, m.sampler.relation)
+        args = (m.path.probe(p.w, p.parts.path), batch, p.parts.clip, SIGMA, m.sampler.relation)
         return m.engine.bounded(m.loss, m.clip, self.model, *args).releases
+
+    @cached_property
+    def whole(self) -> dict[str, Release]:
+        """The releases of all examples at once, at the start."""
+        return self.releases(self.prepared(self.data.x, self.data.y))
 
     @cached_property
     def noise(self) -> tuple[Tensor, list[str]]:
         """Noise [steps, coordinates] over its claimed standard deviation, and the coordinates' names."""
         names: list[str] = []
-        releases = self.releases(self.data.x, self.data.y)
+        releases = self.whole
         for key, r in releases.items():
             for name, size in zip(r.value.names, r.value.layout.sizes, strict=True):
                 names += [f'"{key}" ({name})'] * size
@@ -176,7 +187,7 @@ def equals_loop(s: Subject) -> None:
     if not isinstance(s.method.engine, PerExample):
         return
     judge = dataclasses.replace(s.method, engine=Loop())
-    ours, theirs = s.releases(s.data.x, s.data.y), s.releases(s.data.x, s.data.y, judge)
+    ours, theirs = s.whole, s.releases(s.prepared(s.data.x, s.data.y), judge)
     for name in theirs:
         off = float((ours[name].value - theirs[name].value).norm() / (theirs[name].value.norm() + 1e-12))
         if off > 1e-6:
@@ -187,11 +198,12 @@ def equals_loop(s: Subject) -> None:
 
 def microbatch_free(s: Subject) -> None:
     """the size of the microbatch changes nothing"""
-    if not isinstance(s.method.engine, PerExample):
+    if not any(field.name == "microbatch" for field in dataclasses.fields(s.method.engine)):
         return
     reference = s.reached[-1].w
     for size in (1, 5):
-        small = dataclasses.replace(s.method, engine=dataclasses.replace(s.method.engine, microbatch=size))
+        split: dict[str, Any] = {"microbatch": size}
+        small = dataclasses.replace(s.method, engine=dataclasses.replace(s.method.engine, **split))
         off = float((s.run(small).w - reference).norm() / reference.norm())
         if off > 1e-9:
             raise Violation(
@@ -231,6 +243,10 @@ def within_sensitivity_sequence(s: Subject) -> None:
     if not m.noise.private or m.engine.accepts(m.loss, m.clip, model):
         return
     contrast = dataclasses.replace(s, model=model)
+    try:
+        contrast.prepared(torch.zeros(1, 2, 64), torch.zeros(1, dtype=torch.long))
+    except ValueError:
+        return  # a loss of images only
     for positions in (2, 5):
         rng = torch.Generator().manual_seed(positions)
         x = 1e4 * torch.randn(64, positions, 64, generator=rng)
@@ -244,10 +260,12 @@ def within_sensitivity_sequence(s: Subject) -> None:
 def _removals(
     s: Subject, x: Tensor, y: Tensor, story: str, at: Progress | None = None, slack: float = 1e-6
 ) -> None:
-    whole = s.releases(x, y, at=at)
+    batch = s.prepared(x, y)  # before one is removed: what is drawn for the others does not depend on it
+    whole = s.releases(batch, at=at)
     for i in range(len(y)):
         keep = torch.arange(len(y)) != i
-        _moved(whole, s.releases(x[keep], y[keep], at=at), f"{story}: removing one example", slack)
+        rest = Batch(batch.x[keep], batch.y[keep])
+        _moved(whole, s.releases(rest, at=at), f"{story}: removing one example", slack)
 
 
 def _moved(ours: dict[str, Release], theirs: dict[str, Release], story: str, slack: float = 1e-6) -> None:
@@ -257,8 +275,14 @@ def _moved(ours: dict[str, Release], theirs: dict[str, Release], story: str, sla
         other = theirs[name]
         if (sensitivity, sigma, scale) != other[1:]:
             raise Violation(
-                f'{story} changes the declared sensitivity, sigma or scale of "{name}", from {sensitivity:.6g} and'
-                f" {sigma:.6g} to {other.sensitivity:.6g} and {other.sigma:.6g}: compute them from public values"
+                f'{story} changes the declared sensitivity, sigma or scale of "{name}", from {sensitivity:.6g},'
+                f" {sigma:.6g} and {scale} to {other.sensitivity:.6g}, {other.sigma:.6g} and {other.scale}: compute"
+                " them from public values"
+            )
+        if (value.layout, value.flat.dtype) != (other.value.layout, other.value.flat.dtype):
+            raise Violation(
+                f'{story} changes the shape or the dtype of "{name}", from {value} to {other.value}, and noise'
+                " hides neither"
             )
         moved = float(ours[name].in_units(value - other.value).norm())
         if not moved <= sensitivity * (1 + slack):
@@ -274,14 +298,14 @@ def replaced(s: Subject) -> None:
         return
     x, y = s.data.x[:6], s.data.y[:6]
     for p in s.reached[::4]:
-        whole = s.releases(x, y, at=p)
+        whole = s.releases(s.prepared(x, y), at=p)
         for i in range(len(y)):
             for scale in (1.0, -1.0, 1e4):  # the most opposite gradients: other labels, negated inputs
                 for label in range(3):
                     x2, y2 = x.clone(), y.clone()
                     x2[i], y2[i] = scale * x[i], label
                     story = f"replacing an example by {scale:g} times itself with label {label}"
-                    _moved(whole, s.releases(x2, y2, at=p), story)
+                    _moved(whole, s.releases(s.prepared(x2, y2), at=p), story)
 
 
 def clip_rule(s: Subject) -> None:
@@ -301,10 +325,11 @@ def clip_rule(s: Subject) -> None:
             raise Violation("tensors of one clipping group have different scales: give a group one scale")
         if weights.shape != norms.shape:
             raise Violation(f"weights have shape {tuple(weights.shape)}, the norms {tuple(norms.shape)}")
-        for relation in Relation:
-            reach = relation.moves * (weights * norms / units).square().sum(1).sqrt()
+        single = weights.float().double()  # as engines weigh the gradients of a float32 model
+        for relation, (rounded, slack) in itertools.product(Relation, ((weights, 1e-9), (single, 1e-6))):
+            reach = relation.moves * (rounded * norms / units).square().sum(1).sqrt()
             allowed, worst = clip.sensitivity(state, relation), int(reach.nan_to_num(math.inf).argmax())
-            if not float(reach[worst]) <= allowed * (1 + 1e-9):
+            if not float(reach[worst]) <= allowed * (1 + slack):
                 raise Violation(
                     f"under {relation.value}, gradients of norms {norms[worst].tolist()} move the sum by"
                     f" {float(reach[worst]):.6g} after {p.step} steps, the declared sensitivity is {allowed:.6g}:"
@@ -320,11 +345,29 @@ def clip_rule(s: Subject) -> None:
                 raise Violation(
                     "an example's weight depends on the other examples: compute it from its norms alone"
                 )
+        for relation in Relation:
+            _side_rule(clip, norms, state, relation)
+
+
+def _side_rule(clip: Clip, norms: Tensor, state: State, relation: Relation) -> None:
+    """Judge the side releases of a batch that one example, of any norms, joins or is replaced in."""
+    bad = torch.full_like(norms[:3], math.inf)
+    bad[1], bad[2, :-1] = math.nan, 1.0  # all infinite, all not numbers, the last group alone infinite
+    joining = torch.cat([norms[:: max(1, len(norms) // 40)], bad])
+    others = norms[:: max(1, len(norms) // 5)]
+
+    def side(*rows: Tensor) -> dict[str, Release]:
+        return clip.side(torch.cat([others, *(row[None] for row in rows)]), state, relation, SIGMA)
+
+    for ours, theirs in zip(joining, joining.roll(7, 0), strict=True):
+        replaced = relation is Relation.REPLACE_ONE
+        story = f"under {relation.value}, an example of norms {ours.tolist()}"
+        _moved(side(ours), side(theirs) if replaced else side(), story)
 
 
 def _norms(groups: int) -> Tensor:
-    """Norms [B, G] from 1e-30 to 1e30 and 0: alike in all groups, in one group alone, and mixed."""
-    spans = [torch.logspace(-top, top, 1201, dtype=torch.float64) for top in (30, 3)]
+    """Norms [B, G] from 1e-45 to 1e45 and 0: alike in all groups, in one group alone, and mixed."""
+    spans = [torch.logspace(-top, top, 1201, dtype=torch.float64) for top in (45, 3)]
     grid = torch.cat([torch.zeros(1, dtype=torch.float64), *spans])
     rows = [grid[:, None].expand(-1, groups)]
     if groups > 1:
@@ -416,7 +459,7 @@ def noise_billed(s: Subject) -> None:
     if not m.noise.private:
         return
     z, names = s.noise
-    releases = s.releases(s.data.x, s.data.y)
+    releases = s.whole
     found = []
     for release, r in releases.items():
         mine = z[:, [n.startswith(f'"{release}"') for n in names]]
@@ -572,9 +615,10 @@ def still(s: Subject) -> None:
     optimizer = s.method.optimizer
     if not any(f.name == "lr" for f in dataclasses.fields(optimizer)):
         return
-    begun = s.reached[1]
-    if not _same(s.method.path.base(begun.w, begun.parts.path, Stream(1, "path", 1)), begun.w):
-        return  # a path that steps from elsewhere moves the weights by itself
+    p = s.reached[1]
+    bases = [s.method.path.base(p.w, p.parts.path, Stream(seed, "path", 1)) for seed in (1, 2)]
+    if not _same(*bases):
+        return  # a path that steps from a random point moves the weights by itself
     stop: dict[str, Any] = {"lr": 0.0}
     frozen = dataclasses.replace(s.method, optimizer=dataclasses.replace(optimizer, **stop))
     moved = float((s.run(frozen).w - start(frozen, s.model, STEPS).w).norm())
@@ -588,13 +632,19 @@ def empty_step(s: Subject) -> None:
     """an empty Poisson batch is a step like any other"""
     m = s.method
     p = start(m, s.model, STEPS)
-    batch = Batch(s.data.x[:0], s.data.y[:0])
-    streams = Streams(Stream(1, "noise", 1), Stream(1, "path", 1))
-    done = step(m, s.model, p.w, batch, p.parts, SIGMA, BATCH, streams)
-    if not done.w.flat.isfinite().all():
-        raise Violation("an empty batch makes the weights non-finite")
-    if m.noise.private and torch.equal(done.w.flat, p.w.flat):
+    batch = s.prepared(s.data.x[:0], s.data.y[:0])
+    w, parts = p.w, p.parts
+    for t in range(2):  # two: the first query of a method that asks twice for a step moves nothing
+        streams = Streams(Stream(1, "noise", t), Stream(1, "path", t))
+        done = step(m, s.model, w, batch, parts, SIGMA, BATCH, streams)
+        w, parts = done.w, done.parts
+        if not w.flat.isfinite().all():
+            raise Violation("an empty batch makes the weights non-finite")
+    if m.noise.private and torch.equal(w.flat, p.w.flat):
         raise Violation("an empty batch adds no noise: an observer would know that it was empty")
+    if m.noise.private:
+        one = s.prepared(s.data.x[:1], s.data.y[:1])
+        _moved(s.releases(one), s.releases(batch), "removing the only example")
 
 
 def twins(s: Subject) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from harness.dp.clip.rule import Clip, State, positive
+from harness.dp.clip.rule import Clip, State, positive, usable
 from harness.dp.release import Relation
 
 
@@ -48,5 +48,5 @@ class Flat(Clip):
 
 def shortened(norms: Tensor, bound: float | Tensor) -> Tensor:
     """min(1, bound / norm), and 0 where the norm is not finite: the weight that leaves no norm above `bound` > 0."""
-    # 0/0 cannot arise: the bound is positive, so a zero norm gives inf, then 1. An infinite norm gives 0; NaN is made 0
-    return (bound / norms).clamp_(max=1.0).nan_to_num_(0.0)
+    # 0/0 cannot arise: the bound is positive, so a zero norm gives inf, then 1. An infinite norm gives 0, NaN gives NaN
+    return usable((bound / norms).clamp_(max=1.0))

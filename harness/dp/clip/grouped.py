@@ -161,9 +161,9 @@ class Quantile(GroupWise):
 
     Each step also releases, for each of K groups, how many norms lie below the threshold, less half the batch: one
     vector, which an example moves by at most sqrt(K) / 2. Its noise comes out of the same budget: sigma^-2 is the sum
-    of both multipliers' ^-2. `count_noise` is the standard deviation of the noise on a count for K = 1 (the paper takes a
-    twentieth of the batch), sqrt(K) times that for K groups; None gives the counts the share `budget` of sigma^-2
-    (He et al.). The threshold is multiplied by exp(-rate * (fraction below - quantile)).
+    of both multipliers' ^-2. `count_noise` is the standard deviation of the noise on a count for K = 1 (the paper takes
+    a twentieth of the batch), sqrt(K) times that for K groups and twice it under replace-one; None gives the counts the
+    share `budget` of sigma^-2 (He et al.). The threshold is multiplied by exp(-rate * (fraction below - quantile)).
     """
 
     quantile: float = 0.5
@@ -190,7 +190,7 @@ class Quantile(GroupWise):
                 f"a noise multiplier of {sigma:.4g} leaves nothing for the gradient: it must be below twice"
                 f" count_noise, {self.ceiling:g}. Write a count_noise above {sigma / 2:.4g}"
             )
-        return {"grad": (sigma**-2 - self.ceiling**-2) ** -0.5, "counts": self.ceiling}
+        return {"grad": sigma / math.sqrt(1 - (sigma / self.ceiling) ** 2), "counts": self.ceiling}
 
     def side(self, norms: Tensor, state: State, relation: Relation, sigma: float) -> dict[str, Release]:
         below = (norms <= norms.new_tensor(state["thresholds"])).to(norms.dtype) - 0.5

@@ -43,7 +43,10 @@ class Clip:
         return dict.fromkeys(layout.names, 0)
 
     def weights(self, norms: Tensor, state: State) -> Tensor:
-        """Weights [B, G] from norms [B, G]. A non-finite norm gets weight 0: that example contributes nothing."""
+        """Weights [B, G] from norms [B, G]. A non-finite norm gets weight 0: that example contributes nothing.
+
+        Engines round weights to the model's dtype: give 0 for those that it cannot hold (see `usable`).
+        """
         raise NotImplementedError
 
     def limit(self, norms: Tensor, state: State) -> Tensor | None:
@@ -77,6 +80,18 @@ class Clip:
     def update(self, state: State, public: Mapping[str, Tree]) -> State:
         """The next state, from privatised side releases (already divided by the public denominator)."""
         return state
+
+
+FAINTEST = 2.0**-126  # the smallest number that float32 holds to full precision
+
+
+def usable(weights: Tensor) -> Tensor:
+    """`weights`, in place, with 0 for what float32 would hold too coarsely to bound a gradient, and for what is NaN.
+
+    1e-44 becomes 1.1e-44 or 0.98e-44 in float32, and 1e-45 becomes 1.4e-45: a gradient of 1e36 would exceed a bound of
+    1e-9 by as much. It contributes nothing instead, which keeps every bound.
+    """
+    return weights.nan_to_num_(0.0).masked_fill_(weights < FAINTEST, 0.0)
 
 
 def positive(**values: float) -> None:

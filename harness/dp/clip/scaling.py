@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from harness.dp.clip.rule import Clip, State, positive
+from harness.dp.clip.rule import Clip, State, positive, usable
 from harness.dp.release import Relation
 
-SHORTEST = 1e-30  # norms below count as this: a weight must be finite in float32, and 1 / 1e-39 is not
+SHORTEST = 1e-12  # norms below count as this where the weight is their inverse
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,8 @@ class Automatic(Clip):
     """Bu et al. 2023 (arXiv:2206.07136). "stable" (AUTO-S): weight R / (x + gamma); "vanilla" (AUTO-V): R / x.
 
     The contribution is R x / (x + gamma), below R, or R itself: sensitivity R. Under SGD, R is but a factor of the
-    learning rate.
+    learning rate. In AUTO-V, norms below 1e-12 count as 1e-12: squares of such gradients vanish in float32, and a norm
+    that reads too low must not weigh the gradient up beyond R.
     """
 
     clip: float = 1.0
@@ -35,8 +35,9 @@ class Automatic(Clip):
             raise ValueError(f'form must be "stable" or "vanilla", not "{self.form}"')
 
     def weights(self, norms: Tensor, state: State) -> Tensor:
-        x = norms.clamp(min=SHORTEST)
-        return _finite(self.clip / (x + self.gamma if self.form == "stable" else x), norms)
+        return usable(
+            self.clip / (norms + self.gamma if self.form == "stable" else norms.clamp(min=SHORTEST))
+        )
 
     def sensitivity(self, state: State, relation: Relation) -> float:
         return self.clip * relation.moves
@@ -62,7 +63,7 @@ class PSAC(Clip):
         return 1.0
 
     def weights(self, norms: Tensor, state: State) -> Tensor:
-        return _finite(self.clip / (self.slope * norms + self.r / (norms + self.r)), norms)
+        return usable(self.clip / (self.slope * norms + self.r / (norms + self.r)))
 
     def sensitivity(self, state: State, relation: Relation) -> float:
         return self.clip / self.slope * relation.moves
@@ -85,8 +86,3 @@ class PSASC(PSAC):
     @property
     def slope(self) -> float:
         return self.s
-
-
-def _finite(weights: Tensor, norms: Tensor) -> Tensor:
-    """The weights, 0 where a norm is not finite."""
-    return torch.where(norms.isfinite(), weights, torch.zeros_like(weights))

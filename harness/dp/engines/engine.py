@@ -23,6 +23,10 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+class Unserved(ValueError):
+    """An engine finds out, from a model at work and before it sees any data, that it cannot serve it."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """Turns a logical batch into bounded releases."""
@@ -169,7 +173,8 @@ def observe(parts: list[Clipped], w: Tree, groups: int) -> tuple[Tensor | None, 
     losses = joined([p.losses for p in parts]) if parts else none
     if parts and (parts[0].norms is None or parts[0].weights is None):
         return None, Observed(losses, None, none.sum(), (~losses.isfinite()).sum())
-    norms = joined([p.norms for p in parts if p.norms is not None]) if parts else w.flat.new_zeros(0, groups)
+    empty = w.flat.new_zeros(0, groups, dtype=torch.float64)  # as `group_norms` gives them
+    norms = joined([p.norms for p in parts if p.norms is not None]) if parts else empty
     weights = joined([p.weights for p in parts if p.weights is not None]) if parts else norms
     finite = norms.isfinite().all(1)
     clipped = ((weights < 1).any(1) & finite).sum()

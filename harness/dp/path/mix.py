@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 
 from harness.dp.claim import Assumption, Claim, Run
 from harness.dp.clip.refined import Refined
-from harness.dp.mixture import amplified
+from harness.dp.mixture import amplified, worst
+from harness.dp.noise import Gaussian
 from harness.dp.optimizer import SGD
 from harness.dp.path.straight import Path
 from harness.dp.random import Stream
 from harness.dp.sampler import Poisson
 from harness.dp.tree import Tree
+
+RESOLVED = 64  # steps of a number format that an interval must span for a draw from it to pass for uniform
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Mix(Path):
 
     a and b are the last two iterates, pushed apart symmetrically to a distance of `gap` on every coordinate where they
     are nearer (at the first step they coincide). `gap` is in units of weights: the paper's tau times the learning rate.
-    The gradient is taken at the unmixed iterate. The state holds the last iterate and the narrowest interval so far.
+    The gradient is taken at the unmixed iterate. The state holds the last iterate and the narrowest interval so far,
+    which is 0 where the number format has too few values in it.
     """
 
     gap: float = 0.01
@@ -56,7 +61,9 @@ class Mix(Path):
 
     def after(self, old: Tree, new: Tree, g: Tree, state: dict[str, Any]) -> dict[str, Any]:
         low, high = self.interval(old, state["previous"])
-        return {"previous": old, "narrowest": torch.minimum(state["narrowest"], (high - low).amin())}
+        width, spacing = high - low, torch.finfo(low.dtype).eps * torch.maximum(low.abs(), high.abs())
+        drawn = torch.where(width < RESOLVED * spacing, 0.0, width)
+        return {"previous": old, "narrowest": torch.minimum(state["narrowest"], drawn.amin())}
 
     def interval(self, w: Tree, previous: Tree) -> tuple[torch.Tensor, torch.Tensor]:
         """The lower and the upper ends of the intervals [numel] that the base is drawn from."""
@@ -66,42 +73,57 @@ class Mix(Path):
 
     def claim(self, run: Run, state: dict[str, Any]) -> Claim:
         """The amplified epsilon of methods that release iterates only, by the analysis of `harness.dp.mixture`."""
-        m, optimizer = run.method, run.method.optimizer
-        plain = isinstance(optimizer, SGD) and not optimizer.momentum
-        refined = isinstance(m.clip, Refined)
-        narrowest = float(state["narrowest"])
+        m, narrowest = run.method, float(state["narrowest"])
+        clip, optimizer = m.clip, m.optimizer
+        plain = type(optimizer) is SGD and not optimizer.momentum and optimizer.lr > 0
+        refined, gaussian = type(clip) is Refined, type(m.noise) is Gaussian and run.sigma > 0
+        denominator = m.sampler.denominator(run.n, run.batch)
+        bound, excess = math.inf, None
+        if plain and refined and gaussian and narrowest > 0 and run.batch > 0:
+            assert isinstance(optimizer, SGD) and isinstance(clip, Refined)
+            kept = abs(1 - optimizer.lr * optimizer.weight_decay)  # of the width: the mixed base decays
+            measured = (
+                math.floor(min(1.0, narrowest / self.gap) * 100) / 100
+            )  # in whole percents all seeds agree
+            tau = self.gap * measured * kept / optimizer.lr
+            noise = dict(sigma=run.sigma, clip=clip.clip, share=clip.share, batch=run.batch, tau=tau)  # noqa: C408
+            bound = amplified(n=run.n, steps=run.steps, delta=run.delta, **noise)
+            excess = worst(**noise) - 1
         assumptions = (
             Assumption(
                 "no optimizer state made of noisy gradients", plain,
-                "" if plain else f"{optimizer} carries past gradients into later steps: take SGD without momentum",
+                "" if plain else f"{optimizer}: only SGD without momentum, at one learning rate above 0, is analysed",
             ),
             Assumption(
                 "every coordinate is drawn from an interval", narrowest > 0,
-                f"the narrowest measured {narrowest:.4g} in units of weights, {self.gap:.4g} were asked for",
+                f"the narrowest measured {narrowest:.4g} in units of weights, {self.gap:.4g} were asked for"
+                + ("" if narrowest > 0 else f"; one of less than {RESOLVED} steps of its number format counts as 0"),
             ),
             Assumption(
                 "contributions are bounded on each coordinate", refined,
-                "" if refined else f"{type(m.clip).__name__} bounds the length alone: clip by Refined",
+                "" if refined else f"{type(clip).__name__} clipping: only Refined is analysed",
             ),
+            Assumption("Gaussian noise", gaussian, f"{type(m.noise).__name__}, noise multiplier {run.sigma:.6g}"),
             Assumption(
                 "one Poisson draw a step", type(m.sampler) is Poisson, f"{type(m.sampler).__name__} sampling"
             ),
             Assumption(
-                "sums are divided by a public number", m.sampler.denominator(run.n, run.batch) == run.batch,
-                f"{m.sampler.denominator(run.n, run.batch)}, of an expected batch of {run.batch}",
+                "sums are divided by a public number", denominator == run.batch,
+                f"{denominator}, of an expected batch of {run.batch}",
             ),
             Assumption(
                 "nothing but iterates, and functions of them, is released",
-                list(m.clip.split(run.sigma)) == ["grad"],
-                "records hold accuracies and the last weights; checkpoints and seeds are to be kept secret",
+                None if list(clip.split(run.sigma)) == ["grad"] else False,
+                "accuracies and the last weights are; losses, checkpoints and seeds are to be kept secret",
             ),
-            Assumption("no worse pair of data sets than one whose gradients differ evenly on 1 / share^2 coordinates",
-                       None, "taken from the authors' accountant; not proved here"),
+            Assumption(
+                "no worse pair of data sets than one whose gradients differ evenly on 1 / share^2 coordinates",
+                None if excess is None or excess <= 1e-6 else False,
+                "taken from the authors' accountant, not proved" + (
+                    "" if excess is None else
+                    "; no smaller shift and no wider interval on a grid costs more" if excess <= 1e-6 else
+                    f"; a smaller shift or a wider interval costs {excess:.3g} of it more"
+                ),
+            ),
         )  # fmt: skip
-        bound = float("inf")
-        if plain and refined and narrowest > 0 and isinstance(optimizer, SGD) and isinstance(m.clip, Refined):
-            bound = amplified(
-                sigma=run.sigma, clip=m.clip.clip, share=m.clip.share, batch=run.batch, n=run.n, steps=run.steps,
-                delta=run.delta, tau=min(self.gap, narrowest) / optimizer.lr,
-            )  # fmt: skip
         return Claim(bound, "arXiv:2210.03843, the accountant of its code", assumptions)

@@ -76,9 +76,9 @@ class EMA(Path):
     def after(self, old: Tree, new: Tree, g: Tree, state: dict[str, Any]) -> dict[str, Any]:
         t = state["t"] + 1
         decay = min(self.decay, (1 + t) / (10 + t))
-        kept = self.along.kept(new, state["along"])
-        mean = new.with_flat(kept.flat.lerp(state["mean"].flat, decay))
-        return {"t": t, "mean": mean, "along": self.along.after(old, new, g, state["along"])}
+        along = self.along.after(old, new, g, state["along"])
+        mean = new.with_flat(self.along.kept(new, along).flat.lerp(state["mean"].flat, decay))
+        return {"t": t, "mean": mean, "along": along}
 
     def kept(self, w: Tree, state: dict[str, Any]) -> Tree:
         mean: Tree = state["mean"]
