@@ -481,18 +481,21 @@ def test_the_clipping_norm_of_auto_s_is_a_factor_of_the_learning_rate():
 # --- two norms ---
 
 
-def test_refined_clipping_is_what_its_definition_says():
+@pytest.mark.parametrize("clip", [0.4, 1.5])
+def test_refined_clipping_is_what_its_definition_says(clip):
+    """Cut off at share * max(norm, C), then weighed by min(1, C / norm): gradients longer and shorter than C."""
     model = ZOO["mlp"].model()
     x, y = ZOO["mlp"].batch(6)
-    w, rule = Tree.of(trainable(model)), Refined(0.4, share=0.15)
-    total = torch.zeros_like(w.flat)
+    w, rule = Tree.of(trainable(model)), Refined(clip, share=0.15)
+    total, norms, cut = torch.zeros_like(w.flat), [], []
     for i in range(6):
         loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
         g = torch.cat([t.flatten() for t in torch.autograd.grad(loss, list(model.parameters()))])
-        most = 0.15 * max(float(g.norm()), 0.4)
-        kept = torch.where(g.abs() > most, most * g.sign(), g) * min(1.0, 0.4 / float(g.norm()))
-        assert not torch.equal(kept, g * min(1.0, 0.4 / float(g.norm())))  # something is cut
-        total += kept
+        norms.append(float(g.norm()))
+        most = 0.15 * max(norms[-1], clip)
+        cut.append(bool((g.abs() > most).any()))
+        total += torch.where(g.abs() > most, most * g.sign(), g) * min(1.0, clip / norms[-1])
+    assert any(cut) and (max(norms) > clip if clip < 1 else min(norms) < clip)
     for engine in (*ENGINES, Auto(), Vmap(microbatch=2), BookKeeping(microbatch=4)):
         out = bounded(engine, rule, x, y=y, model=model, w=w, loss=CrossEntropy())
         assert torch.allclose(out.releases["grad"].value.flat, total, rtol=1e-9, atol=1e-14), engine
@@ -545,6 +548,11 @@ def test_views_are_crops_of_the_padded_image_and_their_mirror_images():
     counts = [[place[axis] for place in seen].count(value) for axis in (0, 1) for value in range(5)]
     assert all(abs(count - 48) < 5 * math.sqrt(48) for count in counts)
     assert abs([place[2] for place in seen].count(True) - 120) < 5 * math.sqrt(60)
+    for mirrored in (
+        False,
+        True,
+    ):  # of 25 pairs of offsets, about 120 independent draws leave out none or one
+        assert len({place[:2] for place in seen if place[2] is mirrored}) > 20
     other = loss.prepare(Batch(x, torch.arange(30)), Stream(1, "views", 1))
     assert not torch.equal(other.x, batch.x)
 

@@ -17,6 +17,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from torch import Tensor
@@ -36,7 +37,8 @@ SCALES: dict[str, Callable[[float, int], float]] = {
 SMALLEST, LARGEST = 1e-10, 1e10  # between which thresholds adapt
 
 
-def partition(by: str, layout: Layout) -> dict[str, int]:
+@lru_cache(maxsize=64)  # asked for in every step
+def partition(by: str, layout: Layout) -> Mapping[str, int]:
     """The group of each parameter: ``by`` is "flat", "parameter", "layer", "block", "shards:4", or patterns.
 
     A layer is the module that holds a parameter, a block the outermost module with a number for a name (else the
@@ -152,7 +154,7 @@ class GroupWise(Clip):
 
     def _scales(self, state: State) -> list[float]:
         of = SCALES[self.allocation]
-        return [of(c, d) for c, d in zip(state["thresholds"], state["sizes"], strict=True)]
+        return [of(c, max(d, 1)) for c, d in zip(state["thresholds"], state["sizes"], strict=True)]
 
 
 @dataclass(frozen=True)
