@@ -28,7 +28,7 @@ from harness.dp import (
     Views,
 )
 from harness.dp.engines import feedback
-from harness.dp.engines.engine import trainable
+from harness.dp.engines.engine import Unserved, trainable
 from harness.train import Schedule, evaluate, start, train
 
 
@@ -393,3 +393,54 @@ def test_rules_and_losses_it_cannot_serve_are_refused():
     for fault in ({"error": 0.0}, {"activation": math.inf}, {"microbatch": 0}):
         with pytest.raises(ValueError, match=r"must be positive|at least one"):
             Feedback(**fault)
+
+
+class Centred(nn.Module):
+    """Subtracts the mean of the batch: in training, or always."""
+
+    def __init__(self, only_in_training: bool) -> None:
+        super().__init__()
+        self.only_in_training = only_in_training
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0) if self.training or not self.only_in_training else x
+
+
+class AcrossExamples(nn.Module):
+    """Frozen attention over tokens that takes examples for positions, as a forgotten batch_first does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attend, self.head = nn.Embedding(50, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 3)
+        for p in (*self.embed.parameters(), *self.attend.parameters()):
+            p.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = 5 * self.embed(x)
+        return self.head(self.attend(h, h, h, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", ["in training", "behind zeros", "across tokens"])
+def test_models_that_mix_examples_are_refused(kind):
+    torch.manual_seed(0)
+    if kind == "across tokens":
+        model, x = AcrossExamples(), torch.randint(0, 50, (16, 6))
+    else:
+        first = nn.Linear(10, 8)
+        if kind == "behind zeros":
+            nn.init.zeros_(first.weight)
+            nn.init.zeros_(first.bias)
+        model = nn.Sequential(first, Centred(kind == "in training"), nn.Tanh(), nn.Linear(8, 3))
+        x = torch.randn(16, 10)
+    w, batch = Tree.of(trainable(model)), Batch(x, torch.arange(16) % 3)
+    with pytest.raises(Unserved):
+        Feedback().bounded(
+            CrossEntropy(), Unclipped(), model.train(), w, batch, None, 1.0, Relation.ADD_OR_REMOVE
+        )
+
+
+def test_a_rule_that_would_be_ignored_is_refused():
+    model = nn.Sequential(nn.Linear(4, 3))
+    w, batch = Tree.of(trainable(model)), Batch(torch.randn(2, 4), torch.tensor([0, 1]))
+    with pytest.raises(Unserved, match="bounds each example itself"):
+        Feedback().bounded(CrossEntropy(), Flat(), model, w, batch, None, 1.0, Relation.ADD_OR_REMOVE)

@@ -354,3 +354,16 @@ def test_mistyped_specs_say_what_to_write(spec: str, shape: tuple[int, ...], mes
 def test_output_must_fit_the_classes() -> None:
     with pytest.raises(ValueError, match=r"one row per example, \[5, 3\]"):
         check(nn.Linear(4, 2), (4,), 3)
+
+
+def test_what_a_pass_changes_in_a_network_is_refused():
+    """An embedding that renormalises the rows it looks up, and power iterations that go on with every pass."""
+    looked_up = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0), nn.Flatten(), nn.Linear(12, 2))
+    with pytest.raises(CrossExampleLayer, match="rewrites the rows"):
+        check(looked_up)
+    looked_up[0].weight.requires_grad_(False)
+    with pytest.raises(CrossExampleLayer, match="rewrites the rows"):
+        check(looked_up)
+    normed = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
+    with pytest.raises(CrossExampleLayer, match="in every pass"):
+        check(normed, (4,), 2)

@@ -35,8 +35,8 @@ def check(model: nn.Module, input_shape: tuple[int, ...] | None = None, classes:
 
     Known types are found without running the network. With ``input_shape`` (of one example) a copy is also
     run in training mode: one example is changed, then one is left out, and the outputs of the others must
-    stay as they are; so must every buffer. That finds modules nobody knows; it is a test with a few inputs,
-    not a proof.
+    stay as they are; so must every buffer, and no pass may change anything in the network. That finds modules
+    nobody knows; it is a test with a few inputs, not a proof.
 
     Raises ``ValueError`` where the network does not turn ``[B, *input_shape]`` into ``[B, ...]`` (with
     ``classes``: ``[B, classes]``).
@@ -56,6 +56,11 @@ def _known(module: nn.Module) -> tuple[str, str]:
         return (
             "keeps running statistics of the examples, which are published without noise",
             "Write track_running_stats=False.",
+        )
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        return (
+            "rewrites the rows that a batch looks up, and so publishes which they are without noise",
+            "Leave max_norm out.",
         )
     return "", ""
 
@@ -78,7 +83,9 @@ def _probe(model: nn.Module, shape: tuple[int, ...], classes: int | None) -> Non
     x = torch.randn(PROBE, *shape, generator=generator).to(device, dtype)
     others = torch.randn(2, *shape, generator=generator).to(device, dtype)
     probe = _shaken(model, generator)
+    before = {name: tensor.clone() for name, tensor in probe.state_dict(keep_vars=False).items()}
     base = _forward(probe, x)
+    _same_state(before, {**probe.state_dict(), **base.buffers}, probe)
     expected = [PROBE] if classes is None else [PROBE, classes]
     got = list(base.output.shape)
     if (got[:1] if classes is None else got) != expected:
@@ -176,6 +183,19 @@ def _same(a: Tensor, b: Tensor) -> bool:
     finite = a[a.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 0.0
     return torch.allclose(a, b, rtol=0.0, atol=1e-5 * scale, equal_nan=True)
+
+
+def _same_state(before: dict[str, Tensor], after: dict[str, Tensor], probe: nn.Module) -> None:
+    """Refuse what a pass changes by itself: how many passes make a step depends on how many examples there are."""
+    for name, tensor in before.items():
+        if name in after and not torch.equal(tensor, after[name]):
+            path, _, last = name.rpartition(".")
+            raise CrossExampleLayer(
+                path or WHOLE,
+                type(probe.get_submodule(path)).__name__,
+                f'changes "{last}" in every pass, and the number of passes depends on the size of the batch',
+                "Compute it from the parameters, or do not update it in training.",
+            )
 
 
 def _same_buffers(a: _Pass, b: _Pass, probe: nn.Module) -> None:

@@ -21,7 +21,7 @@ from harness.dp.clip import Clip, State, Unclipped
 from harness.dp.clip.flat import shortened
 from harness.dp.clip.rule import positive
 from harness.dp.engines.engine import SPEED, Engine, Unserved, joined, trainable
-from harness.dp.engines.plan import modes, untouched
+from harness.dp.engines.plan import modes, moved, probe_batch, refuse_mixing, untouched, watching
 from harness.dp.engines.rows import full_precision
 from harness.dp.loss import Batch, Loss
 from harness.dp.native.memory import keep_freed_memory
@@ -93,6 +93,10 @@ class Feedback(Engine):
 
         Raises ValueError for a model that is no chain of layers, or whose examples depend on each other.
         """
+        if (
+            type(clip) is not Unclipped or loss.rows != 1
+        ):  # a rule would be ignored, and a claim might rest on it
+            raise Unserved(str(self.accepts(loss, clip, model)))
         keep_freed_memory()
         layers = layers_of(model, w)
         chunk = self.microbatch or min(max(len(batch), 1), MICROBATCH)
@@ -122,6 +126,9 @@ class Feedback(Engine):
         if not len(batch):
             return total, []
         order = order_for(layers, model, w, batch.x)
+        if due(model):
+            with untouched(model, batch.x.device):
+                refuse_mixed_examples(loss, model, w, batch)
         chunks = zip(batch.x.split(chunk), batch.y.split(chunk), strict=True)
         return total, [self._add(views, layers, order, loss, model, w, Batch(x, y)) for x, y in chunks]
 
@@ -233,6 +240,8 @@ def unserved(model: nn.Module) -> str | None:
     layers = layers_of(model, trainable(model))
     for path, module, *_ in layers.values():
         what = f"{path or 'the model'} ({type(module).__name__})"
+        if extra := {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
+            return f"{what} has parameters of other names than weight and bias: {', '.join(sorted(extra))}"
         if type(module) not in (*PRODUCTS, *SCALINGS):  # a subclass may compute something else
             return (
                 f"{what} has trained parameters, and feedback alignment serves those of Linear, Conv1d, Conv2d,"
@@ -441,8 +450,36 @@ def survey(layers: Mapping[str, Layer], model: nn.Module, w: Tree, x: Tensor) ->
                 f"{path} is called {order.count(path)} times, and feedback alignment serves one call"
             )
     refuse_branches(tapes[0], given, leaves)
-    refuse_mixing(*tapes)
+    refuse_uneven(*tapes)
     return order
+
+
+_seen: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def due(model: nn.Module) -> bool:
+    """Whether this batch is examined: a model's first, second, fourth, and so on."""
+    seen = _seen.get(model, 0)
+    _seen[model] = seen + 1
+    return seen & (seen - 1) == 0
+
+
+def refuse_mixed_examples(loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> None:
+    """Raise where an example's gradient depends on others, at these weights or near them, in the mode of training.
+
+    A few examples of the batch are taken together and apart, by backpropagation: whoever mixes them shows there too. As
+    in the engines that read tapes, this is a test and not a proof.
+    """
+    few = probe_batch(batch)
+    random: set[str] = set()
+    with watching(model, random), torch.no_grad():
+        functional_call(model, dict(w.items()), (few.x,))
+    for distance in (0.0, 1.0):
+        state = {name: t.requires_grad_() for name, t in moved(w.views, distance).items()}
+        try:
+            refuse_mixing(loss, model, state, few, random)
+        except ValueError as error:
+            raise Unserved(str(error)) from error
 
 
 def refuse_branches(tape: Tape, given: Tensor, leaves: Mapping[str, Tensor]) -> None:
@@ -472,7 +509,7 @@ def refuse_branches(tape: Tape, given: Tensor, leaves: Mapping[str, Tensor]) -> 
                 )
 
 
-def refuse_mixing(many: Tape, few: Tape) -> None:
+def refuse_uneven(many: Tape, few: Tape) -> None:
     """Raise ValueError where a tensor's first dimension is not that of the examples, or a row depends on others."""
     sizes = PROBES
     here, there = (
