@@ -1,5 +1,5 @@
 """The command ``epsbench``: ls, check, plan, run, status, show, merge, report, track, bench,
-claims.
+claims, audit.
 
 Only the verb that is asked for imports what it needs: ``ls`` and ``--help`` answer without torch. What a
 user can get wrong is a :class:`UserError` (or an error of the room that found it) and is printed as one
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _bench(given[1:])
         if given[:1] == ["claims"]:
             return _claims(given[1:])
+        if given[:1] == ["audit"]:
+            return _audit(given[1:])
         options = _parser().parse_args(given)
         options.command = ["epsbench", *given]
         code: int = options.verb(options)
@@ -241,10 +243,27 @@ def _parser() -> argparse.ArgumentParser:
         epsbench claims
         epsbench claims modelmix-cifar10
         """)  # fmt: skip
+    verb("audit", lambda options: OK, "Bound a method's epsilon from below, by attacking it with canaries.", """
+        epsbench audit dp-sgd
+        epsbench audit dp-sgd --epsilon 1 8
+        """)  # fmt: skip
     return parser
 
 
-_VERBS = ("ls", "check", "plan", "run", "status", "show", "merge", "report", "track", "bench", "claims")
+_VERBS = (
+    "ls",
+    "check",
+    "plan",
+    "run",
+    "status",
+    "show",
+    "merge",
+    "report",
+    "track",
+    "bench",
+    "claims",
+    "audit",
+)
 _KINDS = {"methods": "method", "datasets": "dataset", "models": "model"}
 
 
@@ -384,8 +403,8 @@ _HEADERS = {
 def _kind(file: Path) -> str:
     """The kind that a TOML file says it is; "suite" where it says nothing, or cannot be read."""
     try:
-        return str(tomllib.loads(file.read_text()).get("kind", "suite"))
-    except (OSError, ValueError):
+        return str(tomllib.loads(file.read_text("utf-8")).get("kind", "suite"))
+    except (OSError, ValueError, RecursionError):
         return "suite"
 
 
@@ -396,7 +415,7 @@ def _suite_rows() -> list[list[str]]:
             tables = tomllib.loads(path.read_text())
             header = tables[_HEADERS[tables.get("kind", "suite")]]
             rows.append([str(path), str(header["question"])])
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             rows.append([str(path), f"cannot be read: epsbench check {path}"])
     return rows
 
@@ -722,7 +741,7 @@ def _first(record: store.Record) -> str:
 
 def _say_broken(broken: Sequence[store.Broken]) -> None:
     for one in broken:
-        print(f"  ! left out: {one}")
+        print(f"  ! quarantined: {one}")
 
 
 # run ------------------------------------------------------------------------------------------------------
@@ -953,7 +972,7 @@ def _recipe(record: store.Record) -> list[str]:
     commit, dirty = record["code"].get("commit"), record["code"].get("dirty")
     if commit:
         unknown = "    # and the changes it was run with, which git does not know" if dirty else ""
-        lines.append(f"git checkout {commit}{unknown}")
+        lines.append(f"git checkout {shlex.quote(commit)}{unknown}")
     from harness import registry
 
     file, reduced = _suite_file(record["suite"])
@@ -972,7 +991,7 @@ def _suite_file(name: str) -> tuple[Path | None, bool]:
     if file.is_file():
         return file, False
     full = file.with_stem(name.removesuffix("-reduced"))
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         if "reduced" in tomllib.loads(full.read_text("utf-8")):
             return full, True
     return None, False
@@ -1000,8 +1019,10 @@ def _report(options: argparse.Namespace) -> int:
         suite = _load(options)
         _write_report(options, suite, None)
         return OK
-    names = list(dict.fromkeys(record["suite"] for record in store.load(options.results)))
+    records = store.load(options.results)
+    names = list(dict.fromkeys(record["suite"] for record in records))
     if not names:
+        _say_broken(records.broken)
         raise UserError(f"{options.results}: holds no records to report; epsbench run SUITE makes some.")
     for name in names:
         file, options.reduced = _suite_file(name)
@@ -1013,7 +1034,8 @@ def _report(options: argparse.Namespace) -> int:
                 f"{name}: there is no suites/{name}.toml, so its records are shown without question and"
                 " published values"
             )
-            _build(options, name, "", store.current(store.load(options.results, name)))
+            records = store.load(options.results, name)
+            _build(options, name, "", store.current(records), quarantine=records.broken)
     return OK
 
 
@@ -1024,7 +1046,8 @@ def _write_report(
     from harness import store
     from harness.suite import SuiteError
 
-    records: list[store.Record] = store.load(options.results, suite.name)
+    found = store.load(options.results, suite.name)
+    records: list[store.Record] = found
     try:
         cells = suite.cells()
     except SuiteError as error:  # data that is not here is no reason to hide what was measured elsewhere
@@ -1043,6 +1066,7 @@ def _write_report(
     else:
         records = store.current(records)
     if not records:
+        _say_broken(found.broken)
         raise UserError(
             f"{options.results / suite.name}: holds no records to report; {_again(options, 'run')}"
         )
@@ -1051,6 +1075,7 @@ def _write_report(
         suite.name,
         suite.question,
         records,
+        quarantine=found.broken,
         published=[row.model_dump() for row in suite.published],
         tuning=suite.tuning.model_dump() if suite.tuning else None,
         reduced=suite.reduced,
@@ -1058,9 +1083,17 @@ def _write_report(
 
 
 def _build(
-    options: argparse.Namespace, name: str, question: str, records: Iterable[store.Record], **more: Any
+    options: argparse.Namespace,
+    name: str,
+    question: str,
+    records: Iterable[store.Record],
+    quarantine: Sequence[store.Broken],
+    **more: Any,
 ) -> None:
     from harness import report
+
+    _say_broken(quarantine)
+    more["quarantine"] = [(str(one.path), one.reason) for one in quarantine]
 
     placed = [{**one, "path": str(Path(one["path"]).relative_to(options.results))} for one in records]
     made = report.build(name, question, placed, options.reports, results=options.results, **more)
@@ -1085,6 +1118,12 @@ def _claims(arguments: Sequence[str]) -> int:
     from harness.verify import claims
 
     return claims.main(arguments)
+
+
+def _audit(arguments: Sequence[str]) -> int:
+    from harness.verify import audit
+
+    return audit.main(arguments)
 
 
 def _bench(arguments: Sequence[str]) -> int:

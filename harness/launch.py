@@ -9,6 +9,8 @@ What holds when anything dies:
   results folder never do one cell twice. It dies with the launcher, also when that is killed with SIGKILL.
 * A run that has no record is half done; the next launcher starts it again in the same folder, where it finds
   its checkpoint. A run that has one is over, and is tried again only in a new folder (``<id>.2``).
+* A disk that is full or read-only is no property of a run: the run is left half done, and the launch ends with an
+  error that says so. What is finished stays, and the next launch goes on.
 
 The time budget of a cell is wall time of one session: a run that was stopped and resumes starts with a whole
 budget.
@@ -18,9 +20,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -62,6 +66,16 @@ PRELOAD = ("harness.run",)
 PRELOAD_ON_CPU = (*PRELOAD, "torch._dynamo")
 
 _BUSY, _ALREADY = 75, 76  # exit codes of a run's process: its folder is locked; it has a record meanwhile
+# Exit codes of a run's process that could not write, by reason: the launcher stops, and the run is half done.
+_NO_PLACE = {
+    errno.ENOSPC: 80,
+    errno.EDQUOT: 81,
+    errno.EROFS: 82,
+    errno.EACCES: 83,
+    errno.EPERM: 84,
+    errno.EIO: 85,
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what no cell can be the cause of, wherever it happened
 _POLL = 0.25  # seconds between two looks at budgets and memory
 _ELSEWHERE = 1.0  # seconds between two looks at a run of another launcher
 _SERIAL = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -106,9 +120,10 @@ def select(
 ) -> Selection:
     """Sort the cells into what is to be run and what is there already.
 
-    A cell without a record, or with an attempt that has none yet, is to be run. Final records (ok, diverged,
-    skipped, over_budget) are done, or stale where `codes` (by id) says that the code changed; failures are
-    failed. `retry` runs the failed again, `rerun_stale` the stale.
+    A cell without a record, or with an attempt that has none yet, is to be run; a quarantined record counts as none,
+    and the next attempt goes beside it. Final records (ok, diverged, skipped, over_budget) are done, or stale where
+    `codes` (by id) says that the code changed; failures are failed. `retry` runs the failed again, `rerun_stale` the
+    stale.
     """
     records = store.load(results, suite)
     by_id = {record["id"]: record for record in store.current(records, codes)}
@@ -116,7 +131,8 @@ def select(
     for cell in cells:
         record = by_id.get(cell.id)
         place = store.Folder(results, suite, cell.id)
-        half_done = place.latest() > 0 and place.unfinished() == place.attempt(place.latest())
+        latest = place.latest()
+        half_done = latest > 0 and place.unfinished() == place.attempt(latest)
         if record is None or half_done:
             again = True
         elif record["status"] in store.FAILED:
@@ -391,8 +407,8 @@ def run(
     suite, at_once) -> record``, `preload` are modules that the server imports for all (default: what a run
     needs).
 
-    Ctrl-C, SIGTERM and SIGHUP stop the runs and return with ``interrupted``. Raises `store.StoreError`
-    where records cannot be written.
+    Ctrl-C, SIGTERM and SIGHUP stop the runs and return with ``interrupted``. Raises `store.Unwritable`
+    where nothing can be written; runs that had begun are then half done.
     """
     if not jobs:
         return Summary()
@@ -533,6 +549,9 @@ class _Launcher:
         if run.process.exitcode == _BUSY:
             self.leave_to_other(run.job)
             return
+        for number, code in _NO_PLACE.items():
+            if run.process.exitcode == code and not path.exists():
+                raise store.Unwritable(run.job.folder, OSError(number, os.strerror(number)))
         if not path.exists():
             held = store.lock(run.job.folder)
             if held is None:  # another launcher has taken it over since it died
@@ -593,8 +612,10 @@ class _Launcher:
             _kill(run.process)
         for run in list(self.running):
             run.process.join(10)
-            if (run.job.folder / store.RECORD).exists():  # it was quicker than the kill
-                self.reap()
+            # One that was quicker than the kill is over; the others are half done, whatever ended them.
+            if (run.job.folder / store.RECORD).exists():
+                self.running.remove(run)
+                self.end(run)
 
 
 def _context(preload: Sequence[str]) -> Any:
@@ -679,7 +700,7 @@ def _tail(path: Path) -> str:
     """The last lines that a run printed, without stacks: those are in the file, and name places here."""
     try:
         lines = path.read_text(errors="replace").splitlines()
-    except FileNotFoundError:
+    except OSError:
         return ""
     told = [line.strip() for line in lines if line.strip() and not _STACK.match(line)]
     return (
@@ -695,15 +716,21 @@ def _drop_empty(path: Path) -> None:
 
 def _fraction(job: Job) -> float:
     """How far a run is, from the last line of its trace: 0 to 1."""
+    trace = job.folder / "trace.jsonl"
     try:
-        with (job.folder / "trace.jsonl").open("rb") as file:
+        if not trace.is_file():
+            return 0.0
+        with trace.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
             lines = file.read().splitlines()
-    except FileNotFoundError:
+    except OSError:
         return 0.0
     for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill, or half written just now
-            return min(1.0, float(json.loads(line)["step"]) / job.cell.schedule["steps"])
+        # Torn by a kill, half written just now, or damaged.
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            step = json.loads(line)["step"]
+            if 0 <= step < math.inf:
+                return min(1.0, float(step) / job.cell.schedule["steps"])
     return 0.0
 
 
@@ -722,18 +749,33 @@ def _take_over_checkpoint(job: Job, code: Mapping[str, Any] | None) -> None:
         return  # nobody can say what that checkpoint is worth
     if record["status"] not in store.FAILED or store.stale(record, code):
         return
+    held = None
+    for _ in range(200):  # another launcher may be at it
+        held = store.lock(before)
+        if held is not None:
+            break
+        time.sleep(0.05)
+    if held is None:
+        return
     # The folder appears under its name in one step, complete: a kill in between leaves nothing that looks
-    # half done.
-    made = job.folder.with_name(f".{job.folder.name}.{os.getpid()}")
-    made.mkdir()
-    for name in ("trace.jsonl", "env.json"):
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copyfile(before / name, made / name)
-    shutil.copytree(before / "checkpoint", made / "checkpoint")
-    with contextlib.suppress(OSError):  # another launcher was first; it has the same checkpoint
-        made.rename(job.folder)
-        shutil.rmtree(before / "checkpoint", ignore_errors=True)
-    shutil.rmtree(made, ignore_errors=True)
+    # half done, and the next launcher clears it away.
+    made = job.folder.with_name(f".{job.folder.name}.taken")
+    try:
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        for name in ("trace.jsonl", "env.json"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(before / name, made / name)
+        if (before / "checkpoint").is_dir():  # not yet taken by another
+            shutil.copytree(before / "checkpoint", made / "checkpoint")
+        if not job.folder.exists() and (made / "checkpoint").is_dir():
+            made.rename(job.folder)
+            shutil.rmtree(before / "checkpoint", ignore_errors=True)
+    except OSError as error:
+        raise store.Unwritable(job.folder, error) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        store.unlock(before, held)
 
 
 def _now() -> str:
@@ -811,12 +853,16 @@ def failure(
 
 
 def _place(folder: Path) -> dict[str, Any]:
-    """The env.json that the run wrote when it started; empty where it did not come so far."""
+    """The env.json that the run wrote when it started; empty where it did not come so far, or where it is damaged."""
+    file = folder / "env.json"
     try:
-        found = json.loads((folder / "env.json").read_text())
-    except (FileNotFoundError, ValueError):
+        found = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict) or store.unreadable({"environment": found}):  # it goes into a record
+        return {}
+    kinds: dict[str, type | tuple[type, ...]] = {"device": dict, "commit": (str, type(None))}
+    return found if all(isinstance(found[key], kind) for key, kind in kinds.items() if key in found) else {}
 
 
 def _card(method: str) -> dict[str, Any]:
@@ -836,27 +882,40 @@ def _child(text: str) -> None:
     os.setsid()  # Ctrl-C at the terminal is for the launcher, and what this run starts can be killed with it
     _die_with_launcher()
     folder = Path(task["folder"])
+    try:
+        _locked_child(task, folder)
+    except (OSError, store.Unwritable) as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        _mute()
+        sys.exit(_NO_PLACE[error.errno])
+
+
+def _locked_child(task: Mapping[str, Any], folder: Path) -> None:
     held = store.lock(folder)
     if held is None:
         sys.exit(_BUSY)
     if (folder / store.RECORD).exists():
         store.unlock(folder, held)
         sys.exit(_ALREADY)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    store.sweep(folder)
     _redirect(folder / _OUTPUT)
     record = _execute(task, folder)
     store.write_record(folder, record)
     if record["status"] in store.FINAL:
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    _drop_empty(folder / _OUTPUT)
+    with contextlib.suppress(OSError):  # the record is there; what was printed matters no more
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _drop_empty(folder / _OUTPUT)
     store.unlock(folder, held)
 
 
 def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
-    """The record of the run; an exception becomes the status crashed or oom, its traceback error.txt."""
+    """The record of the run; an exception becomes the status crashed or oom, its traceback error.txt.
+
+    Raises OSError or `store.Unwritable` where the run could not write: that says nothing about the run.
+    """
     started, since = _now(), time.monotonic()
     cell = Cell.from_json(task["cell"])
     try:
@@ -872,7 +931,10 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
         store.encode(record, folder.name)  # so that one that cannot be written counts as a crash, here
         return record
     except Exception as error:  # a failed run is a row with a reason, whatever was raised
-        (folder / "error.txt").write_text(traceback.format_exc())
+        if _unwritable(error, folder):
+            traceback.print_exc()
+            raise
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
         status = "oom" if _is_out_of_memory(error) else "crashed"
         if status == "crashed":  # at the same step it would crash again, and corrected code starts anew
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
@@ -932,9 +994,20 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
+def _unwritable(error: Exception, folder: Path) -> bool:
+    """Whether there is no room to write, or no leave to write in the run's folder."""
+    if isinstance(error, store.Unwritable):
+        return True
+    if not isinstance(error, OSError):
+        return False
+    inside = isinstance(error.filename, str | os.PathLike) and Path(error.filename).is_relative_to(folder)
+    return error.errno in _FULL or (inside and error.errno in _NO_PLACE)
+
+
 def _reason(error: BaseException) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = "".join(traceback.format_exception_only(error)).strip()
+    text = text.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
     return f"{text[-800:]} (at {Path(last.filename).name}:{last.lineno}; the traceback is in error.txt)"
 
 
@@ -947,6 +1020,14 @@ def _redirect(path: Path) -> None:
     os.dup2(descriptor, 2)
     os.close(descriptor)
     faulthandler.enable()
+
+
+def _mute() -> None:
+    """Drop what is still to be printed: where there is no room for it, it would raise once more at the exit."""
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
 
 
 def _die_with_launcher() -> None:

@@ -10,8 +10,12 @@ Layout::
     results/<suite>/<id>.2/...          a second attempt at the same cell, and so on
 
 A record is written to a temporary file and *linked* to its name, which fails where the name exists: an
-interrupted write leaves no half record, and of two writers only one wins. A file that cannot be read never
-stops the others from being loaded; it comes back in ``Records.broken`` with the reason.
+interrupted write leaves no half record, and of two writers only one wins.
+
+A file that holds no valid record is quarantined: it stays where it is, since nothing here is overwritten, it is
+left out, and it comes back in ``Records.broken`` with the reason, which ``status`` and ``report`` show. It never stops
+the others from being loaded. Whatever :func:`load` returns has the fields that other rooms look up, of the types they
+expect: what a record is is settled here, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -25,8 +29,10 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +49,7 @@ __all__ = [
     "MergeResult",
     "Records",
     "StoreError",
+    "Unwritable",
     "attempt_of",
     "cell_of",
     "current",
@@ -68,19 +75,69 @@ STATUSES = FINAL + FAILED
 RECORD = "record.json"
 LOCK = ".lock"
 _COPIED = ("trace.jsonl", "env.json", "error.txt")  # what a merge takes along, before the record itself
-_ATTEMPT = re.compile(r"([0-9a-f]{12})(?:\.([1-9][0-9]*))?")
-_REQUIRED: Mapping[str, type | tuple[type, ...]] = {
-    "id": str,
-    "group": str,
-    "suite": str,
-    "status": str,
-    "cell": dict,
-    "privacy": dict,
-    "metrics": dict,
-    "measured": dict,
-    "code": dict,
-    "device": dict,
+MOST_BYTES = 64 * 2**20
+"""A record that is larger is none: its ledger is run-length encoded, and thousands of them are read at once."""
+DEEPEST = 64
+"""A record that is nested deeper is none: not every reader could follow it."""
+
+_ATTEMPT = re.compile(r"([0-9a-f]{12})(?:\.([1-9][0-9]{0,8}))?")
+_SUITE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")  # as a suite may be called
+_TEXT, _MAP, _NUMBER, _LIST, _NULL = str, dict, (int, float), list, type(None)
+_Kind = type | tuple[type, ...]
+_REQUIRED: Mapping[str, _Kind] = {
+    "id": _TEXT,
+    "group": _TEXT,
+    "suite": _TEXT,
+    "status": _TEXT,
+    "cell": _MAP,
+    "cell.method": _MAP,
+    "cell.method.name": _TEXT,
+    "cell.task": _MAP,
+    "cell.task.name": _TEXT,
+    "cell.privacy": _MAP,
+    "cell.schedule": _MAP,
+    "cell.schedule.steps": int,
+    "cell.numerics": _MAP,
+    "cell.seed": int,
+    "privacy": _MAP,
+    "metrics": _MAP,
+    "measured": _MAP,
+    "code": _MAP,
+    "device": _MAP,
 }
+# What need not be there, and what it is where it is.
+_OPTIONAL: Mapping[str, _Kind] = {
+    "reason": (_TEXT, _NULL),
+    "card": (_MAP, _NULL),
+    "diagnostics": (_MAP, _NULL),
+    "environment": (_MAP, _NULL),
+    "started": (_TEXT, _NULL),
+    "finished": (_TEXT, _NULL),
+    "cell.method.label": _TEXT,
+    "cell.method.parameters": _MAP,
+    "cell.method.parts": _MAP,
+    "cell.method.with": _MAP,
+    "cell.privacy.epsilon": (*_NUMBER, _NULL),
+    "cell.privacy.delta": (*_NUMBER, _NULL),
+    "privacy.epsilon": (*_NUMBER, _NULL),
+    "privacy.noise_multiplier": (*_NUMBER, _NULL),
+    "privacy.sensitivity": (_MAP, _NULL),
+    "privacy.planned": (_MAP, _NULL),
+    "privacy.spent": (_MAP, _NULL),
+    "privacy.claimed": (_MAP, _NULL),
+    "privacy.claimed.epsilon": (*_NUMBER, _NULL),
+    "privacy.claimed.failed": _LIST,
+    "metrics.accuracy": (*_NUMBER, _NULL),
+    "measured.wall_seconds": (*_NUMBER, _NULL),
+    "measured.peak_memory_mib": (*_NUMBER, _NULL),
+    "measured.examples_per_second": (_MAP, _NULL),
+    "measured.examples_per_second.median": (*_NUMBER, _NULL),
+    "measured.examples_per_second.q1": (*_NUMBER, _NULL),
+    "measured.examples_per_second.q3": (*_NUMBER, _NULL),
+    "code.hash": (_TEXT, _NULL),
+    "code.commit": (_TEXT, _NULL),
+}
+_WORDS = {str: "text", dict: "JSON object", int: "whole number", float: "number", list: "list", _NULL: "null"}
 
 Record = dict[str, Any]
 
@@ -93,19 +150,31 @@ class AlreadyWritten(StoreError):
     """There is a record of this name already. Nothing was written."""
 
 
+class Unwritable(StoreError):
+    """The file system takes no file here: it is full, read-only or not ours. Nothing that was there is changed."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"{path}: cannot be written: {error.strerror or error}. Nothing that was finished is lost; make room or "
+            "get leave to write there, then give the same command again"
+        )
+        self.errno = error.errno
+
+
 @dataclass(frozen=True)
 class Broken:
-    """A record that cannot be used, and why."""
+    """A record that cannot be used, and why. As text it is one printable line, whatever the file is called."""
 
     path: Path
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        text = f"{self.path}: {self.reason}"
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Records(list[Record]):
-    """Records, each with its ``"path"``; ``broken`` holds the files that could not be used."""
+    """Records, each with its ``"path"``; ``broken`` is the quarantine: the files that could not be used."""
 
     def __init__(self, records: Iterable[Record] = (), broken: Iterable[Broken] = ()) -> None:
         super().__init__(records)
@@ -134,33 +203,38 @@ def _finite(value: object) -> object:
 
 
 def write_once(path: Path, data: bytes) -> None:
-    """Create `path` with `data`, durably and in one step. Raises AlreadyWritten where it exists.
+    """Create `path` with `data`, durably and in one step. Raises AlreadyWritten where it exists, Unwritable where the
+    file system refuses.
 
     After a power cut there is either the whole file or none.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary, linking = _temporary(path), False
     try:
         _write_durably(temporary, data)
+        linking = True
         os.link(temporary, path)  # unlike rename, this never replaces
     except FileExistsError as error:
         raise AlreadyWritten(f"{path}: exists already and is never overwritten") from error
     except OSError as error:
-        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+        if linking and error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise StoreError(
                 f"{path}: this file system has no hard links, which records need to be written once; "
                 "choose another place with --results DIR"
             ) from error
-        raise
+        raise Unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
     _sync_folder(path.parent)
 
 
 def encode(record: Record, folder: str) -> bytes:
     """The bytes of a record for the folder of this name. Raises StoreError where it is not a valid one."""
-    data = dumps({key: value for key, value in record.items() if key != "path"}).encode()
-    reason = _flaw(json.loads(data), folder)
-    if reason:
+    try:
+        data = dumps({key: value for key, value in record.items() if key != "path"}).encode()
+    except (ValueError, RecursionError) as error:  # half a surrogate pair, or a list in itself
+        raise StoreError(f"the record for {folder} is not valid: it cannot be written: {error}") from error
+    found, reason = _parse(data, folder)
+    if found is None:
         raise StoreError(f"the record for {folder} is not valid: {reason}")
     return data
 
@@ -168,22 +242,50 @@ def encode(record: Record, folder: str) -> bytes:
 def write_record(folder: Path, record: Record) -> Path:
     """Write `record` as ``folder/record.json`` and return that path. Raises StoreError where it is not valid.
 
-    `folder` must be named after the record's id (with ``.2``, ``.3`` for later attempts).
+    `folder` must be named after the record's id (with ``.2``, ``.3`` for later attempts), and lie in one named after
+    its suite.
     """
     data = encode(record, folder.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    if record["suite"] != folder.parent.name:
+        raise StoreError(f"{folder}: the record is of the suite {record['suite']!r}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unwritable(folder, error) from error
     write_once(folder / RECORD, data)
     return folder / RECORD
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a side file (``env.json``) in one step; unlike a record it may be replaced."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    """Write a side file (``env.json``) in one step; unlike a record it may be replaced. Raises Unwritable."""
+    temporary = _temporary(path)
     try:
         _write_durably(temporary, data)
         temporary.replace(path)
+    except OSError as error:
+        raise Unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
+
+
+def _temporary(path: Path) -> Path:
+    """A new hidden name beside `path`; what a kill leaves of it is removed by the next run in the folder."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def _discard(path: Path) -> None:
+    """Remove a temporary file, or a folder of things set aside. What cannot be removed does no harm."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in a folder whose lock the caller holds."""
+    for leftover in folder.glob(".*.tmp"):
+        _discard(leftover)
 
 
 def _write_durably(path: Path, data: bytes) -> None:
@@ -194,12 +296,13 @@ def _write_durably(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot; the file itself is on disk
+    # The files in it are on disk, and some network file systems cannot do this.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 # Reading --------------------------------------------------------------------------------------------------
@@ -209,45 +312,134 @@ def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
 
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is beyond all numbers")
+    return value
+
+
 def _flaw(record: object, folder: str) -> str | None:
     """What makes a parsed file no valid record of this folder; None where nothing does."""
     if not isinstance(record, dict):
         return "not a JSON object"
-    if record.get("schema") != SCHEMA:
-        newer = isinstance(record.get("schema"), int) and record["schema"] > SCHEMA
-        return f"schema {record.get('schema')!r}, this version reads {SCHEMA}" + (
+    schema = record.get("schema")
+    if type(schema) is not int or schema != SCHEMA:
+        newer = type(schema) is int and schema > SCHEMA
+        return f"schema {_short(schema)}, this version reads {SCHEMA}" + (
             "; update epsbench" if newer else ""
         )
-    for key, kind in _REQUIRED.items():
-        if not isinstance(record.get(key), kind):
-            return f'"{key}" is missing or not a {"text" if kind is str else "JSON object"}'
+    reason = unreadable(record) or _mistyped(record)
+    if reason:
+        return reason
     if record["status"] not in STATUSES:
-        return f"status {record['status']!r} is none of {', '.join(STATUSES)}"
+        return f"status {_short(record['status'])} is none of {', '.join(STATUSES)}"
+    if not _SUITE.fullmatch(record["suite"]):
+        return f"suite {_short(record['suite'])} is not what a suite may be called"
+    if record["cell"]["schedule"]["steps"] < 1:
+        return '"cell.schedule.steps" is not a number of steps'
     match = _ATTEMPT.fullmatch(folder)
     if match is None:
         return (
             f"its folder {folder!r} is not named after an id (12 hex digits, then .2, .3 for later attempts)"
         )
     if match[1] != record["id"]:
-        return f"its id {record['id']!r} is not that of its folder"
+        return f"its id {_short(record['id'])} is not that of its folder"
+    return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def unreadable(value: object) -> str | None:
+    """Why a JSON value is none that every reader can print, store and compute with; None where it is."""
+    level: list[object] = [value]
+    for _ in range(DEEPEST):
+        below: list[object] = []
+        for one in level:
+            if isinstance(one, dict):
+                below += one
+                below += one.values()
+            elif isinstance(one, list):
+                below += one
+            elif isinstance(one, str):
+                try:
+                    one.encode()
+                except UnicodeEncodeError:
+                    return "it holds half a surrogate pair"
+            elif type(one) is int and abs(one) >= 2**1023:
+                return "it holds a whole number beyond all others"
+        level = below
+        if not level:
+            return None
+    return f"it is nested more than {DEEPEST} deep"
+
+
+_NOTHING = object()
+
+
+def _mistyped(record: Record) -> str | None:
+    """The first field that is missing or has another type than its readers rely on; None where all are well."""
+    for fields, required in ((_REQUIRED, True), (_OPTIONAL, False)):
+        for name, kind in fields.items():
+            value: Any = record
+            for key in name.split("."):
+                value = value.get(key, _NOTHING) if isinstance(value, dict) else _NOTHING
+            if value is _NOTHING and not required:
+                continue
+            if not isinstance(value, kind) or isinstance(value, bool):
+                words = [_WORDS[one] for one in (kind if isinstance(kind, tuple) else (kind,))]
+                return f'"{name}" is {"missing or " if required else ""}not a {" or ".join(words)}'
+    for name in ("started", "finished"):
+        moment = record.get(name)
+        try:
+            datetime.fromisoformat("1970-01-02" if moment is None else moment).timestamp()
+        except (ValueError, OverflowError, OSError):
+            return f'"{name}" is not a moment in ISO 8601'
+    for one in (record["privacy"].get("claimed") or {}).get("failed", ()):
+        if not isinstance(one, str):
+            return '"privacy.claimed.failed" is not a list of texts'
     return None
 
 
 def _parse(data: bytes, folder: str) -> tuple[Record | None, str]:
     """The record, or None and the reason why the bytes hold none."""
+    if len(data) > MOST_BYTES:
+        return None, f"larger than {MOST_BYTES // 2**20} MiB"
     try:
-        record = json.loads(data, parse_constant=_refuse_constant)
+        record = json.loads(data, parse_constant=_refuse_constant, parse_float=_number)
     except (ValueError, RecursionError) as error:
         return None, f"not JSON: {error}"
     reason = _flaw(record, folder)
     return (None, reason) if reason else (record, "")
 
 
+def _parse_at(path: Path, data: bytes) -> tuple[Record | None, str]:
+    """As `_parse`, for a file: its suite must be that of its folder."""
+    record, reason = _parse(data, path.parent.name)
+    if record is not None and record["suite"] != path.parent.parent.name:
+        return None, f"its suite {record['suite']!r} is not that of its folder"
+    return record, reason
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a plain file, no more than make a record too large. Raises OSError, also for all else.
+
+    Opening a pipe would wait for a writer, and reading a device might never end.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    with path.open("rb") as file:
+        return file.read(MOST_BYTES + 1)
+
+
 def read(path: Path) -> Record:
     """One record with its ``"path"``. Raises StoreError saying what is wrong with the file."""
-    record, reason = _parse(path.read_bytes(), path.parent.name)
+    record, reason = _parse_at(path.absolute(), _content(path))
     if record is None:
-        raise StoreError(f"{path}: {reason}")
+        raise StoreError(str(Broken(path, reason)))
     record["path"] = str(path)
     return record
 
@@ -258,15 +450,15 @@ def load(results: Path, suite: str | None = None) -> Records:
     Each gains ``"path"``. Files that cannot be used are in ``.broken``. A missing folder holds no records.
     """
     found = Records()
-    for path in _record_files(results, suite):
+    for path in _record_files(results, suite, found.broken):
         try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            continue  # a run that has no record yet
+            data = _content(path)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not path.is_symlink():
+                continue  # a run that has no record yet
             found.broken.append(Broken(path, f"cannot be read: {error.strerror}"))
             continue
-        record, reason = _parse(data, path.parent.name)
+        record, reason = _parse_at(path, data)
         if record is None:
             found.broken.append(Broken(path, reason))
         else:
@@ -275,19 +467,30 @@ def load(results: Path, suite: str | None = None) -> Records:
     return found
 
 
-def _record_files(results: Path, suite: str | None = None) -> Iterator[Path]:
-    suites = [suite] if suite is not None else _folders(results)
+def _record_files(results: Path, suite: str | None, broken: list[Broken]) -> Iterator[Path]:
+    """Where records are or will be, in order; folders that cannot be listed are added to `broken`."""
+    suites = [suite] if suite is not None else _folders(results, broken)
     for name in suites:
-        for folder in _folders(results / name):
+        for folder in _folders(results / name, broken):
             yield results / name / folder / RECORD
 
 
-def _folders(path: Path) -> list[str]:
+def _folders(path: Path, broken: list[Broken]) -> list[str]:
     try:
         with os.scandir(path) as entries:
-            return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+            return sorted(e.name for e in entries if not e.name.startswith(".") and _is_folder(e))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        broken.append(Broken(path, f"cannot be read: {error.strerror}"))
+        return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
 
 
 # Which record counts --------------------------------------------------------------------------------------
@@ -377,14 +580,16 @@ class Folder:
     def latest(self) -> int:
         """Number of the newest attempt that has a folder; 0 where there is none."""
         number = 0
-        while self.attempt(number + 1).exists():
+        while os.path.lexists(self.attempt(number + 1)):
             number += 1
         return number
 
     def unfinished(self) -> Path:
         """Where the next run goes: the newest attempt where it has no record, else the next number."""
         number = max(1, self.latest())
-        if (self.attempt(number) / RECORD).exists():
+        if os.path.lexists(
+            self.attempt(number) / RECORD
+        ):  # good or damaged: no record is written over another
             number += 1
         return self.attempt(number)
 
@@ -392,12 +597,20 @@ class Folder:
 def lock(folder: Path) -> int | None:
     """Take the lock of a run's folder, made if need be; None where another process has it.
 
-    The descriptor returned holds the lock until :func:`unlock` or the death of the process, however it comes.
+    The descriptor returned holds the lock until :func:`unlock` or the death of the process, however it comes. Raises
+    Unwritable where no lock can be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
+    gone = 0
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            gone += isinstance(error, FileNotFoundError)
+            if isinstance(error, FileNotFoundError) and gone < 100:
+                continue  # a merge that came to nothing removed the folder that it had made for its lock
+            raise Unwritable(folder, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _same_file(descriptor, path):
@@ -458,8 +671,10 @@ class MergeResult:
 def merge(sources: Sequence[Path], into: Path) -> MergeResult:
     """Add the records of other results folders to `into`. Never overwrites.
 
-    A record is refused by name where its id is not that of its cell. Raises StoreError where a source is not
-    a folder of results or is `into` itself.
+    A record is refused by name where its id is not that of its cell, and a side file where it is no plain file: a link
+    could bring in any file of this machine. Raises StoreError where a source is not a folder of results or is `into`
+    itself, Unwritable where `into` cannot be written; what was added until then stays, and a half-done run of the
+    same cell is as it was.
     """
     result = MergeResult()
     for source in sources:
@@ -469,8 +684,8 @@ def merge(sources: Sequence[Path], into: Path) -> MergeResult:
             )
         if into.exists() and source.samefile(into):
             raise StoreError(f"{source}: cannot be merged into itself; name another folder")
-        files = [path for path in _record_files(source) if path.is_file()]
-        if not files:
+        files = [path for path in _record_files(source, None, result.refused) if os.path.lexists(path)]
+        if not files and not result.refused:
             raise StoreError(f"{source}: holds no <suite>/<id>/{RECORD}; name the folder above the suites")
         for path in files:
             _merge_one(path, into, result)
@@ -478,45 +693,118 @@ def merge(sources: Sequence[Path], into: Path) -> MergeResult:
 
 
 def _merge_one(path: Path, into: Path, result: MergeResult) -> None:
-    data = path.read_bytes()
-    record, reason = _parse(data, path.parent.name)
-    suite, name = path.parent.parent.name, path.parent.name
+    try:
+        data = _content(path)
+    except OSError as error:
+        result.refused.append(Broken(path, f"cannot be read: {error.strerror}"))
+        return
+    record, reason = _parse_at(path.absolute(), data)
     if record is not None:
-        reason = _mismatch(record, suite)
+        reason = _mismatch(record)
     if reason:
         result.refused.append(Broken(path, reason))
         return
-    where = f"{suite}/{name}"
-    target = into / suite / name
+    where = f"{path.parent.parent.name}/{path.parent.name}"
+    target = into / where
+    if os.path.lexists(target) and not target.is_dir():
+        result.conflicts.append(Broken(path, f"{target} is no folder, and is kept"))
+        return
     held = lock(target)
     if held is None:
         result.conflicts.append(Broken(path, f"{target} is running now; merge again when it is done"))
         return
     try:
-        if (target / RECORD).exists():
-            if (target / RECORD).read_bytes() == data:
-                result.same.append(where)
+        if os.path.lexists(target / RECORD):
+            difference = _difference(target / RECORD, data)
+            if difference:
+                result.conflicts.append(Broken(path, difference))
             else:
-                result.conflicts.append(Broken(path, f"differs from {target / RECORD}, which is kept"))
+                result.same.append(where)
             return
-        # A half-done run of the same cell is superseded: this record is what it would have become.
-        shutil.rmtree(target / "checkpoint", ignore_errors=True)
-        for side in _COPIED:
-            (target / side).unlink(missing_ok=True)
-            if (path.parent / side).is_file():
-                shutil.copyfile(path.parent / side, target / side)
-        write_once(target / RECORD, data)
+        _add(path.parent, target, data, result.refused)
         result.added.append(where)
     finally:
         unlock(target, held)
+        with contextlib.suppress(
+            OSError
+        ):  # one that was made for the lock alone would look like a run half done
+            target.rmdir()
 
 
-def _mismatch(record: Record, suite: str) -> str:
-    if record["suite"] != suite:
-        return f"its suite {record['suite']!r} is not that of its folder"
+def _difference(there: Path, data: bytes) -> str:
+    """Why the record that is there is not these bytes; empty where it is."""
+    try:
+        found = _content(there)
+    except OSError as error:
+        return f"{there} is there already, cannot be read ({error.strerror}), and is kept"
+    if found == data:
+        return ""
+    record, reason = _parse_at(there.absolute(), found)
+    if record is None:
+        return (
+            f"differs from {there}, which is kept though it is damaged ({reason}); remove it and merge again"
+        )
+    return f"differs from {there}, which is kept"
+
+
+def _add(source: Path, target: Path, data: bytes, refused: list[Broken]) -> None:
+    """Put a record and its side files into a locked folder without one, all or nothing.
+
+    A half-done run in it is superseded: this record is what it would have become. What takes room is written before
+    that is touched, and it is put back where the record cannot be written after all. A kill in between leaves a run
+    that begins anew.
+    """
+    staged: dict[str, Path] = {}
+    aside = _temporary(target / "superseded")
+    placed: list[Path] = []
+    moved: list[str] = []
+    try:
+        for side in _COPIED:
+            content = _side(source / side, refused)
+            if content is not None:
+                staged[side] = _temporary(target / side)
+                _write_durably(staged[side], content)
+        aside.mkdir()
+        for name in ("checkpoint", *_COPIED):  # without its checkpoint first: a trace alone is begun again
+            if os.path.lexists(target / name):
+                (target / name).rename(aside / name)
+                moved.append(name)
+        for side, file in staged.items():
+            file.rename(target / side)
+            placed.append(target / side)
+        write_once(target / RECORD, data)
+    except BaseException as error:
+        for path in placed:
+            _discard(path)
+        for name in reversed(moved):
+            (aside / name).rename(target / name)
+        if isinstance(error, OSError):
+            raise Unwritable(target, error) from error
+        raise
+    finally:
+        for file in staged.values():
+            _discard(file)
+        _discard(aside)
+
+
+def _side(path: Path, refused: list[Broken]) -> bytes | None:
+    """The bytes of a side file, None where there is none or it is not to be taken along."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            refused.append(Broken(path, "not a plain file; left behind"))
+            return None
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        refused.append(Broken(path, f"cannot be read: {error.strerror}; left behind"))
+        return None
+
+
+def _mismatch(record: Record) -> str:
     try:
         actual = cell_of(record).id
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         return f"its cell cannot be read: {type(error).__name__}: {error}"
     claimed = record["id"]
     return "" if actual == claimed else f"its id {claimed!r} is not that of its cell, which is {actual!r}"

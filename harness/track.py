@@ -84,7 +84,7 @@ def read_points(trace: Path, offset: int = 0) -> tuple[list[Point], int]:
 def _point(line: bytes) -> Point | None:
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(fields, dict) or not _finite(fields.get("step")):
         return None
@@ -100,7 +100,10 @@ def _point(line: bytes) -> Point | None:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return False
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def build(
     published: Iterable[Mapping[str, Any]] = (),
     tuning: Mapping[str, Any] | None = None,
     reduced: str | None = None,
+    quarantine: Iterable[tuple[str, str]] = (),
     results: Path | None = None,
 ) -> Report:
     """Write the report of one suite into ``out/<suite_name>/`` and return where it is.
@@ -68,7 +69,8 @@ def build(
     ``results`` beside `out`) and ``stale``. `published` rows have the keys method, task, epsilon (null:
     infinite), metric, value, source, note, accountant (of the published epsilon, if known). `tuning` says how
     hyper-parameters were chosen. `reduced` says why these are runs of the suite's reduced profile, None where they are
-    not; nothing that is published is compared with those.
+    not; nothing that is published is compared with those. `quarantine` are the files that hold no valid record, each
+    with the reason; they are named and nothing else.
 
     The files depend on the arguments and on this package only: the order of the records, the time and the
     machine do not matter, and a report that is already there for the same arguments is left alone.
@@ -82,11 +84,12 @@ def build(
     results = out.parent / "results" if results is None else Path(results)
     records = [{**record, "path": record_path(record.get("path"))} for record in records]
     published = [dict(claim) for claim in published]
+    quarantine = [(record_path(path), reason) for path, reason in quarantine]
     link = os.path.relpath(results, folder)
     digest = _digest(
-        [suite_name, question, sorted(map(canonical, records)), published, tuning, reduced, link]
+        [suite_name, question, sorted(map(canonical, records)), published, tuning, reduced, quarantine, link]
     )
-    model = board(suite_name, question, records, published, tuning, reduced)
+    model = board(suite_name, question, records, published, tuning, reduced, quarantine)
     top = text.top_rows(model)
     if _current(folder) == digest:
         return Report(folder, False, top)

@@ -210,11 +210,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Board:
-    """Everything a report shows. `reduced` says why these are runs of a suite's reduced profile, empty if not."""
+    """Everything a report shows. `reduced` says why these are runs of a suite's reduced profile, empty if not.
+
+    `quarantine` names the files that hold no valid record, each with the reason; nothing else is taken from them.
+    """
 
     suite: str
     question: str
     reduced: str
+    quarantine: tuple[str, ...]
     runs: tuple[Run, ...]
     rows: tuple[Row, ...]
     tables: tuple[Table, ...]
@@ -248,6 +252,7 @@ class Board:
             "Runs": f"{len(runs)} ({', '.join(f'{n} {s}' for s, n in status.items())})"
             if runs
             else "none yet",
+            "Quarantined records": "; ".join(self.quarantine),
             "Device": "; ".join(devices),
             "Dates": dates(runs),
             "Code": ", ".join(code),
@@ -263,6 +268,7 @@ def board(
     published: Iterable[Mapping[str, Any]] = (),
     tuning: Mapping[str, Any] | None = None,
     reduced: str | None = None,
+    quarantine: Iterable[tuple[str, str]] = (),
 ) -> Board:
     """Everything the report shows, computed from `records`; see `harness.report.build` for the arguments."""
     runs = read(records)
@@ -274,6 +280,7 @@ def board(
         suite=visible(suite),
         question=visible(question),
         reduced=why,
+        quarantine=tuple(visible(f"{path}: {reason}") for path, reason in quarantine),
         runs=tuple(runs),
         rows=tuple(rows),
         tables=tuple(_tables(rows)),
