@@ -29,7 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "track": {"store"},
     "report": {"store"},
     "launch": {"run", "store", "track", "measure", "registry", "cell"},
-    "verify": {"train", "dp", "data", "models", "registry", "measure", "suite", "lines"},
+    "verify": {
+        "train", "dp", "data", "models", "registry", "measure", "suite", "lines", "store", "codehash", "parts", "cell",
+        "seeds",
+    },
     "peers": {"dp", "models"},
     "bench": {
         "train", "dp", "data", "models", "registry", "measure", "peers", "suite", "lines", "store", "codehash",

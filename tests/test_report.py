@@ -207,6 +207,13 @@ def ranks(model_table: Table) -> dict[str, str]:
     return {e.row.title: place(e) for e in model_table.entries}
 
 
+def test_a_table_says_how_often_other_work_ran_on_the_machine() -> None:
+    quiet, busy = record(seed=0), record(seed=1)
+    quiet["measured"]["load_average"], busy["measured"]["load_average"] = 2.9, 3.1  # two runs of one thread
+    assert "during 1 of 2 runs" in " ".join(table(make([quiet, busy])).notes)
+    assert "Other work" not in " ".join(table(make([quiet])).notes)
+
+
 # ------------------------------------------------------------ statistics
 
 

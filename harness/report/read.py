@@ -84,6 +84,7 @@ class Run:
     peak_memory: float | None
     train_seconds: float | None
     jobs: int | None
+    busy: bool
     stale: bool
     path: str
     started: str
@@ -237,6 +238,13 @@ def _claim(value: Any) -> tuple[float | None, str]:
     return None if failed else epsilon, ". ".join(words)
 
 
+def _busy(f: _Fields) -> bool:
+    """Whether the load of the machine, after the run, was more than the runs at a time and one process account for."""
+    load = f.number("measured.load_average")
+    threads, jobs = f.whole("device.threads") or 1, f.whole("measured.jobs") or 1
+    return load is not None and load > threads * jobs + 1
+
+
 def _run(record: RecordLike) -> Run:
     f = _Fields(record)
     status = f.text("status", "crashed")
@@ -295,6 +303,7 @@ def _run(record: RecordLike) -> Run:
         peak_memory=f.number("measured.peak_memory_mib"),
         train_seconds=f.number("measured.train_seconds"),
         jobs=f.whole("measured.jobs"),
+        busy=_busy(f),
         stale=f.any("stale") is True,
         path=record_path(f.any("path")),
         started=f.text("started"),

@@ -180,6 +180,11 @@ class Table:
             )
         elif jobs and jobs[0] > 1:
             notes.append(f"Throughput was measured with {jobs[0]} runs at a time on the device.")
+        runs = [r for e in (*self.entries, *self.references) for r in e.row.counted]
+        if busy := sum(r.busy for r in runs):
+            notes.append(
+                f"Other work ran on the machine during {busy} of {len(runs)} runs: do not compare their throughput."
+            )
         if any(e.row.stale for e in (*self.entries, *self.references)):
             notes.append("Rows marked stale hold runs made by other code than today's.")
         return notes

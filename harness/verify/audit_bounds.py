@@ -1,0 +1,281 @@
+"""Lower bounds on epsilon from the scores of canaries that were in or out.
+
+Each is a test of a hypothesis on privacy at a level of significance; the bound is the largest epsilon that the test
+rejects, so that it exceeds the true one with at most that probability. Half of the canaries or fewer, drawn at random,
+choose thresholds and scores; the rest are tested. A choice made on other canaries costs no confidence: given
+their coins, the mechanism is as private in those of the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from dp_accounting import NeighboringRelation
+from dp_accounting.pld import PLDAccountant
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import expit
+from scipy.stats import beta, binom, norm
+
+from harness.dp.account import ACCOUNTANTS, Ledger, quiet
+from harness.dp.release import Relation
+
+GRID = 1e-2  # of privacy losses: PLD rounds against the claim, by 0.2 % of an epsilon of 1.5, less of larger ones
+CANDIDATES = 400  # thresholds tried
+SMALLEST = 16  # guesses fewer than this prove little
+MOST = 50.0  # epsilon beyond which nothing is looked for
+
+Floats = NDArray[np.float64]
+
+
+class Sample(NamedTuple):
+    """Scores of canaries, higher where they look in, by the name of the score; and `inside`, the coins."""
+
+    scores: dict[str, Floats]
+    inside: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.inside)
+
+    def part(self, rows: NDArray[Any]) -> Sample:
+        """Some of the canaries."""
+        return Sample({name: s[rows] for name, s in self.scores.items()}, self.inside[rows])
+
+    def split(self, share: float, seed: int) -> tuple[Sample, Sample]:
+        """A random `share` to choose on, and the rest to test."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        cut = int(share * len(self))
+        return self.part(order[:cut]), self.part(order[cut:])
+
+
+def upper(k: Any, n: Any, significance: float) -> Floats:
+    """The upper confidence limit of Clopper and Pearson (1934) on a rate, `k` of `n` seen; 1 where n is 0."""
+    k, n = np.asarray(k), np.asarray(n)
+    limit = beta.ppf(1 - significance, k + 1, np.maximum(n - k, 1))
+    found: Floats = np.where(k < n, limit, 1.0)
+    return found
+
+
+class Rates(NamedTuple):
+    """Upper confidence limits on the rates of false positives and of false negatives, holding together."""
+
+    false_positive: Floats
+    false_negative: Floats
+
+
+def rates(sample: Sample, score: str, thresholds: Floats, significance: float) -> Rates:
+    """Of calling a canary in where its score is at least a threshold; half of `significance` for each limit."""
+    values, inside = sample.scores[score], sample.inside
+    outs, ins = np.sort(values[~inside]), np.sort(values[inside])
+    positive = len(outs) - np.searchsorted(outs, thresholds)
+    negative = np.searchsorted(ins, thresholds)
+    return Rates(upper(positive, len(outs), significance / 2), upper(negative, len(ins), significance / 2))
+
+
+def by_rates(found: Rates, delta: float) -> Floats:
+    """Epsilon from error rates alone: log((1 - delta - FNR) / FPR) and the reverse (Kairouz et al. 2015)."""
+    a, b = found
+    with np.errstate(divide="ignore", invalid="ignore"):
+        both = np.stack([np.log((1 - delta - b) / a), np.log((1 - delta - a) / b)])
+    best: Floats = np.nan_to_num(both, nan=0.0, neginf=0.0).max(0).clip(min=0)
+    return best
+
+
+def by_normals(found: Rates, delta: float) -> Floats:
+    """How far apart two unit normals of these error rates are: what thresholds for a trade-off are chosen by."""
+    distance: Floats = norm.isf(found.false_positive) - norm.ppf(found.false_negative)
+    return distance
+
+
+def chosen(
+    choosing: Sample, testing: Sample, worth: Callable[[Rates, float], Floats], delta: float, level: float
+) -> tuple[Rates, str]:
+    """Error rates on `testing` at the score and threshold that were worth most on `choosing`; and that score."""
+    best: tuple[float, str, float] | None = None
+    for name, values in choosing.scores.items():
+        thresholds = np.unique(np.quantile(values, np.linspace(0, 1, CANDIDATES), method="nearest"))
+        gains = worth(rates(choosing, name, thresholds, level), delta)
+        at = int(gains.argmax())
+        if best is None or gains[at] > best[0]:
+            best = float(gains[at]), name, float(thresholds[at])
+    assert best is not None
+    return rates(testing, best[1], np.array([best[2]]), level), best[1]
+
+
+# One run --------------------------------------------------------------------------------------------------
+
+
+def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
+    """The probability of so many correct guesses or more if the mechanism is (epsilon, delta)-private; an upper bound.
+
+    Steinke, Nasr and Jagielski 2023 (arXiv:2305.08846), theorem 5.2: with W binomial of `guesses` trials at rate
+    e^epsilon / (1 + e^epsilon) and f(v) = P[W >= v], it is f(v) + 2 m delta max over i of (f(v - i) - f(v)) / i. The
+    proof reveals coins one after the other: given the output and the coins before it, a coin is guessed no better than
+    by randomised response, but for an event whose probability delta bounds; i guesses more cost at least i such events.
+    Nothing is assumed of how canaries depend on each other. At most `guesses` of the `canaries` coins are guessed.
+    """
+    law = binom(guesses, expit(epsilon))
+    tail = float(law.sf(correct - 1))
+    i = np.arange(1, correct + 1)
+    extra = ((law.sf(correct - i - 1) - tail) / i).max(initial=0.0)
+    return min(1.0, tail + 2 * canaries * delta * float(extra))
+
+
+def one_run(canaries: int, guesses: int, correct: int, delta: float, level: float) -> float:
+    """The largest epsilon that so many correct guesses reject at `level`; 0 where none is."""
+
+    def excess(epsilon: float) -> float:
+        return p_value(canaries, guesses, correct, epsilon, delta) - level
+
+    if excess(0.0) > 0:
+        return 0.0
+    return MOST if excess(MOST) < 0 else float(brentq(excess, 0.0, MOST, xtol=1e-4))
+
+
+class Guess(NamedTuple):
+    """How to guess: the `share` of the canaries with the highest scores are in, and as many of the lowest out."""
+
+    score: str
+    share: float
+    both: bool
+
+    def outcome(self, sample: Sample) -> tuple[int, int]:
+        """Guesses made, and how many are right."""
+        order = np.argsort(sample.scores[self.score], kind="stable")
+        each = int(self.share * len(sample) / (2 if self.both else 1))
+        right = int(sample.inside[order[len(order) - each :]].sum())
+        if self.both:
+            right += int((~sample.inside[order[:each]]).sum())
+        return (2 if self.both else 1) * each, right
+
+
+def guessed(choosing: Sample, testing: Sample, delta: float, level: float) -> tuple[float, int, int, str]:
+    """Epsilon by guesses on `testing`, chosen on `choosing`; guesses, how many are right, and the score."""
+    plans = [
+        Guess(name, 2.0**-k, both) for name in choosing.scores for k in range(8) for both in (False, True)
+        if 2.0**-k * len(testing) >= SMALLEST and (both or k)
+    ]  # fmt: skip
+    # Canaries to choose on are fewer than those to test: scaled up, as if there were as many.
+    scale = len(testing) / max(1, len(choosing))
+
+    def worth(plan: Guess) -> float:
+        guesses, right = (round(v * scale) for v in plan.outcome(choosing))
+        return one_run(len(testing), guesses, min(right, guesses), delta, level)
+
+    best = max(plans, key=worth)
+    guesses, right = best.outcome(testing)
+    return one_run(len(testing), guesses, right, delta, level), guesses, right, best.score
+
+
+# Trade-offs -----------------------------------------------------------------------------------------------
+
+
+class Profile:
+    """All (epsilon, delta) that an accountant proves for a ledger: PLD on a grid of `GRID` where it knows all events,
+    else RDP. Raises ValueError where neither does."""
+
+    def __init__(self, ledger: Ledger, relation: Relation) -> None:
+        event = ledger.total()
+        self.accountant = next((n for n, make in ACCOUNTANTS.items() if make(relation).supports(event)), "")
+        if not self.accountant:
+            raise ValueError(f"no accountant knows the events of the ledger: {ledger.composed()}")
+        if (
+            self.accountant == "pld"
+        ):  # multipliers are over the sensitivity under the relation: see account._Pld
+            self._account: Any = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, GRID)
+        else:
+            self._account = ACCOUNTANTS[self.accountant](relation)
+        with quiet():
+            self._account.compose(event)
+
+    def epsilon(self, delta: float) -> float:
+        """The least epsilon at `delta`."""
+        with quiet():
+            return float(self._account.get_epsilon(delta))
+
+    def refuted(self, found: Rates) -> bool:
+        """Whether error rates as low as these are impossible for what has this profile.
+
+        With a, b the rates of false positives and negatives: 1 - b <= e^epsilon a + delta(epsilon) for every epsilon,
+        and with a and b exchanged (Wasserman and Zhou 2010; as f-DP, Dong et al. 2019, arXiv:1905.02383).
+        """
+        a, b = float(found.false_positive[0]), float(found.false_negative[0])
+        with quiet():
+            deltas = [float(self._account.get_delta(e)) for e in EPSILONS]
+        return any(
+            1 - b > math.exp(e) * a + d or 1 - a > math.exp(e) * b + d
+            for e, d in zip(EPSILONS, deltas, strict=True)
+        )
+
+
+EPSILONS: Sequence[float] = [*np.linspace(0, 3, 31), *np.linspace(3.25, 12, 36)]
+
+
+def by_tradeoff(
+    plan: Callable[[float], Ledger],
+    relation: Relation,
+    sigma: float,
+    ceiling: float,
+    found: Rates,
+    delta: float,
+) -> float:
+    """Epsilon of the plan with the least noise that error rates refute: a bound for mechanisms of the plan's form.
+
+    `plan` gives the ledger at a noise multiplier, `sigma` is the one claimed. Errors below the trade-off curve of
+    the claimed ledger refute it as it stands, whatever the mechanism is. How much privacy there is instead is told in
+    the units of the same plan with less noise, as Nasr et al. do (2023, arXiv:2302.07956, section 5). The search ends
+    at a third of sigma: more is known to be at least the epsilon there. 0 where nothing is refuted up to 8 sigma.
+    """
+
+    def refuted(multiplier: float) -> bool:
+        return Profile(plan(multiplier), relation).refuted(found)
+
+    low, high = sigma / 3, min(8 * sigma, ceiling * (1 - 1e-6))
+    if not refuted(high):
+        return 0.0
+    if refuted(sigma):
+        high = sigma
+        if refuted(low):
+            return Profile(plan(low), relation).epsilon(delta)
+    else:
+        low = sigma
+    while high / low > 1.005:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if refuted(middle) else (middle, high)
+    return Profile(plan(high), relation).epsilon(delta)
+
+
+def calibrated(
+    plan: Callable[[float], Ledger],
+    relation: Relation,
+    epsilon: float,
+    delta: float,
+    ceiling: float = math.inf,
+) -> float:
+    """A noise multiplier at which `Profile` gives `epsilon`, to 0.1 % and not above it.
+
+    Raises ValueError where none from 0.3 to 300 does, or where none below `ceiling` does.
+    """
+
+    def excess(log: float) -> float:
+        return Profile(plan(math.exp(log)), relation).epsilon(delta) - epsilon
+
+    low, high = math.log(0.3), math.log(min(300.0, ceiling * (1 - 1e-6)))
+    if excess(high) > 0 or excess(low) < 0:
+        raise ValueError(
+            f"no noise multiplier between 0.3 and {math.exp(high):.4g} costs epsilon = {epsilon:g} at delta ="
+            f" {delta:g}: take other steps or another rate"
+        )
+    while high - low > 2e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return math.exp(high)
+
+
+__all__ = [
+    "Profile", "Rates", "Sample", "by_normals", "by_rates", "by_tradeoff", "calibrated", "chosen", "guessed",
+    "one_run", "p_value", "rates", "upper",
+]  # fmt: skip
