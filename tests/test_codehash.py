@@ -145,4 +145,6 @@ def test_a_method_of_this_project_depends_on_the_mathematics_and_on_no_other_met
     assert {"methods/dp_sgd.py", "harness/dp/clip/flat.py", "harness/dp/noise.py"} <= set(found)
     assert {"harness/dp/random.py", "harness/dp/native/normal.c", "harness/dp/native/vector.h"} <= set(found)
     assert [name for name in found if name.startswith("methods/")] == ["methods/dp_sgd.py"]
-    assert not {"harness/registry.py", "harness/dp/engines/ghost.py", "harness/dp/clip/scaling.py"} & set(found)
+    assert not {"harness/registry.py", "harness/dp/engines/ghost.py", "harness/dp/clip/scaling.py"} & set(
+        found
+    )
