@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -17,14 +18,12 @@ from torch.func import functional_call
 
 from harness.dp.account import Ledger
 from harness.dp.engines.engine import trainable
-from harness.dp.loss import Batch, Loss
+from harness.dp.loss import Batch, Data, Loss, Split
 from harness.dp.method import Method
 from harness.dp.random import Stream
 from harness.dp.release import Observed
 from harness.dp.tree import Layout, Tree
 from harness.measure import Clock
-
-Split = Literal["train", "test"]
 
 
 class Parts(NamedTuple):
@@ -53,39 +52,30 @@ class Stepped(NamedTuple):
 
 
 def step(
-    m: Method, model: nn.Module, w: Tree, batch: Batch, s: Parts, sigma: float, denominator: int, rng: Streams
+    m: Method,
+    model: nn.Module,
+    w: Tree,
+    batch: Batch,
+    s: Parts,
+    sigma: float,
+    denominator: int,
+    rng: Streams,
+    number: int = 0,
 ) -> Stepped:
     """One logical step of any method. `denominator` is public: it never depends on who is in the batch."""
     probe = m.path.probe(w, s.path)
     releases, observed = m.engine.bounded(
-        m.loss, m.clip, model, probe, batch, s.clip, sigma, m.sampler.relation
+        m.loss, m.clip, model, probe, batch, s.clip, sigma, m.sampler.relation, number
     )
     public = {
         name: m.noise.add(r, rng.noise) / denominator for name, r in releases.items()
     }  # raw values die here
     g = public.pop("grad")
-    new, optimizer = m.optimizer.update(g, s.optimizer, m.path.base(w, s.path, rng.path))
+    told = m.optimizer.receive(s.optimizer, public)
+    new, optimizer = m.optimizer.update(g, told, m.path.base(w, s.path, rng.path))
     parts = Parts(optimizer, m.path.after(w, new, g, s.path), m.clip.update(s.clip, public))
     sigmas = tuple(r.sigma for r in releases.values())
     return Stepped(new, parts, sigmas, {name: r.sensitivity for name, r in releases.items()}, observed)
-
-
-class Data(Protocol):
-    """What training needs of a data set (see `harness.data.Dataset`)."""
-
-    @property
-    def n_train(self) -> int:
-        """Number of training examples: public."""
-        ...
-
-    @property
-    def n_test(self) -> int:
-        """Number of examples to evaluate on."""
-        ...
-
-    def batch(self, indices: Tensor, split: Split = "train") -> tuple[Tensor, Tensor]:
-        """Normalised inputs and labels."""
-        ...
 
 
 class Seeds(Protocol):
@@ -186,7 +176,7 @@ def train(
         batch = method.loss.prepare(Batch(*data.batch(indices)), views)
         seed_globally(Stream(seeds.path, "dropout", p.step).seed64(), device)
         streams = Streams(Stream(seeds.noise, "noise", p.step), Stream(seeds.path, "path", p.step))
-        done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams)
+        done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams, p.step)
         p.ledger.add(bill(method, done.sigmas, n, schedule.batch, p.step))
         p.w, p.parts, p.step = done.w, done.parts, p.step + 1
         p.sensitivity, p.engine, p.microbatch = (
@@ -243,20 +233,14 @@ def bill(method: Method, sigmas: tuple[float, ...], n: int, batch: int, step: in
 
 @torch.no_grad()
 def evaluate(model: nn.Module, w: Tree, loss: Loss, data: Data, split: Split = "test") -> dict[str, float]:
-    """Accuracy and mean loss of weights `w` on a split. Raises Diverged if an output is not finite."""
+    """How weights `w` do on a split, as `loss` judges. Raises Diverged if the mean loss is not finite."""
     was_training = model.training
     model.eval()
-    total, correct = 0.0, 0
-    n = data.n_train if split == "train" else data.n_test
-    for indices in torch.arange(n, device=w.flat.device).split(1024):
-        x, y = data.batch(indices, split)
-        outputs = functional_call(model, w.views, (x,))
-        total += float(loss.per_example(outputs, y).double().sum())
-        correct += int((outputs.argmax(-1) == y).sum())
+    found = loss.scores(lambda x: functional_call(model, w.views, (x,)), data, w.flat.device, split)
     model.train(was_training)
-    if total != total or abs(total) == float("inf"):
+    if not math.isfinite(found["loss"]):
         raise Diverged("outputs are not finite")
-    return {"accuracy": correct / n, "loss": total / n}
+    return found
 
 
 # --- checkpoints: one safetensors file, the structure as JSON in its header; nothing in it can be executed ---

@@ -277,7 +277,7 @@ def test_no_interval_is_narrower_than_the_gap(dtype):
 
 def test_mixing_is_uniform_and_independent_over_coordinates_and_steps():
     w = Tree.of({"w": torch.zeros(400, dtype=torch.float64)})
-    path, state = Mix(1.0), {"previous": w, "narrowest": torch.ones(1)}
+    path, state = Mix(1.0), Mix(1.0).init(w)
     draws = torch.stack([path.base(w, state, Stream(7, "path", t)).flat + 0.5 for t in range(400)])
     assert kstest(draws.flatten().numpy(), "uniform").pvalue > 1e-3
     centred = (draws - 0.5) * math.sqrt(12)
@@ -296,7 +296,8 @@ def claim_of(method: Method, state=None, sigma: float = SIGMA):
 
 
 MODELMIX = METHODS["modelmix"]
-NARROW = {"previous": START, "narrowest": torch.zeros(1)}
+WIDE = {"previous": START, "narrowest": torch.ones(1), "coarsest": torch.zeros(1)}
+NARROW = WIDE | {"narrowest": torch.zeros(1)}
 
 
 def test_the_claim_is_the_amplified_epsilon():
@@ -329,6 +330,8 @@ def test_the_claim_is_the_amplified_epsilon():
         ({}, None, 0.0, "Gaussian noise"),
         ({}, NARROW, 1.0, "every coordinate"),
         ({}, NARROW | {"narrowest": torch.full((1,), torch.nan)}, 1.0, "every coordinate"),
+        ({}, WIDE | {"coarsest": torch.full((1,), 0.1)}, 1.0, "the number format resolves"),
+        ({}, WIDE | {"coarsest": torch.full((1,), torch.nan)}, 1.0, "the number format resolves"),
     ],
 )  # fmt: skip
 def test_an_assumption_that_fails_turns_the_claim_off_and_is_named(changes, state, sigma, failed):
@@ -350,7 +353,7 @@ def test_weight_decay_narrows_what_is_mixed_and_the_claim_knows():
     assert torch.allclose(width, torch.full_like(width, GAP * (1 - lr * decay)), rtol=0, atol=1e-14)
     decayed = dataclasses.replace(MODELMIX, optimizer=SGD(lr, weight_decay=decay))
     narrower = dataclasses.replace(MODELMIX, path=Mix(GAP * (1 - lr * decay)))
-    state = {"previous": START, "narrowest": torch.ones(1)}
+    state = WIDE
     assert claim_of(decayed, state).epsilon == pytest.approx(claim_of(narrower, state).epsilon)
     assert claim_of(decayed, state).epsilon > 1.03 * claim_of(MODELMIX, state).epsilon
 

@@ -1,10 +1,10 @@
-"""Per-example losses."""
+"""Losses: what is minimised, and how a trained model is judged."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,40 @@ class Batch(NamedTuple):
         return self.x.shape[0]
 
 
+Split = Literal["train", "test"]
+
+
+class Data(Protocol):
+    """What training needs of a data set (see `harness.data.Dataset`)."""
+
+    @property
+    def n_train(self) -> int:
+        """Number of training examples: public."""
+        ...
+
+    @property
+    def n_test(self) -> int:
+        """Number of examples to evaluate on."""
+        ...
+
+    def batch(self, indices: Tensor, split: Split = "train") -> tuple[Tensor, Tensor]:
+        """Normalised inputs and labels."""
+        ...
+
+
 @dataclass(frozen=True)
 class Loss:
-    """A loss that is a sum over examples, so that one example's gradient is its own."""
+    """A loss that is a sum over examples, so that one example's gradient is its own, unless it says `coupled`."""
 
     @property
     def rows(self) -> int:
         """How many rows of the model's input make one example."""
         return 1
+
+    @property
+    def coupled(self) -> bool:
+        """Whether an example's loss depends on the others of its batch: then no example has a gradient of its own."""
+        return False
 
     def per_example(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Losses [B] from model outputs [B, ...] and targets [B]."""
@@ -43,6 +69,19 @@ class Loss:
     def of(self, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
         """Losses [B] of a prepared batch."""
         return self.per_example(model(batch.x), batch.y)
+
+    def scores(
+        self, model: Callable[[Tensor], Tensor], data: Data, device: torch.device, split: Split = "test"
+    ) -> dict[str, float]:
+        """How a trained `model` in evaluation mode does on a split: {"accuracy", "loss"}, the mean loss of an example."""
+        total, correct = 0.0, 0
+        n = data.n_train if split == "train" else data.n_test
+        for indices in torch.arange(n, device=device).split(1024):
+            x, y = data.batch(indices, split)
+            outputs = model(x)
+            total += float(self.per_example(outputs, y).double().sum())
+            correct += int((outputs.argmax(-1) == y).sum())
+        return {"accuracy": correct / n, "loss": total / n}
 
 
 @dataclass(frozen=True)

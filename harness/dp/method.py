@@ -37,7 +37,7 @@ class Method:
     def event(self, sigma: float, n: int, batch: int, step: int) -> DpEvent:
         """What one step will be billed: the noise's event on all releases, amended by the path, amplified by the
         sampler. Known before any data is seen."""
-        event = self.path.amend(self.noise.event(self.clip.split(sigma).values()))
+        event = self.path.amend(self.noise.event(self.engine.split(self.clip, sigma, step).values()))
         return self.sampler.wrap(event, n, batch, step)
 
     def plan(self, sigma: float, n: int, batch: int, steps: int) -> Ledger:

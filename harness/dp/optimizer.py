@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -19,6 +20,10 @@ class Optimizer:
     def init(self, w: Tree, steps: int) -> Any:
         """State before the first of `steps` updates."""
         return None
+
+    def receive(self, state: Any, public: Mapping[str, Tree]) -> Any:
+        """The state, told of a step's privatised side releases (divided by the public denominator, as "grad" is)."""
+        return state
 
     def update(self, g: Tree, state: Any, w: Tree) -> tuple[Tree, Any]:
         """The next weights and state, from the mean gradient `g` at or near `w`."""
@@ -161,6 +166,9 @@ class Scheduled(Optimizer):
     def init(self, w: Tree, steps: int) -> dict[str, Any]:
         return {"t": 0, "steps": steps, "inner": self.optimizer.init(w, steps)}
 
+    def receive(self, state: dict[str, Any], public: Mapping[str, Tree]) -> dict[str, Any]:
+        return {**state, "inner": self.optimizer.receive(state["inner"], public)}
+
     def update(self, g: Tree, state: dict[str, Any], w: Tree) -> tuple[Tree, dict[str, Any]]:
         optimizer: Any = self.optimizer
         scaled = replace(optimizer, lr=optimizer.lr * self.factor(state["t"], state["steps"]))
@@ -176,6 +184,9 @@ class EverySecond(Optimizer):
 
     def init(self, w: Tree, steps: int) -> dict[str, Any]:
         return {"moves": False, "inner": self.optimizer.init(w, steps // 2)}
+
+    def receive(self, state: dict[str, Any], public: Mapping[str, Tree]) -> dict[str, Any]:
+        return {**state, "inner": self.optimizer.receive(state["inner"], public)}
 
     def update(self, g: Tree, state: dict[str, Any], w: Tree) -> tuple[Tree, dict[str, Any]]:
         if not state["moves"]:

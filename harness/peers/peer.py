@@ -54,6 +54,8 @@ class Peer(PerExample):
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if importlib.util.find_spec(self.IMPORTS) is None:
             return f'{self.PACKAGE} is not installed: pip install "{self.INSTALL}"'
+        if loss.coupled:
+            return super().accepts(loss, clip, model)
         if clip.cuts_coordinates or loss.rows > 1:
             part = clip if clip.cuts_coordinates else loss
             return f"{type(part).__name__} works on each example's gradient, and {self.PACKAGE} weighs rows"
@@ -82,12 +84,13 @@ class Peer(PerExample):
         state: State,
         sigma: float,
         relation: Relation,
+        step: int = 0,
     ) -> Bounded:
         trusted = _trusted.setdefault(model, set())
         if type(self) in trusted or not len(batch):
-            return super().bounded(loss, clip, model, w, batch, state, sigma, relation)
+            return super().bounded(loss, clip, model, w, batch, state, sigma, relation, step)
         try:
-            found = super().bounded(loss, clip, model, w, batch, state, sigma, relation)
+            found = super().bounded(loss, clip, model, w, batch, state, sigma, relation, step)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:

@@ -35,6 +35,7 @@ SCALES: dict[str, Callable[[float, int], float]] = {
     "optimal": lambda c, d: math.sqrt(c / math.sqrt(d)),
 }
 SMALLEST, LARGEST = 1e-10, 1e10  # between which thresholds adapt
+FURTHEST = 700.0  # exponents of a step of theirs: exp(710) is more than a float holds
 
 
 @lru_cache(maxsize=64)  # asked for in every step
@@ -203,7 +204,7 @@ class Quantile(GroupWise):
     def update(self, state: State, public: Mapping[str, Tree]) -> State:
         fractions = (public["counts"].flat + 0.5).clamp(0, 1).tolist()
         moved = [
-            min(max(c * math.exp(-self.rate * (b - self.quantile)), SMALLEST), LARGEST)
+            min(max(c * math.exp(min(-self.rate * (b - self.quantile), FURTHEST)), SMALLEST), LARGEST)
             for c, b in zip(state["thresholds"], fractions, strict=True)
         ]
         return {**state, "thresholds": tuple(moved)}

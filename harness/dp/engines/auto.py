@@ -66,10 +66,11 @@ class Auto(PerExample):
         state: State,
         sigma: float,
         relation: Relation,
+        step: int = 0,
     ) -> Bounded:
         if not len(batch):
-            return super().bounded(loss, clip, model, w, batch, state, sigma, relation)
-        arguments = (loss, clip, model, w, batch, state, sigma, relation)
+            return super().bounded(loss, clip, model, w, batch, state, sigma, relation, step)
+        arguments = (loss, clip, model, w, batch, state, sigma, relation, step)
         return replace(self.chosen(*arguments), microbatch=self.microbatch).bounded(*arguments)
 
     def chosen(
@@ -82,6 +83,7 @@ class Auto(PerExample):
         state: State,
         sigma: float,
         relation: Relation,
+        step: int = 0,
     ) -> PerExample:
         """The candidate for this model and examples of this shape; tries them all where that is not known yet."""
         groups = 1 + max(clip.groups(w.layout).values(), default=0)
@@ -103,7 +105,7 @@ class Auto(PerExample):
         known = _chosen.setdefault(model, {})
         if key not in known:
             file = _file(key)
-            arguments = (loss, clip, model, w, _sized(batch), state, sigma, relation)
+            arguments = (loss, clip, model, w, _sized(batch), state, sigma, relation, step)
             known[key] = _read(file) or _fastest(able, arguments)
             _write(file, known[key])
         return CANDIDATES[known[key]]

@@ -35,6 +35,10 @@ class Engine:
         """None, or the reason why this engine cannot serve them: the run is then skipped with that reason."""
         return None
 
+    def split(self, clip: Clip, sigma: float, step: int = 0) -> dict[str, float]:
+        """The multiplier of each release of step `step`, given the multiplier of the clipping rule's taken jointly."""
+        return clip.split(sigma)
+
     def bounded(
         self,
         loss: Loss,
@@ -45,10 +49,12 @@ class Engine:
         state: State,
         sigma: float,
         relation: Relation,
+        step: int = 0,
     ) -> Bounded:
-        """The releases of one logical step, not yet noised: "grad" (a sum, never a mean) and the rule's side releases.
+        """The releases of one logical step, not yet noised: "grad" (a sum, never a mean) and side releases.
 
         `w` holds the trainable parameters to differentiate at; the model supplies code, buffers and frozen parameters.
+        The releases are those that `split` names for this step, with its multipliers.
         """
         raise NotImplementedError
 
@@ -96,6 +102,11 @@ class PerExample(Engine):
         switches = [f.name.replace("_", " ") for f in fields(self) if getattr(self, f.name) is True]
         return ", ".join([type(self).__name__, *switches])
 
+    def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
+        if loss.coupled:
+            return f"{type(loss).__name__} couples the examples of a batch, and none has a gradient of its own to clip"
+        return None
+
     def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:
         """How many examples of a non-empty batch to take at once."""
         return self.microbatch or len(batch)
@@ -126,6 +137,7 @@ class PerExample(Engine):
         state: State,
         sigma: float,
         relation: Relation,
+        step: int = 0,
     ) -> Bounded:
         keep_freed_memory()
         groups = clip.groups(w.layout)

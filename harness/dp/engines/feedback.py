@@ -88,6 +88,7 @@ class Feedback(Engine):
         state: State,
         sigma: float,
         relation: Relation,
+        step: int = 0,
     ) -> Bounded:
         """The release "grad" of one logical step.
 

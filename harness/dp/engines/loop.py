@@ -19,6 +19,12 @@ from harness.dp.tree import Tree
 class Loop(PerExample):
     """Abadi et al.'s definition, read aloud: for each example, differentiate, weigh, add."""
 
+    def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
+        for path, module in model.named_modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+                return f"{path or 'the model'} ({type(module).__name__}) rewrites the rows it looks up: leave max_norm out"
+        return super().accepts(loss, clip, model)
+
     def clipped_sum(
         self,
         loss: Loss,
@@ -29,7 +35,7 @@ class Loop(PerExample):
         batch: Batch,
         state: State,
     ) -> Clipped:
-        leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in w.items()}
         total = torch.zeros_like(w.flat)
         norms, weights, losses = [], [], []
         for x, y in zip(batch.x.split(1), batch.y.split(1), strict=True):

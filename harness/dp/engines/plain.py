@@ -24,6 +24,9 @@ class Plain(PerExample):
 
     channels_last: bool = field(default=False, metadata=SPEED)
 
+    def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:
+        return len(batch) if loss.coupled else super().chunk(loss, model, w, batch)
+
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         return (
             f"{type(clip).__name__} clips each example, and one plain backward pass cannot"

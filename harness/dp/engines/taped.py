@@ -46,7 +46,7 @@ class Taped(PerExample):
     second_pass: ClassVar[bool] = False  # whether gradients that are not held cost another backward pass
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
-        return refusal(model)
+        return super().accepts(loss, clip, model) or refusal(model)
 
     def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:
         plan = plan_for(loss, model, w.views, batch)  # the best microbatch depends on what the plan keeps
@@ -63,16 +63,17 @@ class Taped(PerExample):
         state: State,
         sigma: float,
         relation: Relation,
+        step: int = 0,
     ) -> Bounded:
         if (
             clip.cuts_coordinates or loss.rows > 1
         ):  # needs each example's own gradient; tapes hold rows and layers
             rows = Vmap(self.microbatch)
-            return rows.bounded(loss, clip, model, w, batch, state, sigma, relation)
+            return rows.bounded(loss, clip, model, w, batch, state, sigma, relation, step)
         if clip.needs_norms and len(batch) and _due(model):
             with untouched(model, batch.x.device):
                 audit(self, loss, model, w, batch)
-        return super().bounded(loss, clip, model, w, batch, state, sigma, relation)
+        return super().bounded(loss, clip, model, w, batch, state, sigma, relation, step)
 
     def clipped_sum(
         self,

@@ -119,7 +119,7 @@ class Vmap(PerExample):
     """Differentiates all examples of a microbatch at once and holds their gradients, [B, P], while it weighs them."""
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
-        return refusal(model)
+        return super().accepts(loss, clip, model) or refusal(model)
 
     def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:
         sizes = [t.numel() * t.element_size() for t in w.views.values()]

@@ -41,8 +41,8 @@ class Mix(Path):
 
     a and b are the last two iterates, pushed apart symmetrically to a distance of `gap` on every coordinate where they
     are nearer (at the first step they coincide). `gap` is in units of weights: the paper's tau times the learning rate.
-    The gradient is taken at the unmixed iterate. The state holds the last iterate and the narrowest interval so far,
-    which is 0 where the number format has too few values in it.
+    The gradient is taken at the unmixed iterate. The state holds the last iterate, the narrowest interval so far, which
+    is 0 where the number format has too few values in it, and the widest spacing of that format at any weight.
     """
 
     gap: float = 0.01
@@ -52,7 +52,12 @@ class Mix(Path):
             raise ValueError(f"gap must be positive, and is {self.gap}: without one nothing is mixed")
 
     def init(self, w: Tree) -> dict[str, Any]:
-        return {"previous": w, "narrowest": torch.full_like(w.flat[:1], torch.inf)}
+        none = w.flat[:1]
+        return {
+            "previous": w,
+            "narrowest": torch.full_like(none, torch.inf),
+            "coarsest": torch.zeros_like(none),
+        }
 
     def base(self, w: Tree, state: dict[str, Any], rng: Stream) -> Tree:
         low, high = self.interval(w, state["previous"])
@@ -63,7 +68,11 @@ class Mix(Path):
         low, high = self.interval(old, state["previous"])
         width, spacing = high - low, torch.finfo(low.dtype).eps * torch.maximum(low.abs(), high.abs())
         drawn = torch.where(width < RESOLVED * spacing, 0.0, width)
-        return {"previous": old, "narrowest": torch.minimum(state["narrowest"], drawn.amin())}
+        return {
+            "previous": old,
+            "narrowest": torch.minimum(state["narrowest"], drawn.amin()),
+            "coarsest": torch.maximum(state["coarsest"], spacing.amax()),
+        }
 
     def interval(self, w: Tree, previous: Tree) -> tuple[torch.Tensor, torch.Tensor]:
         """The lower and the upper ends of the intervals [numel] that the base is drawn from."""
@@ -79,8 +88,10 @@ class Mix(Path):
         refined, gaussian = type(clip) is Refined, type(m.noise) is Gaussian and run.sigma > 0
         denominator = m.sampler.denominator(run.n, run.batch)
         bound, excess = math.inf, None
+        deviation, spacing = 0.0, float(state["coarsest"])
         if plain and refined and gaussian and narrowest > 0 and run.batch > 0:
             assert isinstance(optimizer, SGD) and isinstance(clip, Refined)
+            deviation = optimizer.lr * run.sigma * clip.clip / denominator
             kept = abs(1 - optimizer.lr * optimizer.weight_decay)  # of the width: the mixed base decays
             measured = (
                 math.floor(min(1.0, narrowest / self.gap) * 100) / 100
@@ -104,6 +115,10 @@ class Mix(Path):
                 "" if refined else f"{type(clip).__name__} clipping: only Refined is analysed",
             ),
             Assumption("Gaussian noise", gaussian, f"{type(m.noise).__name__}, noise multiplier {run.sigma:.6g}"),
+            Assumption(
+                "the number format resolves the noise on weights", deviation > RESOLVED * spacing,
+                f"its deviation is {deviation:.4g}, and neighbouring numbers are up to {spacing:.4g} apart",
+            ),
             Assumption(
                 "one Poisson draw a step", type(m.sampler) is Poisson, f"{type(m.sampler).__name__} sampling"
             ),
