@@ -27,7 +27,8 @@ class Cell:
     privacy. ``device`` holds ``device threads engine microbatch``, ``budget`` ``seconds memory_mib``.
     ``method_file`` is the user's own file, None for installed methods. ``changes`` are the parts that the suite gives
     the method (slot to spec, see :mod:`harness.parts`); ``parts`` describes the method with them. All values are JSON
-    values.
+    values. ``then`` is a second stage, of another method: ``name parameters parts trains schedule`` and, where it
+    trains on public data, ``task``; {} for runs of one stage.
     """
 
     suite: str
@@ -44,6 +45,7 @@ class Cell:
     budget: dict[str, Any] = field(default_factory=dict)
     method_file: str | None = None
     changes: dict[str, str] = field(default_factory=dict)
+    then: dict[str, Any] = field(default_factory=dict)
 
     def canonical(self) -> dict[str, Any]:
         """The cell as a record holds it: what is run, and under which names."""
@@ -56,7 +58,7 @@ class Cell:
         }
         return {
             "method": method, "task": self.task, "privacy": self.privacy, "schedule": self.schedule,
-            "numerics": self.numerics, "seed": self.seed,
+            "numerics": self.numerics, "seed": self.seed, **({"then": self.then} if self.then else {}),
         }  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
@@ -66,8 +68,10 @@ class Cell:
         """
         full = self.canonical()
         method = {key: value for key, value in full["method"].items() if key != "label"}
-        task = {key: value for key, value in full["task"].items() if key not in ("name", "dataset", "model")}
-        return full | {"method": method, "task": task}
+        whole = full | {"method": method, "task": _unnamed(full["task"])}
+        if "task" in self.then:
+            whole["then"] = self.then | {"task": _unnamed(self.then["task"])}
+        return whole
 
     @cached_property
     def id(self) -> str:
@@ -102,6 +106,11 @@ class Cell:
 
     def __hash__(self) -> int:
         return hash(self.id)
+
+
+def _unnamed(task: dict[str, Any]) -> dict[str, Any]:
+    """A task without the names under which its data and its model were found."""
+    return {key: value for key, value in task.items() if key not in ("name", "dataset", "model")}
 
 
 def _digest(value: object) -> str:

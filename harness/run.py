@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness import codehash, data, measure, models, registry
-from harness.dp.account import Ledger, epsilon, epsilons, ranking
-from harness.dp.calibrate import calibrate
+from harness.dp.account import Ledger, epsilon, epsilons, explain, ranking
+from harness.dp.calibrate import calibrate_stages
 from harness.dp.claim import Run
 from harness.dp.engines import per_example
 from harness.dp.engines.engine import Unserved, trainable
-from harness.dp.method import Method, parts
+from harness.dp.method import Method, Stage, parts, plan
 from harness.dp.native import describe as kernels
 from harness.dp.release import Relation
 from harness.dp.tree import Layout, Tree
+from harness.dp.tuning import Tuning, charge
 from harness.parts import combine, modules
 from harness.seeds import Seeds
 from harness.train import (
@@ -66,16 +68,21 @@ class Target:
         return cls(privacy["epsilon"], privacy["delta"], privacy.get("accountant") or "pld")
 
 
-def method_of(cell: Cell) -> Method:
-    """The cell's method with the parts that its suite gives it, and the engine and microbatch that its device asks for.
-
-    Only the default engine gives way to another: an engine that a method names is part of what it is.
-    """
-    spec = cell.canonical()["method"]
+def methods_of(cell: Cell) -> list[Method]:
+    """The method of each stage, with the parts that the suite gives it and the engine and microbatch of the device."""
     if cell.method_file:
         registry.add_file(Path(cell.method_file))
-    method = registry.load(registry.resolve("method", spec["name"]))(**spec["parameters"])
-    method = combine(method, cell.changes)
+    named = [(cell.method, cell.parameters, cell.changes)]
+    if cell.then:
+        named.append((cell.then["name"], cell.then["parameters"], {}))
+    return [
+        _on_device(combine(registry.load(registry.resolve("method", name))(**given), changes), cell)
+        for name, given, changes in named
+    ]
+
+
+def _on_device(method: Method, cell: Cell) -> Method:
+    """Only the default engine gives way to another: an engine that a method names is part of what it is."""
     engine, microbatch = cell.device.get("engine"), cell.device.get("microbatch")
     chosen: Any = per_example(engine) if engine and method.engine == Method().engine else method.engine
     if microbatch and any(field.name == "microbatch" for field in dataclasses.fields(chosen)):
@@ -85,32 +92,39 @@ def method_of(cell: Cell) -> Method:
 
 def code_of(cell: Cell) -> dict[str, Any]:
     """{"hash", "files"} of the source that decides the cell's numbers, as it is today."""
-    method = method_of(cell)
-    named = {"method": cell.method, "model": registry.parse_spec(cell.task["model"])[0]}
-    rooms = {module for part in parts(method).values() for module in modules(part)} | {"harness.train"}
-    starts = sorted(rooms) + sorted(Path(registry.resolve(kind, name).file) for kind, name in named.items())
+    every = [part for method in methods_of(cell) for part in parts(method).values()]
+    named = {("method", cell.method), ("model", registry.parse_spec(cell.task["model"])[0])}
+    rooms = {module for part in every for module in modules(part)} | {"harness.train"}
+    if cell.then:
+        named.add(("method", cell.then["name"]))
+        rooms.add("harness.models.headed")
+    starts = sorted(rooms) + sorted({Path(registry.resolve(kind, name).file) for kind, name in named})
     # Neither a clock nor the registry decides a number.
     files = codehash.closure(starts, skip={"harness.measure", "harness.registry"})
     return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
 
 
-def noise_multiplier(method: Method, target: Target, n: int, batch: int, steps: int) -> float:
-    """The calibrated noise multiplier; 0 where there is no noise."""
+def stages_of(cell: Cell) -> list[Stage]:
+    """The stages that touch the private data: all but one on public data."""
+    schedules = [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
+    stages = [Stage(m, s["batch"], s["steps"]) for m, s in zip(methods_of(cell), schedules, strict=True)]
+    return stages[:1] if "task" in cell.then else stages
+
+
+def noise_multiplier(stages: Sequence[Stage], target: Target, n: int) -> float:
+    """The calibrated noise multiplier of all stages; 0 where there is no noise."""
     if target.epsilon is None or target.delta is None:
         return 0.0
     folder = cache_folder() / "calibration"
-    return calibrate(method, n, batch, steps, target.epsilon, target.delta, target.accountant, folder)
+    return calibrate_stages(stages, n, target.epsilon, target.delta, target.accountant, folder)
 
 
 def prepare(cell: Cell) -> dict[str, Any]:
     """What can be known before training: {"noise_multiplier", "planned" by accountant, "accountant"}."""
-    method, target = method_of(cell), Target.of(cell)
-    facts = cell.canonical()
-    n, batch, steps = facts["task"]["n_train"], facts["schedule"]["batch"], facts["schedule"]["steps"]
-    sigma = noise_multiplier(method, target, n, batch, steps)
-    return {"noise_multiplier": sigma or None} | _bounds(
-        "planned", method.plan(sigma, n, batch, steps), target, method
-    )
+    stages, target, n = stages_of(cell), Target.of(cell), cell.task["n_train"]
+    sigma = noise_multiplier(stages, target, n)
+    ledger = plan(stages, sigma, n)
+    return {"noise_multiplier": sigma or None} | _bounds("planned", ledger, target, stages[0].method)
 
 
 def _bounds(name: str, ledger: Ledger, target: Target, method: Method) -> dict[str, Any]:
@@ -141,6 +155,32 @@ def execute(cell: Cell, out: Path, suite: str, jobs: int = 1, save_seconds: floa
     return record | {"status": status, "reason": reason, "finished": finished}
 
 
+@dataclass(frozen=True)
+class _Leg:
+    """One stage as it is trained. What a stage on public data releases costs the private data nothing."""
+
+    method: Method
+    data: data.Dataset
+    schedule: Schedule
+    seeds: Seeds
+    public: bool = False
+
+
+def _load(task: dict[str, Any], device: torch.device, dtype: torch.dtype) -> data.Dataset:
+    loaded = data.load(task["dataset"])
+    return (loaded.validation_split() if task["evaluate"] == "validation" else loaded).to(device, dtype)
+
+
+def _schedule(lengths: dict[str, int], save_seconds: float) -> Schedule:
+    steps = lengths["steps"]
+    return Schedule(steps, lengths["batch"], max(1, steps // LOG_POINTS), save_seconds)
+
+
+def kept(leg: _Leg, progress: Progress) -> Tree:
+    """The weights that a stage is judged by."""
+    return leg.method.path.kept(progress.w, progress.parts.path)
+
+
 class _Session:
     """A cell set up in this process: its parts, its data and model on the device, its files."""
 
@@ -152,14 +192,20 @@ class _Session:
         torch.set_num_threads(self.threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(numerics["tf32"])
         self.device, dtype = torch.device(cell.device.get("device") or "cpu"), DTYPES[numerics["dtype"]]
-        self.method, self.target, self.seeds = method_of(cell), Target.of(cell), Seeds(cell)
-        loaded = data.load(self.task["dataset"])
-        chosen = loaded.validation_split() if self.task["evaluate"] == "validation" else loaded
-        self.data = chosen.to(self.device, dtype)
-        model = models.build(self.task["model"], self.data.input_shape, self.data.classes, self.seeds.init)
+        self.target, self.stages = Target.of(cell), stages_of(cell)
+        self.data = _load(self.task, self.device, dtype)
+        seeds = Seeds(cell)
+        model = models.build(self.task["model"], self.data.input_shape, self.data.classes, seeds.init)
         self.model = model.to(self.device, dtype)
-        steps, batch = facts["schedule"]["steps"], facts["schedule"]["batch"]
-        self.schedule = Schedule(steps, batch, max(1, steps // LOG_POINTS), save_seconds)
+        methods, then = methods_of(cell), cell.then
+        schedules = [_schedule(one, save_seconds) for one in (cell.schedule, then.get("schedule")) if one]
+        self.legs = [_Leg(methods[0], self.data, schedules[0], seeds)]
+        if then:
+            public = _load(then["task"], self.device, dtype) if "task" in then else None
+            self.legs.append(
+                _Leg(methods[1], public or self.data, schedules[1], Seeds(cell, 1), public is not None)
+            )
+        self.method, self.schedule = methods[0], schedules[0]
         self.checkpoint = out / "checkpoint" / "checkpoint.safetensors"
         self.trace = out / "trace.jsonl"
         self.peak = 0.0
@@ -174,7 +220,7 @@ class _Session:
             "privacy": {
                 "relation": sampler.relation.value, "unit": "example",
                 "sampling": sampler.law(self.data.n_train, self.schedule.batch), "delta": self.target.delta,
-                "public_data": public_data(self.data.public_data, self.task), "sensitivity": None,
+                "public_data": public_data(self.data.public_data, self.cell), "sensitivity": None,
                 "noise_multiplier": None, "planned": {}, "spent": {}, "accountant": None, "epsilon": None,
                 "claimed": None, "ledger": [],
             },
@@ -186,19 +232,22 @@ class _Session:
 
     def fill(self, record: dict[str, Any]) -> tuple[str, str | None]:
         """Train, and enter what came of it; returns the status and the reason."""
-        m, size = self.method, (self.data.n_train, self.schedule.batch, self.schedule.steps)
+        m = self.method
         reason = unfit(m, self.model, self.target, self.cell.privacy["relation"])
         if reason:
             return "skipped", reason
         try:
-            sigma = noise_multiplier(m, self.target, *size)
+            sigma = noise_multiplier(self.stages, self.target, self.data.n_train)
         except ValueError as error:
             return "skipped", str(error)
-        plan = m.plan(sigma, *size)
+        planned = plan(self.stages, sigma, self.data.n_train)
         record["privacy"] |= {
             "noise_multiplier": sigma or None,
-            "planned": _bounds("", plan, self.target, m)[""],
+            "planned": _bounds("", planned, self.target, m)[""],
+            **self.accounting(planned),
         }
+        note = m.engine.note(m.loss, m.clip, self.schedule.batch, m.sampler.relation)
+        record["privacy"] |= {"sensitivity_note": note} if note else {}
         progress = (
             read_checkpoint(self.checkpoint, self.device)
             if self.checkpoint.exists()
@@ -208,20 +257,23 @@ class _Session:
         measure.reset_peak_memory(self.device)
         status, reason = "ok", None
         try:
-            train(m, self.model, self.data, sigma, self.schedule, self.seeds, progress, self.log, self.save)
-            if progress.ledger != plan:
-                raise RuntimeError(f"the ledger differs from the plan: {progress.ledger} is not {plan}")
-            weights = m.path.kept(progress.w, progress.parts.path)
-            record["metrics"] = evaluate(self.model, weights, m.loss, self.data)
+            progress = self.trained(progress, sigma)
+            spent = self.private_ledger(progress)
+            if spent != planned:
+                raise RuntimeError(f"the ledger differs from the plan: {spent} is not {planned}")
+            weights = kept(self.legs[-1], progress)
+            record["metrics"] = evaluate(self.model, weights, self.legs[-1].method.loss, self.legs[-1].data)
             record["weights_sha256"] = digest(weights)
+            if self.cell.then:
+                record["stages"] = self.told(progress)
         except Unserved as error:
             return "skipped", str(error)
         except Diverged as error:
             status, reason = "diverged", str(error)
-        record["privacy"] |= _bounds("spent", progress.ledger, self.target, m)
+        record["privacy"] |= _bounds("spent", self.private_ledger(progress), self.target, m)
         record["privacy"]["claimed"] = self.claim(sigma, progress)
         record["privacy"] |= {
-            "ledger": progress.ledger.to_json(),
+            "ledger": self.private_ledger(progress).to_json(),
             "sensitivity": _finite_all(progress.sensitivity),
         }
         record["measured"] |= self.measured(progress)
@@ -229,16 +281,90 @@ class _Session:
         excess = self.excess(record["privacy"])
         return ("over_budget", excess) if excess else (status, reason)
 
+    def accounting(self, ledger: Ledger) -> dict[str, Any]:
+        """What accountants have to say of a ledger, and what it costs with a search on private data."""
+        if self.target.delta is None:
+            return {}
+        terms, tuning = (self.target.delta, self.method.sampler.relation), self.cell.privacy.get("tuning")
+        told: dict[str, Any] = {"accounting": explain(ledger, *terms)}
+        if tuning:
+            told["epsilon_with_tuning"] = tuning | charge(ledger, Tuning(**tuning), *terms)
+        return told
+
+    def trained(self, progress: Progress, sigma: float) -> Progress:
+        """Train every stage that is not finished. A finished one leaves its last checkpoint to the next."""
+        for number, leg in enumerate(self.legs):
+            if number > progress.stage or number == progress.stage > 0:
+                self.model = self.headed(number)
+            if number > progress.stage:
+                reason = unfit(leg.method, self.model, self.target, self.cell.privacy["relation"])
+                if reason and not leg.public:
+                    raise Unserved(reason)
+                fresh = start(leg.method, self.model, leg.schedule.steps)
+                progress = dataclasses.replace(
+                    progress, step=0, w=fresh.w, parts=fresh.parts, stage=number,
+                    ledger=Ledger() if leg.public else progress.ledger,
+                )  # fmt: skip
+            if number == progress.stage:
+                train(
+                    leg.method,
+                    self.model,
+                    leg.data,
+                    sigma,
+                    leg.schedule,
+                    leg.seeds,
+                    progress,
+                    self.log,
+                    self.save,
+                )
+                if number + 1 < len(self.legs):
+                    write_checkpoint(self.finished(number), progress)
+        return progress
+
+    def finished(self, number: int) -> Path:
+        """The file of a finished stage's last checkpoint."""
+        return self.checkpoint.with_stem(f"stage-{number}")
+
+    def headed(self, number: int) -> torch.nn.Module:
+        """The network of the stage before, as that stage left it, under a new head."""
+        before = read_checkpoint(self.finished(number - 1), self.device)
+        for name, t in kept(self.legs[number - 1], before).items():
+            self.model.get_parameter(name).data.copy_(t)
+        leg, frozen = self.legs[number], self.cell.then["trains"] == "head"
+        return models.Headed(self.model, leg.data.input_shape, leg.data.classes, frozen)
+
+    def private_ledger(self, progress: Progress) -> Ledger:
+        """What was released of the private data; a stage on public data adds nothing."""
+        if progress.stage and self.legs[progress.stage].public:
+            return read_checkpoint(self.finished(progress.stage - 1)).ledger
+        return progress.ledger
+
+    def told(self, progress: Progress) -> list[dict[str, Any]]:
+        """What each stage is, and what was spent on the private data when it ended."""
+        ledgers = [read_checkpoint(self.finished(0)).ledger, self.private_ledger(progress)]
+        return [
+            {
+                "method": name, "steps": leg.schedule.steps, "data": leg.data.name, "public": leg.public,
+                **_bounds("spent", ledger, self.target, self.method),
+            }
+            for name, leg, ledger in zip(
+                (self.cell.method, self.cell.then["name"]), self.legs, ledgers, strict=True
+            )
+        ]  # fmt: skip
+
     def log(self, point: LogPoint) -> None:
         """Append a line to the trace. What it tells of private data is for diagnosis."""
-        p, m = point.progress, self.method
+        p, leg = point.progress, self.legs[point.progress.stage]
+        m = leg.method
         self.peak = max(self.peak, measure.peak_memory_mib(self.device))
-        scores = evaluate(self.model, m.path.kept(p.w, p.parts.path), m.loss, self.data)
-        line = {"step": point.step, "seconds": round(sum(p.seconds), 3), "loss": point.loss}
+        scores = evaluate(self.model, kept(leg, p), m.loss, leg.data)
+        before = sum(one.schedule.steps for one in self.legs[: p.stage])
+        line = {"step": before + point.step, "seconds": round(sum(p.seconds), 3), "loss": point.loss}
         line |= {"accuracy": scores["accuracy"], "examples_per_second": _finite(point.rate)}
         line |= {"clipped_fraction": point.clipped if m.clip.needs_norms else None}
         if self.target.delta is not None:
-            line["epsilon"] = _finite(epsilon(p.ledger, self.target.delta, m.sampler.relation, "rdp"))
+            spent = self.private_ledger(p)
+            line["epsilon"] = _finite(epsilon(spent, self.target.delta, self.method.sampler.relation, "rdp"))
         with open(self.trace, "a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -250,7 +376,7 @@ class _Session:
 
     def claim(self, sigma: float, progress: Progress) -> dict[str, Any] | None:
         """What the path claims beyond the ledger, under assumptions; None if it claims nothing."""
-        if self.target.delta is None:
+        if self.target.delta is None or self.cell.then:  # claims are of one method's analysis
             return None
         n, batch, steps = self.data.n_train, self.schedule.batch, self.schedule.steps
         claim = self.method.path.claim(
@@ -303,12 +429,15 @@ def unfit(method: Method, model: torch.nn.Module, target: Target, relation: str)
     return method.engine.accepts(method.loss, method.clip, model)
 
 
-def public_data(of_dataset: str, task: dict[str, Any]) -> str:
-    """The public data that a result stands on: the data set's own, and what a pretrained model was trained on."""
-    pretrained = (
-        [f"pretraining of {task['model']}"] if task["architecture"]["options"].get("pretrained") else []
-    )
-    return "; ".join([of_dataset, *pretrained] if of_dataset != "none" else pretrained) or "none"
+def public_data(of_dataset: str, cell: Cell) -> str:
+    """The public data that a result stands on: the data set's own, what a pretrained model was trained on, and that of
+    a second stage."""
+    found = [] if of_dataset == "none" else [of_dataset]
+    if cell.task["architecture"]["options"].get("pretrained"):
+        found.append(f"pretraining of {cell.task['model']}")
+    if "task" in cell.then:
+        found.append(f"images and labels of {cell.then['task']['dataset']}")
+    return "; ".join(found) or "none"
 
 
 def card(name: str) -> dict[str, Any]:

@@ -22,11 +22,12 @@ def derive(role: str, *axes: object) -> int:
 
 
 class Seeds:
-    """The seeds of one cell: ``init`` is shared by all methods of a task, ``sampling noise path`` are not."""
+    """The seeds of a stage of a cell: ``init`` is shared by all methods of a task, ``sampling noise path`` are not."""
 
-    def __init__(self, cell: Cell) -> None:
+    def __init__(self, cell: Cell, stage: int = 0) -> None:
         shared = (cell.task["digest"], cell.task["architecture"], cell.seed)
         self.init = derive("init", *shared) >> 193  # 63 bits, as PyTorch takes them
-        self.sampling = derive("sampling", *shared, cell.id)
-        self.noise = derive("noise", *shared, cell.id)
-        self.path = derive("path", *shared, cell.id)
+        own = (*shared, cell.id, *([stage] if stage else []))
+        self.sampling = derive("sampling", *own)
+        self.noise = derive("noise", *own)
+        self.path = derive("path", *own)

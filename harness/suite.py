@@ -137,9 +137,9 @@ class Privacy(Table):
 
 
 class Train(Table):
-    """``[train]``: expected logical batch, and the length in epochs or in steps."""
+    """``[train]``: expected logical batch, a number or "full", and the length in epochs or in steps."""
 
-    batch: Size | None = None
+    batch: Size | Literal["full"] | None = None
     epochs: Positive | None = None
     steps: Size | None = None
 
@@ -151,14 +151,14 @@ class Task(Table):
     model: Text
     evaluate: Literal["test", "validation"] = "test"
     name: Text | None = None
-    batch: Size | None = None
+    batch: Size | Literal["full"] | None = None
     epochs: Positive | None = None
     steps: Size | None = None
 
 
 class MethodTable(Table):
-    """``[[method]]``: name, label, tasks (globs) and epsilons it is for, overrides by task, other parts (``with``);
-    the other keys are hyper-parameters."""
+    """``[[method]]``: name, label, tasks (globs) and epsilons it is for, overrides by task, other parts (``with``), a
+    schedule of its own (``train``), a second stage (``then``); the other keys are hyper-parameters."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
@@ -168,6 +168,23 @@ class MethodTable(Table):
     epsilon: Epsilons | None = None
     on: dict[str, dict[str, Any]] = Field(default_factory=dict)
     changes: dict[str, Any] = Field(default_factory=dict, alias="with")
+    train: Any = None
+    then: Any = None
+
+
+class Then(Table):
+    """``then`` of a ``[[method]]``: the method that goes on with the trained network, under a new linear head.
+
+    ``method`` is a spec (name?key=value). ``trains`` the head alone, or all of the network. With a ``dataset`` the
+    stage trains and is judged on that data instead, which then counts as public.
+    """
+
+    method: Text
+    epochs: Positive | None = None
+    steps: Size | None = None
+    batch: Size | Literal["full"] | None = None
+    trains: Literal["head", "all"] = "head"
+    dataset: Text | None = None
 
 
 class Device(Table):
@@ -192,10 +209,22 @@ class Budget(Table):
 
 
 class Tuning(Table):
-    """``[tuning]``: how hyper-parameters were chosen, as text for the report."""
+    """``[tuning]``: how hyper-parameters were chosen, as text for the report.
+
+    Where on data that is ``private``, also by how many ``tries``: exactly so many, or the mean of a ``distribution``.
+    The run of a record comes on top where it is ``retrained`` with what was found. See :mod:`harness.dp.tuning`.
+    """
 
     data: Text
     protocol: Text
+    private: bool = False
+    tries: Annotated[float, Field(ge=1, le=1e6)] | None = None
+    distribution: Literal["fixed", "poisson", "geometric", "logarithmic"] = "fixed"
+    retrained: bool = True
+
+    def charged(self) -> dict[str, Any]:
+        """What a run's epsilon with tuning is made of; {} where nothing is charged."""
+        return self.model_dump(include={"tries", "distribution", "retrained"}) if self.private else {}
 
 
 class Published(Table):
@@ -258,6 +287,15 @@ class Scheduled:
 
 
 @dataclass(frozen=True)
+class Second:
+    """A second stage with its method resolved: its name, and its parameters with defaults expanded."""
+
+    name: str
+    parameters: dict[str, Any]
+    table: Then
+
+
+@dataclass(frozen=True)
 class Variant:
     """One method with one value for each hyper-parameter, on one task; ``index`` counts ``[[method]]``.
 
@@ -272,6 +310,8 @@ class Variant:
     task: Scheduled
     epsilons: tuple[float, ...] | None = None
     changes: dict[str, str] = field(default_factory=dict)
+    train: Train | None = None
+    then: Second | None = None
     places: Mapping[str, KeyPath] = field(default_factory=dict, repr=False)
 
     def meets(self, other: Variant) -> bool:
@@ -280,10 +320,11 @@ class Variant:
 
 
 class Built(NamedTuple):
-    """A method with the parts that the suite gives it, and their description."""
+    """A method with the parts that the suite gives it, and their description; the same of its second stage."""
 
     method: Method
     parts: dict[str, Any]
+    then: Built | None = None
 
     @property
     def private(self) -> bool:
@@ -323,18 +364,25 @@ class Suite:
         problems: list[Problem] = []
         facts = self._facts(problems)
         built = self._built(problems)
-        schedules = {task.index: self._schedule(task, facts, problems) for task in self.tasks}
+        shared = {task.index: self._schedule(task, facts, problems) for task in self.tasks}
+        schedules = [
+            self._own(variant, shared[variant.task.index], facts, problems) for variant in self.variants
+        ]
         for variant, one in zip(self.variants, built, strict=True):
             if variant.epsilons is not None and one is not None and not one.private:
                 message = f'method "{variant.name}" trains without privacy; leave "epsilon" out.'
                 problems.append(self._problem(("method", variant.index, "epsilon"), message))
         self._refuse_splits(built, facts, schedules, problems)
+        seconds = [
+            self._second(variant, one, facts, size, problems) if one and size else {}
+            for variant, one, size in zip(self.variants, built, schedules, strict=True)
+        ]
         if problems:
             raise SuiteError(problems)
         cells = [
-            self._cell(variant, facts, schedules, one, epsilon, device, seed)
+            self._cell(variant, facts, size, one, then, epsilon, device, seed)
             for seed in self.seeds
-            for variant, one in zip(self.variants, built, strict=True)
+            for variant, one, size, then in zip(self.variants, built, schedules, seconds, strict=True)
             if one is not None
             for epsilon in (self._targets(variant) if one.private else (None,))
             for device in self.devices
@@ -350,47 +398,70 @@ class Suite:
 
     def _facts(self, problems: list[Problem]) -> dict[int, dict[str, Any]]:
         """What identifies each task's data, and the number of examples to train on."""
-        from harness import data
-
         found: dict[int, dict[str, Any]] = {}
         for task in self.tasks:
             try:
-                known = data.describe(task.dataset)
+                found[task.index] = self._described(task.dataset, task.evaluate)
             except (ValueError, OSError, ImportError) as error:
                 problems.append(self._problem((*task.path, "dataset"), str(error)))
-                continue
-            n_train = int(known["n_train"])
-            found[task.index] = {
-                "digest": str(known["digest"]),
-                "mean": [float(m) for m in known["mean"]],
-                "std": [float(s) for s in known["std"]],
-                "n_train": data.validation_size(n_train) if task.evaluate == "validation" else n_train,
-            }
         return found
+
+    @staticmethod
+    def _described(dataset: str, evaluate: str) -> dict[str, Any]:
+        from harness import data
+
+        known = data.describe(dataset)
+        n_train = int(known["n_train"])
+        return {
+            "digest": str(known["digest"]),
+            "mean": [float(m) for m in known["mean"]],
+            "std": [float(s) for s in known["std"]],
+            "n_train": data.validation_size(n_train) if evaluate == "validation" else n_train,
+        }
 
     def _built(self, problems: list[Problem]) -> list[Built | None]:
         """The method of each variant, in order of variants; None where it cannot be built."""
         built: dict[str, Built | None] = {}
-        keys = [canonical_json([one.name, one.parameters, one.changes]) for one in self.variants]
+        keys = [
+            canonical_json(
+                [one.name, one.parameters, one.changes, one.then and [one.then.name, one.then.parameters]]
+            )
+            for one in self.variants
+        ]
         for key, variant in zip(keys, self.variants, strict=True):
             if key not in built:
                 built[key] = self._build(variant, problems)
         return [built[key] for key in keys]
 
-    def _build(self, variant: Variant, problems: list[Problem]) -> Built | None:
+    def _made(
+        self, name: str, parameters: dict[str, Any], place: KeyPath, problems: list[Problem]
+    ) -> Built | None:
+        """A method as its function returns it; None, with a problem at ``place``, where it does not."""
         from harness.dp.method import describe
 
         try:
-            function = self.names.load(self.names.resolve("method", variant.name))
-            method = function(**variant.parameters)
-            described = describe(method)
+            method = self.names.load(self.names.resolve("method", name))(**parameters)
+            return Built(method, _plain(describe(method)))
         except Exception as error:  # the function may be a user's: whatever it raises has a line
-            given = ", ".join(f"{k} = {show(v)}" for k, v in variant.parameters.items())
+            given = ", ".join(f"{k} = {show(v)}" for k, v in parameters.items())
             what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             text = what if isinstance(error, RegistryError) else f"{what} (with {given})"
-            message = f'method "{variant.name}" cannot be built: {text}'
-            problems.append(self._problem(("method", variant.index), message))
+            problems.append(self._problem(place, f'method "{name}" cannot be built: {text}'))
             return None
+
+    def _build(self, variant: Variant, problems: list[Problem]) -> Built | None:
+        from harness.dp.method import describe
+
+        made = self._made(variant.name, variant.parameters, ("method", variant.index), problems)
+        second = None
+        if variant.then is not None:
+            place = ("method", variant.index, "then", "method")
+            second = self._made(variant.then.name, variant.then.parameters, place, problems)
+            if made and second:
+                self._refuse_stages(variant, variant.then, made, second, problems)
+        if made is None or (variant.then is not None and second is None):
+            return None
+        method, described = made.method, made.parts
         fits = True
         for slot, spec in variant.changes.items():
             try:
@@ -401,8 +472,31 @@ class Suite:
                 problems.append(self._problem(("method", variant.index, "with", slot), message))
                 fits = False
         if fits and variant.changes:
+            function = self.names.load(self.names.resolve("method", variant.name))
             self._refuse_idle(variant, function, described, problems)
-        return Built(method, _plain(described)) if fits else None
+        return Built(method, _plain(described), second) if fits else None
+
+    def _refuse_stages(
+        self, variant: Variant, then: Second, first: Built, second: Built, problems: list[Problem]
+    ) -> None:
+        """Report a second stage that would void the first one's privacy, or pay for data that is public."""
+        place, what = ("method", variant.index, "then", "method"), None
+        if then.table.dataset is not None and second.private:
+            what = 'adds noise to public data, which needs none; write non-private, or leave "dataset" out'
+        elif then.table.dataset is None and first.private and not second.private:
+            what = (
+                'would train on the private data without noise; write a private method, or a public "dataset"'
+                " (how good the encoder is, its own score says already)"
+            )
+        elif then.table.dataset is None and second.private and not first.private:
+            what = f"cannot make private what {variant.name} has learnt without noise; write non-private"
+        elif second.private and first.method.sampler.relation is not second.method.sampler.relation:
+            what = (
+                f"is analysed for {second.method.sampler.relation.value} neighbours, and {variant.name} for"
+                f" {first.method.sampler.relation.value}; take samplers of one relation"
+            )
+        if what:
+            problems.append(self._problem(place, f'"then": {then.name} {what}.'))
 
     def _refuse_idle(
         self, variant: Variant, function: Callable[..., Method], described: object, problems: list[Problem]
@@ -428,7 +522,7 @@ class Suite:
 
     def _refuse_splits(
         self, built: Sequence[Built | None], facts: Mapping[int, dict[str, Any]],
-        schedules: Mapping[int, dict[str, Any]], problems: list[Problem],
+        schedules: Sequence[dict[str, Any]], problems: list[Problem],
     ) -> None:  # fmt: skip
         """Report targets that need more noise than a clipping rule with a ceiling can serve.
 
@@ -437,8 +531,7 @@ class Suite:
         known: dict[
             str, str | None
         ] = {}  # by what decides the answer: most variants differ in learning rates
-        for variant, one in zip(self.variants, built, strict=True):
-            size = schedules[variant.task.index]
+        for variant, one, size in zip(self.variants, built, schedules, strict=True):
             if one is None or not one.private or not size or math.isinf(one.method.clip.ceiling):
                 continue
             if one.method.sampler.relation.value != self.privacy.relation:  # no run of it will be made
@@ -470,13 +563,49 @@ class Suite:
             return str(error)
         return None
 
+    def _second(
+        self, variant: Variant, built: Built, facts: Mapping[int, dict[str, Any]], size: dict[str, Any],
+        problems: list[Problem],
+    ) -> dict[str, Any]:  # fmt: skip
+        """``Cell.then`` of a variant; {} where it has one stage."""
+        if variant.then is None or built.then is None:
+            return {}
+        then, task = variant.then.table, variant.task
+        found: dict[str, Any] = {
+            "name": variant.then.name, "parameters": variant.then.parameters, "parts": built.then.parts,
+            "trains": then.trains,
+        }  # fmt: skip
+        n = facts[task.index]["n_train"]
+        if then.dataset is not None:
+            try:
+                other = self._described(then.dataset, task.evaluate)
+                if other["digest"] == facts[task.index]["digest"]:
+                    text = f"{then.dataset} is the private data of task"
+                    raise ValueError(
+                        f'"then": {text} "{task.name}"; name public data, or leave "dataset" out.'
+                    )
+                n = other["n_train"]
+                found["task"] = {"dataset": then.dataset, "evaluate": task.evaluate, **other}
+            except (ValueError, OSError, ImportError) as error:
+                problems.append(self._problem(("method", variant.index, "then", "dataset"), str(error)))
+                return {}
+        batch = n if then.batch == "full" else then.batch or size["batch"]
+        steps = then.steps or math.floor((then.epochs or 0) * n / batch)
+        if batch > n or steps < 1:
+            text = f'"then" on task "{task.name}": {steps} steps of {batch} of {n} examples; write other lengths.'
+            problem = self._problem(("method", variant.index, "then"), text)
+            if problem not in problems:
+                problems.append(problem)
+            return {}
+        return found | {"schedule": {"batch": batch, "steps": steps}}
+
     def _schedule(
         self, task: Scheduled, facts: Mapping[int, dict[str, Any]], problems: list[Problem]
     ) -> dict[str, Any]:
         if task.index not in facts:
             return {}
-        n, batch = facts[task.index]["n_train"], task.schedule["batch"]
-        epochs = task.schedule["epochs"]
+        n, batch, epochs = facts[task.index]["n_train"], task.schedule["batch"], task.schedule["epochs"]
+        batch = n if batch == "full" else batch
         steps = task.schedule["steps"] if epochs is None else math.floor(epochs * n / batch)
         if batch > n:
             text = f'task "{task.name}": batch {batch} is more than its {n} training examples.'
@@ -488,14 +617,34 @@ class Suite:
             return {}
         return {"batch": batch, "steps": steps}
 
+    def _own(
+        self,
+        variant: Variant,
+        shared: dict[str, Any],
+        facts: Mapping[int, dict[str, Any]],
+        problems: list[Problem],
+    ) -> dict[str, Any]:
+        """The schedule of a variant: its task's, but for what its method's ``train`` says."""
+        train = variant.train
+        if train is None or not shared:
+            return shared
+        n = facts[variant.task.index]["n_train"]
+        batch = n if train.batch == "full" else train.batch or shared["batch"]
+        steps = train.steps or (math.floor(train.epochs * n / batch) if train.epochs else shared["steps"])
+        if batch > n or steps < 1:
+            text = f'"train" on task "{variant.task.name}": {steps} steps of {batch} of {n} examples; write others.'
+            problems.append(self._problem(("method", variant.index, "train"), text))
+            return {}
+        return {"batch": batch, "steps": steps}
+
     def _written(self, task: Scheduled, key: str) -> KeyPath:
         """Where a task's schedule is written: in its own table, else in ``[train]``."""
         own = (*task.path, key)
         return own if self.lines.has(own) else (*task.train, key)
 
     def _cell(
-        self, variant: Variant, facts: Mapping[int, dict[str, Any]], schedules: Mapping[int, dict[str, Any]],
-        built: Built, epsilon: float | None, device: Device, seed: int,
+        self, variant: Variant, facts: Mapping[int, dict[str, Any]], schedule: dict[str, Any],
+        built: Built, then: dict[str, Any], epsilon: float | None, device: Device, seed: int,
     ) -> Cell:  # fmt: skip
         task = variant.task
         private = epsilon is not None
@@ -507,6 +656,7 @@ class Suite:
             parameters=variant.parameters,
             parts=built.parts,
             changes=variant.changes,
+            then=then,
             task={
                 "name": task.name, "dataset": task.dataset, "model": task.model, "evaluate": task.evaluate,
                 "architecture": task.architecture, **facts[task.index],
@@ -517,8 +667,9 @@ class Suite:
                 "relation": self.privacy.relation if private else None,
                 "unit": "example",
                 "accountant": self.privacy.accountant if private else None,
+                **({"tuning": self.tuning.charged()} if private and self.tuning and self.tuning.private else {}),
             },
-            schedule=schedules[task.index],
+            schedule=schedule,
             numerics={"dtype": device.dtype, "tf32": device.tf32},
             seed=seed,
             device=device.model_dump(include={"device", "threads", "engine", "microbatch"}),
@@ -766,6 +917,7 @@ class _Reader(Reader):
         train = self.one("train", Train)
         budget = self.one("budget", Budget)
         tuning = self.one("tuning", Tuning)
+        self._search(tuning)
         reduced = self.one("reduced", Reduced)
         tasks = self._tasks((), ("train",), train)
         few = self._few(train) if isinstance(self.data.get("reduced"), dict) else {}
@@ -800,6 +952,21 @@ class _Reader(Reader):
             names=self.names, lines=self.lines,
         )  # fmt: skip
         return _reduced(suite, reduced.why, tasks) if small and reduced else suite
+
+    def _search(self, tuning: Tuning | None) -> None:
+        """A search on private data says how many tries it took; where there was none, what says so would do nothing."""
+        if tuning is None:
+            return
+        if tuning.private and tuning.tries is None:
+            text = '[tuning] private = true needs "tries": write how many runs the hyper-parameters were chosen by.'
+            self.bad(("tuning", "private"), text)
+        elif tuning.private and tuning.distribution == "fixed" and tuning.tries != int(tuning.tries or 0):
+            text = f"[tuning] tries = {tuning.tries:g}: a fixed number is a whole one; write one, or a distribution."
+            self.bad(("tuning", "tries"), text)
+        for key in ("tries", "distribution", "retrained"):
+            if not tuning.private and self.written(("tuning", key)) is not None:
+                text = f'[tuning] "{key}" is for a search on private data; write private = true, or leave it out.'
+                self.bad(("tuning", key), text)
 
     def _few(self, train: Train | None) -> dict[int, Scheduled]:
         """The tasks of the reduced profile: those of the suite where it has none of its own."""
@@ -929,6 +1096,8 @@ class _Reader(Reader):
         selected = [task for task in tasks.values() if any(_match(task.name, glob) for glob in table.tasks)]
         base = self._grid(path, entry, table.model_extra or {})
         changes = self._changes((*path, "with"), table.changes)
+        then = self._then((*path, "then"), table.then)
+        train = self._train((*path, "train"), table.train)
         places: dict[str, dict[str, KeyPath]] = {"": {key: (*path, key) for key in table.model_extra or {}}}
         overrides: dict[str, dict[str, list[Any]]] = {}
         for glob, values in table.on.items():
@@ -959,10 +1128,42 @@ class _Reader(Reader):
         if len(self.problems) > before:
             return []
         return [
-            replace(variant, places=written)
+            replace(
+                variant, places=written, train=train, then=then, label=_followed(variant.label, table, then)
+            )
             for task, grid, written in grids
             for variant in _expand(int(path[1]), table, entry, task, grid, changes)
         ]
+
+    def _train(self, path: KeyPath, raw: Any) -> Train | None:
+        """A method's own schedule; None where it has none, or where what is wrong has been reported."""
+        if raw is None:
+            return None
+        if not isinstance(raw, dict):
+            self.bad(path, '"train" should be a table; write train = { steps = 1 }.')
+            return None
+        table = self._table(path, raw, Train)
+        if table is not None and table.epochs is not None and table.steps is not None:
+            self.bad(path, '"train" has both epochs and steps; keep one.')
+        return table
+
+    def _then(self, path: KeyPath, raw: Any) -> Second | None:
+        """The second stage; None where there is none, or where what is wrong has been reported."""
+        if raw is None:
+            return None
+        if not isinstance(raw, dict):
+            text = '"then" should be a table; write then = { method = "dp-sgd?lr=0.5", epochs = 5 }.'
+            self.bad(path, text)
+            return None
+        table = self._table(path, raw, Then)
+        if table is None:
+            return None
+        if (table.epochs is None) == (table.steps is None):
+            self.bad(path, '"then" needs one of epochs and steps.')
+        if table.dataset is not None:
+            self.lookup((*path, "dataset"), "dataset", table.dataset)
+        found = self.lookup((*path, "method"), "method", table.method)
+        return Second(found["name"], found["options"], table) if found else None
 
     def _changes(self, path: KeyPath, given: Mapping[str, Any]) -> dict[str, list[_Given]]:
         """The parts of ``with`` by slot, in the order in which they are applied; what is wrong is left out."""
@@ -1041,8 +1242,8 @@ class _Reader(Reader):
         for one in variants:
             others = [other for other in before.setdefault(one.task.index, []) if other.meets(one)]
             before[one.task.index].append(one)
-            what = (one.name, one.parameters, one.changes)
-            twin = next((o for o in others if (o.name, o.parameters, o.changes) == what), one)
+            what = _written_as(one)
+            twin = next((other for other in others if _written_as(other) == what), one)
             named = next((o for o in others if o.label == one.label), one)
             if twin is not one:
                 line = self.lines.line(("method", twin.index))
@@ -1077,7 +1278,7 @@ class _Reader(Reader):
         variants: Iterable[Variant],
     ) -> None:
         known = [name for m in methods.values() for name in (m.name, m.label) if name]
-        known += [variant.label for variant in variants if variant.changes]
+        known += [variant.label for variant in variants if variant.changes or variant.then]
         if methods and len(methods) == len(_tables(self.data.get("method"))):
             self._rows(rows, "method", known)
         if tasks and len(tasks) == len(_tables(self.data.get("task"))):
@@ -1162,6 +1363,16 @@ def _expand(
             index, table.name, f"{label} ({', '.join(swept)})" if swept else label, defaults | given, task,
             table.epsilon, {slot: one.choice.spec for slot, one in chosen.items()},
         )  # fmt: skip
+
+
+def _followed(label: str, table: MethodTable, then: Second | None) -> str:
+    """A label that names the second stage, unless the suite gives one."""
+    return f"{label}, then {then.name}" if then and not table.label else label
+
+
+def _written_as(one: Variant) -> tuple[object, ...]:
+    """What tells a variant from another on the same task and for the same target."""
+    return one.name, one.parameters, one.changes, one.train, one.then
 
 
 def _short(one: _Given, among: Sequence[_Given]) -> str:

@@ -88,11 +88,15 @@ class Seeds(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run stands. `seconds` and `sizes` per timed block of steps; the sums are since the last log point."""
+    """Where a run stands: `step` steps into its stage `stage`.
+
+    `seconds` and `sizes` per timed block of steps; the sums are since the last log point.
+    """
 
     step: int
     w: Tree
     parts: Parts
+    stage: int = 0
     ledger: Ledger = field(default_factory=Ledger)
     sensitivity: dict[str, float] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
@@ -259,6 +263,7 @@ def write_checkpoint(file: Path, p: Progress) -> None:
         **{
             name: getattr(p, name)
             for name in (
+                "stage",
                 "seconds",
                 "sizes",
                 "seen",
@@ -293,7 +298,7 @@ def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> Progress:
     parts = Parts(*(_unpack(part, tensors) for part in head.pop("parts")))
     ledger = Ledger.from_json(head.pop("ledger"))
     sensitivity = {name: float(value) for name, value in head.pop("sensitivity").items()}
-    p = Progress(head.pop("step"), w, parts, ledger, sensitivity, **head)
+    p = Progress(head.pop("step"), w, parts, head.pop("stage"), ledger, sensitivity, **head)
     return replace(p, sessions=p.sessions + 1)
 
 

@@ -22,7 +22,7 @@ from harness.cell import Cell
 from harness.dp import EMA, LookAhead, Method, Mix
 from harness.dp.method import describe
 from harness.lines import Lines
-from harness.run import code_of, method_of
+from harness.run import code_of, methods_of
 from harness.seeds import Seeds
 from harness.suite import Suite, SuiteError
 
@@ -526,7 +526,7 @@ with.schedule = "cosine"
     assert (sam.parts["path"]["type"], sam.parts["optimizer"]["type"]) == ("LookAhead", "EverySecond")
     assert (inner["type"], inner["optimizer"]["type"]) == ("Scheduled", "Adam")
     for cell in cells:
-        assert describe(method_of(cell)) == json.loads(json.dumps(cell.parts))
+        assert describe(methods_of(cell)[0]) == json.loads(json.dumps(cell.parts))
         assert ("with" in cell.canonical()["method"]) is bool(cell.changes)
         record = {"cell": cell.canonical(), "suite": "s", "device": {}}
         assert store.cell_of(record).id == Cell.from_json(cell.to_json()).id == cell.id

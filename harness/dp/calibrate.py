@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from dp_accounting.mechanism_calibration import (
 
 from harness.dp.account import ACCOUNTANTS, Ledger, epsilon, quiet
 from harness.dp.clip import Flat
-from harness.dp.method import Method
+from harness.dp.method import Method, Stage, plan
 
 
 def calibrate(
@@ -34,34 +35,57 @@ def calibrate(
     accountant: str = "pld",
     cache: Path | None = None,
 ) -> float:
-    """The smallest noise multiplier, to 1e-4 relative, at which the whole plan costs at most `target` at `delta`.
+    """The smallest noise multiplier, to 1e-4 relative, at which `steps` steps cost at most `target` at `delta`.
+
+    See `calibrate_stages`.
+    """
+    return calibrate_stages([Stage(method, batch, steps)], n, target, delta, accountant, cache)
+
+
+def calibrate_stages(
+    stages: Sequence[Stage],
+    n: int,
+    target: float,
+    delta: float,
+    accountant: str = "pld",
+    cache: Path | None = None,
+) -> float:
+    """The smallest noise multiplier, to 1e-4 relative, at which all stages together cost at most `target` at `delta`.
 
     `accountant` is used where it knows every planned event, else the first one that does. Results are kept as small
     files under `cache`. Raises ValueError where no accountant can bound the plan, or no multiplier will do.
     """
-    relation = method.sampler.relation
-    ceiling = method.clip.ceiling * (1 - 1e-9)
+    relations = {stage.method.sampler.relation for stage in stages}
+    if len(relations) > 1:
+        raise ValueError(
+            "the stages are analysed for different neighbours, and one epsilon cannot hold for both"
+        )
+    (relation,) = relations
+    lowest = min(stages, key=lambda stage: stage.method.clip.ceiling).method.clip
+    ceiling = lowest.ceiling * (1 - 1e-9)
 
     def ledger(sigma: float) -> Ledger:
-        return method.plan(sigma, n, batch, steps)
+        return plan(stages, sigma, n)
 
     tight = math.isfinite(ceiling) and epsilon(ledger(ceiling), delta, relation, "rdp") > target
     if tight:
         # Not by PLD at the ceiling, which takes minutes where that is far too low, and before the cache is read, where
         # a plan that looks the same may be that of a rule without a ceiling.
-        needed = calibrate(replace(method, clip=Flat()), n, batch, steps, target, delta, accountant, cache)
+        free = [stage._replace(method=replace(stage.method, clip=Flat())) for stage in stages]
+        needed = calibrate_stages(free, n, target, delta, accountant, cache)
         if needed >= ceiling:
             raise ValueError(
                 f"epsilon = {target:g} at delta = {delta:g} needs a noise multiplier of {needed:.4g}, and the noise"
-                f" of {type(method.clip).__name__}'s side releases serves none of {method.clip.ceiling:g} or more:"
+                f" of {type(lowest).__name__}'s side releases serves none of {lowest.ceiling:g} or more:"
                 f" write a count_noise above {needed / 2:.4g}"
             )
     some = ledger(min(8.0, ceiling))
-    known = [a for a in (accountant, *ACCOUNTANTS) if math.isfinite(epsilon(some, delta, relation, a))]
-    if not known:
+    able = (a for a in (accountant, *ACCOUNTANTS) if math.isfinite(epsilon(some, delta, relation, a)))
+    known = next(able, None)  # those after it are not asked: some take seconds
+    if known is None:
         raise ValueError(f"no accountant knows the events of this plan: {some.composed()}")
     trials = [ledger(min(s, ceiling / 2)).to_json() for s in (1.0, 2.0)]
-    key = json.dumps([*trials, known[0], relation.value, target, delta, _version()])
+    key = json.dumps([*trials, known, relation.value, target, delta, _version()])
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json" if cache else None
     if file and file.exists():
         return float(json.loads(file.read_text())["noise_multiplier"])
@@ -76,30 +100,30 @@ def calibrate(
         return float(sigma)
 
     def spent(sigma: float) -> float:
-        return epsilon(ledger(sigma), delta, relation, known[0])
+        return epsilon(ledger(sigma), delta, relation, known)
 
     try:
         # RDP's epsilon is quick to compute and never below PLD's, so its multiplier brackets PLD's from above. From
         # below we go down by steps: at a multiplier far too small PLD's grid is so wide that it takes minutes.
         if math.isinf(ceiling):
-            upper = solve("rdp", LowerEndpointAndGuess(0.05, 1.0), 1e-4 if known[0] == "rdp" else 1e-2)
+            upper = solve("rdp", LowerEndpointAndGuess(0.05, 1.0), 1e-4 if known == "rdp" else 1e-2)
         elif tight:
             upper = ceiling
         else:
-            upper = solve("rdp", ExplicitBracketInterval(0.05, ceiling), 1e-4 if known[0] == "rdp" else 1e-2)
+            upper = solve("rdp", ExplicitBracketInterval(0.05, ceiling), 1e-4 if known == "rdp" else 1e-2)
     except mechanism_calibration.NoBracketIntervalFoundError as error:
         raise ValueError(
             f"no noise multiplier from 0.05 up meets epsilon = {target} at delta = {delta}: take fewer steps or a"
             " smaller batch"
         ) from error
     sigma = upper
-    if known[0] != "rdp":
+    if known != "rdp":
         lower = 0.85 * upper
         while spent(lower) <= target:
             lower, upper = 0.85 * lower, lower
-        sigma = solve(known[0], ExplicitBracketInterval(lower, upper), 1e-4 * min(1.0, upper))
+        sigma = solve(known, ExplicitBracketInterval(lower, upper), 1e-4 * min(1.0, upper))
     if file:
-        _write(file, {"noise_multiplier": sigma, "epsilon": target, "delta": delta, "accountant": known[0]})
+        _write(file, {"noise_multiplier": sigma, "epsilon": target, "delta": delta, "accountant": known})
     return sigma
 
 

@@ -73,7 +73,7 @@ class Loss:
     def scores(
         self, model: Callable[[Tensor], Tensor], data: Data, device: torch.device, split: Split = "test"
     ) -> dict[str, float]:
-        """How a trained `model` in evaluation mode does on a split: {"accuracy", "loss"}, the mean loss of an example."""
+        """How a trained `model`, in evaluation mode, does on a split: "accuracy" and "loss" (of an example)."""
         total, correct = 0.0, 0
         n = data.n_train if split == "train" else data.n_test
         for indices in torch.arange(n, device=device).split(1024):
@@ -92,6 +92,20 @@ class CrossEntropy(Loss):
         if outputs.ndim == 2:
             return F.cross_entropy(outputs, y, reduction="none")
         return F.cross_entropy(outputs.movedim(-1, 1), y, reduction="none").flatten(1).mean(1)
+
+
+def crops(x: Tensor, pad: int, flip: bool, rng: Stream) -> Tensor:
+    """A random crop of each image of `x` [B, C, H, W] padded by `pad` pixels of zeros, mirrored half of the time."""
+    count, _, height, width = x.shape
+    down, right, mirror = rng.uniform(3 * count).to(x.device).view(3, count)
+    steps = 2 * pad + 1
+    rows = (down * steps).long()[:, None] + torch.arange(height, device=x.device)
+    columns = (right * steps).long()[:, None] + torch.arange(width, device=x.device)
+    if flip:
+        columns = torch.where((mirror < 0.5)[:, None], columns.flip(1), columns)
+    padded = F.pad(x, (pad,) * 4)
+    which = torch.arange(count, device=x.device)[:, None, None]
+    return padded.movedim(1, -1)[which, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -124,17 +138,7 @@ class Views(Loss):
         """Images [B, C, H, W] to views [B, K, C, H, W], or [B, C, H, W] for one view. Raises ValueError for others."""
         if batch.x.ndim != 4:
             raise ValueError(f"views are made of images [B, C, H, W], not of inputs {list(batch.x.shape)}")
-        x = batch.x.repeat_interleave(self.views, 0)
-        count, _, height, width = x.shape
-        down, right, mirror = rng.uniform(3 * count).to(x.device).view(3, count)
-        steps = 2 * self.pad + 1
-        rows = (down * steps).long()[:, None] + torch.arange(height, device=x.device)
-        columns = (right * steps).long()[:, None] + torch.arange(width, device=x.device)
-        if self.flip:
-            columns = torch.where((mirror < 0.5)[:, None], columns.flip(1), columns)
-        padded = F.pad(x, (self.pad,) * 4)
-        which = torch.arange(count, device=x.device)[:, None, None]
-        cropped = padded.movedim(1, -1)[which, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+        cropped = crops(batch.x.repeat_interleave(self.views, 0), self.pad, self.flip, rng)
         return Batch(cropped.unflatten(0, (len(batch), self.views)) if self.views > 1 else cropped, batch.y)
 
     def of(self, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from dp_accounting import DpEvent
 
@@ -46,6 +47,27 @@ class Method:
         for step in range(steps):
             ledger.add(self.event(sigma, n, batch, step))
         return ledger
+
+
+class Stage(NamedTuple):
+    """One method for some steps of a run, in batches of an expected size.
+
+    The stages of a run train one after the other on the same data: one noise multiplier serves them all, and one ledger
+    bills them.
+    """
+
+    method: Method
+    batch: int
+    steps: int
+
+
+def plan(stages: Sequence[Stage], sigma: float, n: int) -> Ledger:
+    """The ledger that all stages together will have written."""
+    whole = Ledger()
+    for stage in stages:
+        for event, count in stage.method.plan(sigma, n, stage.batch, stage.steps):
+            whole.add(event, count)
+    return whole
 
 
 def parts(method: Method) -> dict[str, Any]:

@@ -39,6 +39,10 @@ class Engine:
         """The multiplier of each release of step `step`, given the multiplier of the clipping rule's taken jointly."""
         return clip.split(sigma)
 
+    def note(self, loss: Loss, clip: Clip, batch: int, relation: Relation) -> str | None:
+        """One line on the sensitivity, for expected batches of `batch` examples; None where it is the rule's."""
+        return None
+
     def bounded(
         self,
         loss: Loss,

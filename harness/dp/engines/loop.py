@@ -22,7 +22,8 @@ class Loop(PerExample):
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         for path, module in model.named_modules():
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-                return f"{path or 'the model'} ({type(module).__name__}) rewrites the rows it looks up: leave max_norm out"
+                what = f"{path or 'the model'} ({type(module).__name__})"
+                return f"{what} rewrites the rows that it looks up: leave max_norm out"
         return super().accepts(loss, clip, model)
 
     def clipped_sum(

@@ -116,7 +116,8 @@ class Mix(Path):
             ),
             Assumption("Gaussian noise", gaussian, f"{type(m.noise).__name__}, noise multiplier {run.sigma:.6g}"),
             Assumption(
-                "the number format resolves the noise on weights", deviation > RESOLVED * spacing,
+                "the number format resolves the noise on weights",
+                deviation > RESOLVED * spacing if deviation else None,
                 f"its deviation is {deviation:.4g}, and neighbouring numbers are up to {spacing:.4g} apart",
             ),
             Assumption(

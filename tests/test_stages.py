@@ -1,0 +1,212 @@
+"""A second stage: one ledger, one noise multiplier, and nothing lost in between."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from safetensors import safe_open
+
+from harness import models, run, suite
+from harness.cell import Cell
+from harness.dp import Full, Gaussian, Method
+from harness.dp.account import Ledger, epsilon
+from harness.dp.calibrate import calibrate, calibrate_stages
+from harness.dp.method import Stage, plan
+from harness.seeds import Seeds
+from harness.train import LogPoint
+
+SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "record.schema.json").read_text())
+SUITE = """
+[suite]
+name = "stages"
+question = "What does a second stage do?"
+[privacy]
+epsilon = 3.0
+delta = 1e-5
+[train]
+batch = 128
+steps = 20
+[[task]]
+dataset = "digits"
+model = "mlp?hidden=16"
+[[method]]
+name = "dp-sgd"
+momentum = 0.0
+clip = 0.5
+then = {then}
+"""
+HEAD = '{ method = "dp-adam?lr=0.02", steps = 30 }'
+ALL = '{ method = "dp-adam?lr=0.02", steps = 30, trains = "all" }'
+PUBLIC = '{ method = "non-private?lr=0.1", steps = 30, dataset = "%s" }'
+
+
+def cells(then: str, text: str = SUITE) -> list[Cell]:
+    return suite.parse(text.replace("{then}", then), "stages.toml").cells()
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> str:
+    """Public data of the same shape: the digits' negatives."""
+    import numpy as np
+
+    from harness import data
+
+    digits = data.load("digits")
+    file = tmp_path_factory.mktemp("data") / "negatives.npz"
+    arrays = {
+        "x_train": 16 - digits.x_train.numpy(), "y_train": digits.y_train.numpy(),
+        "x_test": 16 - digits.x_test.numpy(), "y_test": digits.y_test.numpy(),
+    }  # fmt: skip
+    np.savez(file, **arrays)
+    return f"npz:{file}"
+
+
+def lasting(record: dict) -> dict:
+    kept = ("status", "metrics", "privacy", "weights_sha256", "stages")
+    return json.loads(json.dumps({key: record.get(key) for key in kept}))
+
+
+@pytest.mark.parametrize("then", [HEAD, ALL])
+def test_both_stages_are_one_release_and_one_ledger(then, tmp_path):
+    (cell,) = cells(then)
+    record = run.execute(cell, tmp_path, "stages")
+    assert record["status"] == "ok", record["reason"]
+    privacy = record["privacy"]
+    assert len(Ledger.from_json(privacy["ledger"])) == 50
+    assert 2.97 < privacy["epsilon"] <= 3.0 and privacy["planned"] == privacy["spent"]
+    first, second = record["stages"]
+    assert 0 < first["epsilon"] < second["epsilon"] == privacy["epsilon"]
+    alone = calibrate(run.methods_of(cell)[0], cell.task["n_train"], 128, 20, 3.0, 1e-5)
+    assert privacy["noise_multiplier"] > 1.05 * alone  # the second stage is paid for
+    errors = [
+        e.message for e in jsonschema.Draft202012Validator(SCHEMA).iter_errors(json.loads(json.dumps(record)))
+    ]
+    assert errors == []
+
+
+def test_a_head_is_trained_and_the_network_under_it_is_left_alone(tmp_path):
+    for then, moved in ((HEAD, False), (ALL, True)):
+        folder = tmp_path / str(moved)
+        (cell,) = cells(then)
+        run.execute(cell, folder, "stages", save_seconds=0.0)
+        with safe_open(folder / "checkpoint" / "stage-0.safetensors", framework="pt") as stored:
+            names = json.loads(stored.metadata()["progress"])["w"]["names"]
+        with safe_open(folder / "checkpoint" / "checkpoint.safetensors", framework="pt") as stored:
+            after = json.loads(stored.metadata()["progress"])["w"]["names"]
+        body = [f"body.{name}" for name in names]
+        assert set(after) == {"head.weight", "head.bias", *(body if moved else ())}
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_run_killed_in_either_stage_ends_in_the_same_bits(public, tmp_path, monkeypatch, other):
+    (cell,) = cells(PUBLIC % other if public else HEAD)
+    whole = run.execute(cell, tmp_path / "whole", "stages")
+    assert whole["status"] == "ok", whole["reason"]
+
+    class Killed(Exception):
+        pass
+
+    log = run._Session.log
+    seen = 0
+    deadly = iter((7, 8, 30, 31, 43))
+
+    def dying(self: run._Session, point: LogPoint) -> None:
+        nonlocal seen, at
+        log(self, point)
+        seen += 1
+        if seen == at:
+            raise Killed
+
+    monkeypatch.setattr(run._Session, "log", dying)
+    record, kills = None, 0
+    while record is None:
+        at = next(deadly, -1)
+        try:
+            record = run.execute(cell, tmp_path / "killed", "stages", save_seconds=0.0)
+        except Killed:
+            kills += 1
+    assert kills >= 4 and record["measured"]["sessions"] > 2
+    assert lasting(record) == lasting(whole)
+    traces = [(tmp_path / name / "trace.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    steps = [[json.loads(line)["step"] for line in lines] for lines in traces]
+    assert steps[0] == steps[1] == sorted(set(steps[0])) and steps[0][-1] == 50
+
+
+def test_a_stage_on_public_data_costs_nothing_and_is_named(tmp_path, other):
+    (cell,) = cells(PUBLIC % other)
+    record = run.execute(cell, tmp_path, "stages")
+    assert record["status"] == "ok", record["reason"]
+    privacy = record["privacy"]
+    assert len(Ledger.from_json(privacy["ledger"])) == 20 and 2.97 < privacy["epsilon"] <= 3.0
+    assert "images and labels of npz:" in privacy["public_data"]
+    assert [stage["public"] for stage in record["stages"]] == [False, True]
+    assert (
+        record["metrics"]["accuracy"] > 0.3
+    )  # of the negatives, by a head on what was learnt from the digits
+
+
+def test_stages_draw_different_noise():
+    (cell,) = cells(HEAD)
+    first, second = Seeds(cell), Seeds(cell, 1)
+    assert first.init == second.init
+    drawn = {getattr(s, role) for s in (first, second) for role in ("sampling", "noise", "path")}
+    assert len(drawn) == 6
+
+
+def test_what_would_void_the_privacy_is_refused(other):
+    for then, wrong in (
+        ('{ method = "non-private", steps = 5 }', "would train on the private data without noise"),
+        ('{ method = "dp-sgd", steps = 5, dataset = "%s" }' % other, "adds noise to public data"),
+        ('{ method = "non-private", steps = 5, dataset = "digits" }', "is the private data of task"),
+        ('{ method = "dp-sgd?lr=-1", steps = 5 }', "lr must not be negative"),
+        ('{ method = "dp-sgdd", steps = 5 }', 'Did you mean "dp-sgd"'),
+        ('{ method = "dp-sgd" }', "needs one of epochs and steps"),
+        ('{ method = "dp-sgd", steps = 5, batch = 5000 }', "write other lengths"),
+        ('"dp-sgd"', '"then" should be a table'),
+    ):
+        with pytest.raises(suite.SuiteError) as raised:
+            cells(then)
+        assert wrong in str(raised.value), raised.value
+        assert all(problem.line >= 16 for problem in raised.value.problems)
+    late = SUITE.replace('name = "dp-sgd"', 'name = "non-private"').replace("clip = 0.5\n", "")
+    with pytest.raises(suite.SuiteError, match="cannot make private what non-private has learnt"):
+        cells(HEAD, late.replace("momentum = 0.0\n", ""))
+
+
+def test_a_second_stage_is_another_run():
+    ids = {cells(then)[0].id for then in (HEAD, ALL, HEAD.replace("30", "31"), HEAD.replace("0.02", "0.03"))}
+    plain = SUITE.replace("then = {then}\n", "")
+    assert len(ids | {cells("", plain)[0].id}) == 5
+    (cell,) = cells(HEAD)
+    assert Cell.from_json(cell.to_json()) == cell and cell.label == "dp-sgd, then dp-adam"
+
+
+def test_a_method_has_its_own_schedule():
+    text = SUITE.replace("then = {then}", 'train = { batch = "full", epochs = 3 }')
+    (cell,) = cells("", text)
+    assert cell.schedule == {"batch": cell.task["n_train"], "steps": 3}
+    with pytest.raises(suite.SuiteError, match="0 steps of 128"):
+        cells("", SUITE.replace("then = {then}", "train = { epochs = 0.01 }"))
+
+
+def test_the_plan_of_two_stages_is_their_composition():
+    stages = [Stage(Method(sampler=Full()), 10, 3), Stage(Method(sampler=Full()), 10, 1)]
+    assert plan(stages, 2.0, 10) == Method(sampler=Full()).plan(2.0, 10, 10, 4)
+    sigma = calibrate_stages(stages, 10, 3.0, 1e-5)
+    assert epsilon(plan(stages, sigma, 10), 1e-5, Full().relation, "pld") == pytest.approx(3.0, rel=1e-3)
+    assert type(Method().noise) is Gaussian
+
+
+def test_a_head_starts_at_zero_on_an_evaluated_body():
+    body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Dropout(0.5))
+    headed = models.Headed(body, (3, 4), 7, frozen=True)
+    assert headed(torch.randn(2, 3, 4)).shape == (2, 7) and not headed(torch.randn(2, 3, 4)).any()
+    assert {name for name, p in headed.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+    assert (
+        not headed.train().body.training
+        and models.Headed(body, (3, 4), 7, frozen=False).train().body.training
+    )
