@@ -28,6 +28,7 @@ DIGESTS = {
 }
 EMBEDDED = ("mnist-5k", "mnist1d", "digits")
 FILES = ("mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
+RELABELLED = ("cifar100-coarse",)
 
 
 @pytest.fixture(autouse=True)
@@ -373,5 +374,12 @@ def test_any_file_is_an_error_not_a_traceback(tmp_path: Path) -> None:
 
 
 def test_every_data_set_is_indexed() -> None:
-    assert set(registry.index("dataset")) == {*EMBEDDED, *FILES, "npz", "imagefolder"}
+    assert set(registry.index("dataset")) == {
+        *EMBEDDED,
+        *FILES,
+        *RELABELLED,
+        "npz",
+        "imagefolder",
+        "features",
+    }
     assert not registry.broken("dataset")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,34 +16,20 @@ import numpy as np
 from harness import registry
 from harness.data.arrays import KEYS
 from harness.data.canonical import Raw, canonical
-from harness.data.dataset import Dataset
+from harness.data.dataset import Dataset, Facts
 from harness.data.source import (
     DatasetError,
     DatasetMismatch,
     DatasetMissing,
+    Derived,
     Source,
     cache_root,
     places,
+    write_whole,
 )
 
 # Part of every cache key: raise it when reading, ordering or digests change.
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a data set without its arrays. ``digest`` is empty where only loading can tell."""
-
-    name: str
-    digest: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    statistics: str
-    input_shape: tuple[int, ...]
-    classes: int
-    n_train: int
-    n_test: int
-    public_data: str = "none"
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,7 @@ class _Opened:
 
 
 def load(spec: str, root: Path | None = None, *, download: bool | None = None) -> Dataset:
-    """The data set ``"name"``, ``"mnist1d?n=10000"``, ``"npz:PATH"`` or ``"imagefolder:PATH"``, on the CPU.
+    """The data set ``"name"``, ``"mnist1d?n=10000"``, ``"npz:PATH"`` or ``"features:NAME?..."``, on the CPU.
 
     ``root`` is where files are looked for (default ``$EPSBENCH_DATA``, else ``~/.cache/epsbench/data``).
     ``download`` allows torchvision to fetch what is missing (default: whether ``EPSBENCH_DOWNLOAD=1``).
@@ -70,18 +54,37 @@ def load(spec: str, root: Path | None = None, *, download: bool | None = None) -
     any other fault of the data, and the registry's errors for a misspelt name or option.
     """
     opened = _open(spec, root, download)
+    if isinstance(opened, Derived):
+        return opened.load()
     raw, facts = _content(opened)
     return _tensors(raw, facts)
 
 
+def facts(spec: str, root: Path | None = None) -> Facts:
+    """What is known of a data set, without loading it where that is constant or in the cache."""
+    opened = _open(spec, root, None)
+    if isinstance(opened, Derived):
+        return opened.facts()
+    known = _constants(opened)
+    if known is not None and known.digest:
+        return known
+    try:
+        remembered = _remembered(_key(opened))
+    except DatasetMissing:
+        if not places(root).download:
+            raise
+        remembered = None  # reading will fetch it
+    return remembered or _content(opened)[1]
+
+
 def describe(spec: str, root: Path | None = None) -> dict[str, Any]:
     """The fields of :class:`Facts` as a dict, without loading where they are constants or in the cache."""
-    return asdict(_facts(spec, root))
+    return asdict(facts(spec, root))
 
 
 def digest_of(spec: str, root: Path | None = None) -> str:
     """The digest that ``load(spec).digest`` will have: a constant, or from the cache, or by loading."""
-    return _facts(spec, root).digest
+    return facts(spec, root).digest
 
 
 def missing(spec: str, root: Path | None = None) -> DatasetMissing | None:
@@ -90,8 +93,11 @@ def missing(spec: str, root: Path | None = None) -> DatasetMissing | None:
     Reads no data. Raises the registry's errors for a misspelt name or option.
     """
     where = places(root)
+    opened = _open(spec, where.root, where.download)
+    if isinstance(opened, Derived):
+        return opened.missing()
     try:
-        _open(spec, where.root, where.download).source.stamp()
+        opened.source.stamp()
     except DatasetMissing as error:
         return None if where.download and ":" not in spec else error
     return None
@@ -100,7 +106,7 @@ def missing(spec: str, root: Path | None = None) -> DatasetMissing | None:
 # Opening a spec -------------------------------------------------------------------------------------------
 
 
-def _open(spec: str, root: Path | None, download: bool | None) -> _Opened:
+def _open(spec: str, root: Path | None, download: bool | None) -> _Opened | Derived:
     entry, arguments = registry.lookup("dataset", spec)
     function = registry.load(entry)
     changed = {
@@ -112,6 +118,8 @@ def _open(spec: str, root: Path | None, download: bool | None) -> _Opened:
     if "root" in inspect.signature(function).parameters:
         supplied["root"] = places(root, download)
     source = function(**supplied)
+    if isinstance(source, Derived):
+        return source
     if not isinstance(source, Source):
         raise DatasetError(
             f'{entry.where}: data set "{entry.name}" returned {type(source).__name__}; '
@@ -153,20 +161,6 @@ def _constants(opened: _Opened) -> Facts | None:
         n_train=meta["n_train"],
         n_test=meta["n_test"],
     )
-
-
-def _facts(spec: str, root: Path | None) -> Facts:
-    opened = _open(spec, root, None)
-    known = _constants(opened)
-    if known is not None and known.digest:
-        return known
-    try:
-        remembered = _remembered(_key(opened))
-    except DatasetMissing:
-        if not places(root).download:
-            raise
-        remembered = None  # reading will fetch it
-    return remembered or _content(opened)[1]
 
 
 # Reading --------------------------------------------------------------------------------------------------
@@ -263,13 +257,18 @@ def _cache_file(key: str, suffix: str) -> Path:
 
 
 def _remembered(key: str) -> Facts | None:
+    return read_facts(_cache_file(key, ".json"))
+
+
+def read_facts(file: Path) -> Facts | None:
+    """Facts kept as JSON; None where the file is absent or damaged, to be made again."""
     try:
-        found = json.loads(_cache_file(key, ".json").read_text())
+        found = json.loads(file.read_text())
         for field in ("mean", "std", "input_shape"):
             found[field] = tuple(found[field])
         return Facts(**found)
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # absent or damaged: it is made again
+        return None
 
 
 def _kept(key: str) -> Raw | None:
@@ -290,20 +289,7 @@ def _remember(key: str, facts: Facts, raw: Raw | None) -> None:
 
     try:
         if raw is not None:
-            _write(_cache_file(key, ".npz"), arrays)
-        _write(_cache_file(key, ".json"), lambda file: file.write(json.dumps(asdict(facts)).encode()))
+            write_whole(_cache_file(key, ".npz"), arrays)
+        write_whole(_cache_file(key, ".json"), lambda file: file.write(json.dumps(asdict(facts)).encode()))
     except OSError:
         return
-
-
-def _write(path: Path, fill: Any) -> None:
-    """Whole or not at all, also with several processes writing the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            fill(file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -19,6 +19,22 @@ def validation_size(n_train: int) -> int:
     return n_train * 4 // 5
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set without its arrays. ``digest`` is empty where only loading can tell."""
+
+    name: str
+    digest: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    statistics: str
+    input_shape: tuple[int, ...]
+    classes: int
+    n_train: int
+    n_test: int
+    public_data: str = "none"
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Training and test examples in canonical order, with public channel statistics.
@@ -73,14 +89,22 @@ class Dataset:
     def batch(self, indices: Tensor | slice, split: Split = "train") -> tuple[Tensor, Tensor]:
         """Normalised inputs ``[B, ...]`` and labels ``[B]`` of the examples ``indices``; B may be 0.
 
-        Gathering and normalising happen on the device that holds the data.
+        Gathering and normalising happen on the device that holds the data. A full batch, all examples in
+        order, is a view of what is stored where nothing has to be normalised: features of many gigabytes
+        are then not copied. So a batch is to be read, never written to.
         """
         x, y = (self.x_train, self.y_train) if split == "train" else (self.x_test, self.y_test)
-        return self.normalise(x[indices]), y[indices]
+        chosen = slice(None) if _is_all(indices, len(y)) else indices
+        return self.normalise(x[chosen]), y[chosen]
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Stored examples to a model's input: ``(x - mean) / std``, for uint8 with x / 255 for x."""
+        """Stored examples to a model's input: ``(x - mean) / std``, for uint8 with x / 255 for x.
+
+        Mean 0 and deviation 1 give ``x`` itself, if it has the wanted type.
+        """
         scale, shift = self._affine
+        if x.dtype == scale.dtype and not any(self.mean) and all(s == 1 for s in self.std):
+            return x
         return x.to(scale.dtype).mul(scale).add_(shift)
 
     @cached_property
@@ -116,3 +140,12 @@ class Dataset:
             x_test=self.x_train[cut:],
             y_test=self.y_train[cut:],
         )
+
+
+def _is_all(indices: Tensor | slice, n: int) -> bool:
+    """Whether ``indices`` are 0, 1, ..., n-1. Asks the device only where there are n of them."""
+    import torch
+
+    if isinstance(indices, slice) or indices.shape != (n,) or indices.dtype == torch.bool:
+        return False
+    return torch.equal(indices, torch.arange(n, device=indices.device, dtype=indices.dtype))

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from harness.data.arrays import read_npz
 from harness.data.canonical import Array, Raw
-from harness.data.source import Candidate, DatasetError, DatasetMissing, Places, Source, files_stamp, first_of
+from harness.data.source import (
+    Candidate,
+    DatasetError,
+    DatasetMissing,
+    Places,
+    Source,
+    files_stamp,
+    first_of,
+    found_at,
+)
 from harness.registry import dataset
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 # What is public about any picture: its pixels lie in 0..1.
@@ -28,7 +41,7 @@ def npz(path: str, root: Places, mean: str | None = None, std: str | None = None
     from public knowledge, not from this data. Default: 0.5 and 0.25 for images, 0 and 1 otherwise. A
     relative path is looked for in the working directory, then in the data root.
     """
-    candidates = [_npz_at(place) for place in _places(path, root)]
+    candidates = [_npz_at(place) for place in found_at(path, root)]
     found = first_of(f"npz:{path}", candidates, [f'write the path of an existing .npz, as in "npz:{path}"'])
     return Source(found.read, found.stamp, _Statistics(mean, std))
 
@@ -53,31 +66,28 @@ def imagefolder(
     if size is not None and size < 1:
         raise DatasetError(f"imagefolder:{path}?size={size}: write a number of pixels, as in size=32")
 
-    def folder() -> Path:
-        looked = _places(path, root)
-        for place in looked:
-            if (place / "train").is_dir() and (place / "test").is_dir():
-                return place
-        raise DatasetMissing(
-            f"imagefolder:{path}",
-            [f"{place} (folders train/ and test/): not there" for place in looked],
-            ["write the path of a folder that holds train/CLASS/*.png and test/CLASS/*.png"],
-        )
-
     return Source(
-        read=lambda: _read_folder(folder(), size, channels),
-        stamp=lambda: files_stamp([folder() / "train", folder() / "test"]),
+        read=lambda: _read_folder(picture_folder(path, root), size, channels),
+        stamp=lambda: files_stamp([picture_folder(path, root) / part for part in ("train", "test")]),
         normalise=_Statistics(mean, std),
+    )
+
+
+def picture_folder(path: str, root: Places) -> Path:
+    """The folder with ``train/`` and ``test/`` that ``path`` leads to, or :class:`DatasetMissing`."""
+    looked = found_at(path, root)
+    for place in looked:
+        if (place / "train").is_dir() and (place / "test").is_dir():
+            return place
+    raise DatasetMissing(
+        f"imagefolder:{path}",
+        [f"{place} (folders train/ and test/): not there" for place in looked],
+        ["write the path of a folder that holds train/CLASS/*.png and test/CLASS/*.png"],
     )
 
 
 def _npz_at(file: Path) -> Candidate:
     return Candidate(".npz", (file,), lambda: read_npz(file))
-
-
-def _places(path: str, root: Places) -> list[Path]:
-    given = Path(path).expanduser()
-    return [given] if given.is_absolute() else [Path.cwd() / given, root.root / given]
 
 
 class _Statistics:
@@ -121,13 +131,32 @@ def _spread(key: str, numbers: tuple[float, ...], raw: Raw, width: int) -> tuple
     return numbers * width if len(numbers) == 1 else numbers
 
 
-def _read_folder(folder: Path, size: int | None, channels: int) -> Raw:
+def class_names(folder: Path) -> list[str]:
+    """The classes of a folder of pictures: the folders of ``train/``, in order of names."""
     classes = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
     if len(classes) < 2:
         raise DatasetError(f"{folder / 'train'}: {len(classes)} class folders; there must be two or more")
     unknown = sorted(p.name for p in (folder / "test").iterdir() if p.is_dir() and p.name not in classes)
     if unknown:
         raise DatasetError(f"{folder / 'test' / unknown[0]}: train/ has no class of that name")
+    return classes
+
+
+def labelled_files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """Every picture in the class folders of ``folder`` with its class; at least one."""
+    files = [
+        (file, label)
+        for label, name in enumerate(classes)
+        for file in sorted((folder / name).glob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not files:
+        raise DatasetError(f"{folder}: no pictures in class folders ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def _read_folder(folder: Path, size: int | None, channels: int) -> Raw:
+    classes = class_names(folder)
     x_train, y_train, first = _read_split(folder / "train", classes, size, channels)
     x_test, y_test, other = _read_split(folder / "test", classes, size, channels)
     _same_size(first, x_train[0], other, x_test[0])
@@ -138,14 +167,7 @@ def _read_folder(folder: Path, size: int | None, channels: int) -> Raw:
 def _read_split(
     folder: Path, classes: list[str], size: int | None, channels: int
 ) -> tuple[list[Array], Array, Path]:
-    files = [
-        (file, label)
-        for label, name in enumerate(classes)
-        for file in sorted((folder / name).glob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not files:
-        raise DatasetError(f"{folder}: no pictures in class folders ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    files = labelled_files(folder, classes)
     images = [_read_image(file, size, channels) for file, _ in files]
     for (file, _), image in zip(files, images, strict=True):
         _same_size(files[0][0], images[0], file, image)
@@ -161,14 +183,22 @@ def _same_size(one: Path, image: Array, other: Path, its: Array) -> None:
 
 
 def _read_image(file: Path, size: int | None, channels: int) -> Array:
-    from PIL import Image, UnidentifiedImageError
+    """uint8 ``[C, H, W]``."""
+    from PIL import Image
 
-    try:
-        with Image.open(file) as opened:
-            image = opened.convert("RGB" if channels == 3 else "L")
-    except (UnidentifiedImageError, OSError) as error:
-        raise DatasetError(f"{file}: not a readable picture ({error})") from error
+    image = open_picture(file, "RGB" if channels == 3 else "L")
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image, dtype=np.uint8)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1) if channels == 3 else pixels[None])
+
+
+def open_picture(file: Path, mode: str) -> Picture:
+    """The picture in ``file`` in PIL's ``mode``. Raises :class:`DatasetError` naming the file."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as opened:
+            return opened.convert(mode)
+    except (UnidentifiedImageError, OSError) as error:
+        raise DatasetError(f"{file}: not a readable picture ({error})") from error

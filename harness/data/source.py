@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from harness.data.canonical import Raw
+from harness.data.dataset import Dataset, Facts
 
 DOWNLOAD = "EPSBENCH_DOWNLOAD"
 DATA = "EPSBENCH_DATA"
@@ -57,6 +60,25 @@ def cache_root() -> Path:
     return Path(os.environ.get(CACHE) or "~/.cache/epsbench").expanduser()
 
 
+def found_at(path: str, root: Places) -> list[Path]:
+    """Where a path given by the user may lead: the working directory, then the data root."""
+    given = Path(path).expanduser()
+    return [given] if given.is_absolute() else [Path.cwd() / given, root.root / given]
+
+
+def write_whole(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Whole or not at all, also with several processes writing the same file and a kill at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            fill(file)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
 @dataclass(frozen=True)
 class Source:
     """What a registered data set function returns.
@@ -72,6 +94,19 @@ class Source:
     stamp: Callable[[], str]
     normalise: Callable[[Raw], tuple[tuple[float, ...], tuple[float, ...], str]] | None = None
     keep: bool = False
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What a data set function returns whose data is made from another data set.
+
+    ``facts`` answers without making the data, ``load`` makes it unless it is kept, ``missing`` is the error
+    that loading would raise for want of files, as :func:`harness.data.missing` has it.
+    """
+
+    facts: Callable[[], Facts]
+    load: Callable[[], Dataset]
+    missing: Callable[[], DatasetMissing | None]
 
 
 @dataclass(frozen=True)

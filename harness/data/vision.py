@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,36 @@ def cifar10(root: Places) -> Source:
 def cifar100(root: Places) -> Source:
     """CIFAR-100 (Krizhevsky 2009): 50,000 and 10,000 colour pictures of 32x32 in 100 classes."""
     return _torchvision("cifar100", root, "CIFAR100", (root.root / "cifar-100-python",), classes=100)
+
+
+# The coarse class of each of CIFAR-100's fine classes, as the published files pair them.
+_COARSE = (
+    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7,
+    6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10,
+    16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16,
+    12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13,
+)  # fmt: skip
+
+
+@dataset(
+    "cifar100-coarse",
+    shape=(3, 32, 32),
+    classes=20,
+    n_train=50000,
+    n_test=10000,
+    mean=(0.5071, 0.4865, 0.4409),
+    std=(0.2673, 0.2564, 0.2762),
+    statistics="CIFAR-100's published channel means and deviations",
+)
+def cifar100_coarse(root: Places) -> Source:
+    """CIFAR-100 under its 20 coarse labels, each of which unites five classes."""
+    fine = cifar100(root)
+
+    def read() -> Raw:
+        raw, coarse = fine.read(), np.array(_COARSE)
+        return replace(raw, y_train=coarse[raw.y_train], y_test=coarse[raw.y_test], classes=20)
+
+    return Source(read, fine.stamp)
 
 
 @dataset(

@@ -1,0 +1,228 @@
+"""Pictures to compute features of, in canonical order: held in memory, or read from a folder file by file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from harness import registry
+from harness.data import catalog
+from harness.data.canonical import Array
+from harness.data.dataset import Facts, Split
+from harness.data.own import class_names, labelled_files, open_picture, picture_folder
+from harness.data.source import (
+    DatasetError,
+    DatasetMissing,
+    Places,
+    cache_root,
+    files_stamp,
+    write_whole,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Part of the cache key: raise it when the digest or the order of a folder changes.
+FORMAT = 1
+
+
+class Pictures(Protocol):
+    """Pictures in canonical order, to be read a few at a time."""
+
+    source: str
+
+    def labels(self, split: Split) -> Array:
+        """int64 ``[N]``."""
+        ...
+
+    def read(self, split: Split, start: int, stop: int, side: int | None, mode: str) -> Tensor:
+        """The pictures ``start`` to ``stop``, float32 ``[B, C, side, side]`` in 0..1; None: as they are.
+
+        The shorter side of a picture becomes ``side`` (``mode`` "bilinear" or "bicubic", with antialiasing),
+        and the middle of the longer side is taken.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Base:
+    """A data set of pictures that features are made of.
+
+    ``facts.input_shape`` is ``(C, H, W)``, and ``(3, 0, 0)`` where the pictures are of several sizes.
+    """
+
+    facts: Callable[[], Facts]
+    open: Callable[[], Pictures]
+    missing: Callable[[], DatasetMissing | None]
+
+
+def base(spec: str, root: Places) -> Base:
+    """The data set of pictures called ``spec``, without options. Raises the registry's errors for the name."""
+    entry = registry.resolve("dataset", spec)
+    path = registry.split_name(spec)[1]
+    if entry.name == "imagefolder" and path is not None:
+        return _folder(path, root)
+    return Base(
+        facts=lambda: _checked(catalog.facts(spec, root.root), spec),
+        open=lambda: _Held(spec, root),
+        missing=lambda: catalog.missing(spec, root.root),
+    )
+
+
+def resized(x: Tensor, side: int | None, mode: str) -> Tensor:
+    """``[B, C, H, W]`` to ``[B, C, side, side]``: the shorter side becomes ``side``, then the middle is taken."""
+    from torch.nn.functional import interpolate
+
+    height, width = x.shape[-2:]
+    if side is None or (height, width) == (side, side):
+        return x
+    short = min(height, width)
+    high, wide = round(height * side / short), round(width * side / short)
+    x = interpolate(x, size=(high, wide), mode=mode, align_corners=False, antialias=True)
+    top, left = (high - side) // 2, (wide - side) // 2
+    return x[..., top : top + side, left : left + side].clamp(0, 1)  # bicubic overshoots
+
+
+# In memory ------------------------------------------------------------------------------------------------
+
+
+def _checked(facts: Facts, spec: str) -> Facts:
+    if len(facts.input_shape) != 3:
+        raise DatasetError(
+            f"features:{spec}: its examples have shape {list(facts.input_shape)}; features are made of pictures"
+        )
+    return facts
+
+
+class _Held:
+    """A data set that is loaded whole."""
+
+    def __init__(self, spec: str, root: Places) -> None:
+        import torch
+
+        self._data = catalog.load(spec, root.root, download=root.download)
+        self.source = self._data.source
+        if self._data.x_train.dtype != torch.uint8:
+            raise DatasetError(
+                f"features:{spec}: its examples are {self._data.x_train.dtype}; pictures are uint8"
+            )
+
+    def labels(self, split: Split) -> Array:
+        found: Array = (self._data.y_train if split == "train" else self._data.y_test).numpy()
+        return found
+
+    def read(self, split: Split, start: int, stop: int, side: int | None, mode: str) -> Tensor:
+        x = self._data.x_train if split == "train" else self._data.x_test
+        return resized(x[start:stop].float() / 255, side, mode)
+
+
+# From a folder --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of both splits with their classes, each split in order of content hashes."""
+
+    train: list[tuple[str, int]]
+    test: list[tuple[str, int]]
+
+
+def _folder(path: str, root: Places) -> Base:
+    def missing() -> DatasetMissing | None:
+        try:
+            picture_folder(path, root)
+        except DatasetMissing as error:
+            return error
+        return None
+
+    def facts() -> Facts:
+        return _known(picture_folder(path, root))[0]
+
+    return Base(facts, lambda: _Folder(picture_folder(path, root)), missing)
+
+
+class _Folder:
+    """Pictures that are decoded when they are asked for, on as many threads as there are cores."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source = f"image folder {folder.name}"
+        self._folder, self._files = folder, _known(folder)[1]()
+
+    def labels(self, split: Split) -> Array:
+        return np.array([label for _, label in getattr(self._files, split)], dtype=np.int64)
+
+    def read(self, split: Split, start: int, stop: int, side: int | None, mode: str) -> Tensor:
+        import torch
+
+        def one(name: str) -> Tensor:
+            pixels = np.array(open_picture(self._folder / name, "RGB"), dtype=np.uint8)
+            return resized(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255, side, mode)
+
+        names = [name for name, _ in getattr(self._files, split)[start:stop]]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return torch.cat(list(pool.map(one, names)))
+
+
+def _known(folder: Path) -> tuple[Facts, Callable[[], _Files]]:
+    """Facts and files of a folder: every file is read once, then again only when the folder has changed."""
+    stamp = f"{FORMAT}\n{files_stamp([folder / 'train', folder / 'test'])}"
+    place = cache_root() / "folders" / hashlib.sha256(stamp.encode()).hexdigest()[:24]
+    short, long = place.with_suffix(".json"), place.with_suffix(".files.json")
+
+    def files() -> _Files:
+        return _Files(**json.loads(long.read_text()))
+
+    known = catalog.read_facts(short)
+    if known is not None and long.exists():
+        return known, files
+    facts, made = _hashed(folder)
+    with suppress(OSError):  # without a writable cache everything works, only slower
+        write_whole(long, lambda file: file.write(json.dumps(asdict(made)).encode()))
+        write_whole(short, lambda file: file.write(json.dumps(asdict(facts)).encode()))
+    return facts, lambda: made
+
+
+def _hashed(folder: Path) -> tuple[Facts, _Files]:
+    """Read every file. The order and the digest depend on the bytes and classes of files, not on their names."""
+    classes = class_names(folder)
+    splits: list[list[tuple[str, int]]] = []
+    total = hashlib.sha256()
+    for part in ("train", "test"):
+        listed = labelled_files(folder / part, classes)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            hashes = list(pool.map(_hash, listed))
+        order = sorted(range(len(listed)), key=hashes.__getitem__)
+        total.update(json.dumps([part, len(classes), len(order)]).encode())
+        total.update(b"".join(hashes[i] for i in order))
+        splits.append([(str(listed[i][0].relative_to(folder)), listed[i][1]) for i in order])
+    files = _Files(*splits)
+    facts = Facts(
+        name=f"imagefolder:{folder.name}",
+        digest=total.hexdigest()[:16],
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        statistics="none",
+        input_shape=(3, 0, 0),
+        classes=len(classes),
+        n_train=len(files.train),
+        n_test=len(files.test),
+    )
+    return facts, files
+
+
+def _hash(labelled: tuple[Path, int]) -> bytes:
+    """SHA-256 of a file's bytes and its class as a little-endian int64."""
+    file, label = labelled
+    with open(file, "rb") as opened:
+        h = hashlib.file_digest(opened, "sha256")
+    h.update(label.to_bytes(8, "little"))
+    return h.digest()
