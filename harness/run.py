@@ -390,7 +390,7 @@ class _Session:
         return {
             "examples_per_second": measure.quartiles([size / seconds for size, seconds in blocks if seconds > 0]),
             "train_seconds": sum(progress.seconds), "peak_memory_mib": self.peak or None,
-            "warmup_steps": self.schedule.warmup, "sessions": progress.sessions,
+            "warmup_steps": self.schedule.untimed, "sessions": progress.sessions,
             "engine": progress.engine or None, "microbatch": progress.microbatch or None, "kernels": kernels(),
         }  # fmt: skip
 

@@ -52,14 +52,18 @@ __all__ = [
     "Unwritable",
     "attempt_of",
     "cell_of",
+    "content",
     "current",
     "dumps",
     "encode",
     "load",
     "locked",
     "merge",
+    "mismatch",
+    "parse_at",
     "read",
     "stale",
+    "strict_json",
     "unlock",
     "write_once",
     "write_record",
@@ -100,6 +104,8 @@ _REQUIRED: Mapping[str, _Kind] = {
     "cell.numerics": _MAP,
     "cell.seed": int,
     "privacy": _MAP,
+    "privacy.relation": (_TEXT, _NULL),
+    "privacy.sampling": (_TEXT, _NULL),
     "metrics": _MAP,
     "measured": _MAP,
     "code": _MAP,
@@ -319,6 +325,11 @@ def _number(text: str) -> float:
     return value
 
 
+def strict_json(data: bytes | str) -> Any:
+    """The value of a JSON text without NaN and infinities. Raises ValueError or RecursionError."""
+    return json.loads(data, parse_constant=_refuse_constant, parse_float=_number)
+
+
 def _flaw(record: object, folder: str) -> str | None:
     """What makes a parsed file no valid record of this folder; None where nothing does."""
     if not isinstance(record, dict):
@@ -334,6 +345,9 @@ def _flaw(record: object, folder: str) -> str | None:
         return reason
     if record["status"] not in STATUSES:
         return f"status {_short(record['status'])} is none of {', '.join(STATUSES)}"
+    for name in ("relation", "sampling"):
+        if record["status"] == "ok" and record["privacy"][name] is None:
+            return f'"privacy.{name}" is null, so nobody can say what its epsilon means'
     if not _SUITE.fullmatch(record["suite"]):
         return f"suite {_short(record['suite'])} is not what a suite may be called"
     if record["cell"]["schedule"]["steps"] < 1:
@@ -409,23 +423,23 @@ def _parse(data: bytes, folder: str) -> tuple[Record | None, str]:
     if len(data) > MOST_BYTES:
         return None, f"larger than {MOST_BYTES // 2**20} MiB"
     try:
-        record = json.loads(data, parse_constant=_refuse_constant, parse_float=_number)
+        record = strict_json(data)
     except (ValueError, RecursionError) as error:
         return None, f"not JSON: {error}"
     reason = _flaw(record, folder)
     return (None, reason) if reason else (record, "")
 
 
-def _parse_at(path: Path, data: bytes) -> tuple[Record | None, str]:
-    """As `_parse`, for a file: its suite must be that of its folder."""
+def parse_at(path: Path, data: bytes) -> tuple[Record | None, str]:
+    """The record that these bytes are at ``<suite>/<id>/record.json``, or None and the reason why they are none."""
     record, reason = _parse(data, path.parent.name)
     if record is not None and record["suite"] != path.parent.parent.name:
         return None, f"its suite {record['suite']!r} is not that of its folder"
     return record, reason
 
 
-def _content(path: Path) -> bytes:
-    """The bytes of a plain file, no more than make a record too large. Raises OSError, also for all else.
+def content(path: Path) -> bytes:
+    """The bytes of a plain file, no more than make it too large for a record. Raises OSError, also for all else.
 
     Opening a pipe would wait for a writer, and reading a device might never end.
     """
@@ -437,7 +451,7 @@ def _content(path: Path) -> bytes:
 
 def read(path: Path) -> Record:
     """One record with its ``"path"``. Raises StoreError saying what is wrong with the file."""
-    record, reason = _parse_at(path.absolute(), _content(path))
+    record, reason = parse_at(path.absolute(), content(path))
     if record is None:
         raise StoreError(str(Broken(path, reason)))
     record["path"] = str(path)
@@ -452,13 +466,13 @@ def load(results: Path, suite: str | None = None) -> Records:
     found = Records()
     for path in _record_files(results, suite, found.broken):
         try:
-            data = _content(path)
+            data = content(path)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and not path.is_symlink():
                 continue  # a run that has no record yet
             found.broken.append(Broken(path, f"cannot be read: {error.strerror}"))
             continue
-        record, reason = _parse_at(path, data)
+        record, reason = parse_at(path, data)
         if record is None:
             found.broken.append(Broken(path, reason))
         else:
@@ -694,13 +708,13 @@ def merge(sources: Sequence[Path], into: Path) -> MergeResult:
 
 def _merge_one(path: Path, into: Path, result: MergeResult) -> None:
     try:
-        data = _content(path)
+        data = content(path)
     except OSError as error:
         result.refused.append(Broken(path, f"cannot be read: {error.strerror}"))
         return
-    record, reason = _parse_at(path.absolute(), data)
+    record, reason = parse_at(path.absolute(), data)
     if record is not None:
-        reason = _mismatch(record)
+        reason = mismatch(record)
     if reason:
         result.refused.append(Broken(path, reason))
         return
@@ -734,12 +748,12 @@ def _merge_one(path: Path, into: Path, result: MergeResult) -> None:
 def _difference(there: Path, data: bytes) -> str:
     """Why the record that is there is not these bytes; empty where it is."""
     try:
-        found = _content(there)
+        found = content(there)
     except OSError as error:
         return f"{there} is there already, cannot be read ({error.strerror}), and is kept"
     if found == data:
         return ""
-    record, reason = _parse_at(there.absolute(), found)
+    record, reason = parse_at(there.absolute(), found)
     if record is None:
         return (
             f"differs from {there}, which is kept though it is damaged ({reason}); remove it and merge again"
@@ -801,7 +815,8 @@ def _side(path: Path, refused: list[Broken]) -> bytes | None:
         return None
 
 
-def _mismatch(record: Record) -> str:
+def mismatch(record: Record) -> str:
+    """Why a record's id is not that of its cell; empty where it is."""
     try:
         actual = cell_of(record).id
     except (KeyError, TypeError, AttributeError, ValueError) as error:

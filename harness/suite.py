@@ -587,7 +587,8 @@ class Suite:
                 n = other["n_train"]
                 found["task"] = {"dataset": then.dataset, "evaluate": task.evaluate, **other}
             except (ValueError, OSError, ImportError) as error:
-                problems.append(self._problem(("method", variant.index, "then", "dataset"), str(error)))
+                if all(known.message != str(error) for known in problems):  # once, not for each method
+                    problems.append(self._problem(("method", variant.index, "then", "dataset"), str(error)))
                 return {}
         batch = n if then.batch == "full" else then.batch or size["batch"]
         steps = then.steps or math.floor((then.epochs or 0) * n / batch)

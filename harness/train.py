@@ -132,6 +132,11 @@ class Schedule:
     warmup: int = 3
 
     @property
+    def untimed(self) -> int:
+        """Steps of a session that warm up and are not timed: fewer than there are."""
+        return min(self.warmup, self.steps - 1)
+
+    @property
     def block(self) -> int:
         """Steps per timed block: a synchronised clock inside every step would slow a GPU down."""
         return max(1, min(10, self.log_every))
@@ -195,7 +200,7 @@ def train(
         logging = p.step % schedule.log_every == 0 or p.step == schedule.steps
         if p.step % schedule.block == 0 or logging:
             now = clock.now()
-            if p.step - first > schedule.warmup:  # the first steps of a session pay for warming up
+            if p.step - first > schedule.untimed:  # the first steps of a session pay for warming up
                 p.seconds.append(now - lap)
                 p.sizes.append(size)
             size, lap = 0, now

@@ -1,8 +1,14 @@
 """Epsilon against golden values, and the ledger that it is computed from."""
 
+import copy
 import json
+import logging
 import math
+from pathlib import Path
 
+import jsonschema
+import mpmath
+import numpy as np
 import pytest
 from dp_accounting import (
     ComposedDpEvent,
@@ -14,15 +20,22 @@ from dp_accounting import (
     SelfComposedDpEvent,
     UnsupportedDpEvent,
 )
+from dp_accounting.pld import pld_privacy_accountant
+from dp_accounting.rdp import RdpAccountant, rdp_privacy_accountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus.accountants.analysis import prv
+from scipy.optimize import brentq
 from scipy.stats import norm
 
+from harness import store
 from harness.dp import Fixed, Flat, Full, Ledger, Method, NoNoise, Poisson, Relation, Shuffle
-from harness.dp.account import epsilon, epsilons, ranking
+from harness.dp.account import ACCOUNTANTS, epsilon, epsilons, explain, ranking
 from harness.dp.calibrate import calibrate
 
+ROOT = Path(__file__).parent.parent
 ADD, REPLACE = Relation.ADD_OR_REMOVE, Relation.REPLACE_ONE
+NONE = dict.fromkeys(ACCOUNTANTS, math.inf)
 
 
 def poisson(q: float, sigma: float, steps: int) -> Ledger:
@@ -43,7 +56,8 @@ PUBLISHED = {
 def test_published_settings(setting):
     q, sigma, steps, rdp, pld = PUBLISHED[setting]
     bounds = epsilons(poisson(q, sigma, steps), 1e-5, ADD)
-    assert bounds == {"rdp": pytest.approx(rdp, abs=5e-4), "pld": pytest.approx(pld, abs=5e-4)}
+    assert bounds["rdp"] == pytest.approx(rdp, abs=5e-4) and bounds["pld"] == pytest.approx(pld, abs=5e-4)
+    assert 0 < bounds["prv"] - bounds["pld"] < 0.02 and bounds["gdp"] == math.inf
     assert ranking(bounds) == "pld"
 
 
@@ -75,8 +89,8 @@ def test_a_single_gaussian_is_calibrated_as_the_analytic_formula_says(target, si
 def test_the_multiplier_is_relative_to_the_sensitivity_under_the_stated_relation():
     """A release carries 2C under replace-one already, so no accountant may double it again."""
     ledger = Ledger([(GaussianDpEvent(2.0), 3)])
-    for accountant in ("pld", "rdp"):
-        assert epsilon(ledger, 1e-5, ADD, accountant) == epsilon(ledger, 1e-5, REPLACE, accountant)
+    for accountant in ACCOUNTANTS:
+        assert epsilon(ledger, 1e-5, ADD, accountant) == epsilon(ledger, 1e-5, REPLACE, accountant) < 4.1
     assert Flat(0.5).sensitivity(None, ADD) == 0.5
     assert Flat(0.5).sensitivity(None, REPLACE) == 1.0
 
@@ -84,12 +98,13 @@ def test_the_multiplier_is_relative_to_the_sensitivity_under_the_stated_relation
 def test_an_event_that_an_accountant_does_not_know_is_infinite_never_dropped():
     known = (PoissonSampledDpEvent(0.1, GaussianDpEvent(2.0)), 10)
     for event in (UnsupportedDpEvent(), NonPrivateDpEvent()):
-        assert epsilons(Ledger([known, (event, 1)]), 1e-5, ADD) == {"pld": math.inf, "rdp": math.inf}
+        mixed = Ledger([known, (event, 1)])
+        assert epsilons(mixed, 1e-5, ADD) == NONE and set(explain(mixed, 1e-5, ADD)) == set(ACCOUNTANTS)
     without = Ledger([(SampledWithoutReplacementDpEvent(1000, 10, GaussianDpEvent(1.0)), 10)])
-    assert epsilons(without, 1e-5, ADD) == {"pld": math.inf, "rdp": math.inf}
+    assert epsilons(without, 1e-5, ADD) == NONE
     bounds = epsilons(without, 1e-5, REPLACE)
-    assert bounds["pld"] == math.inf and math.isfinite(bounds["rdp"]) and ranking(bounds) == "rdp"
-    assert epsilons(poisson(0.1, 2.0, 10), 1e-5, REPLACE) == {"pld": math.inf, "rdp": math.inf}
+    assert [name for name in ACCOUNTANTS if math.isfinite(bounds[name])] == ["rdp"] == [ranking(bounds)]
+    assert epsilons(poisson(0.1, 2.0, 10), 1e-5, REPLACE) == NONE
     assert epsilons(Method(noise=NoNoise()).plan(0.0, 100, 10, 5), 1e-5, ADD)["pld"] == math.inf
 
 
@@ -115,3 +130,140 @@ def test_a_ledger_names_only_events():
     for event in ({"type": "calibrate_dp_mechanism"}, {"type": "os"}, {}):
         with pytest.raises(ValueError, match="dp_accounting does not have"):
             Ledger.from_json([[event, 1]])
+
+
+# Side by side ---------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.7, 8), st.floats(0.002, 0.4), st.integers(1, 300), st.floats(-7, -3))
+@settings(max_examples=12, deadline=None)
+def test_accountants_agree_within_their_theories(sigma, q, steps, exponent):
+    """RDP is looser than PLD by its conversion; PRV's upper end is above what is true by at most twice its error."""
+    bounds = epsilons(poisson(q, sigma, steps), 10**exponent, ADD)
+    assert bounds["pld"] <= bounds["rdp"] * (1 + 1e-4) + 1e-4
+    assert bounds["pld"] - 1e-3 <= bounds["prv"] <= 1.001 * bounds["pld"] + 0.021
+
+
+def balle_wang(precision, epsilon):
+    """Delta of a Gaussian of multiplier precision^(-1/2), with 40 digits: arXiv:1805.06530, theorem 8."""
+    sigma, epsilon = 1 / mpmath.sqrt(precision), mpmath.mpf(epsilon)
+    low, high = (mpmath.ncdf(sign / (2 * sigma) - epsilon * sigma) for sign in (-1, 1))
+    return high - mpmath.exp(epsilon) * low
+
+
+@given(st.lists(st.tuples(st.floats(2, 40), st.integers(1, 20)), min_size=1, max_size=3), st.floats(-7, -3))
+@settings(max_examples=12, deadline=None)
+def test_plain_gaussians_are_accounted_exactly_and_pld_is_as_tight(entries, exponent):
+    ledger = Ledger([(GaussianDpEvent(sigma), count) for sigma, count in entries] + [(NoOpDpEvent(), 3)])
+    delta = 10**exponent
+    exact = epsilon(ledger, delta, REPLACE, "gdp")
+    with mpmath.workdps(40):
+        attained = float(balle_wang(sum(n / mpmath.mpf(sigma) ** 2 for sigma, n in entries), exact))
+    assert attained == pytest.approx(delta, rel=1e-6) if exact else attained <= delta
+    assert epsilon(ledger, delta, REPLACE, "pld") == pytest.approx(exact, rel=1e-3, abs=1e-5)
+
+
+# The same formula's multipliers at delta 1e-6, computed apart from this project.
+@pytest.mark.parametrize(("target", "sigma"), [(0.5, 8.058), (1, 4.225), (4, 1.194), (8, 0.653), (10, 0.541)])
+def test_multipliers_of_one_gaussian(target, sigma):
+    def excess(s):
+        return epsilon(Ledger([(GaussianDpEvent(s), 1)]), 1e-6, ADD, "gdp") - target
+
+    assert brentq(excess, 0.9 * sigma, 1.1 * sigma) == pytest.approx(sigma, abs=5e-4)
+
+
+def test_a_million_steps_cost_as_many_computations_as_there_are_distinct_events(monkeypatch):
+    """And the epsilon of steps in another order, or composed beforehand, is the same."""
+    often, once = (PoissonSampledDpEvent(5e-4, GaussianDpEvent(s)) for s in (1.0, 2.0))
+    turns = Ledger([(often, 400_000), (once, 200_000), (often, 400_000)])
+    assert len(turns) == 1_000_000 and len(turns.entries) == 3 and len(turns.composed()) == 2
+    calls = {"pld": 0, "rdp": 0}
+
+    def counted(room, name, accountant):
+        function = getattr(room, name)
+
+        def counting(*args, **kwargs):
+            calls[accountant] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(room, name, counting)
+
+    counted(pld_privacy_accountant.privacy_loss_distribution, "from_gaussian_mechanism", "pld")
+    counted(rdp_privacy_accountant, "_compute_rdp_poisson_subsampled_gaussian", "rdp")
+    found = {name: epsilon(turns, 1e-5, ADD, name) for name in calls}
+    assert calls == {"pld": 2, "rdp": 2}
+    other = Ledger([(once, 200_000), (often, 800_000)])
+    nested = Ledger([(SelfComposedDpEvent(ComposedDpEvent([often] * 4 + [once]), 1000), 200)])
+    for ledger in (other, nested):
+        again = {name: epsilon(ledger, 1e-5, ADD, name) for name in calls}
+        assert again == pytest.approx(found, rel=1e-6)
+
+
+# Reasons --------------------------------------------------------------------------------------------------
+
+
+def test_what_an_accountant_cannot_say_it_explains():
+    sampled = poisson(0.1, 3.0, 20)
+    assert explain(sampled, 1e-5, ADD) == {
+        "rdp": f"order {_binding(sampled, 1e-5):g} binds",
+        "gdp": "PoissonSampledDpEvent: only plain Gaussians are exact",
+    }
+    assert (
+        explain(sampled, 1e-5, REPLACE)["pld"]
+        == "PoissonSampledDpEvent: Poisson sampling needs add-or-remove"
+    )
+    plain = Ledger([(GaussianDpEvent(3.0), 2)])
+    assert set(explain(plain, 1e-5, REPLACE)) == {"rdp"}
+    bare = Ledger([(GaussianDpEvent(3.0), 2), (NonPrivateDpEvent(), 1)])
+    assert explain(bare, 1e-5, ADD)["pld"] == "a value is released without noise"
+    assert explain(bare, 1e-5, ADD)["rdp"] == "no order has a finite divergence"
+
+
+def _binding(ledger, delta):
+    return RdpAccountant().compose(ledger.total()).get_epsilon_and_optimal_order(delta)[1]
+
+
+def test_orders_that_overflow_are_recorded_and_not_logged(caplog):
+    ledger = poisson(0.05, 0.45, 5)
+    with caplog.at_level(logging.DEBUG):
+        note = explain(ledger, 1e-5, ADD)["rdp"]
+    assert not caplog.records
+    account = RdpAccountant().compose(ledger.total())
+    lost = account.orders[np.isinf(account.rdp)]
+    assert len(lost) > 1
+    assert note == (
+        f"order {_binding(ledger, 1e-5):g} binds; without a finite divergence: {lost.min():g} to {lost.max():g}"
+    )
+
+
+def test_prv_that_fails_or_would_take_minutes_says_so(monkeypatch):
+    long = poisson(5e-4, 1.0, 1_000_000)
+    assert epsilon(long, 1e-5, ADD, "prv") == math.inf
+    assert "grid points" in explain(long, 1e-5, ADD)["prv"]
+
+    def fails(*args):
+        raise RuntimeError("Discrete mean differs significantly from continuous mean.")
+
+    monkeypatch.setattr(prv, "discretize", fails)
+    ledger = poisson(0.125, 3.0, 21)
+    assert epsilon(ledger, 1e-5, ADD, "prv") == math.inf
+    assert explain(ledger, 1e-5, ADD)["prv"] == "Discrete mean differs significantly from continuous mean."
+
+
+# Records --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["relation", "sampling"])
+def test_an_epsilon_without_its_terms_is_no_record(key):
+    """Adjacency and sampling: neither the schema nor the store takes a record without them."""
+    schema = jsonschema.Draft202012Validator(json.loads((ROOT / "docs/record.schema.json").read_text()))
+    files = (ROOT / "results" / "smoke").glob("*/record.json")
+    good = next(r for r in (json.loads(f.read_text()) for f in files) if r["status"] == "ok")
+    assert schema.is_valid(good) and store.encode(good, good["id"])
+    absent, unknown = copy.deepcopy(good), copy.deepcopy(good)
+    del absent["privacy"][key]
+    unknown["privacy"][key] = None
+    for record in (absent, unknown):
+        assert not schema.is_valid(record)
+        with pytest.raises(store.StoreError, match=f"privacy.{key}"):
+            store.encode(record, record["id"])

@@ -41,7 +41,8 @@ def note(folder, word):
 def record(cell, suite, **more):
     return {
         "schema": 1, "id": cell.id, "group": cell.group, "suite": suite, "status": "ok", "reason": None,
-        "cell": cell.canonical(), "privacy": {"epsilon": 2.9}, "metrics": {"accuracy": 0.9},
+        "cell": cell.canonical(), "metrics": {"accuracy": 0.9},
+        "privacy": {"epsilon": 2.9, "relation": "add-or-remove", "sampling": "Poisson, q = 0.1"},
         "measured": {"wall_seconds": 0.1, "jobs": 1}, "code": {"hash": "c" * 12}, "device": {"spec": "cpu"}, **more,
     }
 

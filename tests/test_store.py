@@ -37,7 +37,8 @@ def make_record(seed: int = 0, status: str = "ok", code: str | None = "c" * 12, 
     cell = make_cell(seed)
     return {
         "schema": 1, "id": cell.id, "group": cell.group, "suite": "core", "status": status, "reason": None,
-        "cell": cell.canonical(), "card": {}, "privacy": {"epsilon": 2.9}, "metrics": {"accuracy": 0.9},
+        "cell": cell.canonical(), "card": {}, "metrics": {"accuracy": 0.9},
+        "privacy": {"epsilon": 2.9, "relation": "add-or-remove", "sampling": "Poisson, q = 0.1"},
         "measured": {"wall_seconds": 1.0}, "diagnostics": {}, "code": {"hash": code}, "device": {"spec": "cpu"},
         **more,
     }  # fmt: skip

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import attrs
-import dp_accounting
-from dp_accounting import ComposedDpEvent, DpEvent, SelfComposedDpEvent
+from dp_accounting import ComposedDpEvent, DpEvent, SelfComposedDpEvent, dp_event
 
 
 class Ledger:
@@ -69,7 +68,7 @@ def _to_json(value: Any) -> Any:
 
 def _from_json(value: Any) -> Any:
     if isinstance(value, dict):
-        kind = getattr(dp_accounting, str(value.get("type")), None)
+        kind = getattr(dp_event, str(value.get("type")), None)
         if not (isinstance(kind, type) and issubclass(kind, DpEvent)):
             raise ValueError(
                 f"a ledger names the event {value.get('type')!r}, which dp_accounting does not have"
