@@ -18,6 +18,10 @@ _WHERE = {
     "Loss": "loss",
     "CrossEntropy": "loss",
     "Views": "loss",
+    "InfoNCE": "contrast",
+    "Rotations": "contrast",
+    "Sigmoid": "onevsall",
+    "Squares": "onevsall",
     "Clip": "clip",
     "Unclipped": "clip",
     "Flat": "clip",
@@ -41,6 +45,8 @@ _WHERE = {
     "LAMB": "optimizer",
     "Scheduled": "optimizer",
     "EverySecond": "optimizer",
+    "Preconditioned": "solve",
+    "LeastSquares": "solve",
     "Path": "path",
     "EMA": "path",
     "Sharp": "path",
@@ -58,6 +64,10 @@ _WHERE = {
     "BookKeeping": "engines.bookkeeping",
     "Auto": "engines.auto",
     "Feedback": "engines.feedback",
+    "Pairs": "engines.pairs",
+    "Whole": "engines.whole",
+    "WithGram": "engines.moments",
+    "Moments": "engines.moments",
 }
 
 __all__ = list(_WHERE)
