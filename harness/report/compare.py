@@ -1,0 +1,504 @@
+"""Two methods, or the same cells before and after a change: paired differences with intervals.
+
+A *pairing* is two sets of runs that differ in one thing, method or folder. Its runs are paired by seed, since runs of
+one seed share their initial weights. What is compared is ``B - A`` for an accuracy (a fraction) and ``B / A - 1`` for a
+speed or a size, where a difference means nothing across tasks. Speeds and sizes are paired only within one device.
+Intervals are those of `statistics`: 95 % Student t over seeds.
+
+Several pairings may be put on one line. Then the differences of a seed are averaged over them first, and the interval
+is again over seeds. A pairing that lacks a seed of the line's fullest one is left out, so that every seed is averaged
+over the same pairings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from . import text
+from .read import RecordLike, Run, Setting, natural
+from .statistics import LEVEL, Interval, mean_interval
+from .tables import Row, board, count, epsilon, percent, tally
+
+__all__ = ["BY", "METRICS", "CompareError", "Comparison", "Line", "Metric", "Pairing", "folders", "methods"]
+
+BY = ("setting", "method", "task", "epsilon", "suite", "all")
+"""What a line of the table may be; ``setting`` is one suite, method, task and epsilon."""
+
+
+class CompareError(ValueError):
+    """What was asked for cannot be compared; the message says why and what to write instead."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is compared: its value in a run, whether more is better (1) or less (-1), whether changes are ratios."""
+
+    name: str
+    unit: str
+    better: int
+    relative: bool
+    of: Callable[[Run], float | None]
+
+    def change(self, a: float, b: float) -> float | None:
+        """From `a` to `b`: their difference, or ``b / a - 1``; None where that has no meaning."""
+        if not self.relative:
+            return b - a
+        return b / a - 1 if a > 0 else None
+
+    def shown(self, value: float | None) -> str:
+        """A value as text: an accuracy in percent, plain otherwise."""
+        return count(value) if self.relative else percent(value)
+
+
+METRICS = {
+    one.name: one
+    for one in (
+        Metric("accuracy", "fraction", 1, False, lambda run: run.accuracy),
+        Metric("examples_per_second", "1/s", 1, True, lambda run: run.rate),
+        Metric("peak_memory_mib", "MiB", -1, True, lambda run: run.peak_memory),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """The runs of one side of a pairing."""
+
+    title: str
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def finished(self) -> dict[int, Run]:
+        """The runs that count, by seed."""
+        return {run.seed: run for run in self.runs if run.ok and run.seed is not None}
+
+    @cached_property
+    def failed(self) -> set[int]:
+        """Seeds that were tried and gave no result."""
+        return {run.seed for run in self.runs if run.seed is not None} - self.finished.keys()
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Runs of one suite and setting on two sides. `method` is what both run, empty where it is what differs."""
+
+    suite: str
+    setting: Setting
+    method: str
+    a: Side
+    b: Side
+
+    def pairs(self, metric: Metric) -> dict[int, tuple[float, float, float]]:
+        """(value of A, value of B, change) by seed, where both finished and may be compared."""
+        found = {}
+        for seed in self.a.finished.keys() & self.b.finished.keys():
+            one, other = self.a.finished[seed], self.b.finished[seed]
+            x, y = metric.of(one), metric.of(other)
+            if (
+                x is None
+                or y is None
+                or (metric.relative and one.device.fingerprint != other.device.fingerprint)
+            ):
+                continue
+            if (change := metric.change(x, y)) is not None:
+                found[seed] = (x, y, change)
+        return found
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a comparison: `names` says of what. Means are over `seeds`; `incomplete` pairings lack a seed."""
+
+    names: tuple[tuple[str, str | float], ...]
+    pairings: int
+    incomplete: int
+    a: Interval | None
+    b: Interval | None
+    difference: Interval | None
+    seeds: tuple[int, ...]
+    unpaired: tuple[int, int]
+    broken: int
+    statuses: tuple[Mapping[str, int], Mapping[str, int]]
+    verdict: str
+
+    @property
+    def regression(self) -> bool:
+        """Whether this line alone makes the comparison fail."""
+        return self.verdict in ("worse", "fails")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything `epsbench compare` shows. `missing` names what only one side has."""
+
+    a: str
+    b: str
+    metric: Metric
+    by: str
+    threshold: float
+    lines: tuple[Line, ...]
+    missing: tuple[tuple[str, ...], tuple[str, ...]]
+
+    @property
+    def regressions(self) -> int:
+        """How many lines are worse beyond the threshold, or fail where A finished."""
+        return sum(line.regression for line in self.lines)
+
+    def terminal(self) -> str:
+        """The table and what to know about it, for a terminal."""
+        return "\n".join(["\n".join(text.aligned([_titles(self), *_cells(self)])), "", *_notes(self)])
+
+    def markdown(self) -> str:
+        """The same as a page of GitHub-flavoured Markdown."""
+        escape = text.escape
+        grid = text.grid(_titles(self), ([escape(cell) for cell in line] for line in _cells(self)))
+        notes = [f"- {escape(note)}" for note in _notes(self)]
+        return "\n".join([f"# {escape(self.b)} against {escape(self.a)}", "", *grid, *notes, ""])
+
+    def json(self) -> dict[str, Any]:
+        """The same as plain values: fractions, numbers, null where unknown; an infinite epsilon is null."""
+        return {
+            "a": self.a, "b": self.b, "metric": self.metric.name, "unit": self.metric.unit, "by": self.by,
+            "change": "b / a - 1" if self.metric.relative else "b - a", "better": self.metric.better,
+            "threshold": self.threshold, "level": LEVEL, "regressions": self.regressions,
+            "lines": [_json(line) for line in self.lines],
+            "only_in_a": list(self.missing[0]), "only_in_b": list(self.missing[1]),
+        }  # fmt: skip
+
+
+# ------------------------------------------------------------ --- pairing
+
+
+def methods(
+    records: Iterable[RecordLike],
+    a: str,
+    b: str,
+    metric: str = "accuracy",
+    by: str = "setting",
+    threshold: float = 0.0,
+) -> Comparison:
+    """Compare two methods of one results folder, within each suite on each task and epsilon.
+
+    A method is named by its label, its title in the tables, its name or its group (12 hex digits). One that has no
+    privacy target is compared with the other at every epsilon. Raises CompareError where a name matches nothing, or
+    several rows of one setting.
+    """
+    found = _series(records)
+    one, other = _named(found, a), _named(found, b)
+    pairings = []
+    used_a, used_b = set[tuple[str, Setting]](), set[tuple[str, Setting]]()
+    for suite, setting in sorted(one.keys() | other.keys(), key=_order):
+        key_a, key_b = _partner(one, suite, setting), _partner(other, suite, setting)
+        if key_a is not None and key_b is not None:
+            pairings.append(Pairing(suite, setting, "", one[key_a], other[key_b]))
+            used_a.add(key_a)
+            used_b.add(key_b)
+    if not pairings:
+        raise CompareError(f"{a} and {b} have no task and epsilon in common, so there is nothing to pair.")
+    only_a, only_b = (
+        tuple(_where(*key) for key in sorted(side.keys() - used, key=_order))
+        for side, used in ((one, used_a), (other, used_b))
+    )
+    return _comparison(a, b, metric, by, threshold, pairings, (only_a, only_b))
+
+
+def folders(
+    before: Iterable[RecordLike],
+    after: Iterable[RecordLike],
+    a: str,
+    b: str,
+    metric: str = "accuracy",
+    by: str = "setting",
+    threshold: float = 0.0,
+) -> Comparison:
+    """Compare the same cells in two results folders, called `a` and `b`. Raises CompareError where none is in both."""
+    sides = [
+        {
+            (suite, row.first.group): (setting, side)
+            for (suite, setting), rows in found.items()
+            for row, side in rows
+        }
+        for found in map(_series, (before, after))
+    ]
+
+    def order(key: tuple[str, str]) -> tuple[Any, ...]:
+        setting, side = sides[0].get(key) or sides[1][key]
+        return (*_order((key[0], setting)), natural(side.title), key)
+
+    pairings = [
+        Pairing(key[0], sides[0][key][0], sides[0][key][1].title, sides[0][key][1], sides[1][key][1])
+        for key in sorted(sides[0].keys() & sides[1].keys(), key=order)
+    ]
+    if not pairings:
+        raise CompareError(
+            f"{a} and {b} have no cell in common: pairs are runs of one suite that are equal but for the code."
+        )
+    only_a, only_b = (
+        tuple(
+            f"{one[key][1].title}, {_where(key[0], one[key][0])}"
+            for key in sorted(one.keys() - other, key=order)
+        )
+        for one, other in ((sides[0], sides[1].keys()), (sides[1], sides[0].keys()))
+    )
+    return _comparison(a, b, metric, by, threshold, pairings, (only_a, only_b))
+
+
+_Series = dict[tuple[str, Setting], list[tuple[Row, Side]]]
+
+
+def _series(records: Iterable[RecordLike]) -> _Series:
+    """The runs that are equal but for the seed, wherever they ran, by suite and setting."""
+    suites: dict[str, list[RecordLike]] = defaultdict(list)
+    for record in records:
+        suites[str(record.get("suite"))].append(record)
+    found: _Series = {}
+    for suite, members in suites.items():
+        groups: dict[tuple[Setting, str], list[Row]] = defaultdict(list)
+        for row in board(suite, "", members).rows:
+            groups[row.setting, row.first.group].append(row)
+        for (setting, _), rows in groups.items():
+            side = Side(rows[0].title, tuple(run for row in rows for run in row.runs))
+            found.setdefault((suite, setting), []).append((rows[0], side))
+    return found
+
+
+def _named(found: _Series, name: str) -> dict[tuple[str, Setting], Side]:
+    """What a user's name means, by suite and setting."""
+    tests: tuple[Callable[[Row], bool], ...] = (
+        lambda row: row.label == name, lambda row: row.title == name, lambda row: row.first.method == name,
+        lambda row: row.first.group == name,
+    )  # fmt: skip
+    for test in tests:
+        chosen = {key: [(row, side) for row, side in rows if test(row)] for key, rows in found.items()}
+        chosen = {key: rows for key, rows in chosen.items() if rows}
+        if not chosen:
+            continue
+        for (suite, setting), rows in chosen.items():
+            if len(rows) > 1:
+                there = "".join(f"\n  {row.first.group}  {row.title}" for row, _ in rows[:10])
+                raise CompareError(
+                    f"{name}: {len(rows)} rows of {_where(suite, setting)} are called so; write group or title:"
+                    + there
+                )
+        return {key: rows[0][1] for key, rows in chosen.items()}
+    known = sorted({row.first.method for rows in found.values() for row, _ in rows}, key=natural)
+    raise CompareError(f"{name}: no record is of such a method; there are {', '.join(known) or 'none'}.")
+
+
+def _partner(
+    side: Mapping[tuple[str, Setting], Side], suite: str, setting: Setting
+) -> tuple[str, Setting] | None:
+    """The setting of a side that stands beside this one: the same, else the one without a privacy target."""
+    if (suite, setting) in side:
+        return suite, setting
+    place = (setting.task, setting.digest, setting.split)
+    for other, one in side:
+        if other == suite and math.isinf(one.epsilon) and (one.task, one.digest, one.split) == place:
+            return other, one
+    return None
+
+
+def _order(key: tuple[str, Setting]) -> tuple[Any, ...]:
+    suite, s = key
+    return natural(suite), natural(s.task), s.split, s.epsilon, s.digest, s.delta or 0.0, s.relation, s.unit
+
+
+def _where(suite: str, setting: Setting) -> str:
+    split = "" if setting.split == "test" else f" ({setting.split})"
+    return f"{suite}: {setting.task}{split}, ε = {epsilon(setting.epsilon)}"
+
+
+# ------------------------------------------------------------ --- comparing
+
+
+def _comparison(
+    a: str,
+    b: str,
+    metric: str,
+    by: str,
+    threshold: float,
+    pairings: Sequence[Pairing],
+    missing: tuple[tuple[str, ...], tuple[str, ...]],
+) -> Comparison:
+    if metric not in METRICS:
+        raise CompareError(f"{metric}: no such metric; there are {', '.join(METRICS)}.")
+    if by not in BY:
+        raise CompareError(f"{by}: lines cannot be by that; there are {', '.join(BY)}.")
+    if not 0 <= threshold < math.inf:
+        raise CompareError(f"{threshold}: no threshold; write a fraction of 0 or more, such as 0.01.")
+    groups: dict[Any, list[Pairing]] = defaultdict(list)
+    for index, one in enumerate(pairings):
+        groups[index if by == "setting" else _names(one, by)].append(one)
+    lines = tuple(_line(_names(ones[0], by), ones, METRICS[metric], threshold) for ones in groups.values())
+    return Comparison(a, b, METRICS[metric], by, threshold, lines, missing)
+
+
+def _names(one: Pairing, by: str) -> tuple[tuple[str, str | float], ...]:
+    task = one.setting.task + ("" if one.setting.split == "test" else f" ({one.setting.split})")
+    every: dict[str, str | float] = {
+        "suite": one.suite, "method": one.method, "task": task, "epsilon": one.setting.epsilon,
+    }  # fmt: skip
+    if by == "all":
+        return (("lines", "all"),)
+    wanted = tuple(every) if by == "setting" else (by,)
+    return tuple((name, every[name]) for name in wanted if every[name] != "")
+
+
+def _line(
+    names: tuple[tuple[str, str | float], ...], pairings: Sequence[Pairing], metric: Metric, threshold: float
+) -> Line:
+    every = [one.pairs(metric) for one in pairings]
+    seeds = _fullest(every)
+    paired = [pairs for pairs in every if pairs.keys() >= set(seeds)]
+    means = [[math.fsum(one[s][i] for one in paired) / len(paired) for s in seeds] for i in range(3)]
+    a, b, difference = map(mean_interval, means)
+    alone = [
+        sum(
+            len(getattr(p, side).finished.keys() - pairs.keys())
+            for p, pairs in zip(pairings, every, strict=True)
+        )
+        for side in ("a", "b")
+    ]
+    broken = sum(len(one.a.finished.keys() & one.b.failed) for one in pairings)
+    return Line(
+        names=names,
+        pairings=len(pairings),
+        incomplete=len(every) - len(paired),
+        a=a,
+        b=b,
+        difference=difference,
+        seeds=tuple(seeds),
+        unpaired=(alone[0], alone[1]),
+        broken=broken,
+        statuses=(
+            tally(run for one in pairings for run in one.a.runs),
+            tally(run for one in pairings for run in one.b.runs),
+        ),
+        verdict=_verdict(difference, metric.better, threshold, broken),
+    )
+
+
+def _fullest(every: Sequence[Mapping[int, object]]) -> list[int]:
+    """The seeds of the pairing that has most; among equals, those that most pairings have."""
+    kinds = sorted({tuple(sorted(pairs)) for pairs in every})
+    shared = [sum(pairs.keys() >= set(kind) for pairs in every) for kind in kinds]
+    return list(max(zip(kinds, shared, strict=True), key=lambda one: (len(one[0]), one[1]))[0])
+
+
+def _verdict(difference: Interval | None, better: int, threshold: float, broken: int) -> str:
+    """``fails``, ``no pairs``, ``one seed``, ``worse`` or ``better`` beyond the threshold, or ``undecided``."""
+    if broken:
+        return "fails"
+    if difference is None:
+        return "no pairs"
+    if difference.low is None or difference.high is None:
+        return "one seed"
+    low, high = sorted((better * difference.low, better * difference.high))
+    return "worse" if high < -threshold else "better" if low > threshold else "undecided"
+
+
+# ------------------------------------------------------------ --- as text
+
+
+def _titles(comparison: Comparison) -> list[str]:
+    unit = "%" if comparison.metric.relative else "points"
+    names = [name for name, _ in comparison.lines[0].names]
+    return [
+        *names,
+        "A",
+        "B",
+        f"change, {unit}",
+        "95 % interval",
+        "pairs",
+        "runs of A",
+        "runs of B",
+        "verdict",
+    ]
+
+
+def _cells(comparison: Comparison) -> list[list[str]]:
+    metric = comparison.metric
+    return [
+        [
+            *(epsilon(value) if isinstance(value, float) else value for _, value in line.names),
+            *(metric.shown(one.mean if one else None) for one in (line.a, line.b)),
+            percent(line.difference.mean if line.difference else None, signed=True),
+            _bounds(line.difference), str(len(line.seeds)), *map(_tally, line.statuses), line.verdict,
+        ]
+        for line in comparison.lines
+    ]  # fmt: skip
+
+
+def _bounds(value: Interval | None) -> str:
+    if value is None or value.low is None or value.high is None:
+        return "–"
+    return f"[{percent(value.low, signed=True)}, {percent(value.high, signed=True)}]"
+
+
+def _tally(statuses: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {status}" for status, n in statuses.items())
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """What a reader must know beside the table, one sentence or two each."""
+    metric, lines = comparison.metric, comparison.lines
+    notes = [
+        f"A is {comparison.a}, B is {comparison.b}. {metric.name}: "
+        + ("B / A − 1 in percent" if metric.relative else "B − A in percentage points")
+        + f", paired by seed; {'more' if metric.better > 0 else 'less'} is better."
+    ]
+    single = sum(line.verdict == "one seed" for line in lines)
+    if single:
+        notes.append(
+            f"{single} of {len(lines)} lines have one paired seed: there is no interval, so nothing is decided."
+        )
+    if empty := sum(not line.seeds for line in lines):
+        notes.append(f"{empty} of {len(lines)} lines have no paired seed.")
+    if incomplete := sum(line.incomplete for line in lines):
+        every = sum(line.pairings for line in lines)
+        notes.append(
+            f"{incomplete} of {every} pairings are left out, since they lack a seed that others have."
+        )
+    alone = [sum(line.unpaired[i] for line in lines) for i in range(2)]
+    if any(alone):
+        why = " (or with one on another device)" if metric.relative else ""
+        notes.append(f"Finished runs without a partner{why}: {alone[0]} of A, {alone[1]} of B.")
+    for name, only in zip("AB", comparison.missing, strict=True):
+        if only:
+            more = f"; and {len(only) - 5} more" if len(only) > 5 else ""
+            notes.append(f"Only in {name}, {len(only)}: {'; '.join(only[:5])}{more}.")
+    if broken := sum(line.broken for line in lines):
+        notes.append(
+            f"{broken} runs that A finished failed in B; that is a regression whatever the threshold."
+        )
+    decided = sum(line.verdict in ("worse", "better", "undecided") for line in lines)
+    if decided > 1:
+        notes.append(
+            f"Intervals are not corrected for the number of lines: of {decided} without any change, about "
+            f"{decided * (1 - LEVEL) / 2:.2g} would look worse."
+        )
+    limit = f"{percent(comparison.threshold)} {'%' if metric.relative else 'points'}"
+    notes.append(f"Regressions beyond {limit}: {comparison.regressions} of {len(lines)} lines.")
+    return notes
+
+
+def _json(line: Line) -> dict[str, Any]:
+    def interval(value: Interval | None) -> dict[str, Any] | None:
+        return (
+            None
+            if value is None
+            else {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
+        )
+
+    names = {name: None if value == math.inf else value for name, value in line.names}
+    return {
+        **names, "pairings": line.pairings, "incomplete": line.incomplete, "a": interval(line.a), "b": interval(line.b),
+        "change": interval(line.difference), "seeds": list(line.seeds),
+        "unpaired": {"a": line.unpaired[0], "b": line.unpaired[1]}, "failed_in_b": line.broken,
+        "statuses": {"a": dict(line.statuses[0]), "b": dict(line.statuses[1])}, "verdict": line.verdict,
+    }  # fmt: skip

@@ -1,0 +1,243 @@
+"""Every table of a report in four forms, one file each, for papers and programs: Markdown, CSV, LaTeX and JSON.
+
+``tables/<task>-eps-<epsilon>.md .csv .tex .json``, and ``tables/published.*``. The CSV and the JSON have full precision
+and the same columns. In JSON a number is a number, with its unit in ``columns``. An unknown value is left out of its
+row, and an infinite one is null, as in a record. The LaTeX needs the package booktabs and nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import text
+from .tables import (
+    BASELINE,
+    Board,
+    Entry,
+    Table,
+    bounds,
+    count,
+    epsilon,
+    heading,
+    percent,
+    place,
+    statement,
+)
+
+__all__ = ["UNITS", "files", "tex", "write"]
+
+FOLDER = "tables"
+SUFFIXES = (".md", ".csv", ".tex", ".json")
+UNITS: Mapping[str, str] = {
+    "delta": "probability", "rank_shared": "0 or 1", "batch": "examples", "steps": "steps", "rank": "place",
+    **dict.fromkeys(("accuracy_mean", "accuracy_low", "accuracy_high"), "fraction"),
+    **dict.fromkeys(("difference_mean", "difference_low", "difference_high"), "fraction"),
+    **dict.fromkeys(("accuracy_n", "difference_n", "measured_n"), "seeds"),
+    **dict.fromkeys(("target_epsilon", "epsilon", "epsilon_planned_pld", "epsilon_planned_rdp"), "epsilon"),
+    **dict.fromkeys(("epsilon_spent", "epsilon_spent_pld", "epsilon_spent_rdp", "epsilon_claimed"), "epsilon"),
+    "noise_multiplier": "standard deviations per sensitivity", "examples_per_second": "1/s",
+    "rate_to_non_private": "ratio", "rate_to_dp_sgd": "ratio", "peak_memory_mib": "MiB", "train_seconds": "s",
+    "stale_runs": "runs",
+    **dict.fromkeys(("published", "measured_mean", "measured_low", "measured_high", "difference"), "that of metric"),
+}  # fmt: skip
+"""Unit of each column of numbers; every other column is text."""
+
+_Row = Sequence[tuple[str, text.Field]]
+
+
+def files(board: Board) -> dict[str, str]:
+    """The content of every file by its path below the report's folder. They depend on the board alone."""
+    found: dict[str, str] = {}
+    for table in board.tables:
+        name = _name(table, found)
+        rows = [text.csv_row(table, entry, reference) for entry, reference in text.both(table)]
+        facts = {
+            "suite": board.suite, "table": heading(table), "statement": statement(table),
+            "search": table.search, "notes": _notes(table),
+        }  # fmt: skip
+        forms = (
+            "\n".join(text.markdown_table(table)),
+            _csv(rows),
+            _tex_table(table, name),
+            _json(facts, rows),
+        )
+        found |= dict(zip((f"{FOLDER}/{name}{suffix}" for suffix in SUFFIXES), forms, strict=True))
+    if board.published:
+        found |= _published(board)
+    return found
+
+
+def write(folder: Path, contents: Mapping[str, str]) -> None:
+    """Write `contents` below a report's folder, each in one step, and remove exports of tables that are no more."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        temporary = folder / FOLDER / f".{os.getpid()}.tmp"
+        temporary.write_text(content, encoding="utf-8", newline="\n")
+        os.replace(temporary, folder / name)
+    for path in (folder / FOLDER).iterdir():
+        if path.suffix in SUFFIXES and f"{FOLDER}/{path.name}" not in contents:
+            path.unlink()
+
+
+def _name(table: Table, taken: Mapping[str, str]) -> str:
+    """A name that says which table this is, and stays when others come or go."""
+    s = table.setting
+    words = f"{s.task}-eps-{'inf' if math.isinf(s.epsilon) else f'{s.epsilon:g}'}"
+    words += "-search" if table.search else ""
+    stem = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-.")[:80] or "table"
+    name, number = stem, 1
+    while f"{FOLDER}/{name}.md" in taken or name == "published":
+        number += 1
+        name = f"{stem}-{number}"
+    return name
+
+
+def _notes(table: Table) -> list[str]:
+    unranked = [f"{e.row.title} is unranked: {e.place.why}." for e in table.entries if e.place.why]
+    return [*unranked, *table.notes]
+
+
+def _published(board: Board) -> dict[str, str]:
+    """The table of published values beside measured ones."""
+    content = text.published_csv(board)
+    titles = ("method", "task", "ε", "metric", "published", "measured", "verdict", "source")
+    cells = [text.verdict_cells(v)[: len(titles)] for v in board.published]
+    markdown = ["## Published and measured", "", text.VERDICTS, ""]
+    markdown += text.grid(titles, ([text.escape(cell) for cell in line] for line in cells))
+    caption = f"Published and measured values, {board.suite}."
+    header, *lines = csv.reader(io.StringIO(content))
+    rows = [[(name, _typed(name, cell)) for name, cell in zip(header, line, strict=True)] for line in lines]
+    forms = (
+        "\n".join(markdown),
+        content,
+        _tex(titles, cells, "lllllllp{4cm}", caption, "published", [text.VERDICTS]),
+        _json({"suite": board.suite, "table": "published and measured", "notes": [text.VERDICTS]}, rows),
+    )
+    return dict(zip((f"{FOLDER}/published{suffix}" for suffix in SUFFIXES), forms, strict=True))
+
+
+def _typed(name: str, cell: str) -> text.Field:
+    """A cell of a CSV table as it was before it became text."""
+    if name not in UNITS:
+        return cell[1:] if cell[:1] == "'" and text.guarded(cell[1:]) == cell else cell
+    return float(cell) if cell else None
+
+
+# ------------------------------------------------------------ --- CSV and JSON
+
+
+def _csv(rows: Sequence[_Row]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(name for name, _ in (rows[0] if rows else []))
+    writer.writerows([text.guarded(value) for _, value in row] for row in rows)
+    return out.getvalue()
+
+
+def _json(facts: Mapping[str, Any], rows: Sequence[_Row]) -> str:
+    columns = [
+        {"name": name, "type": "number", "unit": UNITS[name]}
+        if name in UNITS
+        else {"name": name, "type": "text"}
+        for name, _ in (rows[0] if rows else [])
+    ]
+    known = [{name: _plain(value) for name, value in row if _known(value)} for row in rows]
+    return (
+        json.dumps(
+            {**facts, "columns": columns, "rows": known}, indent=1, ensure_ascii=False, allow_nan=False
+        )
+        + "\n"
+    )
+
+
+def _known(value: text.Field) -> bool:
+    return value is not None and value != "" and not (isinstance(value, float) and math.isnan(value))
+
+
+def _plain(value: text.Field) -> text.Field:
+    return None if isinstance(value, float) and math.isinf(value) else value
+
+
+# ------------------------------------------------------------ --- LaTeX
+
+_TEX: Mapping[str, str] = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "`": r"\textasciigrave{}", '"': "{''}",
+    "[": "{[}", "]": "{]}", "*": "{*}",  # after \\ they would be its argument
+    "ε": r"$\varepsilon$", "δ": r"$\delta$", "σ": r"$\sigma$", "Δ": r"$\Delta$", "−": "$-$", "±": r"$\pm$",
+    "×": r"$\times$", "∞": r"$\infty$", "≥": r"$\ge$", "≤": r"$\le$", "–": "--", "…": r"\ldots{}", "·": r"$\cdot$",
+    "²": r"\textsuperscript{2}", "ℓ": r"$\ell$", "’": "'",
+}  # fmt: skip
+_LETTERS = frozenset(map(chr, range(0xC0, 0x100))) - frozenset("×÷ÐðÞþ")  # what every engine has
+
+
+def tex(words: str) -> str:
+    """`words` as LaTeX text in which nothing is markup; a character that a plain document lacks as ``[U+4E2D]``."""
+    shown = (
+        _TEX.get(c) or (c if " " <= c <= "~" or c in _LETTERS else f"{{[}}U+{ord(c):04X}{{]}}")
+        for c in " ".join(words.split())
+    )
+    return re.sub(r"(?<=-)-", "{}-", "".join(one if one != "--" else "\0" for one in shown)).replace(
+        "\0", "--"
+    )
+
+
+def _tex_table(table: Table, name: str) -> str:
+    baseline = table.baseline.title if table.baseline else BASELINE
+    titles = (
+        "rank",
+        "method",
+        "accuracy, %",
+        f"Δ {baseline}, points",
+        "ε spent",
+        "σ",
+        "examples/s",
+        "peak MiB",
+        "seeds",
+    )
+    lines = [_tex_row(e, place(e)) for e in table.entries]
+    lines += [_tex_row(e, "reference") for e in table.references]
+    search = "Hyper-parameter search, not a result: " if table.search else ""
+    caption = f"{search}{heading(table)} ({', '.join(statement(table))}). {text.LEGEND}"
+    return _tex(titles, lines, "llrrrrrrr", caption, name, _notes(table))
+
+
+def _tex_row(entry: Entry, rank: str) -> list[str]:
+    row, gap = entry.row, entry.place.difference
+    mean = percent(row.accuracy.mean if row.accuracy else None)
+    half = row.accuracy.half if row.accuracy else None
+    shown = "–" if gap is None else f"{percent(gap.mean, signed=True)} {bounds(gap, signed=True)}"
+    return [
+        rank, row.title + (" (stale)" if row.stale else ""), mean if half is None else f"{mean} ± {percent(half)}",
+        "baseline" if entry.baseline else shown, epsilon(row.epsilon), text.sigma(row.shared("sigma")), count(row.rate),
+        count(row.peak_memory), str(len(row.scores)),
+    ]  # fmt: skip
+
+
+def _tex(
+    titles: Sequence[str],
+    lines: Iterable[Sequence[str]],
+    columns: str,
+    caption: str,
+    label: str,
+    notes: Sequence[str],
+) -> str:
+    """A floating table of booktabs; every text is escaped here."""
+    out = [
+        r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering", r"\small", rf"\caption{{{tex(caption)}}}",
+        rf"\label{{tab:{label}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+        " & ".join(map(tex, titles)) + r" \\", r"\midrule",
+        *(" & ".join(map(tex, line)) + r" \\" for line in lines),
+        r"\bottomrule", r"\end{tabular}",
+        *(rf"\par\smallskip\footnotesize {tex(note)}" for note in notes), r"\end{table}",
+    ]  # fmt: skip
+    return "\n".join(out) + "\n"
