@@ -1,4 +1,4 @@
-# epsbench: `make reproduce` trains the core suite and writes its leaderboard; `make test` runs the tests.
+# epsbench: `make reproduce` trains the main suites and writes their leaderboards; `make test` runs the tests.
 #
 # Needs make and Python 3.11 or newer. Every target first sets up .venv where it is absent or where pyproject.toml or
 # constraints.txt changed; otherwise the set-up is one comparison of file times.
@@ -10,7 +10,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 
 PYTHON ?=
-SUITE ?= suites/core.toml
+SUITE ?= suites/core.toml suites/transfer.toml suites/contrastive.toml
 TESTS ?= tests
 THREADS ?= 1
 PORT ?= 5000
@@ -28,9 +28,10 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup reproduce test report ui bench lint format clean-venv
 
 help:
-	@echo "make reproduce    train $(SUITE), write its leaderboard and print its first rows"
+	@echo "make reproduce    train $(SUITE):"
+	@echo "                  write their leaderboards and print the first rows"
 	@echo "make test         run the tests"
-	@echo "make report       write the leaderboard of $(SUITE) from the records in results/"
+	@echo "make report       write these leaderboards from the records in results/"
 	@echo "make ui           open MLflow on the local store"
 	@echo "make bench        time every engine and peer side by side (under 20 minutes)"
 	@echo "make lint         ruff and mypy"
@@ -39,10 +40,10 @@ help:
 setup: $(READY)
 
 reproduce: $(READY)
-	@$(BIN)/epsbench run $(SUITE) --report
+	@for suite in $(SUITE); do $(BIN)/epsbench run $$suite --report || exit $$?; done
 
 report: $(READY)
-	@$(BIN)/epsbench report $(SUITE)
+	@for suite in $(SUITE); do $(BIN)/epsbench report $$suite || exit $$?; done
 
 bench: $(READY)
 	@$(BIN)/epsbench bench

@@ -26,8 +26,11 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"dp", "measure"},
     "run": {"train", "dp", "measure", "data", "models", "registry", "seeds", "cell", "codehash", "parts"},
     "store": {"cell"},
+    "frame": {"store"},
+    "pack": {"store"},
     "track": {"store"},
-    "report": {"store"},
+    "audits": {"store", "cell"},
+    "report": {"store", "registry"},
     "launch": {"run", "store", "track", "measure", "registry", "cell"},
     "verify": {
         "train", "dp", "data", "models", "registry", "measure", "suite", "lines", "store", "codehash", "parts", "cell",
@@ -39,8 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "methods": {"dp", "registry"},
     "cli": {
-        "bench", "cell", "data", "launch", "measure", "models", "registry", "report", "run", "store", "suite",
-        "track", "verify",
+        "audits", "bench", "cell", "data", "launch", "measure", "models", "pack", "parts", "registry", "report", "run",
+        "store", "suite", "track", "verify",
     },
 }  # fmt: skip
 MATHEMATICS = {
@@ -49,6 +52,7 @@ MATHEMATICS = {
     "numpy",
     "scipy",
     "attrs",
+    "opacus",
 }  # the events of dp_accounting are attrs classes
 
 

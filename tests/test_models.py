@@ -80,6 +80,7 @@ TINY = {
     "resnet10": ("resnet10?width=2&groups=2", (3, 8, 8)),
     "dpnas": ("dpnas?width=8", (3, 8, 8)),
     "cnn4": ("cnn4", (2, 14, 16)),
+    "encoder": ("encoder?channels=2,3&width=4", (2, 8, 8)),
     "transformer": ("transformer?vocabulary=4&width=4&heads=2&layers=1&feedforward=6", (5,)),
     "lstm": ("lstm?hidden=3", (2, 5, 4)),
     "gru": ("gru?hidden=3", (5, 4)),

@@ -160,7 +160,7 @@ def test_stages_draw_different_noise():
 def test_what_would_void_the_privacy_is_refused(other):
     for then, wrong in (
         ('{ method = "non-private", steps = 5 }', "would train on the private data without noise"),
-        ('{ method = "dp-sgd", steps = 5, dataset = "%s" }' % other, "adds noise to public data"),
+        (PUBLIC.replace("non-private?lr=0.1", "dp-sgd") % other, "adds noise to public data"),
         ('{ method = "non-private", steps = 5, dataset = "digits" }', "is the private data of task"),
         ('{ method = "dp-sgd?lr=-1", steps = 5 }', "lr must not be negative"),
         ('{ method = "dp-sgdd", steps = 5 }', 'Did you mean "dp-sgd"'),

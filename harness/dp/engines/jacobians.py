@@ -1,0 +1,188 @@
+"""Jacobians of unit embeddings, one for each row of a batch, piece by piece.
+
+A batch of R rows has R * d gradients of embedding coordinates, each as large as the model: too many to hold. They are
+read off a tape of one forward pass by d backward passes to the layers' outputs, and handed out in pieces that are as
+small as their user likes: `Block`, a slice of the Jacobian, or `Factors`, whose products give it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from harness.dp.contrast import unit
+from harness.dp.engines.engine import Unserved
+from harness.dp.engines.gradients import Gradient, Outer, Patches
+from harness.dp.engines.plan import Plan, gradients, plan_for, watching
+from harness.dp.engines.rows import factor_squares, squared_norms, wide
+from harness.dp.engines.tape import Run, Tape, repeated, taping
+from harness.dp.loss import Batch, Loss
+from harness.dp.tree import Tree
+
+HELD = 64 << 20  # bytes of a block
+
+
+@dataclass(frozen=True)
+class Coordinate(Loss):
+    """One coordinate of each row's unit embedding; None: a mixture of them all, to try a plan on."""
+
+    index: int | None = None
+
+    def per_example(self, outputs: Tensor, y: Tensor) -> Tensor:
+        units = unit(outputs)
+        if self.index is not None:
+            return units[:, self.index]
+        return units @ torch.arange(1, units.shape[1] + 1, device=units.device).double().sqrt()
+
+
+class Pass(NamedTuple):
+    """A taped forward pass: unit embeddings [R, d] with their graph, and the parameters to differentiate it by."""
+
+    units: Tensor
+    sources: dict[str, Tensor]  # a parameter, or a copy of it for each row, [R, ...]
+    copies: frozenset[str]
+    tape: Tape
+    plan: Plan
+
+
+def forward(model: nn.Module, w: Tree, rows: Tensor) -> Pass:
+    """Run `model` at `w` on R > 0 rows. Raises `Unserved` where the rows do not have Jacobians of their own."""
+    batch = Batch(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
+    try:
+        plan = plan_for(Coordinate(), model, w.views, batch)
+    except ValueError as error:
+        raise Unserved(str(error)) from error
+    done = _taped(model, w, rows, plan, plan.copy)
+    return _taped(model, w, rows, plan, True) if done.tape.disturbed and not plan.copy else done
+
+
+def _taped(model: nn.Module, w: Tree, rows: Tensor, plan: Plan, copy: bool) -> Pass:
+    leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
+    copies = {name: repeated(leaves[name].detach(), len(rows)).requires_grad_() for name in plan.free}
+    random: set[str] = set()
+    with taping(model, plan.paths, copy, plan.spread, len(rows)) as tape:
+        if plan.whole:
+            with watching(model, random):
+                outputs = functional_call(model, {**leaves, **copies}, (rows,))
+        else:
+            outputs = functional_call(model, {**leaves, **copies}, (rows,))
+    if random:
+        raise Unserved(
+            f"{', '.join(sorted(random))}: draws random numbers where each row is passed by itself again"
+        )
+    return Pass(unit(outputs), {**leaves, **copies}, frozenset(copies), tape, plan)
+
+
+def pull(done: Pass, cotangents: Tensor, w: Tree) -> Tensor:
+    """The flat gradient of sum(cotangents * units), both [R, d]: one backward pass."""
+    sources = [done.sources[name] for name in w.names]
+    grads = torch.autograd.grad(
+        done.units, sources, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    total = [g.sum(0) if name in done.copies else g for name, g in zip(w.names, grads, strict=True)]
+    return torch.cat([g.reshape(-1) for g in total])
+
+
+class Block(NamedTuple):
+    """The Jacobians with respect to m parameters, or to what stands for them: [R, m, d]."""
+
+    columns: Tensor
+
+
+class Factors(NamedTuple):
+    """The Jacobian of a weight whose gradients are outer products: row r has g[r, :, k] a[r]^T for coordinate k.
+
+    `a` [R, c] and `g` [R, p, d].
+    """
+
+    a: Tensor
+    g: Tensor
+
+
+def pieces(done: Pass, model: nn.Module, w: Tree, rows: Tensor) -> Iterator[Block | Factors]:
+    """The Jacobians of all rows in pieces: every parameter is in one, all its uses added up. Blocks are small."""
+    found: dict[str, list[Gradient]] = {}
+    for coordinate in range(done.units.shape[1]):
+        for name, gradient in _row_gradients(done, model, w, rows, coordinate).items():
+            found.setdefault(name, []).append(gradient)
+    count, d = done.units.shape
+    size = max(1, HELD // (d * count * w.flat.element_size()))
+    small: list[Tensor] = []
+    for name in list(found):
+        each = found.pop(name)
+        positions = factored(each)
+        if positions is None:
+            jacobian = torch.stack([wide(g.rows).flatten(1) for g in each], 2)
+            if jacobian.shape[1] < size:
+                small.append(jacobian)
+            else:
+                yield from map(Block, jacobian.split(size, 1))
+            continue
+        del each
+        a, g = positions
+        if a.shape[1] == 1:
+            yield Factors(a[:, 0], g[:, 0])
+            continue
+        for outputs in g.split(max(1, size // a.shape[2]), 2):
+            yield Block(torch.bmm(a.mT, outputs.flatten(2)).view(count, -1, d))
+    if small:
+        yield from map(Block, torch.cat(small, 1).split(size, 1))
+
+
+def _row_gradients(
+    done: Pass, model: nn.Module, w: Tree, rows: Tensor, coordinate: int
+) -> dict[str, Gradient]:
+    """The gradients of one embedding coordinate, by rows: one backward pass to the layers' outputs."""
+    calls, copies = done.tape.calls, [done.sources[name] for name in done.plan.free]
+    ends: list[Any] = [edge for call in calls for edge in call.edges if edge is not None]
+    ends += copies
+    value = done.units[:, coordinate]
+    grads = iter(torch.autograd.grad(value.sum(), ends, retain_graph=True, allow_unused=True) if ends else ())
+    cotangents = [[None if edge is None else next(grads) for edge in call.edges] for call in calls]
+    free = {
+        name: g.unflatten(0, (-1, *w[name].shape[:1]))
+        for name, g in zip(done.plan.free, grads, strict=True)
+        if g is not None
+    }
+    fresh = [
+        replace(call, inputs=list(call.inputs)) for call in calls
+    ]  # a rule may repeat an input in its place
+    taped = Run(value.detach(), fresh, cotangents, free, False)
+    batch = Batch(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
+    return gradients(done.plan, model, w.views, taped, Coordinate(coordinate), batch)
+
+
+def factored(each: list[Gradient]) -> tuple[Tensor, Tensor] | None:
+    """The d gradients of a weight as sum_t g_t a_t^T over T positions: a [R, T, c] and g [R, T, p, d].
+
+    None but for linear layers, and convolutions without groups over lines or images. All d share the inputs `a`: unit
+    embeddings depend on the whole output, so that every backward pass reaches the same calls.
+    """
+    if all(isinstance(g, Outer) for g in each):
+        outer = [g for g in each if isinstance(g, Outer)]
+        return wide(outer[0].a), torch.stack([wide(g.g) for g in outer], 3)
+    patches = [
+        g for g in each if isinstance(g, Patches) and g.geometry.groups == 1 and len(g.geometry.kernel) < 3
+    ]
+    if len(patches) < len(each):
+        return None
+    one, geometry = patches[0], patches[0].geometry.as_image()
+    x = wide(one.x).flatten(0, 1)
+    x = x if x.ndim == 4 else x.unsqueeze(2)
+    a = F.unfold(x, geometry.kernel, geometry.dilation, geometry.padding, geometry.stride).mT
+    a = a.reshape(len(one.x), -1, math.prod(one.shape[1:]))
+    return a, torch.stack([wide(g.g).flatten(3).mT.flatten(1, 2) for g in patches], 3)
+
+
+def energies(piece: Block | Factors) -> Tensor:
+    """What a piece adds to the rows' squared Frobenius norms, [R], in float64."""
+    if isinstance(piece, Block):
+        return squared_norms(piece.columns)
+    return factor_squares(piece.a) * factor_squares(piece.g)
