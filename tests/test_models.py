@@ -69,6 +69,7 @@ def test_weights_come_from_the_seed_alone() -> None:
 # The smallest instance of every registered name; a new name must be added here.
 TINY = {
     "logistic": ("logistic", (1, 8, 8)),
+    "linear-head": ("linear-head", (12,)),
     "mlp": ("mlp?hidden=8,4", (1, 8, 8)),
     "cnn1d": ("cnn1d?channels=3", SIGNAL),
     "tanh-cnn": ("tanh-cnn", GREY),
