@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"run", "store", "track", "measure", "registry", "cell"},
     "verify": {
         "train", "dp", "data", "models", "registry", "measure", "suite", "lines", "store", "codehash", "parts", "cell",
-        "seeds",
+        "audits", "seeds",
     },
     "peers": {"dp", "models"},
     "bench": {

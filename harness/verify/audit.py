@@ -2,19 +2,19 @@
 
 The method is trained by the loop that all runs go through, with its own engine, clipping rule, noise, sampler and
 path, on data with canaries in it (`harness.verify.canary`). What it made public is scored, and the scores are turned
-into bounds (`harness.verify.audit_bounds`). A bound above the claim refutes it. docs/verification.md is the manual.
+into bounds (`harness.verify.audit_bounds`). A bound above the claim refutes it. docs/audits.md is the manual.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
-import sys
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,39 +22,41 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness import codehash, measure, registry, store
-from harness.cell import canonical_json
-from harness.dp.account import Ledger
+from harness import audits, codehash, measure, registry
+from harness.dp.account import ACCOUNTANTS, Ledger
+from harness.dp.account import epsilon as cost
+from harness.dp.calibrate import calibrate
 from harness.dp.method import Method, describe, parts
 from harness.dp.random import Stream
 from harness.parts import modules
 from harness.seeds import derive
-from harness.train import Schedule, start, train
+from harness.train import Diverged, Schedule, start, train
+from harness.verify import membership
 from harness.verify.audit_bounds import (
-    GRID,
-    Profile,
+    CHOOSING,
+    Mistakes,
+    Rates,
     Sample,
-    by_normals,
     by_rates,
     by_tradeoff,
-    calibrated,
     chosen,
     guessed,
+    mistakes,
+    rates,
 )
 from harness.verify.canary import OWN, SCORES, Observed, Observer, Planted, Refused, Task, plant
 
-SCHEMA = 1
-CHOOSING = 0.25  # the share of canaries that thresholds and scores are chosen on
 INSTRUMENTS = ("one-run", "error rates", "trade-off")
-FOLDER = "audits"
+GRADIENTS = "gradient canaries"
 EXAMPLES = """\
 examples:
   epsbench audit dp-sgd                                   at epsilon 3, in seconds
-  epsbench audit dp-sgd --epsilon 1 8                     at these, one record each
+  epsbench audit dp-sgd dp-adam --epsilon 1 8             two methods, each at both
+  epsbench audit '*' --epsilon 1 8 --task mnist-5k/tanh-cnn-28    every method
   epsbench audit group-wise?adaptive=false                with parameters of its own
   epsbench audit my.py                                    each method of a file of yours
-  epsbench audit dp-sgd --task mnist-5k/tanh-cnn-28 --rate 0.1 --canaries 1000
   epsbench audit dp-sgd --canaries 1 --repeat 500         a run for each canary: no two share one
+  epsbench audit dp-sgd --membership                      who was in the training data? (LiRA)
 
 exit codes: 0 no claim is refuted; 1 one is; 2 the request is wrong
 """
@@ -62,17 +64,25 @@ exit codes: 0 no claim is refuted; 1 one is; 2 the request is wrong
 
 @dataclass(frozen=True)
 class Setting:
-    """How to audit. `rate` is the expected batch over n, `level` the probability of refuting a true claim."""
+    """How to audit. `rate` is the expected batch over n, `level` the probability of refuting a true claim.
+
+    `examples` of the task are trained beside the canaries, 0 for all.
+    """
 
     epsilon: float = 3.0
     delta: float = 1e-5
     task: str = OWN
+    examples: int = 1000
     rate: float = 0.25
     steps: int = 16
     canaries: int = 1000
     repeat: int = 8
     seed: int = 0
-    level: float = 0.05
+    level: float = 0.01
+
+    def trained(self) -> Task:
+        """The task, with a model that depends on nothing but it and the seed."""
+        return Task.named(self.task, derive("audit init", self.task, self.seed), self.examples)
 
 
 @dataclass(frozen=True)
@@ -101,50 +111,74 @@ class Verdict:
         return self.audited > self.claimed
 
 
-def audit(method: Method, s: Setting, sigma: float | None = None) -> Verdict:
+def cache_folder() -> Path:
+    """Where runs keep results of calibration too (`harness.run.cache_folder`, which this room may not import)."""
+    return Path(os.environ.get("EPSBENCH_CACHE") or Path.home() / ".cache" / "epsbench")
+
+
+def claim(
+    method: Method, n: int, batch: int, steps: int, target: float, delta: float, sigma: float | None = None
+) -> tuple[float, str, Callable[[float], float]]:
+    """A noise multiplier (by default the one that runs would use), the accountant, and epsilon by it at a multiplier.
+
+    The accountant is the one that ranks in records, on its own grid. Raises Refused where none knows the plan.
+    """
+    relation = method.sampler.relation
+    try:
+        if sigma is None:
+            sigma = calibrate(method, n, batch, steps, target, delta, cache=cache_folder() / "calibration")
+        plan = method.plan(sigma, n, batch, steps)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    accountant = next((a for a in ACCOUNTANTS if math.isfinite(cost(plan, delta, relation, a))), None)
+    if accountant is None:
+        raise Refused(f"no accountant knows the events of its plan: {plan.composed()}")
+    return sigma, accountant, lambda s: cost(method.plan(s, n, batch, steps), delta, relation, accountant)
+
+
+def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | None = None) -> Verdict:
     """Train `method` with canaries `s.repeat` times and bound its epsilon from below.
 
-    `sigma` is the noise multiplier; by default the one at which the plan costs `s.epsilon`. Raises Refused where the
-    method claims nothing, cannot be trained with canaries, or writes a ledger that is not its plan.
+    `sigma` is the noise multiplier; by default the one at which the plan costs `s.epsilon`. `task` is that of `s`.
+    Raises Refused where the method claims nothing, cannot be trained with canaries, or writes a ledger that is not
+    its plan.
     """
     if not method.noise.private:
         raise Refused("it trains without noise and claims no epsilon: there is nothing to audit")
+    if method.loss.coupled:
+        raise Refused(
+            "the loss of an example depends on the others of its batch: no canary has a gradient of its own"
+        )
     seeds = [derive("audit", describe(method), dataclasses.asdict(s), run) for run in range(s.repeat)]
-    task = Task.named(s.task, derive("audit init", s.task, s.seed))
-    n = len(task.x) + s.canaries
-    batch = max(1, round(s.rate * n))
     relation = method.sampler.relation
+    planted, reach = plant(method, task or s.trained(), torch.ones(s.canaries, dtype=torch.bool))
+    n = planted.n_train
+    batch = max(1, round(s.rate * n))
+    sigma, accountant, price = claim(method, n, batch, s.steps, s.epsilon, s.delta, sigma)
 
     def plan(multiplier: float) -> Ledger:
         return method.plan(multiplier, n, batch, s.steps)
 
-    try:
-        if sigma is None:
-            sigma = calibrated(plan, relation, s.epsilon, s.delta, method.clip.ceiling)
-        claim = Profile(plan(sigma), relation)
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    planted, reach = plant(method, task, torch.ones(s.canaries, dtype=torch.bool))
     scores: dict[str, list[torch.Tensor]] = {name: [] for name in SCORES}
     coins, reaches, engine = [], [], ""
     for seed in seeds:
-        one = dataclasses.replace(planted, coins=Stream(seed, "coins", 0).uniform(s.canaries) < 0.5)
+        one = dataclasses.replace(planted, coins=Stream(seed, "coins", 0).uniform(planted.count) < 0.5)
         observed, ledger, engine = overhear(method, one, sigma, Schedule(s.steps, batch, s.steps), seed)
         if ledger != plan(sigma):
             raise Refused(f"the run billed {ledger}, its plan said {plan(sigma)}")
         coins.append(one.coins)
-        reaches.append(float(observed.lengths.mean()) * method.clip.split(sigma)["grad"])
+        reaches.append(float(observed.lengths.mean()) * sigma)
         for name, score in SCORES.items():
             scores[name].append(score(observed, relation))
     sample = Sample({n: torch.cat(v).double().numpy() for n, v in scores.items()}, torch.cat(coins).numpy())
-    bounds = bound(sample, s, plan, sigma, method)
+    bounds = bound(sample, s, plan, price, sigma, method)
     facts = {
-        "count": s.canaries, "layers": planted.layers, "model": "chain" if planted.chained else "gated",
-        "reach": round(reach, 4), "mean_reach": round(float(np.mean(reaches)), 4), "in": int(sample.inside.sum()),
-        "samples": len(sample), "n": n, "batch": batch, "sampling": method.sampler.law(n, batch), "engine": engine,
-        "relation": relation.value,
+        "count": planted.count, "layers": planted.layers, "model": "chain" if planted.chained else "gated",
+        "reach": round(reach, 4),
+        "mean_reach": round(float(np.mean(reaches)), 4), "in": int(sample.inside.sum()), "samples": len(sample),
+        "n": n, "batch": batch, "sampling": method.sampler.law(n, batch), "engine": engine,
     }  # fmt: skip
-    return Verdict(claim.epsilon(s.delta), claim.accountant, sigma, bounds, facts)
+    return Verdict(price(sigma), accountant, sigma, bounds, facts)
 
 
 def overhear(
@@ -152,13 +186,16 @@ def overhear(
 ) -> tuple[Observed, Ledger, str]:
     """One training run as an observer sees it, its ledger, and the engine that worked."""
     model = planted.model()
-    observer = Observer(planted)
+    observer = Observer(planted, method.loss)
     watched = observer.watched(method)
     secret = SimpleNamespace(
         **{role: derive(f"audit {role}", seed) for role in ("sampling", "noise", "path")}
     )
     progress = start(watched, model, schedule.steps)
-    progress = train(watched, model, planted, sigma, schedule, secret, progress)
+    try:
+        progress = train(watched, model, planted, sigma, schedule, secret, progress)
+    except (ValueError, RuntimeError, NotImplementedError, Diverged) as error:
+        raise Refused(f"it cannot be trained with canaries: {error}") from error
     if not observer.values:
         raise Refused("no noised gradient was released")
     n = planted.n_train
@@ -167,7 +204,14 @@ def overhear(
     return seen, progress.ledger, progress.engine
 
 
-def bound(sample: Sample, s: Setting, plan: Any, sigma: float, method: Method) -> dict[str, dict[str, Any]]:
+def bound(
+    sample: Sample,
+    s: Setting,
+    plan: Callable[[float], Ledger],
+    price: Callable[[float], float],
+    sigma: float,
+    method: Method,
+) -> dict[str, dict[str, Any]]:
     """The bound of each instrument. They share the level evenly, so that the largest holds too."""
     level = s.level / len(INSTRUMENTS)
     choosing, testing = sample.split(CHOOSING, s.seed)
@@ -178,160 +222,224 @@ def bound(sample: Sample, s: Setting, plan: Any, sigma: float, method: Method) -
     relation, ceiling = method.sampler.relation, method.clip.ceiling
     epsilon, guesses, right, score = guessed(choosing, testing, s.delta, level)
     one_run = {"epsilon": epsilon, "guesses": guesses, "correct": right, "score": score}
-    found, score = chosen(choosing, testing, by_rates, s.delta, level)
-    apart = {"epsilon": float(by_rates(found, s.delta)[0]), **_shown(found), "score": score}
-    found, score = chosen(choosing, testing, by_normals, s.delta, level)
+    alone, score = chosen(choosing, testing, [rates], lambda found: by_rates(found, s.delta), level)
+    apart = {"epsilon": float(by_rates(alone, s.delta)[0]), **_shown(alone), "score": score}
+    found, score = chosen(choosing, testing, [rates, mistakes], lambda found: found.apart(), level)
     traded = {
-        "epsilon": by_tradeoff(plan, relation, sigma, ceiling, found, s.delta), **_shown(found), "score": score,
+        "epsilon": by_tradeoff(plan, relation, sigma, ceiling, found, s.delta, price), **_shown(found), "score": score,
     }  # fmt: skip
     return dict(zip(INSTRUMENTS, (one_run, apart, traded), strict=True))
 
 
-def _shown(found: Any) -> dict[str, float]:
-    return {
-        "false_positive_below": float(found.false_positive[0]),
-        "false_negative_below": float(found.false_negative[0]),
-    }
+def _shown(found: Rates | Mistakes) -> dict[str, float]:
+    return {f"{name}_below": float(value[0]) for name, value in found._asdict().items()}
 
 
 # The record -----------------------------------------------------------------------------------------------
 
 
-def code_of(method: Method, entry: Any) -> dict[str, Any]:
-    """{"hash", "files"} of the source that decides an audit's numbers."""
-    rooms = {module for part in parts(method).values() for module in modules(part)}
-    named = sorted(rooms | {"harness.train", "harness.verify.audit"})
-    starts: list[str | Path] = [*named, Path(entry.file)]
-    files = codehash.closure(starts, skip={"harness.measure", "harness.registry", "harness.store"})
-    return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
+@dataclass(frozen=True)
+class Subject:
+    """A method to audit: as it was asked for, and what the registry makes of it."""
+
+    label: str
+    entry: registry.Entry
+    parameters: Mapping[str, Any]
+    method: Method
+
+    @classmethod
+    def of(cls, label: str, entry: registry.Entry) -> Subject:
+        """The method of a spec. Raises `registry.RegistryError`."""
+        parameters = registry.bind(entry, registry.lookup("method", label)[1])
+        return cls(label, entry, parameters, registry.load(entry)(**parameters))
+
+    def code(self) -> dict[str, Any]:
+        """{"hash", "files"} of the source that decides an audit's numbers, as it is today."""
+        rooms = {module for part in parts(self.method).values() for module in modules(part)}
+        named = sorted(rooms | {"harness.train", "harness.verify.audit"})
+        starts: list[str | Path] = [*named, Path(self.entry.file)]
+        skip = {f"harness.{name}" for name in ("audits", "measure", "registry", "run", "store")}
+        files = codehash.closure(starts, skip=skip)
+        return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
+
+    def facts(self) -> dict[str, Any]:
+        """What an audit's record says of the method."""
+        return {
+            "method": self.entry.name, "label": self.label, "parameters": dict(self.parameters),
+            "parts": describe(self.method), "relation": self.method.sampler.relation.value,
+        }  # fmt: skip
 
 
-def identity(spec: str, method: Method, s: Setting) -> str:
-    """12 hex digits of what was audited and how."""
-    text = canonical_json([SCHEMA, spec, describe(method), dataclasses.asdict(s)])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+AnySetting = Setting | membership.Setting
 
 
-def record(spec: str, method: Method, entry: Any, s: Setting, v: Verdict, seconds: float) -> dict[str, Any]:
-    """The audit as JSON values (docs/verification.md)."""
-    environment = measure.environment()
+def outline(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
+    """What of an audit's record is known before it, the id included; where nothing is found it stays so."""
+    crafted = isinstance(s, Setting)
+    facts: dict[str, Any] = subject.facts() | {
+        "schema": audits.SCHEMA, "kind": "audit", "instrument": GRADIENTS if crafted else membership.INSTRUMENT,
+        "task": {"name": s.task, "digest": task.digest, "model": task.model, "examples": len(task.x)},
+        "epsilon_target": s.epsilon, "delta": s.delta, "rate": s.rate, "steps": s.steps,
+        "canaries": s.canaries if isinstance(s, Setting) else len(task.x),
+        "trials": s.repeat, "seed": s.seed, "level": s.level, "confidence": 1 - s.level,
+        "epsilon_claimed": None, "accountant": None, "noise_multiplier": None, "epsilon_audited": None,
+        "strongest": None, "instruments": {}, "facts": {}, "flagged": False, "reason": None,
+    }  # fmt: skip
+    return facts | {"id": audits.identity(facts)}
+
+
+def found(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
+    """What an audit adds to its outline: claimed and audited epsilon, or the reason why there is none."""
+    try:
+        return (
+            by_canaries(subject.method, s, task)
+            if isinstance(s, Setting)
+            else by_members(subject.method, s, task)
+        )
+    except Refused as error:
+        return {"reason": f"not auditable by this instrument: {error}"}
+
+
+def by_canaries(method: Method, s: Setting, task: Task) -> dict[str, Any]:
+    """The findings of `audit`."""
+    v = audit(method, s, task=task)
     return {
-        "schema": SCHEMA, "kind": "audit", "id": identity(spec, method, s), "method": spec,
-        "parts": describe(method), "setting": dataclasses.asdict(s),
-        "claimed": {
-            "epsilon": v.claimed, "delta": s.delta, "accountant": v.accountant, "grid": GRID,
-            "noise_multiplier": v.sigma, "relation": v.planted["relation"],
-        },
-        "audited": {
-            "epsilon": v.audited, "confidence": 1 - s.level, "instrument": v.instrument, "refuted": v.refuted,
-        },
-        "instruments": v.bounds, "canaries": v.planted, "repetitions": s.repeat, "seed": s.seed,
-        "code": code_of(method, entry) | {key: environment.pop(key) for key in ("commit", "dirty")},
-        "device": measure.device_info("cpu", torch.get_num_threads()), "environment": environment,
-        "seconds": seconds, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "epsilon_claimed": v.claimed, "accountant": v.accountant, "noise_multiplier": v.sigma,
+        "epsilon_audited": v.audited, "strongest": v.instrument, "instruments": v.bounds, "facts": v.planted,
+        "flagged": v.refuted,
     }  # fmt: skip
 
 
-def attempts(results: Path, name: str, epsilon: float, key: str) -> list[Path]:
-    """The files of this audit that are there, oldest first, and then the next one's."""
-    found = []
-    for number in range(1, 1000):
-        suffix = "" if number == 1 else f".{number}"
-        found.append(results / FOLDER / f"{name}-eps{epsilon:g}-{key}{suffix}.json")
-        if not found[-1].exists():
-            break
-    return found
+def by_members(method: Method, s: membership.Setting, task: Task) -> dict[str, Any]:
+    """The findings of `membership.attack`. A method without noise claims nothing, and is attacked all the same."""
+    sigma, claimed, accountant = 0.0, None, None
+    if method.noise.private:
+        n = len(task.x)
+        sigma, accountant, price = claim(method, n, max(1, round(s.rate * n)), s.steps, s.epsilon, s.delta)
+        claimed = price(sigma)
+    attacked = membership.attack(method, s, task, sigma)
+    bound = attacked.bound(s.delta, s.level, s.seed)
+    return {
+        "epsilon_claimed": claimed, "accountant": accountant, "noise_multiplier": sigma or None,
+        "epsilon_audited": bound["epsilon"], "strongest": "one-run", "instruments": {"one-run": bound},
+        "facts": attacked.facts(s.level), "flagged": claimed is not None and bound["epsilon"] > claimed,
+    }  # fmt: skip
 
 
-def kept(spec: str, entry: Any, s: Setting, results: Path) -> tuple[dict[str, Any], bool]:
-    """The record of an audit, and whether it was there already: made by today's code, it is not made again."""
-    method = registry.load(entry)(**registry.bind(entry, _options(spec)))
-    *old, new = attempts(results, entry.name, s.epsilon, identity(spec, method, s))
-    for file in reversed(old):
-        there: dict[str, Any] = json.loads(file.read_text())
-        if there["code"]["hash"] == code_of(method, entry)["hash"]:
-            return there, True
-    clock = measure.Clock("cpu")
+def kept(subject: Subject, s: AnySetting, task: Task, folder: Path) -> tuple[dict[str, Any], bool]:
+    """An audit's record, and whether it was there already: made by today's code, it is not made again."""
+    made, code = outline(subject, s, task), subject.code()
+    there = [a for a in audits.load(folder) if a["id"] == made["id"] and a["code"]["hash"] == code["hash"]]
+    if there:
+        return there[-1], True
+    started, clock, environment = datetime.now(UTC), measure.Clock("cpu"), measure.environment()
     begun = clock.now()
-    found = record(spec, method, entry, s, audit(method, s), 0.0)
-    found["seconds"] = round(clock.since(begun), 3)
-    new.parent.mkdir(parents=True, exist_ok=True)
-    store.write_once(new, store.dumps(found).encode())
-    return found, False
+    made |= found(subject, s, task)
+    made |= {
+        "code": code | {key: environment.pop(key) for key in ("commit", "dirty")},
+        "device": measure.device_info("cpu", torch.get_num_threads()), "environment": environment,
+        "started": started.isoformat(timespec="seconds"), "wall_seconds": round(clock.since(begun), 3),
+    }  # fmt: skip
+    audits.write(folder, made)
+    return made, False
 
 
-def _options(spec: str) -> dict[str, object]:
-    return registry.lookup("method", spec)[1]
+COLUMNS = "{:<28} {:>6} {:>9} {:>9}  {:<12} {:>6}  {}"
+HEADER = COLUMNS.format("method", "target", "claimed", "audited", "instrument", "time", "verdict")
 
 
-def line(found: dict[str, Any], there: bool) -> str:
+def line(made: Mapping[str, Any], there: bool) -> str:
     """Claimed and audited, side by side."""
-    claimed, audited = found["claimed"], found["audited"]
-    canaries = found["canaries"]
-    each = ", ".join(f"{name} {bound['epsilon']:.3g}" for name, bound in found["instruments"].items())
-    words = "REFUTED" if audited["refuted"] else "not refuted"
-    return (
-        f"{found['method']}: claimed {claimed['epsilon']:.4g} ({claimed['accountant']}, delta {claimed['delta']:g},"
-        f" {claimed['relation']}), audited at least {audited['epsilon']:.4g} with {100 * audited['confidence']:g} %"
-        f" confidence ({audited['instrument']}): {words}\n"
-        f"  {each}; {canaries['samples']} canaries in {found['repetitions']} runs, reach"
-        f" {canaries['mean_reach']:.2f}, {found['seconds']:.0f} s" + (", recorded before" if there else "")
-    )
+    words = "REFUTED" if made["flagged"] else made["reason"] or "not refuted"
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4g}"
+
+    return COLUMNS.format(
+        made["label"], number(made["epsilon_target"]), number(made["epsilon_claimed"]),
+        number(made["epsilon_audited"]), made.get("strongest") or "-", f"{made['wall_seconds']:.0f} s",
+        words + (" (recorded before)" if there else ""),
+    )  # fmt: skip
 
 
 # The command ----------------------------------------------------------------------------------------------
 
+_COUNTS = {
+    "examples": "of the task, 0 for all", "steps": "of each run", "canaries": "in each run",
+    "repeat": "independent runs; models, with --membership", "seed": "of all",
+}  # fmt: skip
+
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Audit what is asked for, print claimed and audited epsilon, and write a record of each."""
-    plain = Setting()
+    parser = _parser()
+    given = parser.parse_args(list(arguments))
+    plain: AnySetting = membership.Setting() if given.membership else Setting()
+    if given.membership and given.canaries is not None:
+        parser.error("--canaries: with --membership, the examples of the task are what is looked for")
+    lowest = {"steps": 1, "canaries": 1, "repeat": 1, "seed": 0, "examples": 0}
+    wrong = [f"--{k} {getattr(given, k)}" for k, low in lowest.items() if (getattr(given, k) or low) < low]
+    if wrong:
+        parser.error(f"{', '.join(wrong)}: too small")
+    common = {
+        f.name: getattr(given, f.name)
+        for f in dataclasses.fields(plain)
+        if f.name != "epsilon" and getattr(given, f.name, None) is not None
+    }
+    settings = [
+        dataclasses.replace(plain, epsilon=epsilon, **common) for epsilon in dict.fromkeys(given.epsilon)
+    ]
+    for s in settings:
+        if not (0 < s.rate <= 1 and 0 < s.delta < 1 and 0 < s.level < 1 and s.epsilon > 0):
+            parser.error("--rate lies in (0, 1], --delta and --level in (0, 1), --epsilon above 0")
+    subjects = [Subject.of(label, entry) for text in given.method for label, entry in _named(text)]
+    try:
+        task = settings[0].trained()
+    except Refused as error:
+        parser.error(str(error))
+    flagged = False
+    print(HEADER)
+    for subject in subjects:
+        for s in settings:
+            made, there = kept(subject, s, task, given.results / audits.FOLDER)
+            print(line(made, there), flush=True)
+            flagged |= made["flagged"]
+    return int(flagged)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="epsbench audit", description="Bound a method's epsilon from below, by attacking it with canaries.",
+        prog="epsbench audit", description="Bound a method's epsilon from below, by attacking it.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
-        "method", metavar="METHOD|METHOD.py", help="as registered, with options: name?key=value"
-    )
+        "method", nargs="+", metavar="METHOD|METHOD.py",
+        help="as registered, with options: name?key=value; 'dp-*' for all whose names begin so",
+    )  # fmt: skip
     parser.add_argument(
-        "--epsilon", type=float, nargs="+", default=[plain.epsilon], metavar="E", help="claims"
+        "--epsilon", type=float, nargs="+", default=[Setting.epsilon], metavar="E", help="claims"
     )
-    parser.add_argument("--delta", type=float, default=plain.delta)
+    parser.add_argument("--delta", type=float)
     parser.add_argument(
-        "--task", default=plain.task, metavar="DATA/MODEL", help="trained beside the canaries"
+        "--level", type=float, help="the probability of refuting a true claim (default: 0.01)"
     )
-    parser.add_argument("--rate", type=float, default=plain.rate, help="expected batch over n")
-    for name, what in (
-        ("steps", "of each run"), ("canaries", "in each run"), ("repeat", "independent runs"), ("seed", "of all"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=getattr(plain, name), metavar="N", help=what)
+    parser.add_argument("--task", metavar="DATA/MODEL", help="what is trained")
+    parser.add_argument("--rate", type=float, help="expected batch over n")
+    for name, what in _COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=what)
+    parser.add_argument(
+        "--membership", action="store_true", help="infer who was in the training data, in place of canaries"
+    )
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
-    given = parser.parse_args(list(arguments))
-    lowest = {"steps": 1, "canaries": 1, "repeat": 1, "seed": 0}
-    if wrong := [
-        f"--{name} {getattr(given, name)}" for name, low in lowest.items() if getattr(given, name) < low
-    ]:
-        parser.error(f"{', '.join(wrong)}: too small")
-    if not (0 < given.rate <= 1 and 0 < given.delta < 1 and min(given.epsilon) > 0):
-        parser.error("--rate lies in (0, 1], --delta in (0, 1), --epsilon above 0")
-    common = {f.name: getattr(given, f.name) for f in dataclasses.fields(Setting) if hasattr(given, f.name)}
-    refuted = False
-    for spec, entry in _named(given.method):
-        for epsilon in dict.fromkeys(given.epsilon):
-            setting = Setting(**common | {"epsilon": epsilon})
-            try:
-                found, there = kept(spec, entry, setting, given.results)
-            except Refused as error:
-                print(f"epsbench: {spec}: {error}", file=sys.stderr)
-                return 2
-            print(line(found, there), flush=True)
-            refuted |= found["audited"]["refuted"]
-    return int(refuted)
+    return parser
 
 
-def _named(method: str) -> list[tuple[str, Any]]:
-    """Specs and registry entries: of one method, or of all in a file."""
-    if not method.endswith(".py"):
-        return [(method, registry.lookup("method", method)[0])]
-    registry.add_file(Path(method))
-    here = Path(method).resolve()
-    return [(n, e) for n, e in registry.index("method").items() if Path(e.file).resolve() == here]
+def _named(method: str) -> list[tuple[str, registry.Entry]]:
+    """Specs and registry entries: of one method, of all in a file, or of all whose names match a pattern."""
+    if method.endswith(".py"):
+        registry.add_file(Path(method))
+        here = Path(method).resolve()
+        return [(n, e) for n, e in registry.index("method").items() if Path(e.file).resolve() == here]
+    if "*" in method:
+        return [(n, e) for n, e in sorted(registry.index("method").items()) if fnmatchcase(n, method)]
+    return [(method, registry.lookup("method", method)[0])]

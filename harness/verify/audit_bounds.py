@@ -23,7 +23,10 @@ from scipy.stats import beta, binom, norm
 from harness.dp.account import ACCOUNTANTS, Ledger, quiet
 from harness.dp.release import Relation
 
-GRID = 1e-2  # of privacy losses: PLD rounds against the claim, by 0.2 % of an epsilon of 1.5, less of larger ones
+GRID = (
+    1e-2  # of privacy losses, where many ledgers are tried: 0.2 % of an epsilon of 1.5, less of larger ones
+)
+CHOOSING = 0.25  # the share of canaries that thresholds and scores are chosen on
 CANDIDATES = 400  # thresholds tried
 SMALLEST = 16  # guesses fewer than this prove little
 MOST = 50.0  # epsilon beyond which nothing is looked for
@@ -65,18 +68,65 @@ class Rates(NamedTuple):
     false_positive: Floats
     false_negative: Floats
 
+    def apart(self) -> Floats:
+        """How far apart two unit normals of these error rates are: what a test of a trade-off is chosen by."""
+        distance: Floats = norm.isf(self.false_positive) - norm.ppf(self.false_negative)
+        return distance
+
+    def refutes(self, delta: Callable[[float], float]) -> bool:
+        """Whether error rates as low as these are impossible where `delta` of epsilon is a privacy profile.
+
+        With a, b the rates of false positives and negatives: 1 - b <= e^epsilon a + delta(epsilon) for every epsilon,
+        and with a and b exchanged (Wasserman and Zhou 2010; as f-DP, Dong et al. 2019, arXiv:1905.02383).
+        """
+        a, b = float(self.false_positive[0]), float(self.false_negative[0])
+        return any(1 - b > math.exp(e) * a + delta(e) or 1 - a > math.exp(e) * b + delta(e) for e in EPSILONS)
+
+
+class Mistakes(NamedTuple):
+    """The upper confidence limit on the rate of mistakes in guessing fair coins: the mean of the two rates above.
+
+    One limit instead of two is closer to what was seen; it tells nothing of how the two differ.
+    """
+
+    rate: Floats
+
+    def apart(self) -> Floats:
+        """As for `Rates`: the two normals that a threshold half way between them confuses so often."""
+        distance: Floats = 2 * norm.isf(self.rate)
+        return distance
+
+    def refutes(self, delta: Callable[[float], float]) -> bool:
+        """As for `Rates`, at epsilon = 0: a + b >= 1 - delta(0)."""
+        return 2 * float(self.rate[0]) < 1 - delta(0.0)
+
 
 def rates(sample: Sample, score: str, thresholds: Floats, significance: float) -> Rates:
     """Of calling a canary in where its score is at least a threshold; half of `significance` for each limit."""
+    positive, negative, outs, ins = _errors(sample, score, thresholds)
+    return Rates(upper(positive, outs, significance / 2), upper(negative, ins, significance / 2))
+
+
+def mistakes(sample: Sample, score: str, thresholds: Floats, significance: float) -> Mistakes:
+    """Of calling a canary in where its score is at least a threshold, its coin being fair."""
+    positive, negative, outs, ins = _errors(sample, score, thresholds)
+    return Mistakes(upper(positive + negative, outs + ins, significance))
+
+
+def _errors(sample: Sample, score: str, thresholds: Floats) -> tuple[Any, Any, int, int]:
     values, inside = sample.scores[score], sample.inside
     outs, ins = np.sort(values[~inside]), np.sort(values[inside])
-    positive = len(outs) - np.searchsorted(outs, thresholds)
-    negative = np.searchsorted(ins, thresholds)
-    return Rates(upper(positive, len(outs), significance / 2), upper(negative, len(ins), significance / 2))
+    return (
+        len(outs) - np.searchsorted(outs, thresholds),
+        np.searchsorted(ins, thresholds),
+        len(outs),
+        len(ins),
+    )
 
 
-def by_rates(found: Rates, delta: float) -> Floats:
+def by_rates(found: Limits, delta: float) -> Floats:
     """Epsilon from error rates alone: log((1 - delta - FNR) / FPR) and the reverse (Kairouz et al. 2015)."""
+    assert isinstance(found, Rates)
     a, b = found
     with np.errstate(divide="ignore", invalid="ignore"):
         both = np.stack([np.log((1 - delta - b) / a), np.log((1 - delta - a) / b)])
@@ -84,25 +134,29 @@ def by_rates(found: Rates, delta: float) -> Floats:
     return best
 
 
-def by_normals(found: Rates, delta: float) -> Floats:
-    """How far apart two unit normals of these error rates are: what thresholds for a trade-off are chosen by."""
-    distance: Floats = norm.isf(found.false_positive) - norm.ppf(found.false_negative)
-    return distance
+Limits = Rates | Mistakes
+Measure = Callable[[Sample, str, Floats, float], Limits]
 
 
 def chosen(
-    choosing: Sample, testing: Sample, worth: Callable[[Rates, float], Floats], delta: float, level: float
-) -> tuple[Rates, str]:
-    """Error rates on `testing` at the score and threshold that were worth most on `choosing`; and that score."""
-    best: tuple[float, str, float] | None = None
-    for name, values in choosing.scores.items():
-        thresholds = np.unique(np.quantile(values, np.linspace(0, 1, CANDIDATES), method="nearest"))
-        gains = worth(rates(choosing, name, thresholds, level), delta)
-        at = int(gains.argmax())
-        if best is None or gains[at] > best[0]:
-            best = float(gains[at]), name, float(thresholds[at])
+    choosing: Sample,
+    testing: Sample,
+    measures: Sequence[Measure],
+    worth: Callable[[Limits], Floats],
+    level: float,
+) -> tuple[Limits, str]:
+    """Error rates on `testing` by the measure, score and threshold that were worth most on `choosing`; the score."""
+    best: tuple[float, Measure, str, float] | None = None
+    for measure in measures:
+        for name, values in choosing.scores.items():
+            thresholds = np.unique(np.quantile(values, np.linspace(0, 1, CANDIDATES), method="nearest"))
+            gains = worth(measure(choosing, name, thresholds, level))
+            at = int(gains.argmax())
+            if best is None or gains[at] > best[0]:
+                best = float(gains[at]), measure, name, float(thresholds[at])
     assert best is not None
-    return rates(testing, best[1], np.array([best[2]]), level), best[1]
+    _, measure, name, threshold = best
+    return measure(testing, name, np.array([threshold]), level), name
 
 
 # One run --------------------------------------------------------------------------------------------------
@@ -175,7 +229,11 @@ def guessed(choosing: Sample, testing: Sample, delta: float, level: float) -> tu
 
 class Profile:
     """All (epsilon, delta) that an accountant proves for a ledger: PLD on a grid of `GRID` where it knows all events,
-    else RDP. Raises ValueError where neither does."""
+    else RDP. Raises ValueError where neither does.
+
+    A coarse grid makes a search over many multipliers fast. It only adds to what is proved, so that what refutes this
+    curve refutes the true one.
+    """
 
     def __init__(self, ledger: Ledger, relation: Relation) -> None:
         event = ledger.total()
@@ -196,19 +254,14 @@ class Profile:
         with quiet():
             return float(self._account.get_epsilon(delta))
 
-    def refuted(self, found: Rates) -> bool:
-        """Whether error rates as low as these are impossible for what has this profile.
+    def refuted(self, found: Limits) -> bool:
+        """Whether error rates as low as these are impossible for what has this profile."""
 
-        With a, b the rates of false positives and negatives: 1 - b <= e^epsilon a + delta(epsilon) for every epsilon,
-        and with a and b exchanged (Wasserman and Zhou 2010; as f-DP, Dong et al. 2019, arXiv:1905.02383).
-        """
-        a, b = float(found.false_positive[0]), float(found.false_negative[0])
-        with quiet():
-            deltas = [float(self._account.get_delta(e)) for e in EPSILONS]
-        return any(
-            1 - b > math.exp(e) * a + d or 1 - a > math.exp(e) * b + d
-            for e, d in zip(EPSILONS, deltas, strict=True)
-        )
+        def delta(epsilon: float) -> float:
+            with quiet():
+                return float(self._account.get_delta(epsilon))
+
+        return found.refutes(delta)
 
 
 EPSILONS: Sequence[float] = [*np.linspace(0, 3, 31), *np.linspace(3.25, 12, 36)]
@@ -219,15 +272,18 @@ def by_tradeoff(
     relation: Relation,
     sigma: float,
     ceiling: float,
-    found: Rates,
+    found: Limits,
     delta: float,
+    price: Callable[[float], float],
 ) -> float:
     """Epsilon of the plan with the least noise that error rates refute: a bound for mechanisms of the plan's form.
 
-    `plan` gives the ledger at a noise multiplier, `sigma` is the one claimed. Errors below the trade-off curve of
-    the claimed ledger refute it as it stands, whatever the mechanism is. How much privacy there is instead is told in
-    the units of the same plan with less noise, as Nasr et al. do (2023, arXiv:2302.07956, section 5). The search ends
-    at a third of sigma: more is known to be at least the epsilon there. 0 where nothing is refuted up to 8 sigma.
+    `plan` gives the ledger at a noise multiplier, `price` its epsilon at `delta`, `sigma` is the one claimed. Errors
+    below the trade-off curve of the claimed ledger refute it as it stands, whatever the mechanism is. How much privacy
+    there is instead is told in the units of the same plan with less noise, as Nasr et al. do (2023, arXiv:2302.07956,
+    section 5). The search ends at a third of sigma: more is known to be at least the epsilon there. 0 where nothing is
+    refuted up to 8 sigma. Only where the claim is refuted does the number come from `Profile`, which is a little above
+    the claim's at sigma itself.
     """
 
     def refuted(multiplier: float) -> bool:
@@ -245,37 +301,12 @@ def by_tradeoff(
     while high / low > 1.005:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if refuted(middle) else (middle, high)
+    if high > sigma:
+        return price(high)
     return Profile(plan(high), relation).epsilon(delta)
 
 
-def calibrated(
-    plan: Callable[[float], Ledger],
-    relation: Relation,
-    epsilon: float,
-    delta: float,
-    ceiling: float = math.inf,
-) -> float:
-    """A noise multiplier at which `Profile` gives `epsilon`, to 0.1 % and not above it.
-
-    Raises ValueError where none from 0.3 to 300 does, or where none below `ceiling` does.
-    """
-
-    def excess(log: float) -> float:
-        return Profile(plan(math.exp(log)), relation).epsilon(delta) - epsilon
-
-    low, high = math.log(0.3), math.log(min(300.0, ceiling * (1 - 1e-6)))
-    if excess(high) > 0 or excess(low) < 0:
-        raise ValueError(
-            f"no noise multiplier between 0.3 and {math.exp(high):.4g} costs epsilon = {epsilon:g} at delta ="
-            f" {delta:g}: take other steps or another rate"
-        )
-    while high - low > 2e-4:
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    return math.exp(high)
-
-
 __all__ = [
-    "Profile", "Rates", "Sample", "by_normals", "by_rates", "by_tradeoff", "calibrated", "chosen", "guessed",
-    "one_run", "p_value", "rates", "upper",
+    "Mistakes", "Profile", "Rates", "Sample", "by_rates", "by_tradeoff", "chosen", "guessed", "mistakes", "one_run",
+    "p_value", "rates", "upper",
 ]  # fmt: skip

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,18 +25,19 @@ from torch import Tensor, nn
 
 from harness import data, models
 from harness.dp.clip import Clip, Unclipped
-from harness.dp.engines.engine import Engine, Unserved
+from harness.dp.engines.engine import Engine
 from harness.dp.loss import Batch, Loss
 from harness.dp.method import Method
 from harness.dp.noise import Noise
 from harness.dp.random import Stream
 from harness.dp.release import Bounded, Relation, Release
-from harness.dp.tree import Tree
+from harness.dp.tree import Layout, Tree
 from harness.train import start
 
 LOUD = 1e4  # a canary's feature: its gradient is far longer than any threshold
 LAYERS = (1, 2, 4, 8, 16, 32, 64, 128)  # how many layers a canary may have weights in, tried in this order
 FULL = 0.95  # of what the rule allows: more layers are not worth their time
+SIDED = 200  # canaries whose side contributions are looked for: each takes a pass of the engine
 OWN = "canaries"  # the name of the task below
 
 Array = Any
@@ -47,32 +49,40 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained besides the canaries: ordinary examples `x` [n, ...] with labels `y`, and a network for them."""
+    """What is trained besides the canaries: ordinary examples `x` [n, ...] with labels `y`, and a network for them.
+
+    `digest` names the content of the data set that the examples are the first of, `model` the network.
+    """
 
     name: str
     x: Tensor
     y: Tensor
     classes: int
     body: nn.Module
+    digest: str
+    model: str
 
     @classmethod
-    def named(cls, name: str, seed: int) -> Task:
+    def named(cls, name: str, seed: int, examples: int = 0) -> Task:
         """``DATA/MODEL`` by their specs, or `OWN`: 64 points in two classes and a linear model.
 
-        Few ordinary examples beside many canaries keep thresholds that follow the data where canaries are.
+        Of a data set the first `examples` in canonical order, which is random with respect to content; 0 for all.
+        Few ordinary examples beside many canaries keep thresholds that follow the data where canaries are, and cost
+        little time. Raises Refused for a name of another form.
         """
         if name == OWN:
             x = torch.randn(64, 8, generator=torch.Generator().manual_seed(seed % 2**63))
+            digest = hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16]
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed % 2**63)
-                return cls(name, x, (x.sum(1) > 0).long(), 2, nn.Linear(8, 2))
+                return cls(name, x, (x.sum(1) > 0).long(), 2, nn.Linear(8, 2), digest, "linear")
         dataset, _, model = name.partition("/")
         if not model:
             raise Refused(f'task "{name}": write DATA/MODEL, as in mnist-5k/tanh-cnn-28, or {OWN}')
         loaded = data.load(dataset)
-        x, y = loaded.batch(slice(None))
+        x, y = loaded.batch(slice(examples or None))
         body = models.build(model, loaded.input_shape, loaded.classes, seed % 2**63)
-        return cls(name, x, y, loaded.classes, body)
+        return cls(name, x, y, loaded.classes, body, loaded.digest, model)
 
 
 class Gated(nn.Module):
@@ -100,12 +110,20 @@ class Gated(nn.Module):
         return self.body(ordinary) * silent + (h - h.detach())
 
 
+class Side(NamedTuple):
+    """What each canary adds to a side release: `values` [canaries, k] at places `at` [canaries, k] of its buffer."""
+
+    at: Tensor
+    values: Tensor
+
+
 @dataclass(frozen=True)
 class Planted:
     """A task with `count` canaries planted after its examples; each has a slot in n, whether it is in or out.
 
     `coins` [count]: in (or of positive sign) where true. `chained` is the plain linear model on all features at once,
     for engines that take only chains of layers: its canaries have features of 1, since their outputs are not held.
+    `sides` are the canaries' contributions to what the engine releases besides, by layout.
     """
 
     task: Task
@@ -113,6 +131,7 @@ class Planted:
     relation: Relation
     layers: int = 1
     chained: bool = False
+    sides: Mapping[Layout, Side] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -180,10 +199,7 @@ def plant(method: Method, task: Task, coins: Tensor) -> tuple[Planted, float]:
     reason: str | None = None
     for layers in LAYERS:
         one = Planted(task, torch.tensor([True]), relation, layers)
-        try:
-            reach, reason = _reach(method, one)
-        except Unserved as error:
-            reason = str(error)
+        reach, reason = _reach(method, one)
         if reason:
             break
         if best is None or reach > best[1]:
@@ -194,27 +210,63 @@ def plant(method: Method, task: Task, coins: Tensor) -> tuple[Planted, float]:
         one = Planted(task, torch.tensor([True]), relation, chained=True)
         reach, second = _reach(method, one)
         if second:
-            raise Refused(f"{reason}; {second}")
-        best = dataclasses.replace(one, coins=coins), reach
+            raise Refused(f"{reason}; {second}" if second != reason else reason)
+        best = _sided(method, dataclasses.replace(one, coins=coins)), reach
     return best
 
 
 def _reach(method: Method, one: Planted) -> tuple[float, str | None]:
     """How much of its bound the only canary contributes, by the method's own engine; or why that refuses."""
-    model = one.model()
+    try:
+        releases = _released(method, one, one.n_train - 1)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        return 0.0, str(error)
+    heard = {name: r for name, r in releases.items() if name == "grad" or name not in method.clip.split(1.0)}
+    shares = [
+        float(r.in_units(r.value).norm()) * one.relation.moves / r.sensitivity / r.sigma
+        for r in heard.values()
+    ]
+    return math.hypot(*shares), None
+
+
+def _sided(method: Method, planted: Planted) -> Planted:
+    """`planted` with its canaries' contributions to what the engine, and no clipping rule, releases besides gradients.
+
+    They are those of the first step, and are taken to be the same in all. A canary with either sign adds the same to a
+    release that is even in its features, so that none are looked for where it is never absent.
+    """
+    own = set(method.engine.split(method.clip, 1.0)) - set(method.clip.split(1.0))
+    if not own or planted.relation is not Relation.ADD_OR_REMOVE:
+        return planted
+    few = dataclasses.replace(planted, coins=torch.ones(min(SIDED, planted.count), dtype=torch.bool))
+    added: dict[Layout, list[tuple[Tensor, Tensor]]] = {}
+    for slot in range(few.count):
+        releases = _released(method, few, len(few.task.x) + slot)
+        for name in sorted(own):
+            value = releases[name].value
+            at = value.flat.nonzero().squeeze(1)
+            added.setdefault(value.layout, []).append((at, value.flat[at].double()))
+    stacked = {}
+    for layout, pairs in added.items():
+        if len({len(at) for at, _ in pairs}) == 1:
+            stacked[layout] = Side(torch.stack([at for at, _ in pairs]), torch.stack([v for _, v in pairs]))
+    return dataclasses.replace(few, coins=planted.coins[: few.count], sides=stacked)
+
+
+def _released(method: Method, planted: Planted, index: int) -> dict[str, Release]:
+    """The releases of a first step on one example alone, at noise multiplier 1. Raises ValueError for a refusal."""
+    model = planted.model()
     reason = method.engine.accepts(method.loss, method.clip, model)
     if reason:
-        return 0.0, reason
+        raise ValueError(reason)
     p = start(method, model, 1)
     try:
-        batch = method.loss.prepare(Batch(*one.batch(torch.tensor([one.n_train - 1]))), Stream(1, "views", 0))
-        releases = method.engine.bounded(
-            method.loss, method.clip, model, p.w, batch, p.parts.clip, 1.0, one.relation
-        ).releases
+        batch = method.loss.prepare(Batch(*planted.batch(torch.tensor([index]))), Stream(1, "views", 0))
     except ValueError as error:
-        return 0.0, str(error)
-    r = releases["grad"]
-    return float(r.in_units(r.value).norm()) / r.sensitivity * one.relation.moves, None
+        raise ValueError(f"canaries lie in vectors, and {error}") from error
+    return method.engine.bounded(
+        method.loss, method.clip, model, p.w, batch, p.parts.clip, 1.0, planted.relation
+    ).releases
 
 
 # The observer ---------------------------------------------------------------------------------------------
@@ -230,6 +282,7 @@ class Observer:
     """
 
     planted: Planted
+    loss: Loss
     values: list[Tensor] = field(default_factory=list)
     lengths: list[Tensor] = field(default_factory=list)
     state: Any = None
@@ -244,7 +297,9 @@ class Observer:
         """Note the noised gradient of a step."""
         w = self.weights
         if w is None or public.value.layout != w.layout:
-            return  # a side release
+            if self.values and public.value.layout in self.planted.sides:
+                self._hear_beside(public)
+            return
         deviations = public.value.flat.new_tensor(
             [public.sigma * public.sensitivity * (public.scale or {}).get(n, 1.0) for n in self.planted.names]
         )[:, None, None].double()
@@ -254,15 +309,33 @@ class Observer:
         self.values.append((there * mine).sum((0, 1)) / length.clamp(min=1e-300))
         self.lengths.append(length.expand(self.planted.count))
 
+    def _hear_beside(self, public: Release) -> None:
+        """Add what a side release tells to what the gradient of the same step told: its noise is independent."""
+        at, mine = self.planted.sides[public.value.layout]
+        mine = mine / (public.sigma * public.sensitivity)
+        told = public.value.flat.double()[at] / (public.sigma * public.sensitivity)
+        length = mine.square().sum(1).sqrt()
+        told = (told * mine).sum(1) / length.clamp(min=1e-300)
+        before = self.lengths[-1]
+        both = torch.hypot(before, length)
+        self.values[-1] = (before * self.values[-1] + length * told) / both.clamp(min=1e-300)
+        self.lengths[-1] = both
+
+    def _error(self, outputs: Tensor) -> Tensor:
+        """The gradient [classes, canaries] of the loss at canaries' outputs [canaries, classes]; their label is 0."""
+        with torch.enable_grad():
+            leaf = outputs.double().requires_grad_()
+            labels = torch.zeros(len(outputs), dtype=torch.long)
+            (error,) = torch.autograd.grad(self.loss.per_example(leaf, labels).sum(), leaf)
+        return error.T
+
     def _contribution(self, w: Tree, clip: Clip, sensitivity: float) -> Tensor:
         """What a canary in the batch adds, [layers, classes, 1 or canaries]."""
-        p, classes = self.planted, self.planted.task.classes
-        onehot = torch.zeros(classes, 1, dtype=torch.float64)
-        onehot[0] = 1
+        p = self.planted
         if p.chained:
-            error = (self.planted.columns(w)[0].double() * p.loudness).softmax(0) - onehot
-            return (error / error.norm(dim=0) * (sensitivity / p.relation.moves))[None]
-        gradient = (torch.full_like(onehot, 1 / classes) - onehot).mul(p.loudness).expand(p.layers, -1, 1)
+            error = self._error(p.columns(w)[0].T * p.loudness)
+            return (error / error.norm(dim=0).clamp(min=1e-300) * (sensitivity / p.relation.moves))[None]
+        gradient = self._error(torch.zeros(1, p.task.classes)).mul(p.loudness).expand(p.layers, -1, 1)
         if isinstance(clip, Unclipped):
             return gradient
         groups = clip.groups(w.layout)
@@ -286,12 +359,15 @@ class _Watched(Engine):
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         return self.engine.accepts(loss, clip, model)
 
+    def split(self, clip: Clip, sigma: float, step: int = 0) -> dict[str, float]:
+        return self.engine.split(clip, sigma, step)
+
     def bounded(
         self, loss: Loss, clip: Clip, model: nn.Module, w: Tree, batch: Batch, state: Any, sigma: float,
-        relation: Relation,
+        relation: Relation, step: int = 0,
     ) -> Bounded:  # fmt: skip
         self.observer.weights, self.observer.state = w, state
-        return self.engine.bounded(loss, clip, model, w, batch, state, sigma, relation)
+        return self.engine.bounded(loss, clip, model, w, batch, state, sigma, relation, step)
 
 
 @dataclass(frozen=True)
