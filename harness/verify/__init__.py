@@ -1,5 +1,5 @@
 """Evidence that a method does what its record will say."""
 
-from harness.verify.conformance import Check, check
+from harness.verify.conformance import Check, check, repeated
 
-__all__ = ["Check", "check"]
+__all__ = ["Check", "check", "repeated"]

@@ -1,0 +1,65 @@
+"""The bill: what is planned is what is done, and what is calibrated meets the target."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
+
+from harness.dp.account import epsilon, epsilons, ranking
+from harness.dp.calibrate import calibrate
+from harness.verify.conformance.subject import BATCH, DELTA, SIGMA, STEPS, N, Subject, Violation
+
+TARGET = 3.0
+
+
+def amended(s: Subject) -> None:
+    """the path leaves the bill alone"""
+    for event in (GaussianDpEvent(0.8), GaussianDpEvent(2.5), NonPrivateDpEvent()):
+        if s.method.path.amend(event) != event:
+            raise Violation(
+                f"Path.amend turns {event} into {s.method.path.amend(event)}: an amended event may only stand as"
+                " a claim, so return the event as it came"
+            )
+
+
+def billed(s: Subject) -> None:
+    """the ledger is the plan"""
+    ledger, plan = s.reached[-1].ledger, s.method.plan(SIGMA, N, BATCH, STEPS)
+    if ledger != plan:
+        raise Violation(
+            f"the run billed {ledger}, the plan said {plan}: Engine.split or Clip.split must name every release's"
+            " multiplier",
+            evidence="the ledger is not the plan",
+        )
+
+
+def calibrated(s: Subject) -> None:
+    """the calibrated noise meets the target and wastes under 1 %; a run bills no more"""
+    m = s.method
+    bounds = epsilons(m.plan(SIGMA, N, BATCH, STEPS), DELTA, m.sampler.relation)
+    name = ranking(bounds)
+    if not m.noise.private:
+        if math.isfinite(bounds[name]):
+            raise Violation("nothing is noised, and yet the epsilon is finite")
+        return
+    sigma = calibrate(m, N, BATCH, STEPS, TARGET, DELTA, cache=Path(_calibrations().name))
+    plan = m.plan(sigma, N, BATCH, STEPS)
+    spent = epsilon(plan, DELTA, m.sampler.relation, name)
+    if not 0.99 * TARGET <= spent <= TARGET:
+        raise Violation(f"calibrated to epsilon {TARGET:g}, the plan costs {spent:.4f}")
+    ledger = s.run(sigma=sigma).ledger
+    if ledger != plan:
+        raise Violation(
+            f"a run at the calibrated multiplier billed {ledger}, its plan said {plan}: an epsilon of"
+            f" {epsilon(ledger, DELTA, m.sampler.relation, name):.4f} for one of {TARGET:g}"
+        )
+
+
+@cache
+def _calibrations() -> tempfile.TemporaryDirectory[str]:
+    """Plans that are alike need one calibration a process."""
+    return tempfile.TemporaryDirectory()

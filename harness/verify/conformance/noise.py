@@ -1,0 +1,150 @@
+"""The noise: its law in every coordinate, its independence of everything else, and what is billed for it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
+from torch import Tensor
+
+from harness.verify.conformance.evidence import alarm, chi_square, deviation_at_most, kolmogorov, normal
+from harness.verify.conformance.subject import Noised, Subject, Violation
+
+LAGS = 8
+
+
+def noised(s: Subject) -> None:
+    """the noise has its standard deviation, afresh in every step"""
+    s.noises()
+    tests = 4 * len(s.noise)
+    for drawn in s.noise:
+        tensors = drawn.tensors()
+        for _, label, z in tensors:
+            _lawful(z.flatten(1), label, len(tensors), tests)
+
+
+def _lawful(z: Tensor, label: str, tensors: int, tests: int) -> None:
+    """Judge the noise [draws, coordinates] of one of so many tensors."""
+    draws, width = z.shape
+    scale = float(z.square().mean().sqrt())
+    alarm(
+        chi_square(z.square().sum(), z.numel(), tensors), tests,
+        f"noise on {label} has {scale:.4g} times the standard deviation sigma * sensitivity",
+    )  # fmt: skip
+    alarm(
+        kolmogorov(z.flatten(), tensors), tests,
+        f"noise on {label} is not Gaussian: its distribution function is another one",
+    )  # fmt: skip
+    alike = "noise every coordinate alike"
+    alarm(
+        chi_square(z.square().sum(0), draws, tensors * width), tests,
+        f"noise on {label} has another standard deviation in some coordinates: {alike}",
+    )  # fmt: skip
+    alarm(
+        normal(z.sum(0) / math.sqrt(draws), tensors * width), tests,
+        f"noise on {label} has a mean in some coordinates: {alike}",
+    )  # fmt: skip
+
+
+def independent(s: Subject) -> None:
+    """the noise is independent across tensors, rows, coordinates, releases and steps"""
+    s.noises()
+    tests = (6 + LAGS) * len(s.noise)
+    for drawn in s.noise:
+        _coordinates(drawn, tests)
+        _common(drawn, tests)
+        _steps(drawn, tests)
+
+
+def _coordinates(drawn: Noised, tests: int) -> None:
+    """Judge pairs of coordinates. Given one, the other's product with it is normal: z_i . z_j / |z_i| is N(0, 1)."""
+    z, names = drawn.z, drawn.names
+    # A generator that starts anew gives uncorrelated signs to tensors of other sizes; the sizes of the draws betray it.
+    for what, v in (("", z), ("the size of ", _sizes(z))):
+        across = _off_diagonal(v.T @ v / v.norm(dim=0).clamp(min=1e-300))
+        i, j = divmod(int(across.argmax()), v.shape[1])
+        alarm(
+            normal(across[i, j], v.shape[1] ** 2), tests,
+            f"{what}noise on {names[i]} and on {names[j]} is correlated: draw every coordinate of every"
+            " release from the rng handed in, and never seed it anew",
+        )  # fmt: skip
+
+
+def _sizes(z: Tensor) -> Tensor:
+    """The sizes of standard normal numbers, as standard normal numbers: the same quantile, of another law."""
+    f = torch.erf(z.abs() / math.sqrt(2)).clamp(1e-300, 1 - 2**-53)
+    return torch.special.ndtri(f)
+
+
+def _common(drawn: Noised, tests: int) -> None:
+    """Judge sums over all coordinates, over the rows of a tensor and over what is in a row: do they share noise?"""
+    z = drawn.z
+    together = z.sum(1).square() / z.shape[1]
+    alarm(
+        chi_square(together.sum(), len(z)), tests,
+        f"coordinates share a part of their noise: their sum has {float(together.mean()):.3g} times its variance",
+    )  # fmt: skip
+    matrices = [(label, t.flatten(2)) for _, label, t in drawn.tensors() if t.ndim > 2]
+    for axis, what in ((1, "rows"), (2, "columns")):
+        for label, t in matrices:
+            shared = t.sum(axis).square() / t.shape[axis]
+            alarm(
+                chi_square(shared.sum(), shared.numel(), max(1, len(matrices))), tests,
+                f"the {what} of {label} share a part of their noise: their sum has {float(shared.mean()):.3g} times"
+                " its variance; draw every entry by itself",
+            )  # fmt: skip
+
+
+def _steps(drawn: Noised, tests: int) -> None:
+    """Judge pairs of steps, and the sequence of them."""
+    z = drawn.z
+    steps, width = z.shape
+    between = z @ z.T / z.norm(dim=1).clamp(min=1e-300)
+    repeated = _off_diagonal(between)
+    i, j = divmod(int(repeated.argmax()), steps)
+    alarm(
+        normal(repeated[i, j], steps**2), tests,
+        f"the noise of step {j} is close to a multiple of that of step {i}: draw it from the rng handed in",
+    )  # fmt: skip
+    for lag in range(1, LAGS + 1):
+        along = float((z[lag:] * z[:-lag]).sum()) / math.sqrt(width * (steps - lag))
+        alarm(
+            normal(along), tests,
+            f"noise {lag} steps apart is correlated, by {along / math.sqrt(width * (steps - lag)):.2g}: draw it"
+            " afresh",
+        )  # fmt: skip
+
+
+def _off_diagonal(square: Tensor) -> Tensor:
+    return (square - square.diagonal().diag()).abs()
+
+
+def noise_billed(s: Subject) -> None:
+    """the event claims no more noise than there is"""
+    s.noises()
+    for drawn in s.noise:
+        found = []
+        for release, r in drawn.releases.items():
+            mine = torch.cat([z.flatten() for name, _, z in drawn.tensors() if name == release])
+            found.append(r.sigma * deviation_at_most(float(mine.square().sum()), mine.numel()))
+        declared = [r.sigma for r in drawn.releases.values()]
+        _billed(s, declared, found)
+    for sigmas in ([0.7], [3.0, 0.9], [2.0] * 3):
+        _billed(s, sigmas, sigmas)
+
+
+def _billed(s: Subject, sigmas: list[float], there: list[float]) -> None:
+    event, joint = s.method.noise.event(sigmas), sum(sigma**-2 for sigma in there) ** -0.5
+    if isinstance(event, NonPrivateDpEvent):
+        return
+    if not isinstance(event, GaussianDpEvent):
+        raise Violation(
+            f"noise is billed as {event}, whose law no check knows: bill a GaussianDpEvent, or keep it a claim"
+        )
+    if not event.noise_multiplier <= joint * (1 + 1e-9):
+        raise Violation(
+            f"releases with multipliers {sigmas} are billed as one of {event.noise_multiplier:.6g}, there is"
+            f" noise for {joint:.6g}: the joint multiplier is (sum of sigma**-2)**-0.5",
+            evidence=f"multiplier {event.noise_multiplier / joint:.3g} times too large",
+        )

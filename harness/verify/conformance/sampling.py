@@ -1,0 +1,161 @@
+"""The sampler: whether batches follow the law that is billed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from dp_accounting import (
+    DpEvent,
+    GaussianDpEvent,
+    NoOpDpEvent,
+    PoissonSampledDpEvent,
+    SampledWithoutReplacementDpEvent,
+)
+from torch import Tensor
+
+from harness.dp.sampler import Sampler
+from harness.verify.conformance.evidence import alarm, bernstein, chi_square
+from harness.verify.conformance.subject import Subject, Violation
+
+SIZES = ((400, 100), (50, 7), (30, 1))  # n and batch; a third of the Poisson batches of the last are empty
+DRAWN, LAGS = 200, 16  # steps of each of two seeds; how far apart they are compared
+TESTS = len(SIZES) * (6 + LAGS)
+
+
+def sampled(s: Subject) -> None:
+    """the sampler draws by the law that it bills: rate, independence, sizes, empty batches"""
+    s.noises()
+    for n, batch in SIZES:
+        _lawful(s.method.sampler, n, batch, (11 + 2 * s.seed, 1_000_003 + 2 * s.seed))
+
+
+def _lawful(sampler: Sampler, n: int, batch: int, seeds: tuple[int, int], steps: int = DRAWN) -> None:
+    given = GaussianDpEvent(1.7)
+    events = [sampler.wrap(given, n, batch, t) for t in range(steps)]
+    rates = [_rate(event, given, n, batch) for event in events]
+    amplified = torch.tensor([rate is not None for rate in rates])
+    forced = torch.tensor([isinstance(event, SampledWithoutReplacementDpEvent) for event in events])
+    bills = torch.tensor([event == given for event in events]).cumsum(0)
+    runs = []
+    for seed in seeds:
+        member = torch.stack([_members(sampler.draw(n, batch, t, seed), n) for t in range(steps)])
+        if not torch.equal(_members(sampler.draw(n, batch, 3, seed), n), member[3]):
+            raise Violation("two draws of one step differ: draw from (step, seed) alone")
+        if ((member * ~amplified[:, None]).cumsum(0).amax(1) > bills).any():
+            raise Violation(
+                "without amplification an example may touch one step for each event billed so far, and one touches"
+                " more: bill every step, or draw each example once until the next bill"
+            )
+        if (member.sum(1)[forced] != batch).any():
+            raise Violation(f"batches of exactly {batch} are billed, and others are drawn")
+        runs.append(member[amplified].double())
+    if amplified.any():
+        rate = torch.tensor([rate for rate in rates if rate is not None], dtype=torch.float64)[:, None]
+        _Draws([run - rate for run in runs], torch.cat([rate] * 2), not forced.any()).judge()
+
+
+def _rate(event: DpEvent, given: DpEvent, n: int, batch: int) -> float | None:
+    """The inclusion rate that an event claims; None where it claims no amplification."""
+    if isinstance(event, PoissonSampledDpEvent) and event.event == given:
+        return event.sampling_probability if event.sampling_probability < 1 else None
+    if isinstance(event, SampledWithoutReplacementDpEvent) and event.event == given:
+        if (event.source_dataset_size, event.sample_size) == (n, batch):
+            return batch / n
+    elif event == given or isinstance(event, NoOpDpEvent):
+        return None
+    raise Violation(
+        f"for {batch} of {n} examples, {given} is billed as {event}, whose law no check knows: bill the event"
+        " itself, Poisson-sampled or sampled without replacement"
+    )
+
+
+def _members(indices: Tensor, n: int) -> Tensor:
+    if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= n):
+        raise Violation(f"a draw holds indices outside 0 to {n - 1}")
+    counts = torch.bincount(indices, minlength=n)
+    if (counts > 1).any():
+        raise Violation("a draw holds an example twice: it would count twice against one sensitivity")
+    return counts
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Membership less its `rate` [steps, 1], a block [steps, n] for each seed; `free`: batches have no fixed size."""
+
+    blocks: list[Tensor]
+    rate: Tensor
+    free: bool
+
+    def judge(self) -> None:
+        """Raise Violation where the draws are not those of independent steps at this rate."""
+        self._rates()
+        if self.free:
+            self._sizes()
+        self._pairs()
+        self._lags()
+
+    @property
+    def _off(self) -> Tensor:
+        return torch.cat(self.blocks)
+
+    @property
+    def _variance(self) -> Tensor:
+        return (self.rate * (1 - self.rate)).squeeze(1)  # of one coin, [steps]
+
+    def _rates(self) -> None:
+        off, variance = self._off, float(self._variance.sum())
+        n, largest = off.shape[1], float(torch.maximum(self.rate, 1 - self.rate).max())
+        single = bernstein(off.sum(0), variance, largest, n)
+        overall = bernstein(off.sum(), n * variance, largest) if self.free else 1.0
+        for p in (single, overall):
+            alarm(p, TESTS, "examples are drawn at another rate than the one billed")
+
+    def _sizes(self) -> None:
+        """Judge the variance of batch sizes, m (1 - q), and how many batches are empty, (1 - q)^n of them."""
+        off, rate = self._off, self.rate.squeeze(1)
+        steps, n = off.shape
+        scaled = off.sum(1).square() / (n * self._variance)
+        excess = float(((1 - 6 * self._variance) / (n * self._variance)).clamp(min=0).max())
+        shrink = 2 / (2 + excess)  # a sum of squares of binomial numbers, as chi square of the same variance
+        alarm(
+            chi_square(float(scaled.sum()) * shrink, steps * shrink), TESTS,
+            f"batch sizes have {float(scaled.mean()):.2g} times the variance m (1 - q) of the Poisson sampling billed:"
+            " toss an independent coin for each example",
+        )  # fmt: skip
+        empty = (1 - rate) ** n
+        there = int(((off + self.rate).sum(1) < 0.5).sum())
+        alarm(
+            bernstein(there - float(empty.sum()), float((empty * (1 - empty)).sum()), 1.0), TESTS,
+            f"of {steps} batches {there} are empty, under the Poisson sampling billed it would be"
+            f" {float(empty.sum()):.1f}: an empty batch is a step like any other",
+        )  # fmt: skip
+
+    def _pairs(self) -> None:
+        """Judge whether two examples come together, and whether two batches are alike."""
+        off, variance = self._off, self._variance
+        steps, n = off.shape
+        largest = float(torch.maximum(self.rate, 1 - self.rate).max()) ** 2
+        examples = (off.T @ off).fill_diagonal_(0)
+        alarm(
+            bernstein(examples, float(variance.square().sum()), largest, n * n), TESTS,
+            "some examples come together: draw each independently",
+        )  # fmt: skip
+        batches = (off @ off.T).fill_diagonal_(0)
+        alarm(
+            bernstein(batches, n * float(variance.max()) ** 2, largest, steps * steps), TESTS,
+            "batches repeat, between steps or between seeds: draw each step afresh",
+        )  # fmt: skip
+
+    def _lags(self) -> None:
+        n, variance = self._off.shape[1], float(self._variance.max())
+        largest = float(torch.maximum(self.rate, 1 - self.rate).max()) ** 2
+        for lag in range(1, LAGS + 1):
+            along = [block[lag:] * block[:-lag] for block in self.blocks if len(block) > lag]
+            if along:
+                terms = torch.cat(along)
+                alarm(
+                    bernstein(terms.sum(), len(terms) * n * variance**2, largest), TESTS,
+                    f"batches {lag} steps apart depend on each other, as in shuffled epochs: draw each step afresh,"
+                    " or bill without amplification",
+                )  # fmt: skip

@@ -1,0 +1,115 @@
+"""Nothing leaves a step but through the noise."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from dp_accounting import DpEvent
+from torch import nn
+
+from harness.dp.clip import Clip
+from harness.dp.engines.engine import Engine
+from harness.dp.loss import Loss
+from harness.dp.noise import Noise
+from harness.dp.random import Stream
+from harness.dp.release import Bounded, Release
+from harness.dp.tree import Tree
+from harness.train import Diverged, Progress
+from harness.verify.conformance.replay import same
+from harness.verify.conformance.subject import Subject, Violation
+
+
+def twins(s: Subject) -> None:
+    """nothing but the noised releases depends on the data"""
+    s.noises()
+    blind = dataclasses.replace(s.method, noise=_Blind(s.method.noise))
+    other = copy.copy(s.data)
+    other.x, other.y = -other.x, (other.y + 1) % 3
+    logs: list[list[dict[str, Any]]] = []
+    for data in (s.data, other):
+        points: list[dict[str, Any]] = []
+        end = dataclasses.replace(s, data=data).run(
+            blind, log=lambda point, points=points: points.append(_public(point.progress))
+        )
+        logs.append([*points, _public(end)])
+    for ours, theirs in zip(*logs, strict=True):
+        for name, value in ours.items():
+            if not same(value, theirs[name]):
+                raise Violation(
+                    f"two data sets with the same public releases end in different {name}: compute it from the"
+                    " noised values handed in, and nothing else",
+                    evidence=f"{name} differ",
+                )
+
+
+def _public(p: Progress) -> dict[str, Any]:
+    states = {f"{name} state": copy.deepcopy(value) for name, value in p.parts._asdict().items()}
+    return {
+        "sensitivities": dict(p.sensitivity), "bills": p.ledger.to_json(), "weights": p.w.clone(), **states
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Blind(Noise):
+    """Noise that never looks at the value: what is public does not depend on the data."""
+
+    noise: Noise
+
+    def add(self, release: Release, rng: Stream) -> Tree:
+        flat = release.value.flat
+        return release.value.with_flat(0.1 * rng.normal(len(flat), flat.dtype))
+
+    def event(self, sigmas: Iterable[float]) -> DpEvent:
+        return self.noise.event(sigmas)
+
+
+def poisoned(s: Subject) -> None:
+    """nothing private outlives its release"""
+    s.noises()
+    spy = dataclasses.replace(s.method, engine=_Poison(s.method.engine), noise=_Shred(s.method.noise))
+    try:
+        same_end = torch.equal(s.run(spy).w.flat, s.reached[-1].w.flat)
+    except Diverged:  # what is not a number has reached the weights
+        same_end = False
+    if not same_end:
+        raise Violation("weights depend on a private value after it was released: use the noised one")
+
+
+@dataclass(frozen=True)
+class _Poison(Engine):
+    """An engine whose observations are ruined: a loop that used them would show it."""
+
+    engine: Engine
+
+    def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
+        return self.engine.accepts(loss, clip, model)
+
+    def split(self, clip: Clip, sigma: float, step: int = 0) -> dict[str, float]:
+        return self.engine.split(clip, sigma, step)
+
+    def bounded(self, *args: Any) -> Bounded:
+        releases, seen = self.engine.bounded(*args)
+        losses = torch.full_like(seen.losses, math.nan)
+        norms = None if seen.norms is None else torch.full_like(seen.norms, math.nan)
+        return Bounded(releases, dataclasses.replace(seen, losses=losses, norms=norms))
+
+
+@dataclass(frozen=True)
+class _Shred(Noise):
+    """Noise that ruins the private value as soon as the public one is made."""
+
+    noise: Noise
+
+    def add(self, release: Release, rng: Stream) -> Tree:
+        public = self.noise.add(release, rng).clone()
+        release.value.flat.fill_(math.nan)
+        return public
+
+    def event(self, sigmas: Iterable[float]) -> DpEvent:
+        return self.noise.event(sigmas)

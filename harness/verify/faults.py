@@ -1,0 +1,579 @@
+"""`epsbench faults`: methods with a fault that public code or a paper really had, and the instrument that catches each.
+
+The adapters are as small as the seven parts allow, so that what is caught is the fault alone. They are wrong on
+purpose: nothing else may use them, and none is registered. docs/verification.md holds the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as File
+from typing import Any, NamedTuple
+
+import torch
+from dp_accounting import PoissonSampledDpEvent
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from harness.dp import (
+    SGD,
+    Automatic,
+    Batch,
+    Bounded,
+    Fixed,
+    Flat,
+    Gaussian,
+    Method,
+    Poisson,
+    Quantile,
+    Relation,
+    Release,
+    Sharp,
+    Shuffle,
+    Tree,
+    Views,
+    Vmap,
+)
+from harness.dp.clip import Clip, State
+from harness.dp.contrast import InfoNCE
+from harness.dp.engines.engine import Clipped, PerExample, group_norms
+from harness.dp.engines.pairs import Pairs
+from harness.dp.engines.vmap import per_example_gradients
+from harness.dp.loss import Loss
+from harness.dp.random import Stream
+from harness.measure import Clock
+from harness.verify import conformance as checks
+from harness.verify.audit import Setting, audit
+
+EXAMPLES = """\
+examples:
+  epsbench faults                  all of them, and the table in this checkout's manual
+  epsbench faults --docs my.md     in a text of yours that has the two markers
+
+exit codes: 0 all are caught; 1 one is missed, and nothing is written; 2 the request is wrong
+"""
+BEGIN, END = "<!-- faults -->", "<!-- end of faults -->"
+DOCS = File(__file__).resolve().parents[2] / "docs" / "verification.md"
+
+# Norms and gradients --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Naive(PerExample):
+    """Per-example gradients, weighed by norms that subclasses get wrong."""
+
+    def clipped_sum(
+        self,
+        loss: Loss,
+        clip: Clip,
+        groups: Mapping[str, int],
+        model: nn.Module,
+        w: Tree,
+        batch: Batch,
+        state: State,
+    ) -> Clipped:
+        grads, losses = self.gradients(loss, model, w, batch)
+        norms = group_norms(self.squares(grads), groups, losses)
+        weights = clip.weights(norms, state)
+        total = [self.weighed(weights[:, groups[name]].to(g.dtype), g).flatten() for name, g in grads.items()]
+        return Clipped(w.with_flat(torch.cat(total)), norms, weights, losses.detach())
+
+    def gradients(
+        self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients [B, *shape] by name, and losses [B]."""
+        return per_example_gradients(loss, model, w.views, w.names, batch)
+
+    def squares(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Squared norms [B] by name."""
+        return {name: g.double().flatten(1).square().sum(1) for name, g in grads.items()}
+
+    def weighed(self, weights: Tensor, g: Tensor) -> Tensor:
+        """The weighted sum of one parameter's gradients; what is not finite counts as zero."""
+        finite = g.flatten(1).isfinite().all(1)
+        return torch.tensordot(weights[finite], g[finite], 1)
+
+
+@dataclass(frozen=True)
+class NormsWithoutBias(Naive):
+    """Counts weights and forgets biases."""
+
+    def squares(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: square for name, square in super().squares(grads).items() if "bias" not in name}
+
+
+@dataclass(frozen=True)
+class NormsOfMeanLoss(Naive):
+    """Differentiates the mean loss, and takes that back in linear layers and not in convolutions."""
+
+    def squares(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = super().squares(grads)
+        return {name: s / len(s) ** 2 if grads[name].ndim > 3 else s for name, s in found.items()}
+
+
+@dataclass(frozen=True)
+class KeepsNonFinite(Naive):
+    """Weighs an example whose gradient is not finite like any other: NaN for all."""
+
+    def weighed(self, weights: Tensor, g: Tensor) -> Tensor:
+        return torch.tensordot(weights, g, 1)
+
+
+@dataclass(frozen=True)
+class InBatchStatistics(Naive):
+    """Takes each example's loss from one pass of the whole batch, statistics of the batch and all."""
+
+    def gradients(
+        self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
+        losses = loss.of(lambda x: functional_call(model, leaves, (x,)), batch)
+        rows = [torch.autograd.grad(one, list(leaves.values()), retain_graph=True) for one in losses]
+        return {name: torch.stack(g) for name, g in zip(leaves, zip(*rows, strict=True), strict=True)}, losses
+
+
+@dataclass(frozen=True)
+class WholeBatch(Vmap):
+    """Clips the gradient of the whole batch to C and declares C: it can turn round."""
+
+    def bounded(self, loss: Loss, clip: Clip, model: nn.Module, w: Tree, batch: Batch, *rest: Any) -> Bounded:
+        out = super().bounded(loss, Flat(1e30), model, w, batch, *rest)
+        grad = out.releases["grad"]
+        state, _, relation, *_ = rest
+        bound = clip.sensitivity(state, relation)
+        short = min(1.0, bound / relation.moves / max(float(grad.value.norm()), 1e-300))
+        out.releases["grad"] = grad._replace(value=grad.value * short, sensitivity=bound)
+        return out
+
+
+@dataclass(frozen=True)
+class ViewByView(Vmap):
+    """Clips each view's gradient and adds them up, so that an example contributes as many as it has views."""
+
+    def bounded(self, loss: Any, clip: Clip, model: nn.Module, w: Tree, batch: Batch, *rest: Any) -> Bounded:
+        rows = Batch(batch.x.flatten(0, 1), batch.y.repeat_interleave(loss.views))
+        return super().bounded(loss.of_view, clip, model, w, rows, *rest)
+
+
+@dataclass(frozen=True)
+class ClippedBeforeTemperature(Pairs):
+    """Clips the gradients of similarities and divides by the temperature later: the noise is that much too small."""
+
+    def bounded(self, loss: Any, clip: Any, *rest: Any) -> Bounded:
+        out = super().bounded(loss, Flat(clip.clip / loss.temperature), *rest)
+        grad = out.releases["grad"]
+        out.releases["grad"] = grad._replace(sensitivity=grad.sensitivity * loss.temperature)
+        return out
+
+
+# Bounds and noise levels ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TooLow(Flat):
+    """Declares half of its sensitivity."""
+
+    def sensitivity(self, state: State, relation: Relation) -> float:
+        return super().sensitivity(state, relation) / 2
+
+
+@dataclass(frozen=True)
+class NotDoubled(Flat):
+    """Forgets that replacing an example moves the sum by two gradients."""
+
+    def sensitivity(self, state: State, relation: Relation) -> float:
+        return self.clip
+
+
+LAST: dict[str, Any] = {}  # what a stateful class would keep in an attribute
+
+
+@dataclass(frozen=True)
+class LargestWeight(Automatic):
+    """Weighs by C / x, then clips to that times C, with noise for the largest weight of the batch: of the batch!"""
+
+    def weights(self, norms: Tensor, state: State) -> Tensor:
+        bounds = self.clip * super().weights(norms, state)
+        LAST["weight"] = float(bounds.max()) if len(bounds) else 1.0
+        return (bounds / norms).clamp(max=1.0).nan_to_num(0.0)
+
+    def sensitivity(self, state: State, relation: Relation) -> float:
+        return float(LAST.get("weight", 1.0)) * relation.moves
+
+
+@dataclass(frozen=True)
+class MeanOfRawNorms(Flat):
+    """Clips to the mean raw norm of the last private batch."""
+
+    def init(self, layout: Any) -> State:
+        return {"c": self.clip}
+
+    def weights(self, norms: Tensor, state: State) -> Tensor:
+        return Flat(state["c"]).weights(norms, None)
+
+    def sensitivity(self, state: State, relation: Relation) -> float:
+        return float(state["c"]) * relation.moves
+
+    def side(self, norms: Tensor, state: State, relation: Relation, sigma: float) -> dict[str, Release]:
+        if len(norms):
+            state["c"] = float(norms.nan_to_num(0, 0, 0).mean()) + 1e-3
+        return {}
+
+
+@dataclass(frozen=True)
+class FreeCounts(Quantile):
+    """Releases its counts and does not bill them."""
+
+    def split(self, sigma: float) -> dict[str, float]:
+        return {"grad": sigma}
+
+    def side(self, norms: Tensor, state: State, relation: Relation, sigma: float) -> dict[str, Release]:
+        return Quantile().side(norms, state, relation, sigma)
+
+
+@dataclass(frozen=True)
+class RealisedBatch(Vmap):
+    """Divides sum and noise by the size that the batch turned out to have."""
+
+    def bounded(self, loss: Loss, clip: Clip, model: nn.Module, w: Tree, batch: Batch, *rest: Any) -> Bounded:
+        out = super().bounded(loss, clip, model, w, batch, *rest)
+        grad, size = out.releases["grad"], max(len(batch), 1)
+        out.releases["grad"] = grad._replace(value=grad.value / size, sensitivity=grad.sensitivity / size)
+        return out
+
+
+# Noise ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NoisyMicrobatches(Vmap):
+    """Adds noise to each microbatch, so that there is more of it where memory is short."""
+
+    def clipped_sum(self, *args: Any) -> Clipped:
+        out = super().clipped_sum(*args)
+        flat = out.total.flat
+        return out._replace(
+            total=out.total.with_flat(flat + Stream(len(flat), "noise", 0).normal(len(flat), flat.dtype))
+        )
+
+
+@dataclass(frozen=True)
+class OneKey(Gaussian):
+    """Draws the noise of every tensor by one key: tensors begin with the same numbers."""
+
+    def add(self, release: Release, rng: Stream) -> Tree:
+        key = rng.seed64()
+        added = [self._drawn(t, key) * release.sigma * release.sensitivity for _, t in release.value.items()]
+        return release.value.with_flat(release.value.flat + torch.cat(added))
+
+    @staticmethod
+    def _drawn(t: Tensor, key: int) -> Tensor:
+        rng = torch.Generator().manual_seed(key % 2**63)
+        return torch.randn(math.ceil(t.numel() / 16) * 16, generator=rng, dtype=t.dtype)[: t.numel()]
+
+
+@dataclass(frozen=True)
+class SharedRows(Gaussian):
+    """Draws one row of noise for all classes: differences of rows carry none."""
+
+    def add(self, release: Release, rng: Stream) -> Tree:
+        added = [self._drawn(t, rng) * release.sigma * release.sensitivity for _, t in release.value.items()]
+        return release.value.with_flat(release.value.flat + torch.cat(added))
+
+    @staticmethod
+    def _drawn(t: Tensor, rng: Stream) -> Tensor:
+        if t.ndim != 2:
+            return rng.normal(t.numel(), t.dtype)
+        return rng.normal(t.shape[1], t.dtype).expand_as(t).flatten()
+
+
+@dataclass(frozen=True)
+class Repeated(Gaussian):
+    """Adds the same noise in every step, as a key does that is taken when a function is compiled."""
+
+    def add(self, release: Release, rng: Stream) -> Tree:
+        return super().add(release, Stream(7, "noise", 0))
+
+
+@dataclass(frozen=True)
+class Reduced(Gaussian):
+    """Takes 2 % off the noise that calibration asked for."""
+
+    def add(self, release: Release, rng: Stream) -> Tree:
+        return super().add(release._replace(sigma=0.98 * release.sigma), rng)
+
+
+@dataclass(frozen=True)
+class QuietWhenEmpty(Gaussian):
+    """Leaves an empty batch alone."""
+
+    def add(self, release: Release, rng: Stream) -> Tree:
+        return super().add(release, rng) if release.value.flat.any() else release.value
+
+
+# Samplers and paths ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShuffledAsPoisson(Poisson):
+    """Shuffles, and bills Poisson sampling."""
+
+    def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
+        return Shuffle().draw(n, batch, step, seed)
+
+
+@dataclass(frozen=True)
+class NeverEmpty(Poisson):
+    """Draws again where nobody came."""
+
+    def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
+        attempts = (
+            super(NeverEmpty, self).draw(n, batch, step + again * 10**6, seed) for again in range(1000)
+        )
+        return next(drawn for drawn in attempts if len(drawn))
+
+
+@dataclass(frozen=True)
+class AmplifiedTwice(Poisson):
+    """Bills a rate of q^2, as where sampling is accounted for once by the loader and once more by the accountant."""
+
+    def wrap(self, event: Any, n: int, batch: int, step: int) -> Any:
+        return PoissonSampledDpEvent((batch / n) ** 2, event)
+
+
+@dataclass(frozen=True)
+class AscentNeverUndone(Sharp):
+    """Goes uphill once for each microbatch, and comes down once."""
+
+    def base(self, w: Tree, state: Tree | None, rng: Stream) -> Tree:
+        climbs = int(LAST.get("microbatches", 1)) - 1
+        return w if state is None else w + state.unit() * (self.rho * climbs)
+
+
+@dataclass(frozen=True)
+class Counting(Vmap):
+    """Counts its microbatches, for the path above."""
+
+    microbatch: int | None = field(default=8, metadata={"speed": True})
+
+    def bounded(self, loss: Loss, clip: Clip, model: nn.Module, w: Tree, batch: Batch, *rest: Any) -> Bounded:
+        LAST["microbatches"] = max(1, math.ceil(len(batch) / (self.microbatch or len(batch) or 1)))
+        return super().bounded(loss, clip, model, w, batch, *rest)
+
+
+# The gallery ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A planted fault: what it is, where it was found, and the check that catches it.
+
+    `audit` says how an audit is to refute it, with `sigma` in place of the calibrated noise where that is not None.
+    """
+
+    name: str
+    found: str
+    method: Callable[[], Method]
+    caught: Callable[[checks.Subject], None]
+    audit: Setting | None = None
+    sigma: float | None = None
+
+
+SMALL = Setting(canaries=500, repeat=4)
+ONE_EPOCH = dataclasses.replace(SMALL, steps=4)
+
+
+def gallery() -> list[Fault]:
+    """All planted faults."""
+    views = Views(views=3, pad=1)
+    return [
+        Fault(
+            "sum and noise divided by the realised batch", "ModelMix's code; a library's adaptive clipping",
+            lambda: Method(engine=RealisedBatch()), checks.within_sensitivity,
+        ),
+        Fault(
+            "shuffled batches billed as Poisson", "De et al.'s loader, Handcrafted-DP, fastDP, Logit-DP and others",
+            lambda: Method(sampler=ShuffledAsPoisson()), checks.sampled, ONE_EPOCH, 0.25,
+        ),
+        Fault(
+            "the count of adaptive clipping not billed", "accountants that see the gradient alone",
+            lambda: Method(clip=FreeCounts()), checks.billed,
+        ),
+        Fault(
+            "thresholds set to a private batch's mean norm", "Self-Augmented-DP-SGD's code",
+            lambda: Method(clip=MeanOfRawNorms()), checks.twins,
+        ),
+        Fault(
+            "noise for each microbatch", "gradient accumulation by hand",
+            lambda: Method(engine=NoisyMicrobatches()), checks.microbatch_free,
+        ),
+        Fault(
+            "one noise key for all tensors", "Logit-DP's code",
+            lambda: Method(noise=OneKey()), checks.independent,
+        ),
+        Fault(
+            "class rows sharing noise", "DP-FC's and DP-LS's code (dp_transfer)",
+            lambda: Method(noise=SharedRows()), checks.independent,
+        ),
+        Fault(
+            "the same noise in every step", "DP-FC's code (a key captured by compilation)",
+            lambda: Method(noise=Repeated(), optimizer=SGD(0.1)), checks.independent, SMALL,
+        ),
+        Fault(
+            "2 % off the calibrated noise", "Self-Augmented-DP-SGD's code",
+            lambda: Method(noise=Reduced()), checks.noised,
+        ),
+        Fault(
+            "norms of the mean loss, put right in some layers", "fastgradclip, the code of fast clipping",
+            lambda: Method(engine=NormsOfMeanLoss()), checks.adversarial,
+        ),
+        Fault(
+            "norms without biases", "fastgradclip; a library's ghost clipping before a fix",
+            lambda: Method(engine=NormsWithoutBias()), checks.adversarial,
+        ),
+        Fault(
+            "noise scaled by the batch's largest weight", "a fork of a library with DP-PSAC",
+            lambda: Method(clip=LargestWeight(form="vanilla")), checks.within_sensitivity,
+        ),
+        Fault(
+            "bound larger than declared", "any clipping norm that is not the accountant's",
+            lambda: Method(clip=TooLow(), optimizer=SGD(0.1)), checks.within_sensitivity, SMALL,
+        ),
+        Fault(
+            "replaced examples, sensitivity of added ones", "fixed-size batches, with C for 2C",
+            lambda: Method(clip=NotDoubled(), sampler=Shuffle()), checks.replaced,
+        ),
+        Fault(
+            "temperature left out of Logit-DP's sensitivity", "Logit-DP's code",
+            lambda: Method(
+                loss=InfoNCE(0.2, pad=1), engine=ClippedBeforeTemperature(), clip=Flat(0.1), sampler=Fixed()
+            ), checks.adversarial,
+        ),
+        Fault(
+            "the whole batch's gradient clipped", "the naive baseline of Logit-DP's code",
+            lambda: Method(engine=WholeBatch()), checks.adversarial,
+        ),
+        Fault(
+            "views clipped one by one", "augmentation as more examples",
+            lambda: Method(loss=views, engine=ViewByView(), clip=Flat(0.1)), checks.within_sensitivity,
+        ),
+        Fault(
+            "examples that are not finite kept", "weight 0 times infinity",
+            lambda: Method(engine=KeepsNonFinite()), checks.within_sensitivity,
+        ),
+        Fault(
+            "BatchNorm's statistics of the batch", "ModelMix's code (batch clipping)",
+            lambda: Method(engine=InBatchStatistics()), checks.statistics_refused,
+        ),
+        Fault(
+            "DP-SAT's ascent for each microbatch", "DP-SAT's code",
+            lambda: Method(path=AscentNeverUndone(0.1), engine=Counting()), checks.still,
+        ),
+        Fault(
+            "empty batches drawn again", "loaders that cannot hold an empty batch",
+            lambda: Method(sampler=NeverEmpty()), checks.sampled,
+        ),
+        Fault(
+            "no noise on an empty batch", "loops that skip it",
+            lambda: Method(noise=QuietWhenEmpty()), checks.empty_step,
+        ),
+        Fault(
+            "sampling amplified twice", "one q in the loader's accountant, one in the planner's",
+            lambda: Method(sampler=AmplifiedTwice()), checks.sampled, ONE_EPOCH, 0.5,
+        ),
+    ]  # fmt: skip
+
+
+# The table ------------------------------------------------------------------------------------------------
+
+
+class Caught(NamedTuple):
+    """One line of the table; `caught` is False where the instrument saw nothing."""
+
+    fault: str
+    found: str
+    instrument: str
+    evidence: str
+    seconds: float
+    caught: bool
+
+
+def by_check(fault: Fault) -> Caught:
+    """What the fault's check finds."""
+    clock = Clock("cpu")
+    begun = clock.now()
+    evidence, caught = "nothing", False
+    try:
+        fault.caught(checks.subject(fault.method()))
+    except checks.Violation as violation:
+        evidence, caught = violation.evidence or "a rule broken", True
+    what = inspect.getdoc(fault.caught) or ""
+    return Caught(fault.name, fault.found, f"check: {what}", evidence, clock.since(begun), caught)
+
+
+def by_audit(fault: Fault) -> Caught:
+    """What the audit finds of a fault that has a setting for it."""
+    assert fault.audit is not None
+    clock = Clock("cpu")
+    begun = clock.now()
+    v = audit(fault.method(), fault.audit, fault.sigma)
+    evidence = f"epsilon at least {v.audited:.3g}, claimed {v.claimed:.3g}"
+    return Caught(fault.name, fault.found, f"audit: {v.instrument}", evidence, clock.since(begun), v.refuted)
+
+
+def caught(faults: Iterable[Fault]) -> list[Caught]:
+    """Every fault by its check, and by an audit where it has a setting."""
+    lines = []
+    for fault in faults:
+        lines.append(by_check(fault))
+        if fault.audit:
+            lines.append(by_audit(fault))
+    return lines
+
+
+def table(lines: Sequence[Caught]) -> str:
+    """The table in Markdown. The first line of a fault names it."""
+    head = ["| fault | found in | caught by | evidence | s |", "|---|---|---|---|---|"]
+    rows, last = [], ""
+    for line in lines:
+        name, found = (line.fault, line.found) if line.fault != last else ("", "")
+        instrument = line.instrument if line.caught else f"NOT by {line.instrument}"
+        rows.append(f"| {name} | {found} | {instrument} | {line.evidence} | {line.seconds:.1f} |")
+        last = line.fault
+    return "\n".join([*head, *rows])
+
+
+def inserted(text: str, made: str) -> str:
+    """`text` with `made` between the two markers. Raises ValueError where they are not there."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the text must hold {BEGIN} and then {END}, each once")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Run all planted faults, print the table and write it into the manual."""
+    parser = argparse.ArgumentParser(
+        prog="epsbench faults", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES,
+        description="Plant faults that public code had; say which instrument catches each.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--docs", type=File, default=DOCS if DOCS.is_file() else None, metavar="FILE",
+        help=f"the text to put the table in, between {BEGIN} and {END}; the manual of this checkout, if there is one",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    lines = caught(gallery())
+    made = table(lines)
+    print(made)
+    missed = [line.fault for line in lines if not line.caught]
+    if missed:
+        print(f"not caught: {', '.join(missed)}")
+        return 1
+    if options.docs:
+        options.docs.write_text(inserted(options.docs.read_text(), made))
+    return 0

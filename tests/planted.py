@@ -1,0 +1,649 @@
+"""Methods with a fault planted in one part: wider than the faults that public code had (`harness.verify.faults`)."""
+
+import copy
+import dataclasses
+import math
+
+import torch
+from dp_accounting import GaussianDpEvent, LaplaceDpEvent, NoOpDpEvent, PoissonSampledDpEvent
+
+from harness.dp import (
+    SGD,
+    Fixed,
+    Flat,
+    Gaussian,
+    GroupWise,
+    Method,
+    Path,
+    Poisson,
+    Quantile,
+    Refined,
+    Relation,
+    Release,
+    Shuffle,
+    Tree,
+    Views,
+    Vmap,
+)
+from harness.verify import conformance as checks
+from harness.verify.faults import NotDoubled, TooLow, ViewByView
+
+# --- clipping rules ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Growing(Flat):
+    """Its bound grows from step to step, its declared sensitivity does not."""
+
+    def init(self, layout):
+        return 1.0
+
+    def weights(self, norms, state):
+        return Flat(self.clip * state).weights(norms, None)
+
+    def update(self, state, public):
+        return state * 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(Flat):
+    """Does not clip norms between 30 and 1000."""
+
+    def weights(self, norms, state):
+        return torch.where(
+            (norms > 30) & (norms < 1000), torch.ones_like(norms), super().weights(norms, state)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Huge(Flat):
+    """Does not clip norms above 1e20."""
+
+    def weights(self, norms, state):
+        return torch.where(norms > 1e20, torch.ones_like(norms), super().weights(norms, state))
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepsInfinite(Flat):
+    """Gives a norm that is not a number a weight."""
+
+    def weights(self, norms, state):
+        return (self.clip / norms).clamp(max=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupByGroup(Flat):
+    """Clips each tensor to C and declares C for them all."""
+
+    def groups(self, layout):
+        return {name: i for i, name in enumerate(layout.names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Relative(Flat):
+    """Clips to the mean norm of the batch."""
+
+    def weights(self, norms, state):
+        mean = norms.nan_to_num(0, 0, 0).mean().clamp(max=1.0)
+        return super().weights(norms, state) * mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Coarse(Vmap):
+    """An engine that reads norms too low in float32, as a cancelling sum of squares does, if inputs are sequences."""
+
+    sequences: bool = False
+
+    def bounded(self, loss, clip, model, w, batch, *rest):
+        out = super().bounded(loss, clip, model, w, batch, *rest)
+        if w.flat.dtype == torch.float64 or self.sequences != (batch.x.ndim == 3):
+            return out
+        wide = super().bounded(loss, Flat(2 * clip.clip), model, w, batch, *rest)
+        out.releases["grad"] = out.releases["grad"]._replace(value=wide.releases["grad"].value)
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanNorm(Flat):
+    """A side release whose sensitivity is read off the data."""
+
+    def split(self, sigma):
+        return {"grad": sigma * 2**0.5, "norm": sigma * 2**0.5}
+
+    def side(self, norms, state, relation, sigma):
+        v = norms.nan_to_num(0, 0, 0)
+        largest = float(v.max()) if len(v) else 1.0
+        return {"norm": Release(Tree.of({"n": v.sum().reshape(1)}), largest * relation.moves, sigma * 2**0.5)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbilled(Flat):
+    """Releases with less noise than it plans."""
+
+    def split(self, sigma):
+        return {"grad": sigma, "count": 10.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(Flat):
+    """An honest side release: how many gradients were short."""
+
+    def split(self, sigma):
+        return {"grad": sigma * 2**0.5, "count": sigma * 2**0.5}
+
+    def side(self, norms, state, relation, sigma):
+        count = (norms < 1).sum().reshape(1).to(norms.dtype)
+        return {"count": Release(Tree.of({"count": count}), 1.0 * relation.moves, sigma * 2**0.5)}
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlyIfAny(Counted):
+    """Releases a count only of batches that hold something."""
+
+    def side(self, norms, state, relation, sigma):
+        return super().side(norms, state, relation, sigma) if len(norms) else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Coarsely(Flat):
+    """Gives weights that float32 rounds up by half."""
+
+    def weights(self, norms, state):
+        return (self.clip / norms).clamp(max=1.0).nan_to_num(0.0)
+
+
+# --- groups with scales of their own, adaptive thresholds, views ---
+
+
+@dataclasses.dataclass(frozen=True)
+class SumsOfNorms(Quantile):
+    """Releases sums of norms by the sensitivity of counts."""
+
+    def side(self, norms, state, relation, sigma):
+        counts = super().side(norms, state, relation, sigma)["counts"]
+        sums = (norms * norms.isfinite()).nan_to_num(0, 0, 0).sum(0)
+        return {"counts": counts._replace(value=Tree.of({"counts": sums}))}
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeCounts(Quantile):
+    """Does not take half the batch off: a count moves by 1, and 1/2 is declared."""
+
+    def side(self, norms, state, relation, sigma):
+        counts = super().side(norms, state, relation, sigma)["counts"]
+        return {"counts": counts._replace(value=counts.value + len(norms) / 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class OneCount(Quantile):
+    """Declares the sensitivity of one count for those of all groups."""
+
+    def side(self, norms, state, relation, sigma):
+        counts = super().side(norms, state, relation, sigma)["counts"]
+        return {"counts": counts._replace(sensitivity=relation.moves / 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedCounts(Quantile):
+    """Forgets that replacing an example moves a count by twice as much."""
+
+    def side(self, norms, state, relation, sigma):
+        return super().side(norms, state, Relation.ADD_OR_REMOVE, sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivateMedian(Quantile):
+    """Sets its thresholds to the medians of the private norms."""
+
+    def side(self, norms, state, relation, sigma):
+        out = super().side(norms, state, relation, sigma)
+        if len(norms):
+            state["thresholds"] = tuple(norms.nan_to_num(1, 1, 1).median(0).values.clamp(min=1e-3).tolist())
+        return out
+
+
+LAST: dict[str, float] = {"scale": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivateScale(GroupWise):
+    """Noises each tensor in units of the largest norm in the batch."""
+
+    def weights(self, norms, state):
+        LAST["scale"] = float(norms.nan_to_num(0, 0, 0).max()) + 1e-3
+        return super().weights(norms, state)
+
+    def scale(self, layout, state):
+        return dict.fromkeys(layout.names, LAST["scale"])
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallScale(GroupWise):
+    """Noises one group half as much as the sensitivity supposes."""
+
+    def scale(self, layout, state):
+        scale = dict(super().scale(layout, state))
+        return {name: value / (2 if name == "4.weight" else 1) for name, value in scale.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoScales(GroupWise):
+    """Noises the tensors of one group in different units."""
+
+    def scale(self, layout, state):
+        return {name: 1.0 + i for i, name in enumerate(layout.names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaleless(Gaussian):
+    """Forgets the scales."""
+
+    def add(self, release, rng):
+        return super().add(release._replace(scale=None), rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneScaleShort(Gaussian):
+    """Takes one tensor's scale for half of what it is."""
+
+    def add(self, release, rng):
+        scale = {**release.scale, "1.bias": release.scale["1.bias"] / 2}
+        return super().add(release._replace(scale=scale), rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewsAveragedLate(Vmap):
+    """Clips each view's gradient and averages: within the bound, and not what was asked for."""
+
+    def bounded(self, loss, clip, model, w, batch, *rest):
+        out = ViewByView().bounded(loss, clip, model, w, batch, *rest)
+        grad = out.releases["grad"]
+        out.releases["grad"] = grad._replace(value=grad.value / loss.views)
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Uncut(Vmap):
+    """Leaves the coordinates as they are, whatever the rule's limit."""
+
+    def bounded(self, loss, clip, *rest):
+        return super().bounded(loss, Flat(clip.clip), *rest)
+
+
+# --- noise ---
+
+
+def _noisy(release, z):
+    flat = release.value.flat
+    return release.value.with_flat(flat + release.sigma * release.sensitivity * z.to(flat.dtype))
+
+
+def _normal(release, rng):
+    return rng.normal(len(release.value.flat), torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quiet(Gaussian):
+    """Forgets to scale the noise by the sensitivity."""
+
+    def add(self, release, rng):
+        return super().add(Release(release.value, 1.0, release.sigma), rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare(Gaussian):
+    """Leaves the last tensor without noise and adds a little more to the others."""
+
+    def add(self, release, rng):
+        z, last = _normal(release, rng), math.prod(release.value.layout.shapes[-1])
+        z[-last:] = 0
+        return _noisy(release, z * (len(z) / max(1, len(z) - last)) ** 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uneven(Gaussian):
+    """Adds half the noise to one coordinate."""
+
+    def add(self, release, rng):
+        z = _normal(release, rng)
+        z[5 % len(z)] /= 2
+        return _noisy(release, z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Gaussian):
+    """Noise of the right deviation and the wrong law."""
+
+    def add(self, release, rng):
+        return _noisy(release, (rng.uniform(len(release.value.flat)) - 0.5) * 12**0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired(Gaussian):
+    """Every second coordinate repeats its neighbour's noise."""
+
+    def add(self, release, rng):
+        z = _normal(release, rng)
+        return _noisy(release, z.repeat_interleave(2)[: len(z)])
+
+
+ADDED: list[torch.Tensor] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Cancelling(Gaussian):
+    """Every second step takes away the noise of the one before."""
+
+    def add(self, release, rng):
+        if ADDED:
+            return _noisy(release, -ADDED.pop())
+        ADDED.append(_normal(release, rng))
+        return _noisy(release, ADDED[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Restarting(Gaussian):
+    """The stream starts anew for each release of a step."""
+
+    def add(self, release, rng):
+        return super().add(release, copy.copy(rng))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared(Gaussian):
+    """A small part of the noise is common to all coordinates."""
+
+    def add(self, release, rng):
+        z = _normal(release, rng)
+        return _noisy(release, 0.99**0.5 * z + 0.1 * z.sum() / len(z) ** 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsAlike(Gaussian):
+    """A twentieth of the noise on a class is common to all classes: too little for any two coordinates to tell."""
+
+    def add(self, release, rng):
+        parts = []
+        for _, t in release.value.items():
+            z = rng.normal(t.numel(), torch.float64)
+            if t.ndim == 2:
+                z = 0.95**0.5 * z + 0.05**0.5 * rng.normal(t.shape[1], torch.float64).repeat(t.shape[0])
+            parts.append(z)
+        return _noisy(release, torch.cat(parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Overbilled(Gaussian):
+    """Claims twice the noise that it adds."""
+
+    def event(self, sigmas):
+        return GaussianDpEvent(2 * super().event(sigmas).noise_multiplier)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOfSeveral(Gaussian):
+    """Bills the first release of a step only."""
+
+    def event(self, sigmas):
+        return GaussianDpEvent(next(iter(sigmas)))
+
+
+@dataclasses.dataclass(frozen=True)
+class AsLaplace(Gaussian):
+    """Bills another mechanism."""
+
+    def event(self, sigmas):
+        return LaplaceDpEvent(1.0)
+
+
+# --- samplers ---
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedAsPoisson(Poisson):
+    """Draws batches of one size, and bills Poisson sampling."""
+
+    def draw(self, n, batch, step, seed):
+        return Fixed().draw(n, batch, step, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneBatch(Poisson):
+    """Draws the same batch in every step."""
+
+    def draw(self, n, batch, step, seed):
+        return super().draw(n, batch, 0, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneSeed(Poisson):
+    """Draws the same batches in every run."""
+
+    def draw(self, n, batch, step, seed):
+        return super().draw(n, batch, step, 7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Twice(Poisson):
+    """Draws twice as often as it bills."""
+
+    def draw(self, n, batch, step, seed):
+        return super().draw(n, 2 * batch, step, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Together(Poisson):
+    """Neighbours come together."""
+
+    def draw(self, n, batch, step, seed):
+        half = super().draw(n // 2, batch // 2, step, seed)
+        return torch.cat([2 * half, 2 * half + 1])
+
+
+@dataclasses.dataclass(frozen=True)
+class SometimesFree(Poisson):
+    """Bills one step in four."""
+
+    def wrap(self, event, n, batch, step):
+        return super().wrap(event, n, batch, step) if step % 4 == 0 else NoOpDpEvent()
+
+
+@dataclasses.dataclass(frozen=True)
+class Amplifies(Poisson):
+    """Slips more noise into the event."""
+
+    def wrap(self, event, n, batch, step):
+        return PoissonSampledDpEvent(batch / n, GaussianDpEvent(2 * event.noise_multiplier))
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeats(Fixed):
+    """Draws with replacement, and bills without."""
+
+    def draw(self, n, batch, step, seed):
+        return torch.randint(n, (batch,), generator=torch.Generator().manual_seed(seed + step))
+
+
+@dataclasses.dataclass(frozen=True)
+class NeverShuffles(Fixed):
+    """Cycles through the data in one order, and bills fresh subsets."""
+
+    def draw(self, n, batch, step, seed):
+        return (torch.arange(batch) + step * batch) % n
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfEpochs(Shuffle):
+    """Shuffles afresh in mid-epoch, and bills epochs."""
+
+    def draw(self, n, batch, step, seed):
+        return super().draw(n, batch, 2 * step, seed)
+
+
+# --- the rest ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift(Path):
+    """Moves the weights by itself."""
+
+    def base(self, w, state, rng):
+        return w * 1.001
+
+
+@dataclasses.dataclass(frozen=True)
+class Discount(Path):
+    """Bills a tenth."""
+
+    def amend(self, event):
+        return GaussianDpEvent(10 * event.noise_multiplier) if isinstance(event, GaussianDpEvent) else event
+
+
+KEPT: list[Tree] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaky(Vmap):
+    """Keeps the private sum."""
+
+    def bounded(self, *args):
+        out = super().bounded(*args)
+        KEPT[:] = [out.releases["grad"].value.clone()]
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Uses(SGD):
+    """Steps along what `Leaky` kept."""
+
+    def update(self, g, state, w):
+        return w - self.lr * (g * 0.001 + KEPT[0] / 16), None
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembers(SGD):
+    """Leaves the weights alone and keeps the private sum in its state."""
+
+    def update(self, g, state, w):
+        return super().update(g, None, w)[0], KEPT[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Borrows(Vmap):
+    """Keeps the private sum itself, not a copy."""
+
+    def bounded(self, *args):
+        out = super().bounded(*args)
+        KEPT[:] = [out.releases["grad"].value]
+        return out
+
+
+CALLS = [0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Warming(SGD):
+    """Counts its steps outside its state: a run that is continued starts anew."""
+
+    def init(self, w, steps):
+        CALLS[0] = 0
+        return super().init(w, steps)
+
+    def update(self, g, state, w):
+        CALLS[0] += 1
+        return super().update(g * (1 / CALLS[0]), state, w)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByThreads(Vmap):
+    """A sum for each thread, and one of them forgotten."""
+
+    def bounded(self, *args):
+        out = super().bounded(*args)
+        grad = out.releases["grad"]
+        out.releases["grad"] = grad._replace(value=grad.value * (1 / torch.get_num_threads()))
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmarked(Vmap):
+    """Its microbatch is a part of what a run is."""
+
+    microbatch: int | None = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeNumbers(Flat):
+    """Takes the next whole number for a multiplier: more noise than was asked for."""
+
+    def split(self, sigma):
+        return {"grad": float(math.ceil(sigma))}
+
+
+FAULTS = [
+    (Method(clip=TooLow(0.3)), checks.within_sensitivity),
+    (Method(clip=TooLow(0.3)), checks.clip_rule),
+    (Method(clip=NotDoubled(), sampler=Fixed()), checks.replaced),
+    (Method(clip=NotDoubled()), checks.clip_rule),
+    (Method(clip=Growing()), checks.within_sensitivity_later),
+    (Method(clip=Growing()), checks.clip_rule),
+    (Method(clip=Window()), checks.clip_rule),
+    (Method(clip=Huge()), checks.clip_rule),
+    (Method(clip=KeepsInfinite()), checks.clip_rule),
+    (Method(clip=GroupByGroup()), checks.clip_rule),
+    (Method(clip=Relative()), checks.clip_rule),
+    (Method(engine=Coarse(), clip=Flat(0.1)), checks.within_sensitivity_float32),
+    (Method(engine=Coarse(sequences=True)), checks.within_sensitivity_sequence),
+    (Method(clip=MeanNorm()), checks.within_sensitivity),
+    (Method(clip=MeanNorm()), checks.twins),
+    (Method(engine=Leaky(), optimizer=Uses()), checks.twins),
+    (Method(engine=Leaky(), optimizer=Remembers()), checks.twins),
+    (Method(clip=OnlyIfAny()), checks.empty_step),
+    (Method(clip=Coarsely(1e-8)), checks.clip_rule),
+    (Method(clip=SumsOfNorms()), checks.within_sensitivity),
+    (Method(clip=SumsOfNorms()), checks.clip_rule),
+    (Method(clip=WholeCounts()), checks.clip_rule),
+    (Method(clip=OneCount()), checks.clip_rule),
+    (Method(clip=AddedCounts()), checks.clip_rule),
+    (Method(clip=AddedCounts(), sampler=Fixed()), checks.replaced),
+    (Method(clip=PrivateMedian()), checks.twins),
+    (Method(clip=PrivateScale()), checks.within_sensitivity),
+    (Method(clip=SmallScale(allocation="equal")), checks.clip_rule),
+    (Method(clip=SmallScale(0.01, allocation="equal")), checks.within_sensitivity_later),
+    (Method(clip=TwoScales(by="flat")), checks.clip_rule),
+    (Method(clip=GroupWise(allocation="dimension"), noise=Scaleless()), checks.noised),
+    (Method(clip=GroupWise(allocation="optimal"), noise=OneScaleShort()), checks.noised),
+    (Method(loss=Views(views=3, pad=1), engine=ViewsAveragedLate(), clip=Flat(0.1)), checks.equals_loop),
+    (Method(clip=Refined(0.1, share=0.1), engine=Uncut()), checks.equals_loop),
+    (Method(clip=Flat(0.1), noise=Quiet()), checks.noised),
+    (Method(noise=Bare()), checks.noised),
+    (Method(noise=Uneven()), checks.noised),
+    (Method(noise=Uniform()), checks.noised),
+    (Method(noise=Paired()), checks.independent),
+    (Method(noise=Cancelling()), checks.independent),
+    (Method(noise=Shared()), checks.independent),
+    (Method(noise=RowsAlike()), checks.independent),
+    (Method(noise=Restarting(), clip=Counted()), checks.independent),
+    (Method(clip=Flat(2.0), noise=Quiet()), checks.noise_billed),
+    (Method(noise=Overbilled()), checks.noise_billed),
+    (Method(noise=OneOfSeveral()), checks.noise_billed),
+    (Method(noise=AsLaplace()), checks.noise_billed),
+    (Method(path=Discount()), checks.amended),
+    (Method(sampler=FixedAsPoisson()), checks.sampled),
+    (Method(sampler=OneBatch()), checks.sampled),
+    (Method(sampler=OneSeed()), checks.sampled),
+    (Method(sampler=Twice()), checks.sampled),
+    (Method(sampler=Together()), checks.sampled),
+    (Method(sampler=SometimesFree()), checks.sampled),
+    (Method(sampler=Amplifies()), checks.sampled),
+    (Method(sampler=Repeats()), checks.sampled),
+    (Method(sampler=NeverShuffles()), checks.sampled),
+    (Method(sampler=HalfEpochs()), checks.sampled),
+    (Method(path=Drift()), checks.still),
+    (Method(engine=Borrows(), optimizer=Uses()), checks.poisoned),
+    (Method(optimizer=Warming()), checks.resumed),
+    (Method(engine=ByThreads()), checks.thread_free),
+    (Method(engine=Unmarked()), checks.identified),
+    (Method(clip=WholeNumbers()), checks.calibrated),
+    (Method(clip=Unbilled()), checks.billed),
+]
