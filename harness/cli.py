@@ -1,4 +1,4 @@
-"""The command ``epsbench``: ls, check, plan, run, status, show, merge, report, track, bench,
+"""The command ``epsbench``: ls, check, plan, run, status, show, compare, pack, merge, report, track, bench,
 claims, audit.
 
 Only the verb that is asked for imports what it needs: ``ls`` and ``--help`` answer without torch. What a
@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _claims(given[1:])
         if given[:1] == ["audit"]:
             return _audit(given[1:])
+        if given[:1] == ["faults"]:
+            return _faults(given[1:])
         options = _parser().parse_args(given)
         options.command = ["epsbench", *given]
         code: int = options.verb(options)
@@ -141,16 +143,25 @@ def _parser() -> argparse.ArgumentParser:
         epsbench ls
         epsbench ls methods                 with paper, family, parameters and defaults
         epsbench ls methods --method my.py  with those of a file of yours
+        epsbench ls parts                   what a suite may give a method in the place of its own
         """)  # fmt: skip
-    ls.add_argument("what", nargs="?", choices=(*_KINDS, "suites"), metavar="methods|datasets|models|suites")
+    ls.add_argument(
+        "what",
+        nargs="?",
+        choices=(*_KINDS, "suites", "parts"),
+        metavar="methods|datasets|models|suites|parts",
+    )
     _method_option(ls)
 
     check = verb("check", _check, "Check a suite for all errors at once, or what a method promises.", """
         epsbench check suites/core.toml    all that is wrong with it, each with its line
         epsbench check dp-sgd              sensitivity, ledger, microbatches, resuming, ...
         epsbench check my.py               the same for each method of a file of yours
+        epsbench check methods/*.py        and of several files
+        epsbench check dp-sgd --repeat 20  the statistical checks alone, with fresh seeds: any false alarm?
         """)  # fmt: skip
-    check.add_argument("subject", metavar="SUITE.toml|METHOD|METHOD.py")
+    check.add_argument("subjects", metavar="SUITE|METHOD|METHOD.py", nargs="+")
+    check.add_argument("--repeat", type=int, metavar="N", help="the statistical checks of a method, N times")
     _reduced_option(check)
     _method_option(check)
 
@@ -203,14 +214,52 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="print the record as it is")
     _results_option(show)
 
+    compare = verb("compare", _compare, "Compare two methods, or two results folders, paired by seed.", """
+        epsbench compare dp-sgd dp-adam                       two methods, on every task and epsilon they share
+        epsbench compare dp-sgd dp-adam --suite core --by task
+        epsbench compare before/results after/results --threshold 0.01    fails where a cell lost over a point
+        epsbench compare before after --metric examples_per_second --threshold 0.05
+        """)  # fmt: skip
+    compare.add_argument("a", metavar="A", help="a method's label, title or group; or a results folder")
+    compare.add_argument("b", metavar="B", help="what is compared with it, of the same kind")
+    compare.add_argument(
+        "--metric", default="accuracy", choices=("accuracy", "examples_per_second", "peak_memory_mib"),
+        help="what is compared (default: accuracy); the last two as ratios, within one device",
+    )  # fmt: skip
+    compare.add_argument(
+        "--by", default="setting", choices=("setting", "method", "task", "epsilon", "suite", "all"),
+        help="what a line is; more than a setting is the mean over settings, seed by seed",
+    )  # fmt: skip
+    compare.add_argument(
+        "--threshold", type=float, default=0.0, metavar="X",
+        help="a loss that is borne, as a fraction: 0.01 is one point of accuracy, or 1 %% of speed or memory",
+    )  # fmt: skip
+    compare.add_argument("--suite", metavar="NAME", help="only the records of this suite")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write the comparison as JSON")
+    compare.add_argument("--markdown", type=Path, metavar="FILE", help="write it as a page of Markdown")
+    _results_option(compare)
+
+    pack = verb("pack", _pack, "Pack records into one file that another laboratory can merge.", """
+        epsbench pack core                  the records of a suite, as core.zip
+        epsbench pack results -o all.zip    those of a folder
+        """)  # fmt: skip
+    pack.add_argument("subject", metavar="SUITE|DIR", help="a suite's name or TOML file, or a results folder")
+    pack.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="where to write it (default: NAME.zip)"
+    )
+    _results_option(pack)
+
     merge = verb("merge", _merge, "Add the records of other results folders. Nothing is overwritten.", """
         epsbench merge ../other-machine/results
         epsbench merge a/results b/results --results all
+        epsbench merge core.zip             a bundle of epsbench pack, which is checked first
         """)  # fmt: skip
     merge.add_argument(
-        "sources", nargs="+", metavar="DIR", type=Path, help="folders that hold <suite>/<id>/record.json"
-    )
+        "sources", nargs="+", metavar="DIR|BUNDLE", type=Path,
+        help="folders that hold <suite>/<id>/record.json, or bundles",
+    )  # fmt: skip
     _results_option(merge)
+    _method_option(merge)
 
     report = verb("report", _report, "Write leaderboards from records: HTML, Markdown, CSV and figures.", """
         epsbench report                     every suite that has results
@@ -243,9 +292,13 @@ def _parser() -> argparse.ArgumentParser:
         epsbench claims
         epsbench claims modelmix-cifar10
         """)  # fmt: skip
-    verb("audit", lambda options: OK, "Bound a method's epsilon from below, by attacking it with canaries.", """
+    verb("audit", lambda options: OK, "Bound a method's epsilon from below, by attacking it; record it.", """
         epsbench audit dp-sgd
-        epsbench audit dp-sgd --epsilon 1 8
+        epsbench audit dp-sgd dp-adam --epsilon 1 8
+        epsbench audit dp-sgd --membership            who was in the training data?
+        """)  # fmt: skip
+    verb("faults", lambda options: OK, "Plant faults that public code had; say which instrument catches each.", """
+        epsbench faults
         """)  # fmt: skip
     return parser
 
@@ -257,12 +310,15 @@ _VERBS = (
     "run",
     "status",
     "show",
+    "compare",
+    "pack",
     "merge",
     "report",
     "track",
     "bench",
     "claims",
     "audit",
+    "faults",
 )
 _KINDS = {"methods": "method", "datasets": "dataset", "models": "model"}
 
@@ -360,6 +416,8 @@ def _ls(options: argparse.Namespace) -> int:
     from harness import registry
 
     _add_files(options.method)
+    if options.what == "parts":
+        return _ls_parts()
     kinds = [options.what] if options.what else [*_KINDS, "suites"]
     for kind in kinds:
         if len(kinds) > 1:
@@ -372,6 +430,17 @@ def _ls(options: argparse.Namespace) -> int:
                 print(f"  ! {broken}")
         if len(kinds) > 1:
             print()
+    return OK
+
+
+def _ls_parts() -> int:
+    """The parts that a suite may give a method, slot by slot."""
+    from harness import parts
+
+    for slot in parts.SLOTS:
+        print(f'{slot}: with = {{ {slot} = "NAME?OPTION=VALUE" }} under [[method]]')
+        _ls_entries(list(parts.entries(slot).values()), detail=True)
+        print()
     return OK
 
 
@@ -421,7 +490,19 @@ def _suite_rows() -> list[list[str]]:
 
 
 def _check(options: argparse.Namespace) -> int:
-    if options.subject.endswith(".toml"):
+    subjects = [s for s in options.subjects if Path(s).name != "__init__.py"] or options.subjects
+    codes = []
+    for subject in subjects:
+        if len(subjects) > 1:
+            print(f"{subject}:", flush=True)
+        codes.append(_checked(argparse.Namespace(**vars(options), subject=subject)))
+    return max(codes)
+
+
+def _checked(options: argparse.Namespace) -> int:
+    if options.subject.endswith(".toml") or _is_suite(options.subject):
+        if options.repeat:
+            raise UserError(f"--repeat: {options.subject} is a suite; it is for methods.")
         file = _find(options.subject)
         if _kind(file) == "claims":
             from harness.verify import claims
@@ -452,13 +533,21 @@ def _check(options: argparse.Namespace) -> int:
         registry.resolve("method", options.subject)
     from harness import verify
 
-    verdict = verify.check(options.subject)
+    again = options.repeat
+    verdict = verify.repeated(options.subject, again) if again else verify.check(options.subject)
     if not verdict:
         raise UserError(
             f"{options.subject}: holds no method; mark a function that returns a Method with @method."
         )
     print(_table([["ok" if ok else "FAILED", name, detail] for name, ok, detail in verdict]))
     return OK if all(ok for _, ok, _ in verdict) else FAILED
+
+
+def _is_suite(name: str) -> bool:
+    """Whether a bare name is that of a suite under suites/ and of no method."""
+    from harness import registry
+
+    return (Path("suites") / f"{name}.toml").is_file() and name not in registry.index("method")
 
 
 # Suites and their cells -----------------------------------------------------------------------------------
@@ -496,7 +585,10 @@ def _load(options: argparse.Namespace) -> Suite:
 
 def _again(options: argparse.Namespace, verb: str) -> str:
     """The command that does something else with the same suite."""
-    return f"epsbench {verb} {options.suite}" + (" --reduced" if options.reduced else "")
+    words = ["epsbench", verb, str(options.suite), *(["--reduced"] if options.reduced else [])]
+    words += [word for file in options.method for word in ("--method", file)]
+    words += [] if options.results == Path("results") else ["--results", str(options.results)]
+    return shlex.join(words)
 
 
 def _need_suite(options: argparse.Namespace) -> None:
@@ -693,6 +785,13 @@ def _status(options: argparse.Namespace) -> int:
     _need_suite(options)
     if options.suite is None:
         return _status_of_all(options.results)
+    there = (Path("suites") / f"{options.suite}.toml").is_file()
+    if re.fullmatch("[a-z0-9-]+", options.suite) and not there and not options.reduced:
+        file, options.reduced = _suite_file(options.suite)
+        if file is None and (options.results / options.suite).is_dir():
+            print(f"{options.suite}: there is no such suite here, so only its records are counted")
+            return _status_of_all(options.results, options.suite)
+        options.suite = str(file or options.suite)
     suite = _load(options)
     cells = suite.cells()
     selection = launch.select(cells, options.results, suite.name, codes=_codes(cells))
@@ -718,10 +817,10 @@ def _status(options: argparse.Namespace) -> int:
     return FAILED if selection.failed else OK
 
 
-def _status_of_all(results: Path) -> int:
+def _status_of_all(results: Path, suite: str | None = None) -> int:
     from harness import store
 
-    records = store.load(results)
+    records = store.load(results, suite)
     counted: dict[str, list[str]] = {}
     for record in store.current(records):
         counted.setdefault(record["suite"], []).append(record["status"])
@@ -876,7 +975,12 @@ def _show(options: argparse.Namespace) -> int:
 
     row("status", record["status"], record.get("reason"))
     row("record", record["path"])
-    row("method", f"{cell['method']['name']}({pairs(cell['method'].get('parameters'), 6)})")
+    method, given = cell["method"], cell["method"].get("with") or {}
+    own = {name: value for name, value in (method.get("parameters") or {}).items() if name not in given}
+    row("method", f"{method['name']}({pairs(own, 6)})")
+    if given:  # a parameter of the same name was for the part that this one replaces
+        row("with", *(f"{slot}: {spec}" for slot, spec in given.items()))
+    row("parts", *(f"{slot} {_part(part)}" for slot, part in (method.get("parts") or {}).items()))
     row("card", *(record.get("card") or {}).values())
     row("task", task["name"], f"data {task.get('digest')}", f"evaluated on {task.get('evaluate')}")
     row("schedule", pairs(cell["schedule"], 8), cell["numerics"].get("dtype"), f"seed {cell['seed']}")
@@ -894,11 +998,8 @@ def _show(options: argparse.Namespace) -> int:
     row("planned", pairs(privacy.get("planned")))
     row("spent", pairs(privacy.get("spent")), privacy.get("accountant") and f"{privacy['accountant']} ranks")
     claim = privacy.get("claimed") or {}
-    row(
-        "claimed",
-        pairs({"epsilon": claim.get("epsilon")} if claim else None),
-        "; ".join(claim.get("failed", ())),
-    )
+    row("claimed", pairs({"epsilon": claim.get("epsilon")} if claim else None), claim.get("source"))
+    rows += [["", line] for line in _assumptions(claim)]
     row("metrics", pairs(record["metrics"]))
     row(
         "speed",
@@ -925,6 +1026,27 @@ def _show(options: argparse.Namespace) -> int:
     for line in _recipe(record):
         print(f"  {line}")
     return OK
+
+
+def _part(part: Any) -> str:
+    """A part of a method as it would be written, with the fields that are set: ``SGD(lr=0.5)``."""
+    if not isinstance(part, dict):
+        return str(part)
+    inner = ((name, _part(value)) for name, value in part.items() if name != "type" and value is not None)
+    return f"{part.get('type', '')}({', '.join(f'{name}={value}' for name, value in inner)})"
+
+
+def _assumptions(claim: Mapping[str, Any]) -> list[str]:
+    """What a claim rests on, one line each: what holds, what fails and why, what a run cannot decide."""
+    found = [one for one in claim.get("assumptions") or () if isinstance(one, dict)]
+    if not found:
+        return [f"fails: {text}" for text in claim.get("failed", ())]
+    lines = []
+    for one in found:
+        holds = one.get("holds")
+        word = ("holds" if holds else "fails") if isinstance(holds, bool) else "not checked"
+        lines.append(f"{word}: {one.get('text')}" + (f" ({one['why']})" if one.get("why") else ""))
+    return lines
 
 
 def _shown(value: Any, digits: int) -> str:
@@ -979,33 +1101,163 @@ def _recipe(record: store.Record) -> list[str]:
     known = record["cell"]["method"]["name"] in registry.index("method")
     words = ["epsbench", "run", str(file) if file else "SUITE.toml", *(["--reduced"] if reduced else [])]
     words += ["--only", record["id"]]
-    words += ["--results", "again", "--no-track", *([] if known else ["--method", "FILE.py"])]
+    words += ["--results", "again", "--no-track"]
+    if not known:  # files outside the packages are known by their bare names
+        files = [name for name in record["code"].get("files") or {} if "/" not in name] or ["FILE.py"]
+        words += [word for name in files for word in ("--method", name)]
     own = "" if file and known else "    # with the files of your own that it was run from"
     lines.append(f"{shlex.join(words)}{own}")
     return lines
 
 
 def _suite_file(name: str) -> tuple[Path | None, bool]:
-    """The file of a suite by the name in its records, and whether they are of its reduced profile."""
-    file = Path("suites") / f"{name}.toml"
-    if file.is_file():
-        return file, False
-    full = file.with_stem(name.removesuffix("-reduced"))
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if "reduced" in tomllib.loads(full.read_text("utf-8")):
-            return full, True
+    """The file of a suite by the name in its records, and whether they are of its reduced profile.
+
+    It is the one under suites/ or in the working directory that is called so, or whose suite is.
+    """
+    files = [
+        Path("suites") / f"{name}.toml",
+        *sorted(Path("suites").glob("*.toml")),
+        *sorted(Path().glob("*.toml")),
+    ]
+    if files[0].is_file():
+        return files[0], False
+    for full, reduced in ((name, False), (name.removesuffix("-reduced"), True)):
+        for file in files[1:]:
+            with contextlib.suppress(
+                OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError
+            ):
+                tables = tomllib.loads(file.read_text("utf-8"))
+                called = tables["suite"].get("name", file.stem)
+                if called == full and (not reduced or (full != name and "reduced" in tables)):
+                    return file, reduced
     return None, False
 
 
-def _merge(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace) -> int:
+    from harness.report import compare
+
+    places = [Path(one) for one in (options.a, options.b)]
+    there = [place.is_dir() for place in places]
+    if there[0] != there[1]:
+        place, other = (options.a, options.b) if there[0] else (options.b, options.a)
+        raise UserError(f"{place} is a folder and {other} is none; name two methods or two results folders.")
+    how = {"metric": options.metric, "by": options.by, "threshold": options.threshold}
+    try:
+        if all(there):
+            before, after = (_compared(*_results_in(place, options.suite)) for place in places)
+            made = compare.folders(before, after, options.a, options.b, **how)
+        else:
+            records = _compared(options.results, options.suite)
+            made = compare.methods(records, options.a, options.b, **how)
+    except compare.CompareError as error:
+        raise UserError(str(error)) from error
+    print(made.terminal())
+    for file, text in (
+        (options.json, json.dumps(made.json(), indent=1) + "\n"),
+        (options.markdown, made.markdown()),
+    ):
+        if file is not None:
+            file.write_text(text, encoding="utf-8")
+    return FAILED if made.regressions else OK
+
+
+def _compared(results: Path, suite: str | None) -> list[store.Record]:
+    """The record of each cell that counts; says which files could not be used."""
     from harness import store
 
-    result = store.merge(options.sources, options.results)
+    records = store.load(results, suite)
+    _say_broken(records.broken)
+    if not records:
+        where = results / suite if suite else results
+        raise UserError(f"{where}: holds no records to compare; epsbench run SUITE makes some.")
+    return store.current(records)
+
+
+def _results_in(folder: Path, suite: str | None = None) -> tuple[Path, str | None]:
+    """The results folder and the suite that a folder is: one of suites, or a suite's own inside it."""
+    if any(folder.glob("*/record.json")):
+        named = folder if folder.name not in ("", "..") else folder.resolve()
+        return named.parent, named.name
+    return folder, suite
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from harness import pack
+
+    folder = Path(options.subject)
+    if folder.is_dir():
+        results, name = _results_in(folder)
+    else:
+        results, name = options.results, options.subject
+        if not re.fullmatch(r"[a-z0-9-]+", name) or not (results / name).is_dir():
+            name = _name_in(_find(options.subject))
+    file = options.output or Path(f"{name or folder.absolute().name}.zip")
+    made = pack.pack(results, file, name)
+    for one in made.left_out:
+        print(f"  left out: {one}")
+    print(f"{len(made.records)} records in {made.path}\nSHA-256 {made.sha256}")
+    return FAILED if made.left_out else OK
+
+
+def _name_in(file: Path) -> str:
+    """The name that a suite's file gives it; that of the file where it gives none."""
+    try:
+        return str(tomllib.loads(file.read_text("utf-8"))["suite"]["name"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return file.stem
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from harness import pack
+
+    _add_files(options.method)
+    result = pack.merge(options.sources, options.results)
     print(f"{len(result.added)} records added to {options.results}, {len(result.same)} were there already")
     for title, ones in (("conflict", result.conflicts), ("refused", result.refused)):
         for one in ones:
             print(f"  {title}: {one}")
+    if result.added:
+        _say_ineligible(result.added, options.results)
     return FAILED if result.conflicts or result.refused else OK
+
+
+def _say_ineligible(added: Sequence[str], results: Path) -> None:
+    """Which of the records that were added cannot be ranked, and why."""
+    from harness import pack, store
+
+    suites = sorted({where.partition("/")[0] for where in added})
+    records = [record for suite in suites for record in store.load(results, suite)]
+    new = {str(results / where / "record.json") for where in added}
+    reasons = dict(pack.ineligible(records, _codes_of(r for r in records if r["path"] in new)))
+    found: dict[str, list[str]] = {}
+    for where in sorted(added):
+        if where in reasons:
+            found.setdefault(reasons[where], []).append(where)
+    if found:
+        print(f"{sum(map(len, found.values()))} of them cannot be ranked as they are:")
+    for why, places in sorted(found.items()):
+        more = f" and {len(places) - 5} more" if len(places) > 5 else ""
+        print(f"  {store.Broken(Path(why), ', '.join(places[:5]))}{more}")
+
+
+def _codes_of(records: Iterable[store.Record]) -> dict[str, Mapping[str, Any] | str]:
+    """Today's code of each record's cell by id, or why it cannot be known."""
+    from harness import store
+
+    found: dict[str, Mapping[str, Any] | str] = {}
+    known: dict[str, Mapping[str, Any] | str] = {}
+    for record in records:
+        cell = store.cell_of(record)
+        key = json.dumps([cell.method, cell.parameters, cell.changes, cell.task.get("architecture")])
+        if key not in known:
+            try:
+                known[key] = next(iter(_codes([cell]).values()))
+            except Exception as error:  # a record from elsewhere may name anything, built by any code
+                line = (str(error).splitlines() or [""])[0][:200]
+                known[key] = f"its method cannot be built here: {line or type(error).__name__}"
+        found[record["id"]] = known[key]
+    return found
 
 
 # report, track, bench -------------------------------------------------------------------------------------
@@ -1077,7 +1329,7 @@ def _write_report(
         records,
         quarantine=found.broken,
         published=[row.model_dump() for row in suite.published],
-        tuning=suite.tuning.model_dump() if suite.tuning else None,
+        tuning=suite.tuning.model_dump(exclude_unset=True) if suite.tuning else None,
         reduced=suite.reduced,
     )
 
@@ -1090,13 +1342,19 @@ def _build(
     quarantine: Sequence[store.Broken],
     **more: Any,
 ) -> None:
-    from harness import report
+    from harness import audits, report
+    from harness.report import sources
 
     _say_broken(quarantine)
     more["quarantine"] = [(str(one.path), one.reason) for one in quarantine]
+    records = list(records)
+    methods = [one["cell"]["method"] for one in records]
+    more["sources"] = sources.describe(methods)
+    more["audits"] = audits.latest(audits.load(options.results / audits.FOLDER))
 
     placed = [{**one, "path": str(Path(one["path"]).relative_to(options.results))} for one in records]
     made = report.build(name, question, placed, options.reports, results=options.results, **more)
+    report.overview(options.reports)
     print(f"\n{made.top.rstrip()}\n\nleaderboard: {made.index}")
 
 
@@ -1124,6 +1382,12 @@ def _audit(arguments: Sequence[str]) -> int:
     from harness.verify import audit
 
     return audit.main(arguments)
+
+
+def _faults(arguments: Sequence[str]) -> int:
+    from harness.verify import faults
+
+    return faults.main(arguments)
 
 
 def _bench(arguments: Sequence[str]) -> int:

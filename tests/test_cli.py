@@ -252,7 +252,8 @@ def test_failures_end_with_exit_code_1_and_stale_ones_are_listed(
     for number, cell in enumerate(cells):
         record = {
             "schema": 1, "id": cell.id, "group": cell.group, "suite": "tiny", "reason": "for the test",
-            "status": "crashed" if number == 0 else "ok", "cell": cell.canonical(), "privacy": {}, "metrics": {},
+            "status": "crashed" if number == 0 else "ok", "cell": cell.canonical(), "metrics": {},
+            "privacy": {"relation": "add-or-remove", "sampling": "Poisson, q = 0.1"},
             "measured": {}, "code": {"hash": "0" * 12}, "device": {},
         }  # fmt: skip
         store.write_record(home / "results" / "tiny" / cell.id, record)
