@@ -19,7 +19,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness.report import Report, board, build, figures, html, text, top_rows
+from harness.report import (
+    board,
+    build,
+    drawings,
+    figures,
+    html,
+    overview,
+    plot,
+    rows,
+    sources,
+    text,
+    top_rows,
+)
+from harness.report import pages as below
 from harness.report.read import visible
 from harness.report.statistics import Entrant, mean_interval, paired_interval, rank
 from harness.report.tables import Board, Table, epsilon, place
@@ -191,9 +204,13 @@ def make(records: list[dict[str, Any]], **options: Any) -> Board:
     return board("core", QUESTION, records, **options)
 
 
-def pages(model: Board) -> dict[str, str]:
-    """Everything but the figures."""
-    return {"html": html.page(model, {}), "md": text.markdown(model), "csv": text.table_csv(model),
+def pages(model: Board, audits: list[dict[str, Any]] | None = None) -> dict[str, str]:
+    """Everything but the figures' files; the rows' pages and the methods' cards each as one text."""
+    places, known = html.Places(model), rows.audits(audits or [])
+    return {"html": html.page(model, places, known=known),
+            "runs": "\n".join(below.run_pages(model, places, known).values()),
+            "cards": "\n".join(below.cards(model, places, known=known).values()),
+            "md": text.markdown(model), "csv": text.table_csv(model),
             "published": text.published_csv(model), "txt": text.top_rows(model)}  # fmt: skip
 
 
@@ -280,15 +297,13 @@ def test_the_page_says_what_happened() -> None:
     for kind in ("html", "md"):
         page = shown[kind]
         for words in ("∞", "the loss is not finite at step 118", "engine ghost has no group-wise clipping",
-                      "validation split", "nothing here runs dp-sat", "6 settings a method", "stale"):  # fmt: skip
+                      "validation split", "nothing here runs dp-sat", "6 settings a method"):  # fmt: skip
             assert words in page, (kind, words)
-    page = shown["html"]
+    page = shown["runs"]
     one = fixture_records()[0]["id"]
-    assert f'href="../../results/core/{one}/record.json"' in html.page(
-        make(fixture_records()), {}, here=Path("reports/core"), results=Path("results")
-    )
+    assert f'href="../../../results/core/{one}/record.json"' in page
     assert f"epsbench show {one}" in page and f"epsbench run suites/core.toml --only {one}" in page
-    assert f"tags.&#34;epsbench.id&#34; = &#39;{one}&#39;" in page
+    assert f"tags.&#34;epsbench.id&#34; = &#39;{one}&#39;" in page and ">stale<" in page
     rows = list(csv.DictReader(io.StringIO(shown["csv"])))
     sgd = next(r for r in rows if (r["label"], r["target_epsilon"], r["split"]) == ("dp-sgd", "3.0", "test"))
     assert 0 < float(sgd["accuracy_low"]) < float(sgd["accuracy_mean"]) < float(sgd["accuracy_high"]) < 1
@@ -377,7 +392,7 @@ def test_a_reduced_run_says_so_everywhere() -> None:
         assert all(
             "digits/mlp (reduced)" in shown[kind] for kind in ("html", "md", "csv", "published", "txt")
         )
-        assert f"epsbench run suites/mine.toml --reduced --only {records[0]['id']}" in shown["html"]
+        assert f"epsbench run suites/mine.toml --reduced --only {records[0]['id']}" in shown["runs"]
     assert "Profile" not in dict(make(records).facts)
 
 
@@ -410,8 +425,8 @@ def test_figures_show_what_the_tables_hold() -> None:
 # ------------------------------------------------------------ files
 
 
-def files(report: Report) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in report.paths}
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
@@ -434,7 +449,8 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "TZ": "Asia/Tokyo"},
     )
     assert first.written
-    assert files(first) == {p.name: (there / "reports" / "core" / p.name).read_bytes() for p in first.paths}
+    assert files(first.folder) == files(there / "reports" / "core")
+    assert {p.name for p in first.paths} <= files(first.folder).keys()
 
     page = first.index.stat()
     again = build(
@@ -442,6 +458,8 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     )
     assert not again.written and again.top == first.top and first.index.stat().st_mtime_ns == page.st_mtime_ns
     (first.folder / "leaderboard.csv").unlink()  # a report that is not whole is made again
+    assert build("core", QUESTION, fixture_records(), tmp_path / "here" / "reports", **options).written
+    (first.folder / "runs" / f"{fixture_records()[0]['group']}.html").unlink()
     assert build("core", QUESTION, fixture_records(), tmp_path / "here" / "reports", **options).written
     assert build("core", QUESTION, fixture_records()[1:], tmp_path / "here" / "reports", **options).written
 
@@ -451,12 +469,16 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
                 scripts.append(tag)
             for name, value in attributes:
                 assert name not in ("src", "srcset", "data", "poster", "action"), (tag, name, value)
-                assert tag == "a" or name != "href" or (value or "").startswith("#"), (tag, name, value)
+                assert tag == "a" or name != "href" or value == "data:,", (tag, name, value)
 
     scripts: list[str] = []
+    for path in sorted(first.folder.rglob("*/*.html")):
+        Resources().feed(path.read_text("utf-8"))
+    scripts.clear()
     Resources().feed(first.index.read_text("utf-8"))
-    assert scripts == ["script"]
-    assert not re.search(r"url\((?!#)|@import", first.index.read_text("utf-8"))
+    assert scripts == ["script", "script"]  # the page's own, and its data
+    for path in first.folder.rglob("*.html"):
+        assert not re.search(r"url\((?!#)|@import", path.read_text("utf-8")), path
 
 
 def test_suite_name_must_name_a_folder(tmp_path: Path) -> None:
@@ -493,7 +515,8 @@ def hostile(name: str) -> list[dict[str, Any]]:
     for r in evil:
         r["card"] = {"paper": name, "family": name, "summary": name}
         r["privacy"] |= {"sampling": name, "public_data": name, "claimed": {"epsilon": 1.0, name: name}}
-        r["device"]["name"] = r["environment"]["torch"] = r["code"]["commit"] = r["path"] = name
+        r["device"]["name"] = r["environment"]["torch"] = r["code"]["commit"] = name
+        r["path"] = f"core/{name}/record.json"
         r["cell"]["method"]["parts"] = {name: {"type": name, name: name}}
     evil[0]["id"] = evil[0]["group"] = name
     return records + evil
@@ -519,15 +542,21 @@ def test_hostile_text_is_shown_as_text(name: str) -> None:
     page.feed(shown["html"])
     other.feed(pages(plain)["html"])
     assert visible(name) in " ".join("".join(page.words).split())
-    assert page.tags.count("script") == 1 and not {"img", "iframe", "object"} & set(page.tags)
+    assert page.tags.count("script") == 2 and not {"img", "iframe", "object"} & set(page.tags)
     assert page.tags.count("svg") == other.tags.count("svg")
+    assert visible(name) in {line["method"] for line in lines(model)}
+    for kind in ("runs", "cards"):
+        page, other = Texts(), Texts()
+        page.feed(shown[kind])
+        other.feed(pages(plain)[kind])
+        assert sorted(page.tags) == sorted(other.tags), "a name has become markup"
     for kind, content in shown.items():
         content.encode("utf-8")  # no half surrogates
         assert not re.search(r"[\u202a-\u202e\u2066-\u2069\u200e\u200f\x1b\x00]", content), kind
     assert not re.search(r"<(?!\!doctype)[a-z]", re.sub(r"!\[[^]]*\]\([^)]*\)", "", shown["md"]))
     for line in shown["md"].splitlines():
         if line.startswith("|"):
-            assert len(re.findall(r"(?<!\\)\|", line)) in (10, 17), line
+            assert len(re.findall(r"(?<!\\)\|", line)) in (11, 17), line
     for kind in ("csv", "published"):
         for row in csv.DictReader(io.StringIO(shown[kind])):
             for column, cell in row.items():
@@ -585,6 +614,269 @@ def test_missing_and_odd_fields_never_stop_a_report(edits: list[tuple[int, list[
     }, "a run has fallen out of the tables"
     for panel in figures.accuracy_data(model):
         assert all(e > 0 for points in panel.series.values() for e, _ in points)
+
+
+# ------------------------------------------------------------ the leaderboard's data
+
+
+def lines(model: Board, audits: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """The rows of the page's JSON, each as a mapping."""
+    shown = (
+        html.page(model, known=rows.audits(audits or [])).partition(below.DATA)[2].partition("</script>")[0]
+    )
+    assert not re.search(r"[<>&\u2028]", shown), "nothing in the data can be markup"
+    data = json.loads(shown)
+    return [
+        dict(zip(data["fields"], row, strict=True)) | {"at": data["tables"][row[0]]} for row in data["rows"]
+    ]
+
+
+def test_the_leaderboard_holds_what_the_tables_hold() -> None:
+    model = make(fixture_records())
+    entries = [e for t in model.tables for e in (*t.entries, *t.references)]
+    shown = lines(model)
+    assert [r["title"] for r in shown] == [e.row.title for e in entries]
+    for line, entry in zip(shown, entries, strict=True):
+        accuracy, gap = entry.row.accuracy, entry.place.difference
+        assert (line["accuracy"] is None) == (accuracy is None)
+        if accuracy:
+            assert (
+                line["accuracy"][0] == pytest.approx(accuracy.mean, abs=5e-7)
+                and line["accuracy"][3] == accuracy.n
+            )
+        if gap and not entry.baseline:
+            assert line["difference"][:2] == pytest.approx([gap.mean, gap.low], abs=5e-7)
+        spent = entry.row.epsilon
+        assert line["spent"] == (
+            "inf" if spent == math.inf else spent if spent is None else pytest.approx(spent)
+        )
+        assert (line["rank"] is None) == (line["role"] == "reference" or entry.place.rank is None)
+    sgd = next(r for r in shown if r["title"] == "dp-sgd")
+    assert (sgd["role"], sgd["baseline"], sgd["at"]["task"]) == ("baseline", 1.0, "mnist1d/cnn-1d")
+    automatic = next(r for r in shown if r["method"] == "automatic")
+    assert automatic["failures"] == [["diverged", "the loss is not finite at step 118", 1]]
+    assert next(r for r in shown if r["method"] == "modelmix")["stale"] == 1
+
+
+def audit(**changes: Any) -> dict[str, Any]:
+    return {"method": "dp-sgd", "epsilon_target": 3.0, "epsilon_claimed": 2.998, "epsilon_audited": 1.2,
+            "confidence": 0.95, "instrument": "canaries", "task": {"name": "mnist-5k/tanh-cnn"}} | changes  # fmt: skip
+
+
+def test_an_audit_stands_beside_its_method_and_epsilon_and_flags_what_it_refutes() -> None:
+    records = [*seeds("dp-sgd", THREE), *seeds("dp-sgd", THREE, epsilon=1.0), *seeds("dp-adam", THREE)]
+    found = [
+        audit(),
+        audit(epsilon_audited=2.0, task={"name": "other"}),
+        audit(method="dp-lamb"),
+        {"method": 3},
+    ]
+    audited = {(r["method"], r["at"]["target"]): r["audited"] for r in lines(make(records), found)}
+    assert audited["dp-sgd", 3.0] == [1.2, 0.95, "canaries", "mnist-5k/tanh-cnn", 0], "of its own task first"
+    assert audited["dp-sgd", 1.0] is audited["dp-adam", 3.0] is None
+    (elsewhere,) = [r for r in lines(make(records), found[1:]) if r["audited"]]
+    assert elsewhere["audited"][3] == "other"
+    (refuted,) = [r for r in lines(make(records), [audit(epsilon_audited=3.01)]) if r["audited"]]
+    assert refuted["audited"][4] == 1
+    assert "above the claim" in pages(make(records), [audit(epsilon_audited=3.01)])["cards"]
+    claiming = seeds("dp-sgd", THREE)
+    for one in claiming:
+        one["privacy"]["claimed"] = {"epsilon": 1.1}  # under assumptions, which an audit refutes as well
+    assert lines(make(claiming), [audit()])[0]["audited"][4] == 1
+
+
+def test_a_claim_that_failed_says_so_where_its_number_would_stand() -> None:
+    records = seeds("modelmix", THREE)
+    for one in records:
+        one["privacy"]["claimed"] = {
+            "epsilon": None, "source": "arXiv:2210.03843", "failed": ["wide"],
+            "assumptions": [{"text": "wide intervals", "holds": False, "why": "0.1 of them were narrow"}],
+        }  # fmt: skip
+    (line,) = lines(make(records))
+    assert line["claimed"] is None and "failed: wide intervals (0.1 of them were narrow)" in line["claim"]
+    assert "off (source: arXiv:2210.03843. failed: wide intervals" in pages(make(records))["runs"]
+
+
+def test_a_published_value_is_not_held_against_a_method_with_other_parts() -> None:
+    changed = seeds("dp-sgd", THREE, label="dp-sgd, averaged")
+    for one in changed:
+        one["cell"]["method"]["with"] = {"average": {"type": "EMA"}}
+    assert verdict(changed, claim())[0] == "not comparable"
+    assert verdict(changed, claim(method="dp-sgd, averaged"))[0] == "agrees", "by its label it is"
+    assert (
+        verdict([*changed, *seeds("dp-sgd", [0.5, 0.6, 0.7], label="dp-sgd (lr=9)")], claim())[0] == "differs"
+    )
+
+
+@given(st.floats(0.5, 0.99))
+@settings(max_examples=50, deadline=None)
+def test_what_would_change_a_verdict_does(value: float) -> None:
+    (found,) = make(seeds("dp-sgd", THREE), published=[claim(value)]).published
+    m, (amount,) = found.measured, re.findall(r"[\d.]+(?= points)", found.would_change)
+    assert m is not None and m.low is not None and m.high is not None
+    ends = sorted((abs(value - m.low), abs(value - m.high)))
+    assert float(amount) == pytest.approx(100 * ends[0], abs=0.0051), "the nearer end of the interval"
+    assert ("further" in found.would_change) == (found.verdict == "differs")
+
+
+# ------------------------------------------------------------ traces and figures
+
+
+def traced(one: dict[str, Any], accuracies: list[float]) -> dict[str, Any]:
+    """The record with a trace: a log point a second, epsilon and the clipped fraction growing by a tenth."""
+    points = [
+        {"step": 10 * i, "seconds": float(i), "accuracy": a, "epsilon": i / 10, "clipped_fraction": i / 10}
+        for i, a in enumerate(accuracies, 1)
+    ]
+    return one | {"trace": points}
+
+
+def test_curves_and_the_time_to_an_accuracy_by_hand() -> None:
+    records = [
+        traced(record("dp-sgd", 0.90, 0), [0.5, 0.8, 0.902]),
+        traced(record("dp-sgd", 0.92, 1), [0.7, 0.9, 0.92]),
+        traced(record("dp-adam", 0.80, 0), [0.1, 0.2, 0.8]),
+    ]
+    model = make(records)
+    (panel,) = figures.curves_data(model)
+    assert [(e, i.mean, i.n) for e, i in panel.series["dp-sgd"]] == [
+        (0.1, pytest.approx(0.6), 2), (0.2, pytest.approx(0.85), 2), (0.3, pytest.approx(0.911), 2)
+    ]  # fmt: skip
+    (clipped,) = figures.curves_data(model, "clipped")
+    assert [i.mean for _, i in clipped.series["dp-adam"]] == pytest.approx([0.1, 0.2, 0.3])
+    by_name = {r["title"]: r["reach"] for r in lines(model)}
+    assert by_name == {"dp-sgd": 3.0, "dp-adam": "inf"}  # 99 % of .91: reached after 3 s by both seeds
+    assert "not private to publish" in html.page(model) and "not private to publish" in pages(model)["runs"]
+    assert "not private to publish" not in html.page(make([record()])), "no curve, no warning"
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 3)] * 3), max_size=12))
+def test_the_front_is_what_nothing_dominates(costs: list[tuple[int, int, int]]) -> None:
+    def dominated(i: int) -> bool:
+        return any(
+            all(a <= b for a, b in zip(c, costs[i], strict=True)) and c != costs[i] for c in costs
+        )  # fmt: skip
+
+    floats = [(float(a), float(b), float(c)) for a, b, c in costs]
+    assert figures._front(floats) == {i for i in range(len(costs)) if not dominated(i)}
+
+
+def test_a_chart_puts_values_in_their_order_and_says_them() -> None:
+    dots = [
+        plot.Dot(1.0, 5.0, "first"),
+        plot.Dot(10.0, 7.0, "second", low=6.0, high=8.0),
+        plot.Dot(100.0, 6.0, "<b>"),
+    ]
+    drawn = plot.chart({"a & b": dots}, plot.Axis("x", log=True), plot.Axis("y"), '"label"')
+    found = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"[^>]*><title>([^<]*)', drawn)
+    (x0, y0), (x1, y1), (x2, y2) = [(float(x), float(y)) for x, y, _ in found]
+    assert x0 < x1 < x2 and x1 - x0 == pytest.approx(x2 - x1, abs=0.03), "a decade is as wide as the next"
+    assert y1 < y2 < y0 and (y0 - y2) == pytest.approx((y2 - y1), abs=0.03), "up is more"
+    assert [says for *_, says in found] == ["a &amp; b\nfirst", "a &amp; b\nsecond", "a &amp; b\n&lt;b&gt;"]
+    assert "<b>" not in drawn and 'aria-label="&quot;label&quot;"' in drawn
+    assert plot.chart({}, plot.Axis("x"), plot.Axis("y"), "nothing") == ""
+    halves = plot.bars({"one": (1.0, "1×"), "half": (0.5, "0.5×")}, "bars", 1.0)
+    assert re.findall(r"width:([\d.]+)%", halves) == ["100", "50"]
+
+
+def test_the_page_draws_what_the_figures_hold() -> None:
+    model = make(fixture_records())
+    drawn = {d.name: d for d in drawings.of(model)}
+    panel = next(p for p in figures.accuracy_data(model) if p.title == "mnist-5k/tanh-cnn")
+    svg = dict(drawn["accuracy"].panels)[panel.title]
+    assert svg.count("<circle") == sum(len(points) for points in panel.series.values())
+    value = panel.series["dp-sgd"][1][1]
+    assert f"dp-sgd\nε = 3: {100 * value.mean:.2f} %" in svg
+    dot = drawings._dot(3.0, value, "")
+    assert (dot.y, dot.low, dot.high) == (100 * value.mean, 100 * (value.low or 0), 100 * (value.high or 0))
+    front = {c.title for _, choices in figures.pareto_data(model) for c in choices if c.front}
+    assert "fast-clipping" in front and "dp-adam" not in front, "slower and less accurate at every epsilon"
+
+
+def test_a_trace_is_read_beside_its_record_whatever_is_in_it(tmp_path: Path) -> None:
+    one = record("dp-sgd", 0.9)
+    results = tmp_path / "results"
+    trace = results / "core" / one["id"] / "trace.jsonl"
+    trace.parent.mkdir(parents=True)
+    deep = b'{"step": 2, "loss": ' + b"[" * 100_000 + b"}"
+    good = [
+        b'{"step": 10, "seconds": 1.0, "accuracy": 0.5, "epsilon": 0.25, "loss": {"a": 1}}',
+        b'{"step": 20, "epsilon": null}',
+    ]
+    trace.write_bytes(
+        b"\n".join([b"nonsense", good[0], b"[]", deep, b'{"step": "x"}', good[1], b'{"step": 3'])
+    )
+    folder = build("core", QUESTION, [one], tmp_path / "reports").folder
+    page = (folder / "runs" / f"{one['group']}.html").read_text()
+    assert page.count("<circle") == 1 and "step 10, 0.25: 50.00 %" in page
+    trace.unlink()
+    os.mkfifo(trace)  # reading it would wait for ever
+    assert build("core", QUESTION, [one], tmp_path / "reports").written
+    assert "<circle" not in (folder / "runs" / f"{one['group']}.html").read_text()
+
+
+# ------------------------------------------------------------ the other pages
+
+
+def test_a_card_says_what_the_source_says() -> None:
+    parts = {"clip": {"type": "PSAC"}, "noise": {"type": "Gaussian"}, "path": {"type": "Nothing"}, "loss": 3}
+    found = sources.describe([{"name": "dp-psac", "parts": parts}, {"name": "nobody's"}])
+    assert found["methods"].keys() == {"dp-psac"} and found["parts"].keys() == {"PSAC", "Gaussian"}
+    assert found["methods"]["dp-psac"]["parameters"]["r"] == ["float", "0.1"]
+    records = [*seeds("dp-sgd", THREE), *seeds("dp-psac", [0.98, 0.99, 0.985], r=0.2)]
+    for one in records[3:]:
+        one["cell"]["method"]["parts"]["clip"] = {"type": "PSAC", "clip": 1.0, "r": 0.2}
+        one["card"]["paper"] = "arXiv:2212.00328"
+    model = make(records)
+    cards = below.cards(model, html.Places(model), found)
+    card = cards["methods/dp-psac.html"]
+    assert "sensitivity C." in card and found["parts"]["PSAC"][0][1].split("\n")[0].replace("/", "/") in card
+    assert 'class="own"' in card and "eprint = {2212.00328}" in card
+    assert ">wins<" in card and "1 wins" in card and ">loses<" not in card
+    assert 'class="own"' not in cards["methods/dp-sgd.html"] and ">baseline<" in cards["methods/dp-sgd.html"]
+
+
+def test_bibtex_is_made_of_the_id_alone() -> None:
+    assert (
+        below.bibtex("a b", "doi:10.1/x", "Note {}\nmore")
+        == "@misc{a-b,\n  doi = {10.1/x},\n  note = {Note }\n}"
+    )
+    assert below.bibtex("x", "somewhere") == ""
+
+
+def test_pages_of_rows_that_are_gone_are_removed_and_the_overview_follows(tmp_path: Path) -> None:
+    folder = build("core", QUESTION, fixture_records(), tmp_path).folder
+    build("other", "Why?", seeds("dp-sgd", THREE), tmp_path)
+    every = {p.name for p in (folder / "runs").iterdir()}
+    for line in lines(make(fixture_records())):
+        assert (folder / line["href"]).is_file()
+    mine = folder / "notes.html"
+    mine.write_text("kept")
+    kept = fixture_records()[:3]
+    build("core", QUESTION, kept, tmp_path)
+    left = {p.name for p in (folder / "runs").iterdir()}
+    assert left == {f"{kept[0]['group']}.html"} and left < every and mine.exists()
+    (tmp_path / "stray").mkdir()
+    (tmp_path / "stray" / "index.html").write_text("not ours")
+    path = overview(tmp_path)
+    assert path is not None
+    data = json.loads(path.read_text().partition(below.DATA)[2].partition("</script>")[0])
+    assert [t["suite"] for t in data["tables"]] == ["core", "other"] and len(data["rows"]) == 2
+    where = data["fields"].index("href")
+    assert all((tmp_path / row[where]).is_file() for row in data["rows"])
+    before = path.stat().st_mtime_ns
+    assert overview(tmp_path) == path and path.stat().st_mtime_ns == before
+
+
+def test_a_larger_folder_makes_more_data_and_no_more_markup() -> None:
+    from tests import report_scale  # which imports this file
+
+    def tags(n: int) -> int:
+        page = Texts()
+        page.feed(html.page(board("scale", "", report_scale.records(n))))
+        return len(page.tags)
+
+    assert tags(960) < 2 * tags(240) and tags(960) < 12_000
 
 
 @pytest.mark.parametrize("records", [[], [{}], [{"status": "crashed"}], [record(accuracy=None)]])

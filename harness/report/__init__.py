@@ -1,4 +1,4 @@
-"""From records to a report: one self-contained page, Markdown, CSV and two figures.
+"""From records to a report: self-contained pages, Markdown, CSV and figures.
 
 >>> from harness import report
 >>> report.build("core", question, records, Path("reports")).top        # doctest: +SKIP
@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,11 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from . import text
+from . import export, text
 from .read import RecordLike, canonical, record_path
 from .tables import Board, board
 
-__all__ = ["Board", "Report", "board", "build", "top_rows"]
+__all__ = ["Board", "Report", "board", "build", "overview", "top_rows"]
 
 FILES = (
     "leaderboard.md",
@@ -26,8 +28,16 @@ FILES = (
     "published.csv",
     "accuracy-vs-epsilon.svg",
     "throughput.svg",
+    "memory.svg",
+    "pareto.svg",
+    "training-curves.svg",
+    "clipped-fraction.svg",
     "index.html",
 )
+POINT = ("step", "seconds", "accuracy", "loss", "epsilon", "clipped_fraction")
+"""What is read of a log point."""
+MOST_BYTES = 4 * 2**20
+"""A trace that is larger is none: it is written about 20 times a run."""
 _HERE = Path(__file__).parent
 
 
@@ -61,6 +71,8 @@ def build(
     reduced: str | None = None,
     quarantine: Iterable[tuple[str, str]] = (),
     results: Path | None = None,
+    audits: Iterable[Mapping[str, Any]] = (),
+    sources: Mapping[str, Any] | None = None,
 ) -> Report:
     """Write the report of one suite into ``out/<suite_name>/`` and return where it is.
 
@@ -70,7 +82,12 @@ def build(
     infinite), metric, value, source, note, accountant (of the published epsilon, if known). `tuning` says how
     hyper-parameters were chosen. `reduced` says why these are runs of the suite's reduced profile, None where they are
     not; nothing that is published is compared with those. `quarantine` are the files that hold no valid record, each
-    with the reason; they are named and nothing else.
+    with the reason; they are named and nothing else. `audits` are what `harness.audits` holds, shown beside the rows of
+    the same method and epsilon. `sources` is what `sources.describe` says of the methods, for their cards.
+
+    Each record's trace is read from ``trace.jsonl`` beside it, unless the record has a key ``trace`` (its points).
+    Every row has a page in ``runs/``, every method one in ``methods/``; pages there that are no longer of a row or a
+    method are removed.
 
     The files depend on the arguments and on this package only: the order of the records, the time and the
     machine do not matter, and a report that is already there for the same arguments is left alone.
@@ -82,34 +99,64 @@ def build(
     out = Path(out)
     folder = out / suite_name
     results = out.parent / "results" if results is None else Path(results)
-    records = [{**record, "path": record_path(record.get("path"))} for record in records]
+    records = [_traced({**record, "path": record_path(record.get("path"))}, results) for record in records]
     published = [dict(claim) for claim in published]
     quarantine = [(record_path(path), reason) for path, reason in quarantine]
     link = os.path.relpath(results, folder)
-    digest = _digest(
-        [suite_name, question, sorted(map(canonical, records)), published, tuning, reduced, quarantine, link]
-    )
+    found = [{k: v for k, v in audit.items() if k != "path"} for audit in audits]
     model = board(suite_name, question, records, published, tuning, reduced, quarantine)
+    inputs = [run.order for run in model.runs]
+    digest = _digest(
+        [
+            suite_name,
+            question,
+            inputs,
+            published,
+            tuning,
+            reduced,
+            quarantine,
+            link,
+            sorted(map(canonical, found)),
+            sources,
+        ]
+    )
     top = text.top_rows(model)
-    if _current(folder) == digest:
+    tables = export.files(model)
+    from . import figures, html, pages, rows
+
+    places, known = html.Places(model, results, folder), rows.audits(found)
+    others = (*tables, *places.rows.values(), *places.methods.values())
+    if _current(folder) == digest and all((folder / name).is_file() for name in others):
         return Report(folder, False, top)
-
-    from . import figures, html
-
     drawings = figures.draw(model)
+    below = pages.run_pages(model, places, known) | pages.cards(model, places, sources, known)
     files = {
         "leaderboard.md": text.markdown(model),
         "leaderboard.csv": text.table_csv(model),
         "published.csv": text.published_csv(model),
         **drawings,
-        "index.html": html.page(model, drawings, digest=digest, here=folder, results=results),
+        "index.html": html.page(model, places, digest=digest, known=known),
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    export.write(folder, tables)
+    _replace(folder, below)
     for (
         name
     ) in FILES:  # the page is last: it holds the digest, so a report cut short is never taken for a whole one
         _write(folder / name, files[name])
     return Report(folder, True, top)
+
+
+def overview(reports: Path) -> Path | None:
+    """Write ``index.html`` in `reports`: every suite there with its rows. None where no suite has a report."""
+    from . import pages
+
+    content = pages.overview(Path(reports))
+    if content is None:
+        return None
+    path = Path(reports) / "index.html"
+    if not path.is_file() or path.read_text("utf-8", errors="replace") != content:
+        _write(path, content)
+    return path
 
 
 def top_rows(records: Iterable[RecordLike], n: int = 5) -> str:
@@ -124,6 +171,44 @@ def _digest(inputs: Any) -> str:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     digest.update(" ".join(version(name) for name in ("matplotlib", "jinja2", "scipy")).encode())
     return digest.hexdigest()[:32]
+
+
+def _traced(record: dict[str, Any], results: Path) -> dict[str, Any]:
+    """`record` with what the report uses of its trace. What is no JSON or no plain file is left out."""
+    if "trace" in record or not record["path"]:
+        return record
+    points: list[Any] = []
+    with contextlib.suppress(OSError, ValueError):  # no trace, or a path that no file can have
+        path = (results / record["path"]).with_name("trace.jsonl")
+        if path.is_file() and path.stat().st_size <= MOST_BYTES:  # a pipe would wait for a writer
+            points = _points(path.read_bytes().splitlines())
+    return record | {"trace": points}
+
+
+def _points(lines: list[bytes]) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(b"[" + b",".join(lines) + b"]")
+    except (ValueError, RecursionError):  # some line is damaged: the others are kept
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                found.append(json.loads(line))
+    return [
+        {key: one[key] for key in POINT if isinstance(one.get(key, ""), int | float | None)}
+        for one in found
+        if isinstance(one, dict)
+    ]
+
+
+def _replace(folder: Path, pages: Mapping[str, str]) -> None:
+    """Write `pages` below `folder`, and remove the pages beside them that are of earlier records."""
+    for below in ("runs", "methods"):
+        (folder / below).mkdir(parents=True, exist_ok=True)
+        for path in (folder / below).glob("*.html"):
+            if f"{below}/{path.name}" not in pages:
+                path.unlink()
+    for name, content in pages.items():
+        _write(folder / name, content)
 
 
 def _current(folder: Path) -> str | None:

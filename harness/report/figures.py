@@ -1,25 +1,23 @@
-"""The two figures as SVG text: accuracy against epsilon, and throughput relative to non-private training.
+"""The figures: their data, which the page draws too (`plot`), and SVG files for documents.
 
-Deterministic: matplotlib's defaults (no user settings), fixed ids, no date, sorted input. Text stays text,
-the background is transparent, and the two neutral colours are mid-tones that read on white and on black; the
-page replaces them by its own (`inline`).
+The files are deterministic: matplotlib's defaults (no user settings), fixed ids, no date, sorted input. Text stays
+text, the background is transparent, and the two neutral colours are mid-tones that read on white and on black.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .read import natural
-from .statistics import Interval
-from .tables import BASELINE, REFERENCE, Board, Row, _device, epsilon
+from .statistics import Interval, mean_interval
+from .tables import BASELINE, REFERENCE, Board, Row, _device, epsilon, heading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +28,8 @@ INK, LINE = "#6b7680", "#9aa4ad"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SERIES = 12
+PANELS = 6
+"""How many panels a file has at most. The page shows more, and the curves of every row on its own page."""
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "epsbench",
     "svg.fonttype": "none",
@@ -67,11 +67,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bars:
-    """One throughput panel: series to a ratio, or to examples per second where no reference ran."""
+    """One panel of bars: series to a ratio to the reference, or to what was measured where no reference ran; and the
+    engine of each series."""
 
     title: str
     relative: bool
     values: Mapping[str, float]
+    engines: Mapping[str, str] = field(default_factory=dict)
 
 
 def accuracy_data(board: Board) -> list[Panel]:
@@ -102,24 +104,126 @@ def accuracy_data(board: Board) -> list[Panel]:
 
 
 def throughput_data(board: Board) -> list[Bars]:
-    """The throughput figure: one panel a task and device, the median over epsilons for each series."""
+    """Examples per second: one panel a task and device, the median over epsilons for each series."""
+    return _bars(board, lambda row: row.rate, fastest=True)
+
+
+def memory_data(board: Board) -> list[Bars]:
+    """Peak memory in MiB: as `throughput_data`, the least first."""
+    return _bars(board, lambda row: row.peak_memory, fastest=False)
+
+
+def _bars(board: Board, measure: Callable[[Row], float | None], fastest: bool) -> list[Bars]:
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     shown = {t.setting.split for t in (board.results or board.tables)}
     for row in board.rows:
-        if row.rate and row.setting.split in shown:
+        if measure(row) and row.setting.split in shown:
             groups[row.setting.task, row.device.fingerprint].append(row)
     several = len({fingerprint for _, fingerprint in groups}) > 1
     panels = []
     for (task, _), rows in sorted(groups.items(), key=lambda g: (natural(g[0][0]), g[0][1])):
-        rates: dict[str, list[float]] = defaultdict(list)
+        found: dict[str, list[float]] = defaultdict(list)
+        engines: dict[str, str] = {}
         for row in rows:
-            rates[row.title].append(row.rate or 0.0)
-        middle = {t: median(v) for t, v in rates.items()}
-        middle = dict(sorted(middle.items(), key=lambda i: (i[0] != REFERENCE, -i[1], natural(i[0]))))
+            found[row.title].append(measure(row) or 0.0)
+            engines.setdefault(row.title, row.shared("engine") or "")
+        middle = {t: median(v) for t, v in found.items()}
+        sign = -1 if fastest else 1
+        middle = dict(sorted(middle.items(), key=lambda i: (i[0] != REFERENCE, sign * i[1], natural(i[0]))))
         base = middle.get(REFERENCE)
         values = {t: v / base for t, v in middle.items()} if base else middle
         title = f"{task}, {_device(rows[0].device)}" if several else task
-        panels.append(Bars(title, bool(base), dict(_some(values))))
+        panels.append(Bars(title, bool(base), dict(_some(values)), engines))
+    return panels
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row as a choice between accuracy (a fraction), epsilon and seconds of training; `front`: none is better in
+    one of them and no worse in the others."""
+
+    title: str
+    accuracy: float
+    epsilon: float
+    seconds: float
+    front: bool
+
+
+def pareto_data(board: Board) -> list[tuple[str, list[Choice]]]:
+    """Title and choices of every task and device. Means over seeds: the front ignores their intervals."""
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    shown = {t.setting.split for t in (board.results or board.tables)}
+    for row in board.rows:
+        known = row.accuracy is not None and row.epsilon is not None and bool(row.train_seconds)
+        if known and row.setting.split in shown:
+            groups[row.setting.task, row.device.fingerprint].append(row)
+    several = len({fingerprint for _, fingerprint in groups}) > 1
+    panels = []
+    for (task, _), rows in sorted(groups.items(), key=lambda g: (natural(g[0][0]), g[0][1])):
+        points = [
+            (
+                r.title,
+                r.accuracy.mean if r.accuracy else 0.0,
+                _rounded(r.epsilon or 0.0),
+                r.train_seconds or 0.0,
+            )
+            for r in rows
+        ]
+        front = _front([(-a, e, s) for _, a, e, s in points])
+        choices = [Choice(*point, i in front) for i, point in enumerate(points)]
+        panels.append((f"{task}, {_device(rows[0].device)}" if several else task, choices))
+    return panels
+
+
+def _front(costs: Sequence[tuple[float, float, float]]) -> set[int]:
+    """Indices of the costs that no other one is at most as large as everywhere, and smaller somewhere."""
+    front: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: costs[i]):  # whatever dominates comes earlier
+        if not any(
+            all(a <= b for a, b in zip(costs[j], costs[i], strict=True)) and costs[j] != costs[i]
+            for j in front
+        ):
+            front.append(i)
+    return set(front)
+
+
+def _rounded(value: float) -> float:
+    """Epsilon to three significant figures: calibration ends within its tolerance, not at the target."""
+    return value if math.isinf(value) else float(f"{value:.3g}")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What the traces of one setting say: for each series (epsilon spent, interval over seeds) at every log point."""
+
+    title: str
+    series: Mapping[str, Sequence[tuple[float, Interval]]]
+
+
+def curves_data(board: Board, what: str = "accuracy") -> list[Curves]:
+    """Training curves over epsilon spent, for every setting with a finite epsilon.
+
+    `what` is ``accuracy`` or ``clipped``, the share of clipped contributions, which is computed from private data.
+    """
+    panels: list[Curves] = []
+    for table in board.results or board.tables:
+        series = {}
+        for entry in table.entries:
+            steps: dict[int, list[tuple[float, float]]] = defaultdict(list)
+            for run in entry.row.counted:
+                for point in run.trace:
+                    value = getattr(point, what)
+                    if point.epsilon is not None and math.isfinite(point.epsilon) and value is not None:
+                        steps[point.step].append((point.epsilon, value))
+            points = [
+                (median(e for e, _ in found), interval)
+                for _, found in sorted(steps.items())
+                if (interval := mean_interval(v for _, v in found))
+            ]
+            if points:
+                series[entry.row.title] = points
+        if series and len(panels) < PANELS:
+            panels.append(Curves(heading(table), dict(_some(series))))
     return panels
 
 
@@ -128,8 +232,17 @@ def draw(board: Board) -> dict[str, str]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    panels, bars = accuracy_data(board), throughput_data(board)
-    names = {n for p in panels for n in (*p.series, *p.references)} | {n for b in bars for n in b.values}
+    panels, speed, memory = (
+        accuracy_data(board)[:PANELS],
+        throughput_data(board)[:PANELS],
+        memory_data(board)[:PANELS],
+    )
+    pareto, curves, clipped = pareto_data(board)[:PANELS], curves_data(board), curves_data(board, "clipped")
+    names = {n for p in panels for n in (*p.series, *p.references)}
+    names |= {n for b in (*speed, *memory) for n in b.values} | {
+        n for c in (*curves, *clipped) for n in c.series
+    }
+    names |= {c.title for _, choices in pareto for c in choices}
     looks = _looks(sorted(names, key=_first))
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
@@ -137,29 +250,14 @@ def draw(board: Board) -> dict[str, str]:
         matplotlib.rcParams.update(_STYLE)
         return {
             "accuracy-vs-epsilon.svg": _svg(_accuracy(Figure, panels, looks)),
-            "throughput.svg": _svg(_throughput(Figure, bars, looks)),
+            "throughput.svg": _svg(_relative(Figure, speed, looks, "examples/s", "{:,.3g}")),
+            "memory.svg": _svg(_relative(Figure, memory, looks, "peak memory", "{:,.0f} MiB")),
+            "pareto.svg": _svg(_pareto(Figure, pareto, looks)),
+            "training-curves.svg": _svg(_curves(Figure, curves, looks, "accuracy, %")),
+            "clipped-fraction.svg": _svg(
+                _curves(Figure, clipped, looks, "clipped, % (not private to publish)")
+            ),
         }
-
-
-def inline(svg: str, prefix: str, label: str) -> str:
-    """`svg` for use inside an HTML page: own ids, scalable, a label, neutral colours from the page.
-
-    `label` must be HTML-escaped by the caller.
-    """
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href=", "href=")
-    svg = re.sub(r'(?<=\sid=")', prefix, svg)
-    svg = re.sub(r'(?<=href="#)|(?<=url\(#)', prefix, svg)
-    svg = svg.replace(INK, "var(--ink-2)").replace(LINE, "var(--line-2)")
-    opening = svg[: svg.index(">")]
-    slim = re.sub(r'\s(width|height|version)="[^"]*"', "", opening)
-    found = re.search(r'viewBox="0 0 ([\d.]+)', opening)
-    width = float(found[1]) if found else 500.0
-    return (
-        f'{slim} style="max-width: {1.45 * width:.0f}px" role="img" aria-label="{label}"'
-        + svg[len(opening) :]
-    )
 
 
 def _keep(into: dict[Any, Interval], key: Any, value: Interval | None) -> None:
@@ -248,7 +346,54 @@ def _accuracy(figure: type[Figure], panels: Sequence[Panel], looks: Mapping[str,
     return fig
 
 
-def _throughput(figure: type[Figure], panels: Sequence[Bars], looks: Mapping[str, Any]) -> Figure:
+def _pareto(
+    figure: type[Figure], panels: Sequence[tuple[str, Sequence[Choice]]], looks: Mapping[str, Any]
+) -> Figure:
+    fig, axes = _grid(figure, len(panels), 3.7, 3.1)
+    handles: dict[str, Any] = {}
+    for axis, (title, choices) in zip(axes, panels, strict=True):
+        for c in sorted(choices, key=lambda c: (c.epsilon, c.title)):
+            look = looks[c.title]
+            (handles[c.title],) = axis.plot(
+                [c.seconds], [100 * c.accuracy], linestyle="", marker=look["marker"] or "*", markersize=5,
+                color=look["color"], markerfacecolor=look["color"] if c.front else "none", label=_short(c.title),
+            )  # fmt: skip
+            if c.front:
+                axis.annotate(
+                    f"ε = {epsilon(c.epsilon)}", (c.seconds, 100 * c.accuracy), (4, 4),
+                    textcoords="offset points", fontsize=6.5,
+                )  # fmt: skip
+        axis.set_xscale("log")
+        axis.grid(True)
+        axis.tick_params(length=0, which="both")
+        axis.set_xlabel("training, s; filled: on the front")
+        axis.set_ylabel("accuracy, %")
+        axis.set_title(_short(title))
+    _legend(fig, dict(_some({n: handles[n] for n in sorted(handles, key=_first)})))
+    return fig
+
+
+def _curves(figure: type[Figure], panels: Sequence[Curves], looks: Mapping[str, Any], title: str) -> Figure:
+    fig, axes = _grid(figure, len(panels), 3.7, 3.1)
+    handles: dict[str, Any] = {}
+    for axis, panel in zip(axes, panels, strict=True):
+        for name, points in panel.series.items():
+            look = {**looks[name], "marker": ""}
+            (handles[name],) = axis.plot(
+                [e for e, _ in points], [100 * i.mean for _, i in points], linewidth=1.3, label=_short(name), **look
+            )  # fmt: skip
+        axis.grid(True, axis="y")
+        axis.tick_params(length=0)
+        axis.set_xlabel("ε spent, by RDP")
+        axis.set_ylabel(title)
+        axis.set_title(_short(panel.title))
+    _legend(fig, {n: handles[n] for n in sorted(handles, key=_first)})
+    return fig
+
+
+def _relative(
+    figure: type[Figure], panels: Sequence[Bars], looks: Mapping[str, Any], what: str, absolute: str
+) -> Figure:
     tallest = max((len(p.values) for p in panels), default=4)
     fig, axes = _grid(figure, len(panels), 3.7, 0.9 + 0.27 * max(tallest, 3))
     for axis, panel in zip(axes, panels, strict=True):
@@ -258,7 +403,10 @@ def _throughput(figure: type[Figure], panels: Sequence[Bars], looks: Mapping[str
             range(len(names)), values, height=0.62, color=[looks[n]["color"] for n in names], alpha=0.85
         )
         axis.bar_label(
-            bars, [f"{v:.2f}×" if panel.relative else f"{v:,.3g}" for v in values], padding=3, fontsize=8
+            bars,
+            [f"{v:.2f}×" if panel.relative else absolute.format(v) for v in values],
+            padding=3,
+            fontsize=8,
         )
         axis.set_yticks(range(len(names)), labels=[_short(n, 28) for n in names])
         axis.set_ylim(tallest - 0.4, -0.6)
@@ -269,7 +417,7 @@ def _throughput(figure: type[Figure], panels: Sequence[Bars], looks: Mapping[str
         axis.grid(True, axis="x")
         axis.set_axisbelow(True)
         axis.tick_params(length=0)
-        axis.set_xlabel("examples/s" + (", relative to non-private" if panel.relative else ""))
+        axis.set_xlabel(what + (", relative to non-private" if panel.relative else ""))
         axis.set_title(_short(panel.title))
     return fig
 

@@ -46,6 +46,18 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A log point of a run: what the trace says after `step` steps. `clipped` and `loss` are of private data."""
+
+    step: int
+    seconds: float | None
+    accuracy: float | None
+    epsilon: float | None
+    loss: float | None
+    clipped: float | None
+
+
+@dataclass(frozen=True)
 class Run:
     """One record, read. Accuracies are fractions, times seconds, memory MiB; None is unknown."""
 
@@ -66,6 +78,7 @@ class Run:
     summary: str
     parameters: tuple[tuple[str, str], ...]
     parts: tuple[tuple[str, str], ...]
+    changed: bool
     batch: int | None
     steps: int | None
     dtype: str
@@ -76,6 +89,7 @@ class Run:
     calibrated: str
     claimed: float | None
     claim: str
+    tuned: float | None
     delta: float | None
     sampling: str
     sigma: float | None
@@ -84,6 +98,8 @@ class Run:
     peak_memory: float | None
     train_seconds: float | None
     jobs: int | None
+    engine: str
+    clipped: float | None
     busy: bool
     stale: bool
     path: str
@@ -92,6 +108,8 @@ class Run:
     commit: str
     dirty: bool
     torch: str
+    environment: tuple[tuple[str, str], ...]
+    trace: tuple[Point, ...]
     order: str
 
     @property
@@ -245,6 +263,25 @@ def _busy(f: _Fields) -> bool:
     return load is not None and load > threads * jobs + 1
 
 
+def _tuned(value: Any) -> float | None:
+    """Epsilon with the search for hyper-parameters: a number, or an object that holds one."""
+    return number(value.get("epsilon") if isinstance(value, dict) else value)
+
+
+def _trace(points: Any) -> tuple[Point, ...]:
+    """The log points in order; null epsilon is infinite, an absent one is unknown."""
+    read = []
+    for one in points if isinstance(points, list) else ():
+        step = number(one.get("step")) if isinstance(one, dict) else None
+        if step is None:
+            continue
+        epsilon = math.inf if "epsilon" in one and one["epsilon"] is None else number(one.get("epsilon"))
+        values = [number(one.get(key)) for key in ("seconds", "accuracy", "loss", "clipped_fraction")]
+        seconds, accuracy, loss, clipped = values
+        read.append(Point(int(step), seconds, accuracy, epsilon, loss, clipped))
+    return tuple(sorted(read, key=lambda p: p.step))
+
+
 def _run(record: RecordLike) -> Run:
     f = _Fields(record)
     status = f.text("status", "crashed")
@@ -285,6 +322,7 @@ def _run(record: RecordLike) -> Run:
         summary=f.text("card.summary"),
         parameters=_pairs(f.mapping("cell.method.parameters")),
         parts=tuple((visible(str(k)), _part(v)) for k, v in sorted(f.mapping("cell.method.parts").items())),
+        changed=bool(f.mapping("cell.method.with")),
         batch=f.whole("cell.schedule.batch"),
         steps=f.whole("cell.schedule.steps"),
         dtype=f.text("cell.numerics.dtype") + (" tf32" if f.any("cell.numerics.tf32") is True else ""),
@@ -295,6 +333,7 @@ def _run(record: RecordLike) -> Run:
         calibrated=f.text("cell.privacy.accountant"),
         claimed=claimed,
         claim=claim,
+        tuned=_tuned(f.any("privacy.epsilon_with_tuning")),
         delta=f.number("privacy.delta"),
         sampling=f.text("privacy.sampling"),
         sigma=f.number("privacy.noise_multiplier"),
@@ -303,6 +342,8 @@ def _run(record: RecordLike) -> Run:
         peak_memory=f.number("measured.peak_memory_mib"),
         train_seconds=f.number("measured.train_seconds"),
         jobs=f.whole("measured.jobs"),
+        engine=f.text("measured.engine"),
+        clipped=f.number("diagnostics.clipped_fraction"),
         busy=_busy(f),
         stale=f.any("stale") is True,
         path=record_path(f.any("path")),
@@ -311,6 +352,8 @@ def _run(record: RecordLike) -> Run:
         commit=f.text("code.commit"),
         dirty=f.any("code.dirty") is True,
         torch=f.text("environment.torch"),
+        environment=_pairs(f.mapping("environment")),
+        trace=_trace(f.any("trace")),
         order=canonical(record),
     )  # fmt: skip
 

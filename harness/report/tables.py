@@ -126,6 +126,17 @@ class Row:
         """Seconds of training, the median over runs."""
         return _median(run.train_seconds for run in self.counted)
 
+    def seconds_to(self, accuracy: float) -> float | None:
+        """Seconds of training until `accuracy` is first logged: the median over runs, infinite where most never
+        reach it; None without traces."""
+        found = []
+        for run in self.counted:
+            known = [p for p in run.trace if p.accuracy is not None and p.seconds is not None]
+            if known:
+                there = (p.seconds for p in known if p.accuracy is not None and p.accuracy >= accuracy)
+                found.append(next(there, math.inf))
+        return _median(found)
+
     def shared(self, name: str) -> Any:
         """The first known value of `name` over the runs (they share it; a failed run may not know it)."""
         return next((v for v in (getattr(run, name) for run in self.runs) if v not in (None, "")), None)
@@ -211,6 +222,27 @@ class Verdict:
     verdict: str
     difference: float | None
     because: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ()
+
+    @property
+    def would_change(self) -> str:
+        """What would make the verdict another one."""
+        m = self.measured
+        if (
+            self.verdict == "not comparable"
+            or m is None
+            or self.value is None
+            or m.low is None
+            or m.high is None
+        ):
+            return "; ".join(dict.fromkeys(self.remedies))
+        if self.verdict == "agrees":
+            room = min(self.value - m.low, m.high - self.value)
+            return (
+                f"an end of our interval moving by {_amount(self.metric, room)} or more, as more seeds may do"
+            )
+        gap = max(m.low - self.value, self.value - m.high)
+        return f"an interval of ours that reaches {_amount(self.metric, gap)} further"
 
 
 @dataclass(frozen=True)
@@ -475,7 +507,8 @@ def _verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> l
         method, task, target, metric, value, text("source"), text("note"), None, None, "not comparable", None
     )
     there = [row for row in rows if task in _names(row)]
-    there = [r for r in there if r.label == method] or [r for r in there if r.first.method == method]
+    plain = [r for r in there if r.first.method == method and not r.first.changed]  # with its own parts
+    there = [r for r in there if r.label == method] or plain
     here = [row for row in there if row.setting.split == "test" and _same_target(row.setting.epsilon, target)]
     out = []
     for row in here:
@@ -491,10 +524,12 @@ def _verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> l
                 measured=measured,
                 verdict=verdict,
                 difference=measured.mean - value,
-                because=why,
+                because=tuple(reason for reason, _ in why),
+                remedies=tuple(remedy for _, remedy in why),
             )
         )
-    return out or [replace(known, because=_absent(known, there, here, reduced))]
+    reason, remedy = _absent(known, there, here, reduced)
+    return out or [replace(known, because=(reason,), remedies=(remedy,))]
 
 
 def _names(row: Row) -> tuple[str, str, str]:
@@ -506,36 +541,52 @@ def _same_target(a: float, b: float) -> bool:
     return a == b or math.isclose(a, b, rel_tol=1e-9)
 
 
-def _obstacles(row: Row, measured: Interval, accountant: str, reduced: bool) -> tuple[str, ...]:
-    """Why a measurement cannot be held against a published value; `accountant` is the one of the published epsilon."""
+def _obstacles(row: Row, measured: Interval, accountant: str, reduced: bool) -> list[tuple[str, str]]:
+    """Why a measurement cannot be held against a published value, each with what would help; `accountant` is the one
+    of the published epsilon."""
     why = []
     if reduced or row.setting.task.endswith(REDUCED_TASK):
-        why.append("this is a reduced profile")
+        why.append(_REDUCED)
     others = {run.calibrated for run in row.counted if run.calibrated} - {accountant}
     if accountant and others and math.isfinite(row.setting.epsilon):
-        why.append(f"its epsilon is by {accountant}, ours by {', '.join(sorted(others))}")
+        why.append(
+            (f"its epsilon is by {accountant}, ours by {', '.join(sorted(others))}",
+             f"runs calibrated by {accountant}")
+        )  # fmt: skip
     if stale := sum(run.stale for run in row.counted):
-        why.append(f"{stale} of {len(row.counted)} runs were made by other code than today's")
+        why.append(
+            (f"{stale} of {len(row.counted)} runs were made by other code than today's", "running it again")
+        )
     if measured.low is None:
-        why.append("one seed gives no interval")
-    return tuple(why)
+        why.append(("one seed gives no interval", "more seeds"))
+    return why
 
 
-def _absent(claim: Verdict, there: Sequence[Row], here: Sequence[Row], reduced: bool) -> tuple[str, ...]:
-    """Why nothing stands beside a published value: `there` are its rows, `here` those at its epsilon."""
+_REDUCED = ("this is a reduced profile", "running the whole suite")
+
+
+def _absent(claim: Verdict, there: Sequence[Row], here: Sequence[Row], reduced: bool) -> tuple[str, str]:
+    """Why nothing stands beside a published value, and what would help: `there` are its rows, `here` those at its
+    epsilon."""
     if claim.value is None:
-        return ("no value is given",)
+        return "no value is given", "a published value"
     if reduced:
-        return ("this is a reduced profile",)
+        return _REDUCED
     if not there:
-        return (f"nothing here runs {claim.method} on {claim.task}",)
+        return f"nothing here runs {claim.method} on {claim.task}", f"runs of {claim.method} on {claim.task}"
+    at = f"at ε = {epsilon(claim.epsilon)}"
     if here:
         ended = ", ".join(f"{n} {status}" for status, n in tally(r for row in here for r in row.runs).items())
-        return (f"no run gave its {claim.metric.replace('_', ' ')} ({ended})",)
+        name = claim.metric.replace("_", " ")
+        return f"no run gave its {name} ({ended})", f"runs that give its {name}"
     tested = sorted({row.setting.epsilon for row in there if row.setting.split == "test"})
     if not tested:
-        return ("only a validation split was evaluated",)
-    return (f"no run at ε = {epsilon(claim.epsilon)}, only at {', '.join(map(epsilon, tested))}",)
+        return "only a validation split was evaluated", f"runs {at} on the test split"
+    return f"no run {at}, only at {', '.join(map(epsilon, tested))}", f"runs {at}"
+
+
+def _amount(metric: str, value: float) -> str:
+    return f"{100 * value:.2f} points" if metric == "accuracy" else f"{value:.4g}"
 
 
 def _epsilon_value(value: Any) -> float:

@@ -37,6 +37,9 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", " ".join(text.split()))
 
 
+VERDICT_COLUMNS = (
+    "method", "task", "ε", "metric", "published", "measured", "verdict", "source", "note", "what would change it",
+)  # fmt: skip
 VERDICTS = (
     "Agrees: the published value lies inside the 95 % interval of our measurement; a wide interval agrees easily, "
     "so read its width. Differences are measured minus published. Not comparable: we have no such measurement, or one "
@@ -62,12 +65,12 @@ def markdown(board: Board) -> str:
     ]
     out += ["![Accuracy against epsilon](accuracy-vs-epsilon.svg)", "", "![Throughput](throughput.svg)", ""]
     for table in board.tables:
-        out += _markdown_table(table)
+        out += markdown_table(table)
     out += ["## How ranks are made", "", RULE, ""]
     if board.published:
         out += ["## Published and measured", "", VERDICTS, ""]
-        out += _grid(
-            ("method", "task", "ε", "metric", "published", "measured", "verdict", "source", "note"),
+        out += grid(
+            VERDICT_COLUMNS,
             ([escape(cell) for cell in verdict_cells(v)] for v in board.published),
         )
     if board.tuning:
@@ -76,7 +79,7 @@ def markdown(board: Board) -> str:
     return "\n".join(out)
 
 
-def _markdown_table(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
     search = " (validation split: a hyper-parameter search, not a result)" if table.search else ""
     out = [f"## {escape(heading(table))}{search}", "", escape(" · ".join(statement(table))), ""]
     titles = (
@@ -87,7 +90,7 @@ def _markdown_table(table: Table) -> list[str]:
     )  # fmt: skip
     rows = [_markdown_row(e, place(e)) for e in table.entries]
     rows += [_markdown_row(e, "reference") for e in table.references]
-    out += _grid(titles, rows)
+    out += grid(titles, rows)
     failures = [
         f"- {escape(e.row.title)}: {n} × {escape(status)}: {escape(reason)}"
         for e in (*table.entries, *table.references)
@@ -113,7 +116,7 @@ def _markdown_row(entry: Entry, rank: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [titles, ["---"] * len(titles), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
@@ -164,7 +167,7 @@ def verdict_cells(verdict: Verdict) -> list[str]:
     return [
         verdict.row.title if verdict.row else verdict.method, verdict.task, epsilon(verdict.epsilon),
         verdict.metric, measure(verdict.metric, verdict.value), measured(verdict), outcome(verdict),
-        verdict.source, verdict.note,
+        verdict.source, verdict.note, verdict.would_change,
     ]  # fmt: skip
 
 
@@ -184,17 +187,17 @@ def table_csv(board: Board) -> str:
     """Every row of every table with full precision: fractions, epsilons (``inf``), empty where unknown."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    records = [_csv_row(t, e, ref) for t in board.tables for e, ref in _both(t)]
+    records = [csv_row(t, e, ref) for t in board.tables for e, ref in both(t)]
     writer.writerow(name for name, _ in (records[0] if records else []))
     writer.writerows([guarded(value) for _, value in record] for record in records)
     return out.getvalue()
 
 
-def _both(table: Table) -> list[tuple[Entry, bool]]:
+def both(table: Table) -> list[tuple[Entry, bool]]:
     return [(e, False) for e in table.entries] + [(e, True) for e in table.references]
 
 
-def _csv_row(table: Table, entry: Entry, reference: bool) -> list[tuple[str, Field]]:
+def csv_row(table: Table, entry: Entry, reference: bool) -> list[tuple[str, Field]]:
     row, run, s = entry.row, entry.row.first, table.setting
     empty = Interval(math.nan, None, None, 0)
     accuracy, gap = row.accuracy or empty, entry.place.difference or empty
@@ -245,7 +248,8 @@ def published_csv(board: Board) -> str:
         fields: tuple[Field, ...] = (
             v.method, v.row.title if v.row else "", v.task, v.row.setting.task if v.row else "", v.epsilon,
             v.metric, v.value, m.mean if m.n else None, m.low, m.high, m.n, v.difference, v.verdict,
-            " and ".join(v.because), v.source, v.note, " ".join(r.id for r in v.row.runs) if v.row else "",
+            " and ".join(v.because), v.would_change, v.source, v.note,
+            " ".join(r.id for r in v.row.runs) if v.row else "",
         )  # fmt: skip
         writer.writerow([guarded(value) for value in fields])
     return out.getvalue()
@@ -253,7 +257,7 @@ def published_csv(board: Board) -> str:
 
 PUBLISHED = (
     "method", "label", "task", "measured_task", "epsilon", "metric", "published", "measured_mean", "measured_low",
-    "measured_high", "measured_n", "difference", "verdict", "because", "source", "note", "ids",
+    "measured_high", "measured_n", "difference", "verdict", "because", "would_change", "source", "note", "ids",
 )  # fmt: skip
 
 
@@ -280,7 +284,7 @@ def top_rows(board: Board, n: int = 5) -> str:
         lines += [_line(e, "ref") for e in table.references[:1]]
         more = len(table.entries) - n
         title = f"{heading(table)}  ({', '.join(statement(table))})"
-        blocks.append("\n".join([title, *_aligned(lines), *([f"  … {more} more"] if more > 0 else [])]))
+        blocks.append("\n".join([title, *aligned(lines), *([f"  … {more} more"] if more > 0 else [])]))
     if board.published:
         verdicts = [v.verdict for v in board.published]
         tally = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
@@ -299,7 +303,7 @@ def _line(entry: Entry, rank: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text_columns = {0, 1, len(widths) - 1}
     return [
