@@ -24,7 +24,8 @@ class Cell:
     ``task`` holds ``name dataset digest mean std n_train model architecture evaluate``; ``n_train`` is the
     number of examples trained on, smaller than the data set's where a part is kept for validation.
     ``privacy`` holds ``epsilon delta relation unit accountant``, None (but the unit) for training without
-    privacy, and ``tuning`` where a search on private data is charged. ``device`` holds ``device threads engine microbatch``, ``budget`` ``seconds memory_mib``.
+    privacy, and ``tuning`` where a search on private data is charged. ``device`` holds
+    ``device threads engine microbatch``, ``budget`` ``seconds memory_mib``.
     ``method_file`` is the user's own file, None for installed methods. ``changes`` are the parts that the suite gives
     the method (slot to spec, see :mod:`harness.parts`); ``parts`` describes the method with them. All values are JSON
     values. ``then`` is a second stage, of another method: ``name parameters parts trains schedule`` and, where it

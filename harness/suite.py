@@ -407,6 +407,14 @@ class Suite:
         return found
 
     @staticmethod
+    def _origins(dataset: str) -> set[str]:
+        """The digests of a data set and of the data that it was made of."""
+        from harness import data
+
+        known = data.describe(dataset)
+        return {str(known["digest"]), *known["sources"]}
+
+    @staticmethod
     def _described(dataset: str, evaluate: str) -> dict[str, Any]:
         from harness import data
 
@@ -579,7 +587,7 @@ class Suite:
         if then.dataset is not None:
             try:
                 other = self._described(then.dataset, task.evaluate)
-                if other["digest"] == facts[task.index]["digest"]:
+                if self._origins(then.dataset) & self._origins(task.dataset):
                     text = f"{then.dataset} is the private data of task"
                     raise ValueError(
                         f'"then": {text} "{task.name}"; name public data, or leave "dataset" out.'

@@ -105,6 +105,20 @@ def test_no_neighbour_moves_a_release_by_more_than_its_sensitivity(neighbourhood
     assert max(moved(*replaced).values()) <= 1 + 1e-9
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_one_row_more_moves_a_sum_of_many_by_no_more_in_float32(first):
+    """A float32 sum of 30,000 squares moves by more, since a row more shifts where it is rounded."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.rand(30_000, 16, generator=g) + 1, dim=1)
+    y = torch.zeros(len(x), dtype=torch.long)
+    batches = (x[1:], x) if first else (x[:-1], x)
+    model, m = head(16, 2, bias=False).float(), method("dp-ls")
+    ours, theirs = (released(m, model, Batch(part, y[: len(part)])) for part in batches)
+    for name, r in ours.items():
+        change = (r.value.flat - theirs[name].value.flat).double().norm()
+        assert float(change) <= r.sensitivity * (1 + 1e-6), name
+
+
 def test_the_sensitivities_are_attained():
     model, m, eye = head(2, 2, bias=False), method("dp-ls", radius=3.0), 7 * torch.eye(2, dtype=torch.float64)
 

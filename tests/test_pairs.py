@@ -31,7 +31,7 @@ from harness.dp import (
     Whole,
 )
 from harness.dp.contrast import probe, unit
-from harness.dp.engines.engine import trainable
+from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.jacobians import Factors, energies, forward
 from harness.dp.engines.pairs import add_factors, pair_squares, safe_norms, sensitivity
 from harness.dp.random import Stream
@@ -449,6 +449,12 @@ def test_refusals() -> None:
         InfoNCE(0.0)
     with pytest.raises(ValueError, match="cap"):
         Pairs(1)
+
+
+def test_models_that_draw_random_numbers_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+    with pytest.raises(Unserved, match="draws random numbers"):
+        released(torch.randn(4, 2, 3).double(), model, Flat(1.0))
 
 
 class Mixing(nn.Linear):

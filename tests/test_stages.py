@@ -162,6 +162,7 @@ def test_what_would_void_the_privacy_is_refused(other):
         ('{ method = "non-private", steps = 5 }', "would train on the private data without noise"),
         (PUBLIC.replace("non-private?lr=0.1", "dp-sgd") % other, "adds noise to public data"),
         ('{ method = "non-private", steps = 5, dataset = "digits" }', "is the private data of task"),
+        (PUBLIC % "features:digits?backbone=scattering", "is the private data of task"),
         ('{ method = "dp-sgd?lr=-1", steps = 5 }', "lr must not be negative"),
         ('{ method = "dp-sgdd", steps = 5 }', 'Did you mean "dp-sgd"'),
         ('{ method = "dp-sgd" }', "needs one of epochs and steps"),

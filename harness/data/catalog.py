@@ -264,7 +264,7 @@ def read_facts(file: Path) -> Facts | None:
     """Facts kept as JSON; None where the file is absent or damaged, to be made again."""
     try:
         found = json.loads(file.read_text())
-        for field in ("mean", "std", "input_shape"):
+        for field in ("mean", "std", "input_shape", "sources"):
             found[field] = tuple(found[field])
         return Facts(**found)
     except (OSError, ValueError, KeyError, TypeError):

@@ -21,7 +21,10 @@ def validation_size(n_train: int) -> int:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a data set without its arrays. ``digest`` is empty where only loading can tell."""
+    """What is known of a data set without its arrays. ``digest`` is empty where only loading can tell.
+
+    ``sources`` are the digests of the data that it was made of, where it was made of other data.
+    """
 
     name: str
     digest: str
@@ -33,6 +36,7 @@ class Facts:
     n_train: int
     n_test: int
     public_data: str = "none"
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

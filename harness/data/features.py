@@ -112,6 +112,7 @@ class Features:
             n_train=pictures.n_train,
             n_test=pictures.n_test,
             public_data=self.backbone.public_data,
+            sources=(pictures.digest,),
         )
 
     def load(self) -> Dataset:

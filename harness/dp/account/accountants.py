@@ -167,7 +167,7 @@ class Prv(Gdp):
             raise Unproved(str(error) or type(error).__name__) from error
         if not math.isfinite(found):
             raise Unproved(f"Opacus's code gives {found}")
-        return found
+        return max(0.0, found)  # its error reaches below zero where delta is large
 
     def _composed(self, steps: dict[tuple[float, float], int], delta: float) -> float:
         from opacus.accountants.analysis import prv  # takes most of a second, and plans need none of it

@@ -67,16 +67,10 @@ def _taped(model: nn.Module, w: Tree, rows: Tensor, plan: Plan, copy: bool) -> P
     leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
     copies = {name: repeated(leaves[name].detach(), len(rows)).requires_grad_() for name in plan.free}
     random: set[str] = set()
-    with taping(model, plan.paths, copy, plan.spread, len(rows)) as tape:
-        if plan.whole:
-            with watching(model, random):
-                outputs = functional_call(model, {**leaves, **copies}, (rows,))
-        else:
-            outputs = functional_call(model, {**leaves, **copies}, (rows,))
-    if random:
-        raise Unserved(
-            f"{', '.join(sorted(random))}: draws random numbers where each row is passed by itself again"
-        )
+    with taping(model, plan.paths, copy, plan.spread, len(rows)) as tape, watching(model, random):
+        outputs = functional_call(model, {**leaves, **copies}, (rows,))
+    if random:  # where a row is not finite, the others are passed again: new draws would move all of them
+        raise Unserved(f"{', '.join(sorted(random))} draws random numbers: leave dropout and the like out")
     return Pass(unit(outputs), {**leaves, **copies}, frozenset(copies), tape, plan)
 
 

@@ -30,7 +30,7 @@ from harness.dp.clip.flat import shortened
 from harness.dp.clip.rule import positive
 from harness.dp.engines.bookkeeping import BookKeeping
 from harness.dp.engines.engine import SPEED, Engine, Unserved, trainable
-from harness.dp.engines.rows import factor_squares, full_precision, wide
+from harness.dp.engines.rows import factor_squares, full_precision
 from harness.dp.loss import Batch, Loss
 from harness.dp.release import Bounded, Observed, Relation, Release
 from harness.dp.solve import head_of, rows
@@ -81,7 +81,7 @@ class WithGram(Engine):
         if step:
             return Bounded(releases, observed)
         width = rows(w).shape[1]
-        total = wide(w.flat).new_zeros(width, width)
+        total = w.flat.new_zeros(width, width, dtype=torch.float64)
         with full_precision(total.device):
             for part in pieces(batch.x, MICROBATCH):
                 f, _ = features(part, self.radius, width)
@@ -137,7 +137,7 @@ class Moments(Engine):
             raise Unserved(reason)
         chunk = self.microbatch or MICROBATCH
         classes, width = rows(w).shape
-        zero = wide(w.flat)
+        zero = w.flat.new_zeros((), dtype=torch.float64)
         first, gram = zero.new_zeros(classes, width), zero.new_zeros(width, width)
         own = zero.new_zeros(classes, width * (width + 1) // 2)
         losses = zero.new_zeros(len(batch))
@@ -159,7 +159,9 @@ class Moments(Engine):
         bound, sigmas = reach(self.radius, w), self.split(clip, sigma, step)
         square = second_moment(bound, relation)
         releases = {
-            "grad": Release(head_of(first, w), bound * relation.moves, sigmas["grad"]),
+            "grad": Release(
+                head_of(first, w.with_flat(w.flat.double())), bound * relation.moves, sigmas["grad"]
+            ),
             "gram": Release(Tree.of({"gram": packed(gram)}), square, sigmas["gram"]),
             "class_gram": Release(Tree.of({"class_gram": own}), square, sigmas["class_gram"]),
         }
@@ -173,11 +175,11 @@ def pieces(t: Tensor, chunk: int) -> tuple[Tensor, ...]:
 
 
 def features(x: Tensor, radius: float, width: int) -> tuple[Tensor, Tensor]:
-    """Rows [B, width] of inputs [B, ...], shortened to `radius`, a one appended where `width` has room for it.
+    """Rows [B, width], in float64, of inputs [B, ...], shortened to `radius`, with a one appended if there is room.
 
     And two counts [2]: rows that were shortened, and rows that were not finite.
     """
-    f = wide(x.flatten(1))
+    f = x.flatten(1).double()
     norms = factor_squares(f).sqrt()
     weights, finite = shortened(norms, radius), norms.isfinite()
     f = f.where(finite[:, None], 0.0).mul_(weights.to(f.dtype)[:, None])
