@@ -21,8 +21,8 @@ class Automatic(Clip):
     """Bu et al. 2023 (arXiv:2206.07136). "stable" (AUTO-S): weight R / (x + gamma); "vanilla" (AUTO-V): R / x.
 
     The contribution is R x / (x + gamma), below R, or R itself: sensitivity R. Under SGD, R is but a factor of the
-    learning rate. Norms below 1e-12 count as 1e-12: squares of such gradients vanish in float32, and a norm that reads
-    too low must not weigh the gradient up beyond R.
+    learning rate. An x + gamma below 1e-12 counts as 1e-12: squares of gradients so short vanish in float32, and a norm
+    that reads too low must not weigh its gradient up beyond R.
     """
 
     clip: float = 1.0
@@ -36,7 +36,7 @@ class Automatic(Clip):
 
     def weights(self, norms: Tensor, state: State) -> Tensor:
         return usable(
-            self.clip / (norms.clamp(min=SHORTEST) + (self.gamma if self.form == "stable" else 0.0))
+            self.clip / ((norms + (self.gamma if self.form == "stable" else 0.0)).clamp(min=SHORTEST))
         )
 
     def sensitivity(self, state: State, relation: Relation) -> float:
