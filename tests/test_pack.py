@@ -25,8 +25,8 @@ TRACE = '{"step": 1, "loss": 0.5}\n'
 
 def real() -> store.Record:
     """A record of the repository, so that it fits the schema."""
-    path = sorted((ROOT / "results" / "smoke").glob("*/record.json"))[0]
-    return {key: value for key, value in store.read(path).items() if key != "path"}
+    path = sorted((ROOT / "results" / "fashion-methods").glob("*/record.json"))[0]
+    return {key: value for key, value in store.read(path).items() if key != "path"} | {"suite": "smoke"}
 
 
 REAL = real()

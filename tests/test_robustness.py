@@ -836,8 +836,9 @@ def test_the_sources_unpickle_and_evaluate_nothing() -> None:
         r"yaml\.(unsafe_)?load\(|os\.system|shell=True"
     )
     assert len(files) > 60
+    restricted = re.compile(r"torch\.load\([^\n]*weights_only=True")  # reads tensors, and builds nothing else
     for file in files:
-        text = file.read_text().replace("allow_pickle=False", "")
+        text = restricted.sub("", file.read_text().replace("allow_pickle=False", ""))
         found = [line for line in text.splitlines() if forbidden.search(line)]
         assert not found, (file, found)
         assert all(
