@@ -20,7 +20,7 @@ from dp_accounting import (
     SelfComposedDpEvent,
     UnsupportedDpEvent,
 )
-from dp_accounting.pld import pld_privacy_accountant
+from dp_accounting.pld import PLDAccountant, pld_privacy_accountant
 from dp_accounting.rdp import RdpAccountant, rdp_privacy_accountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -197,6 +197,17 @@ def test_a_million_steps_cost_as_many_computations_as_there_are_distinct_events(
     for ledger in (other, nested):
         again = {name: epsilon(ledger, 1e-5, ADD, name) for name in calls}
         assert again == pytest.approx(found, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "q, sigma, steps", [(0.01, 0.8, 1001), (0.001, 2.0, 20_000), (0.2, 15.0, 5_000), (1.0, 90.0, 2_000)]
+)
+def test_many_steps_cost_what_the_library_says_to_the_last_bit(q, sigma, steps):
+    """They are composed without the integer (number of losses)^steps, which the library computes first."""
+    library = PLDAccountant().compose(
+        SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps)
+    )
+    assert epsilon(poisson(q, sigma, steps), 1e-6, ADD, "pld") == library.get_epsilon(1e-6)
 
 
 # Reasons --------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from dp_accounting import (
     TruncatedSubsampledGaussianDpEvent,
     get_epsilon_gaussian,
 )
-from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from dp_accounting.rdp import RdpAccountant
 
 from harness.dp.release import Relation
@@ -47,6 +48,8 @@ class Pld(PLDAccountant):
     analysis does depend on the relation, are refused outside add-or-remove.
     """
 
+    MANY = 1000  # steps, from which on composing dictionaries is out of the question
+
     def __init__(self, relation: Relation) -> None:
         super().__init__(NeighboringRelation.ADD_OR_REMOVE_ONE)
         self._stated = relation
@@ -57,7 +60,28 @@ class Pld(PLDAccountant):
             return self.CompositionErrorDetails(
                 invalid_event=event, error_message="Poisson sampling needs add-or-remove"
             )
+        if do_compose and count > self.MANY and _sampled_gaussian(event):
+            step = privacy_loss_distribution.from_gaussian_mechanism(
+                event.event.noise_multiplier,
+                value_discretization_interval=self._value_discretization_interval,
+                sampling_prob=event.sampling_probability,
+                neighboring_relation=self.neighboring_relation,
+            )
+            self._pld: PrivacyLossDistribution = self._pld.compose(_dense(step).self_compose(count))
+            return None
         return super()._maybe_compose(event, count, do_compose)
+
+
+def _sampled_gaussian(event: DpEvent) -> bool:
+    known = isinstance(event, PoissonSampledDpEvent) and isinstance(event.event, GaussianDpEvent)
+    return known and event.sampling_probability > 0 and event.event.noise_multiplier > 0
+
+
+def _dense(pld: PrivacyLossDistribution) -> PrivacyLossDistribution:
+    """The same as arrays. Before it composes a dictionary of k losses n times, dp_accounting computes the integer k^n,
+    to see that arrays are needed: seconds for a million steps."""
+    remove, add = pld._pmf_remove.to_dense_pmf(), pld._pmf_add.to_dense_pmf()
+    return PrivacyLossDistribution(remove, None if pld._symmetric else add)
 
 
 class Rdp(RdpAccountant):
