@@ -529,6 +529,10 @@ class Registry:
         """What could not be indexed, and why."""
         return [b for b in self._scan()[1] if kind in (None, b.kind)]
 
+    def clashes(self) -> list[DuplicateName]:
+        """Every name that two functions share, for who wants to know of all."""
+        return list(self._scan()[2])
+
     def resolve(self, kind: str, name: str) -> Entry:
         """The entry of a name (``npz:PATH`` resolves ``npz``).
 

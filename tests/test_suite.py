@@ -299,6 +299,7 @@ seconds = "long"
     assert problems(text) == [
         '2: [suite] name = "Core": write lower-case letters, digits and dashes, as in "core".',
         '4: [suite] has no key "sedes"; it has name, question, seeds. Did you mean "seeds"?',
+        "5: [suite] seeds: 1 is given twice; keep one.",
         "8: [privacy] epsilon = -3.0: should be greater than 0.",
         "9: [privacy] delta = 2: should be less than 1.",
         "10: [privacy] accountant = \"prv\": should be 'pld' or 'rdp'.",
@@ -410,11 +411,11 @@ def test_what_only_building_can_tell_has_its_line_too(
     with pytest.raises(SuiteError) as caught:
         checked.cells()
     lines = [(problem.line, problem.message) for problem in caught.value.problems]
-    assert [line for line, _ in lines] == [13, 32, 32, 75]
+    assert [line for line, _ in lines] == [13, 32, 75]  # once for both learning rates
     assert "batch 5000 is more than its" in lines[0][1]
     assert 'method "dp-sgd" cannot be built' in lines[1][1]
     assert "clip = -1.0" in lines[1][1]
-    assert "absent.npz" in lines[3][1]
+    assert "absent.npz" in lines[2][1]
 
 
 def test_a_users_method(tmp_path: Path) -> None:
@@ -732,6 +733,7 @@ def test_faults_of_a_reduced_profile_have_their_lines() -> None:
         assert found == [
             (2, '[reduced] needs "why".'),
             (3, '[reduced] has no key "because"'),
+            (4, "[reduced] seeds: 3 is given twice"),
             (9, "[reduced.train] has both epochs and steps"),
             (14, 'no model is called "logistik"'),
         ]

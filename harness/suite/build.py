@@ -1,0 +1,178 @@
+"""Methods built with the parts that a suite gives them, and what only that can tell to be wrong."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from harness import parts
+from harness.cell import canonical_json
+from harness.lines import Path as KeyPath
+from harness.registry import LoadError, Registry, RegistryError, show
+from harness.suite.problems import Report
+from harness.suite.values import Second, Variant
+
+if TYPE_CHECKING:
+    from harness.dp import Method
+
+__all__ = ["Builder", "Built"]
+
+
+class Built(NamedTuple):
+    """A method with the parts that the suite gives it, and their description; the same of its second stage."""
+
+    method: Method
+    parts: dict[str, Any]
+    then: Built | None = None
+
+    @property
+    def private(self) -> bool:
+        """Whether it adds noise, so that a target of epsilon means something."""
+        return bool(self.parts["noise"]["type"] != "NoNoise")
+
+
+class _Refused(NamedTuple):
+    """What a method says of its parameters: its own words, and with the parameters that it was given."""
+
+    words: str
+    text: str
+
+
+@dataclass
+class Builder:
+    """Builds methods by name, each once; ``unimportable`` are files whose methods have been reported."""
+
+    names: Registry
+    report: Report
+    unimportable: Mapping[Path, object] = field(default_factory=dict)
+    _made: dict[str, Built | _Refused | None] = field(default_factory=dict)
+    _said: set[tuple[KeyPath, str]] = field(default_factory=set)
+
+    def of(self, variant: Variant) -> Built | None:
+        """The method of a variant; None where it cannot be built, or only with a problem."""
+        place = ("method", variant.index)
+        first = (
+            self._method(variant.name, variant.parameters, place, variant.places) if variant.ready else None
+        )
+        second, then = None, variant.then
+        if then is not None and then.name:
+            second = self._method(then.name, then.parameters, (*place, "then", "method"))
+            if first and second:
+                self._refuse_stages(variant, then, first, second)
+        found = self._changed(variant, first)
+        if found is None or (then is not None and second is None):
+            return None
+        return Built(found.method, found.parts, second)
+
+    def _method(
+        self,
+        name: str,
+        parameters: dict[str, Any],
+        place: KeyPath,
+        places: Mapping[str, KeyPath] | None = None,
+    ) -> Built | None:
+        """A method as its function returns it; None, with a problem at the key it is about, where it does not."""
+        key = canonical_json([name, parameters])
+        if key not in self._made:
+            self._made[key] = self._call(name, parameters)
+        made = self._made[key]
+        if isinstance(made, _Refused):
+            about = [one for word, one in (places or {}).items() if re.search(rf"\b{word}\b", made.words)]
+            place = about[0] if len(about) == 1 else place
+            if (place, made.words) not in self._said:  # once, not for each value of the others
+                self._said.add((place, made.words))
+                self.report.bad(place, f'method "{name}" cannot be built: {made.text}')
+            return None
+        return made
+
+    def _call(self, name: str, parameters: dict[str, Any]) -> Built | _Refused | None:
+        from harness.dp.method import describe
+
+        entry = self.names.resolve("method", name)
+        try:
+            method = self.names.load(entry)(**parameters)
+            return Built(method, plain(describe(method)))
+        except Exception as error:  # the function may be a user's: whatever it raises has a line
+            if isinstance(error, LoadError) and entry.file in self.unimportable:
+                return None
+            given = ", ".join(f"{k} = {show(v)}" for k, v in parameters.items())
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            return _Refused(what, what if isinstance(error, RegistryError) else f"{what} (with {given})")
+
+    def _changed(self, variant: Variant, first: Built | None) -> Built | None:
+        """A method with its parts replaced; where it cannot be had, the parts are tried on plain DP-SGD."""
+        from harness.dp import Method
+        from harness.dp.method import describe
+
+        if not variant.changes:
+            return first
+        method, fits = first.method if first else Method(), True
+        for slot, spec in variant.changes.items():
+            try:
+                method = parts.put(method, slot, spec)
+                described = describe(method)
+            except ValueError as error:
+                text = f'method "{variant.name}" cannot take {slot} = "{spec}": {error}.'
+                self.report.bad(variant.given[slot], text)
+                fits = False
+        if first is None or not fits:
+            return None
+        self._refuse_idle(variant, described)
+        return Built(method, plain(described))
+
+    def _refuse_idle(self, variant: Variant, described: object) -> None:
+        """Report hyper-parameters that are written for parts which ``with`` replaces: they would do nothing."""
+        from harness.dp.method import describe
+
+        entry = self.names.resolve("method", variant.name)
+        function: Callable[..., Method] = self.names.load(entry)
+        own = describe(function(**variant.parameters))
+        for key, place in variant.places.items():
+            if entry.parameters[key].required:
+                continue
+            try:
+                other = function(**variant.parameters | {key: entry.parameters[key].default})
+                idle = describe(parts.combine(other, variant.changes)) == described
+            except ValueError:  # the default does not go with the other values: so the value matters
+                continue
+            if idle and describe(other) != own:
+                text = f'method "{variant.name}": "{key}" is for a part that "with" replaces; leave it out.'
+                self.report.bad(place, text)
+
+    def _refuse_stages(self, variant: Variant, then: Second, first: Built, second: Built) -> None:
+        """Report a second stage that would void the first one's privacy, or pay for data that is public."""
+        what = None
+        if then.public is None:
+            return
+        if then.public and second.private:
+            what = 'adds noise to public data, which needs none; write non-private, or leave "dataset" out'
+        elif not then.public and first.private and not second.private:
+            what = (
+                'would train on the private data without noise; write a private method, or a public "dataset"'
+                " (how good the encoder is, its own score says already)"
+            )
+        elif not then.public and second.private and not first.private:
+            what = f"cannot make private what {variant.name} has learnt without noise; write non-private"
+        elif second.private and first.method.sampler.relation is not second.method.sampler.relation:
+            what = (
+                f"is analysed for {second.method.sampler.relation.value} neighbours, and {variant.name} for"
+                f" {first.method.sampler.relation.value}; take samplers of one relation"
+            )
+        if what:
+            place = ("method", variant.index, "then", "method")
+            self.report.bad(place, f'"then": {then.name} {what}.')
+
+
+def plain(value: Any) -> Any:
+    """Parts as strict JSON: a bound of infinity is text."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

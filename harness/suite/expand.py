@@ -1,0 +1,170 @@
+"""A suite to its cells, one for each run, and all that stands in their way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from harness.cell import Cell, canonical_json
+from harness.suite.build import Builder, Built
+from harness.suite.files import unimportable
+from harness.suite.lengths import Facts, Lengths, Size
+from harness.suite.problems import Problem, Report, SuiteError
+from harness.suite.tables import Device, Privacy
+from harness.suite.values import Suite, Variant
+
+if TYPE_CHECKING:
+    from harness.dp import Method
+    from harness.lines import Path as KeyPath
+
+__all__ = ["expand", "problems"]
+
+
+class _Run(NamedTuple):
+    """A variant with what it needs to run; None where something is wrong with that."""
+
+    variant: Variant
+    built: Built | None
+    facts: Facts | None
+    size: Size | None
+    second: Facts | None
+
+
+def expand(suite: Suite) -> list[Cell]:
+    """Every run, all methods of the first seed first. Raises :class:`SuiteError`."""
+    cells, found = _expanded(suite)
+    if found:
+        raise SuiteError(found)
+    return cells
+
+
+def problems(suite: Suite) -> list[Problem]:
+    """What is wrong with a suite besides what reading it tells; parts that are wrong already are passed over."""
+    return _expanded(suite)[1]
+
+
+def _expanded(suite: Suite) -> tuple[list[Cell], list[Problem]]:
+    report = Report(suite.file, suite.lines, [])
+    refused = unimportable(suite.files, suite.names)
+    builder, lengths = Builder(suite.names, report, refused), Lengths(report, suite.present)
+    facts = {
+        task.index: lengths.facts(task.dataset, (*task.path, "dataset"), task.evaluate)
+        if task.dataset
+        else None
+        for task in suite.tasks
+    }
+    shared = {task.index: lengths.of_task(task, facts[task.index]) for task in suite.tasks}
+    runs: list[_Run] = []
+    for variant in suite.variants:
+        built, known = builder.of(variant), facts.get(variant.task.index)
+        if variant.epsilons is not None and built is not None and not built.private:
+            text = f'method "{variant.name}" trains without privacy; leave "epsilon" out.'
+            report.bad(("method", variant.index, "epsilon"), text)
+        size = lengths.of_variant(variant, shared.get(variant.task.index), known)
+        runs.append(_Run(variant, built, known, size, lengths.of_second(variant, size, known)))
+    _refuse_unreachable(suite.privacy, runs, report)
+    cells = [
+        _cell(suite, run.variant, run.built, run.facts, run.size, run.second, epsilon, device, seed)
+        for seed in suite.seeds
+        for run in runs
+        if run.variant.whole and run.variant.task.architecture
+        if run.built is not None and run.facts is not None and run.size is not None and run.second is not None
+        for epsilon in (_targets(suite.privacy, run.variant) if run.built.private else (None,))
+        for device in suite.devices
+    ]
+    _refuse_twins(suite, cells, report)
+    return cells, [*refused.values(), *report.problems]
+
+
+def _targets(privacy: Privacy, variant: Variant) -> tuple[float, ...]:
+    return privacy.epsilon if variant.epsilons is None else variant.epsilons
+
+
+def _refuse_unreachable(privacy: Privacy, runs: Sequence[_Run], report: Report) -> None:
+    """Report targets that need more noise than a clipping rule with a ceiling can serve.
+
+    Its side releases have noise of a size of their own, which the joint noise multiplier must stay below.
+    """
+    known: dict[str, str | None] = {}  # by what decides the answer: most variants differ in learning rates
+    for variant, one, facts, size, _ in runs:
+        if one is None or facts is None or size is None or not one.private or not variant.whole:
+            continue
+        if math.isinf(one.method.clip.ceiling) or one.method.sampler.relation.value != privacy.relation:
+            continue  # no run of another relation will be made
+        n, batch, steps = facts["n_train"], size["batch"], size["steps"]
+        plan = one.method.plan(one.method.clip.ceiling / 2, n, batch, steps).to_json()
+        for epsilon in _targets(privacy, variant):
+            key = canonical_json([plan, n, batch, epsilon])
+            if key not in known:
+                known[key] = _unreachable(one.method, n, batch, steps, epsilon, privacy)
+            if known[key] is not None:
+                place: KeyPath = ("method", variant.index)
+                place = variant.given.get("clip", variant.places.get("count_noise", place))
+                text = f'method "{variant.name}" on task "{variant.task.name}": {known[key]}.'
+                report.bad(place, text)
+
+
+def _unreachable(
+    method: Method, n: int, batch: int, steps: int, epsilon: float, privacy: Privacy
+) -> str | None:
+    """Why no noise multiplier meets a target, or None. What is calibrated is kept for the run."""
+    from harness.data.source import cache_root
+    from harness.dp.calibrate import calibrate
+
+    folder = cache_root() / "calibration"
+    try:
+        calibrate(method, n, batch, steps, epsilon, privacy.delta, privacy.accountant, folder)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _cell(
+    suite: Suite, variant: Variant, built: Built, facts: Facts, size: Size, second: Facts, epsilon: float | None,
+    device: Device, seed: int,
+) -> Cell:  # fmt: skip
+    task, privacy, tuning, then = variant.task, suite.privacy, suite.tuning, variant.then
+    private = epsilon is not None
+    entry = suite.names.resolve("method", variant.name)
+    return Cell(
+        suite=suite.name,
+        method=variant.name,
+        label=variant.label,
+        parameters=variant.parameters,
+        parts=built.parts,
+        changes=variant.changes,
+        then={} if then is None or built.then is None else {
+            "name": then.name, "parameters": then.parameters, "parts": built.then.parts, "trains": then.table.trains,
+            **second,
+        },
+        task={
+            "name": task.name, "dataset": task.dataset, "model": task.model, "evaluate": task.evaluate,
+            "architecture": task.architecture, **facts,
+        },
+        privacy={
+            "epsilon": epsilon,
+            "delta": privacy.delta if private else None,
+            "relation": privacy.relation if private else None,
+            "unit": "example",
+            "accountant": privacy.accountant if private else None,
+            **({"tuning": tuning.charged()} if private and tuning and tuning.private else {}),
+        },
+        schedule=size,
+        numerics={"dtype": device.dtype, "tf32": device.tf32},
+        seed=seed,
+        device=device.model_dump(include={"device", "threads", "engine", "microbatch"}),
+        budget={"seconds": suite.budget.seconds, "memory_mib": suite.budget.memory_mib},
+        method_file=None if entry.module else str(entry.file),
+    )  # fmt: skip
+
+
+def _refuse_twins(suite: Suite, cells: Iterable[Cell], report: Report) -> None:
+    """Two tasks may name the same data, two labels the same method: their runs would share one record."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        other = first.setdefault(cell.id, cell)
+        if other is not cell:
+            here, there = (f'"{one.label}" on task "{one.task["name"]}"' for one in (cell, other))
+            place = next(t.path for t in suite.tasks if t.name == cell.task["name"])
+            report.bad(place, f"{here} is the same run as {there}; remove one.")

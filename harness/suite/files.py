@@ -1,0 +1,100 @@
+"""Python files of the user's: what can be told of them without running them, and whether they can be imported."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.registry import Broken, Entry, LoadError, Registry, RegistryError
+from harness.suite.problems import Problem
+
+__all__ = ["Files", "unimportable"]
+
+
+class _Tolerant(Registry):
+    """A registry in which the first of two functions of one name counts; :attr:`Files.problems` tells of the second."""
+
+    def index(self, kind: str) -> dict[str, Entry]:
+        return dict(sorted(self._scan()[0][kind].items()))
+
+
+@dataclass(frozen=True)
+class Files:
+    """The user's files as they were named, what is wrong with them, and the registry that knows their names.
+
+    ``texts`` are those of the files that hold something which cannot be read, None for a file that is not there.
+    """
+
+    named: tuple[str, ...]
+    names: Registry
+    problems: tuple[Problem, ...] = ()
+    texts: tuple[str | None, ...] = ()
+
+    @classmethod
+    def admit(cls, files: Iterable[str | Path], names: Registry) -> Files:
+        """Add files to a registry, or to a copy of it where two functions share a name."""
+        named = tuple(dict.fromkeys(map(str, files)))
+        there = {file: Path(file).expanduser().resolve() for file in named}
+        absent = [file for file in named if not there[file].is_file()]
+        problems = [
+            Problem(file, 0, "no such file; name a Python file with an @method function in it.")
+            for file in absent
+        ]
+        found = [file for file in named if file not in absent]
+        tried = names
+        if names.clashes() or any(there[file] not in names.files() for file in found):
+            tried = _Tolerant(names.root, entry_points=names.entry_points)
+            for known in (*names.files(), *(there[file] for file in found)):
+                tried.add_file(known)
+        clashes = [clash.message for clash in tried.clashes()]
+        for clash in clashes:
+            problems.append(_clash(clash, {str(there[file]): file for file in found}))
+        broken = [(file, one) for file in found for one in tried.broken() if one.file == there[file]]
+        problems += [_unreadable(file, one) for file, one in broken]
+        if not clashes:
+            for file in found:
+                names.add_file(file)
+        texts = [there[file].read_text("utf-8", "replace") for file in dict.fromkeys(f for f, _ in broken)]
+        return cls(named, tried if clashes else names, tuple(problems), (*texts, *(None for _ in absent)))
+
+    def explain(self, error: RegistryError, name: str) -> bool:
+        """Whether what is wrong with a file explains that a name is not known."""
+        written = re.compile(rf"""["']{re.escape(name)}["']""")
+        return any(
+            error.suggestion is None if text is None else written.search(text) is not None
+            for text in self.texts
+        )
+
+
+def _clash(message: str, named: dict[str, str]) -> Problem:
+    """Two functions of one name, told of at the one in a file of the user's; the message names both places."""
+    found = re.search(r": (.+):([0-9]+) and (.+):([0-9]+); ", message)
+    places = [(found[3], found[4]), (found[1], found[2])] if found else [("", "1")]
+    file, line = next((one for one in places if one[0] in named), places[0])
+    return Problem(named.get(file, file), int(line), message)
+
+
+def _unreadable(file: str, broken: Broken) -> Problem:
+    return Problem(file, max(1, broken.line), f"{broken.reason.rstrip('.')}.")
+
+
+def unimportable(files: Iterable[str], names: Registry) -> dict[Path, Problem]:
+    """The files whose import fails, and why."""
+    found: dict[Path, Problem] = {}
+    for file in files:
+        path = Path(file).expanduser().resolve()
+        entry = next((one for one in names.index("method").values() if one.file == path), None)
+        if entry is None:
+            continue
+        try:
+            names.load(entry)
+        except LoadError as error:
+            cause = error.__cause__ or error
+            frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename == str(path)]
+            line = (frames[-1].lineno if frames else None) or entry.line
+            text = f"cannot be imported: {type(cause).__name__}: {cause}"
+            found[path] = Problem(file, line, text if text.endswith(".") else f"{text}.")
+    return found

@@ -1,0 +1,225 @@
+"""The tables of a suite: their keys, the types of these, and what each is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+
+from harness.registry import RegistryError, did_you_mean
+
+__all__ = [
+    "ARRAYS",
+    "MOST_CELLS",
+    "NEEDED",
+    "SINGLE",
+    "Budget",
+    "Device",
+    "Header",
+    "Many",
+    "MethodTable",
+    "Positive",
+    "Privacy",
+    "Published",
+    "Reduced",
+    "Size",
+    "Table",
+    "Task",
+    "Text",
+    "Then",
+    "Train",
+    "Tuning",
+]
+
+MOST_CELLS = 100_000
+MOST_SEEDS = 10_000
+
+
+def _one_or_many(value: object) -> object:
+    """A list or a single value as a tuple; an empty list is refused, for it would run nothing."""
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("is an empty list; write at least one value")
+        return tuple(value)
+    return (value,)
+
+
+def _many(value: object) -> object:
+    """A list as a tuple."""
+    return _one_or_many(value) if isinstance(value, list) else value
+
+
+def _seeds(value: object) -> object:
+    """A count n as the seeds 0 to n-1, or a list of seeds."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not 1 <= value <= MOST_SEEDS:
+            raise ValueError(f"should be a number of seeds from 1 to {MOST_SEEDS}, or a list of seeds")
+        return tuple(range(value))
+    return _many(value)
+
+
+def _batch(value: object) -> object:
+    """A whole number from 1, or "full"."""
+    if value == "full" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**53):
+        return value
+    near = did_you_mean(value, ["full"]) if isinstance(value, str) else None
+    raise RegistryError('should be a whole number from 1, without quotes, or "full", all examples', near)
+
+
+Size = Annotated[int, Field(ge=1, lt=2**53)]
+Positive = Annotated[float, Field(gt=0, le=1e15)]
+Text = Annotated[str, Field(min_length=1)]
+Many = BeforeValidator(_one_or_many)
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**53)], ...], BeforeValidator(_seeds)]
+Batch = Annotated[int | Literal["full"], PlainValidator(_batch)]
+Epsilons = Annotated[tuple[Positive, ...], Many]
+
+
+class Table(BaseModel):
+    """One table of a file: exact types, no other keys, no infinities."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Header(Table):
+    """``[suite]``: its name, the question it answers, and the seeds of each run (a count or a list)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    question: Text
+    seeds: Seeds = (0,)
+
+
+class Privacy(Table):
+    """``[privacy]``: targets for private methods; the noise is calibrated to them by ``accountant``."""
+
+    epsilon: Epsilons
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    relation: Literal["add-or-remove", "replace-one"] = "add-or-remove"
+    accountant: Literal["pld", "rdp"] = "pld"
+
+
+class Train(Table):
+    """``[train]``: expected logical batch, a number or "full", and the length in epochs or in steps."""
+
+    batch: Batch | None = None
+    epochs: Positive | None = None
+    steps: Size | None = None
+
+
+class Task(Table):
+    """``[[task]]``: data set and model (specs), where to evaluate, and a schedule of its own."""
+
+    dataset: Text
+    model: Text
+    evaluate: Literal["test", "validation"] = "test"
+    name: Text | None = None
+    batch: Batch | None = None
+    epochs: Positive | None = None
+    steps: Size | None = None
+
+
+class MethodTable(Table):
+    """``[[method]]``: name, label, tasks (globs) and epsilons it is for, overrides by task, other parts (``with``), a
+    schedule of its own (``train``), a second stage (``then``); the other keys are hyper-parameters."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+    name: Text
+    label: Text | None = None
+    tasks: Annotated[tuple[Text, ...], Many] = ("*",)
+    epsilon: Epsilons | None = None
+    on: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    changes: dict[str, Any] = Field(default_factory=dict, alias="with")
+    train: Any = None
+    then: Any = None
+
+
+class Then(Table):
+    """``then`` of a ``[[method]]``: the method that goes on with the trained network, under a new linear head.
+
+    ``method`` is a spec (name?key=value). ``trains`` the head alone, or all of the network. With a ``dataset`` the
+    stage trains and is judged on that data instead, which then counts as public.
+    """
+
+    method: Text
+    epochs: Positive | None = None
+    steps: Size | None = None
+    batch: Batch | None = None
+    trains: Literal["head", "all"] = "head"
+    dataset: Text | None = None
+
+
+class Device(Table):
+    """``[[device]]``: numerics (``dtype``, ``tf32``) and speed (``device``, ``threads``, ``engine``, ``microbatch``).
+
+    ``engine`` takes the place of the default one; a method that names its own keeps it.
+    """
+
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
+    dtype: Literal["float32", "float64"] = "float32"
+    tf32: bool = False
+    threads: Annotated[int, Field(ge=1, le=4096)] = 1
+    engine: Literal["bookkeeping", "ghost", "vmap", "loop", "auto"] | None = None
+    microbatch: Size | None = None
+
+
+class Budget(Table):
+    """``[budget]``: limits for each run; None is no limit."""
+
+    seconds: Positive | None = None
+    memory_mib: Positive | None = None
+
+
+class Tuning(Table):
+    """``[tuning]``: how hyper-parameters were chosen, as text for the report.
+
+    Where on data that is ``private``, also by how many ``tries``: exactly so many, or the mean of a ``distribution``.
+    The run of a record comes on top where it is ``retrained`` with what was found. See :mod:`harness.dp.tuning`.
+    """
+
+    data: Text
+    protocol: Text
+    private: bool = False
+    tries: Annotated[float, Field(ge=1, le=1e6)] | None = None
+    distribution: Literal["fixed", "poisson", "geometric", "logarithmic"] = "fixed"
+    retrained: bool = True
+
+    def charged(self) -> dict[str, Any]:
+        """What a run's epsilon with tuning is made of; {} where nothing is charged."""
+        return self.model_dump(include={"tries", "distribution", "retrained"}) if self.private else {}
+
+
+class Published(Table):
+    """``[[published]]``: a value from the literature, its source, and the accountant of its epsilon where known."""
+
+    method: Text
+    task: Text
+    epsilon: Positive | None = None
+    metric: Text
+    value: float
+    source: Text
+    note: str = ""
+    accountant: Text | None = None
+
+
+class Reduced(Table):
+    """``[reduced]``: what makes the suite small enough to run in minutes, and why its results are not the suite's.
+
+    ``train`` and ``task`` stand in the place of the suite's own tables where they are given.
+    """
+
+    why: Text
+    seeds: Seeds | None = None
+    epsilon: Epsilons | None = None
+    train: Any = None
+    task: Any = None
+
+
+SINGLE: Mapping[str, type[Table]] = {
+    "suite": Header, "privacy": Privacy, "train": Train, "budget": Budget, "tuning": Tuning, "reduced": Reduced,
+}  # fmt: skip
+ARRAYS: Mapping[str, type[Table]] = {
+    "task": Task, "method": MethodTable, "device": Device, "published": Published,
+}  # fmt: skip
+NEEDED = ("suite", "privacy", "task", "method")

@@ -1,0 +1,121 @@
+"""What a suite is once it is read: tasks, variants of methods, and the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.cell import Cell
+from harness.lines import Lines
+from harness.lines import Path as KeyPath
+from harness.registry import Registry
+from harness.suite.tables import Budget, Device, Privacy, Published, Then, Train, Tuning
+
+__all__ = ["Scheduled", "Second", "Suite", "Variant"]
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A task with everything resolved: ``schedule`` has ``batch`` and one of ``epochs`` and ``steps``.
+
+    ``path`` is where its table is in the file, ``train`` where the lengths are that it does not give itself.
+    Of a task with something wrong in it, the part that is wrong is empty: ``dataset``, ``architecture``, ``schedule``.
+    """
+
+    index: int
+    path: KeyPath
+    train: KeyPath
+    name: str
+    dataset: str
+    model: str
+    architecture: dict[str, Any]
+    evaluate: str
+    schedule: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Second:
+    """A second stage with its method resolved: its name, and its parameters with defaults expanded.
+
+    The name is empty where something is wrong with it. ``public`` says whether it is for a data set of its own, None
+    where that cannot be told; ``dataset`` is that data set where there is one of this name.
+    """
+
+    name: str
+    parameters: dict[str, Any]
+    table: Then
+    public: bool | None = False
+    dataset: str | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method with one value for each hyper-parameter, on one task; ``index`` counts ``[[method]]``.
+
+    ``epsilons`` are the privacy targets it is for, None for all of the suite's. ``changes`` are the parts it is given
+    in the place of its own (slot to spec). ``places`` says where in the file its parameters are written, ``given``
+    where its parts are.
+
+    Of a method with something wrong in it variants are made all the same, to be checked and never to be run: they are
+    not ``whole``. ``ready`` says that its function can be called.
+    """
+
+    index: int
+    name: str
+    label: str
+    parameters: dict[str, Any]
+    task: Scheduled
+    epsilons: tuple[float, ...] | None = None
+    changes: dict[str, str] = field(default_factory=dict)
+    train: Train | None = None
+    then: Second | None = None
+    places: Mapping[str, KeyPath] = field(default_factory=dict, repr=False)
+    given: Mapping[str, KeyPath] = field(default_factory=dict, repr=False)
+    ready: bool = True
+    whole: bool = True
+
+    def meets(self, other: Variant) -> bool:
+        """Whether both are for one of the same targets."""
+        return self.epsilons is None or other.epsilons is None or bool({*self.epsilons} & {*other.epsilons})
+
+    def what(self) -> tuple[object, ...]:
+        """What tells a variant from another on the same task and for the same target."""
+        return self.name, self.parameters, self.changes, self.train, self.then
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """A checked suite. ``file`` is as the user named it, the rest in order of the file.
+
+    ``reduced`` says what is reduced where this is the reduced profile of the suite, and is None where it is all of it.
+    ``files`` are the user's own with methods; ``present`` says that data which is not here is something wrong.
+    """
+
+    file: str
+    name: str
+    question: str
+    seeds: tuple[int, ...]
+    privacy: Privacy
+    tasks: tuple[Scheduled, ...]
+    variants: tuple[Variant, ...]
+    devices: tuple[Device, ...]
+    budget: Budget
+    tuning: Tuning | None
+    published: tuple[Published, ...]
+    reduced: str | None
+    names: Registry = field(repr=False)
+    lines: Lines = field(repr=False)
+    files: tuple[str, ...] = ()
+    present: bool = False
+
+    def cells(self) -> list[Cell]:
+        """Every run of the suite, all methods of the first seed first.
+
+        Imports torch, builds the methods and asks for the data's digests. Raises :class:`SuiteError` with
+        every method that refuses its parameters or its parts, targets that need more noise than a clipping rule
+        can serve, data that is missing, and runs that would be the same.
+        """
+        from harness.suite.expand import expand
+
+        return expand(self)
