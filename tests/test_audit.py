@@ -14,6 +14,7 @@ from harness import registry, store
 from harness.dp import SGD, Flat, Gaussian, Method, Relation, Shuffle
 from harness.dp.random import Stream
 from harness.verify import audit as audits
+from harness.verify import finding
 from harness.verify.audit import Setting, audit
 from harness.verify.audit_bounds import (
     Mistakes,
@@ -212,7 +213,7 @@ def test_the_command_prints_records_and_never_repeats(tmp_path, capsys):
     # the claim is that of runs: their accountant, on its own grid
     assert 2.99 < found["epsilon_claimed"] <= 3 and found["accountant"] == "pld"
     assert 0 <= found["epsilon_audited"] <= found["epsilon_claimed"] and found["flagged"] is False
-    assert set(found["instruments"]) == set(audits.INSTRUMENTS)
+    assert set(found["instruments"]) == set(finding.INSTRUMENTS)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split()[:3] == ["method", "target", "claimed"] and "not refuted" in printed[1]
     assert audits.main(request) == 0 and "recorded before" in capsys.readouterr().out

@@ -210,4 +210,4 @@ class Broken(Gaussian):
 
 def test_an_error_in_a_part_is_a_verdict():
     line = checks.verdict(checks.noise_billed, checks.subject(Method(noise=Broken())))
-    assert not line.ok and line.detail == "KeyError: 'sigma'"
+    assert not line.ok and line.detail.startswith("KeyError: 'sigma'; raised in event, test_conformance.py:")

@@ -1,17 +1,17 @@
 """`epsbench audit`: an empirical lower bound on a method's epsilon, beside the one that its ledger claims.
 
 The method is trained by the loop that all runs go through, with its own engine, clipping rule, noise, sampler and
-path, on data with canaries in it (`harness.verify.canary`). What it made public is scored, and the scores are turned
-into bounds (`harness.verify.audit_bounds`). A bound above the claim refutes it. docs/audits.md is the manual.
+path: on data with canaries in it (`harness.verify.canary`), on one or the other of two neighbouring data sets
+(`harness.verify.pair`), or on halves of a pool (`harness.verify.membership`). What it made public is scored, and the
+scores are turned into bounds (`harness.verify.audit_bounds`). A bound above the claim refutes it. docs/audits.md is the
+manual.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -23,30 +23,18 @@ import numpy as np
 import torch
 
 from harness import audits, codehash, measure, registry
-from harness.dp.account import ACCOUNTANTS, Ledger
-from harness.dp.account import epsilon as cost
-from harness.dp.calibrate import calibrate
+from harness.dp.account import Ledger
 from harness.dp.method import Method, describe, parts
 from harness.dp.random import Stream
 from harness.parts import modules
 from harness.seeds import derive
 from harness.train import Diverged, Schedule, start, train
-from harness.verify import membership
-from harness.verify.audit_bounds import (
-    CHOOSING,
-    Mistakes,
-    Rates,
-    Sample,
-    by_rates,
-    by_tradeoff,
-    chosen,
-    guessed,
-    mistakes,
-    rates,
-)
+from harness.verify import membership, pair
+from harness.verify.audit_bounds import Sample
 from harness.verify.canary import OWN, SCORES, Observed, Observer, Planted, Refused, Task, plant
+from harness.verify.candidates import strongest
+from harness.verify.finding import Verdict, bound, claim
 
-INSTRUMENTS = ("one-run", "error rates", "trade-off")
 GRADIENTS = "gradient canaries"
 EXAMPLES = """\
 examples:
@@ -56,6 +44,7 @@ examples:
   epsbench audit group-wise?adaptive=false                with parameters of its own
   epsbench audit my.py                                    each method of a file of yours
   epsbench audit dp-sgd --canaries 1 --repeat 500         a run for each canary: no two share one
+  epsbench audit logit-dp adaptive --neighbours           one example in or out, in thousands of short runs
   epsbench audit dp-sgd --membership                      who was in the training data? (LiRA)
 
 exit codes: 0 no claim is refuted; 1 one is; 2 the request is wrong
@@ -83,57 +72,6 @@ class Setting:
     def trained(self) -> Task:
         """The task, with a model that depends on nothing but it and the seed."""
         return Task.named(self.task, derive("audit init", self.task, self.seed), self.examples)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What an audit found. `bounds` are by instrument; all of them hold together, with confidence 1 - level."""
-
-    claimed: float
-    accountant: str
-    sigma: float
-    bounds: dict[str, dict[str, Any]]
-    planted: dict[str, Any]
-
-    @property
-    def audited(self) -> float:
-        """The largest of the bounds."""
-        return max(float(bound["epsilon"]) for bound in self.bounds.values())
-
-    @property
-    def instrument(self) -> str:
-        """Whose it is."""
-        return max(self.bounds, key=lambda name: float(self.bounds[name]["epsilon"]))
-
-    @property
-    def refuted(self) -> bool:
-        """Whether the claim cannot be true."""
-        return self.audited > self.claimed
-
-
-def cache_folder() -> Path:
-    """Where runs keep results of calibration too (`harness.run.cache_folder`, which this room may not import)."""
-    return Path(os.environ.get("EPSBENCH_CACHE") or Path.home() / ".cache" / "epsbench")
-
-
-def claim(
-    method: Method, n: int, batch: int, steps: int, target: float, delta: float, sigma: float | None = None
-) -> tuple[float, str, Callable[[float], float]]:
-    """A noise multiplier (by default the one that runs would use), the accountant, and epsilon by it at a multiplier.
-
-    The accountant is the one that ranks in records, on its own grid. Raises Refused where none knows the plan.
-    """
-    relation = method.sampler.relation
-    try:
-        if sigma is None:
-            sigma = calibrate(method, n, batch, steps, target, delta, cache=cache_folder() / "calibration")
-        plan = method.plan(sigma, n, batch, steps)
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    accountant = next((a for a in ACCOUNTANTS if math.isfinite(cost(plan, delta, relation, a))), None)
-    if accountant is None:
-        raise Refused(f"no accountant knows the events of its plan: {plan.composed()}")
-    return sigma, accountant, lambda s: cost(method.plan(s, n, batch, steps), delta, relation, accountant)
 
 
 def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | None = None) -> Verdict:
@@ -204,37 +142,6 @@ def overhear(
     return seen, progress.ledger, progress.engine
 
 
-def bound(
-    sample: Sample,
-    s: Setting,
-    plan: Callable[[float], Ledger],
-    price: Callable[[float], float],
-    sigma: float,
-    method: Method,
-) -> dict[str, dict[str, Any]]:
-    """The bound of each instrument. They share the level evenly, so that the largest holds too."""
-    level = s.level / len(INSTRUMENTS)
-    choosing, testing = sample.split(CHOOSING, s.seed)
-    if min(int(part.inside.sum()) for part in (choosing, testing)) < 1 or choosing.inside.all():
-        raise Refused(
-            f"{len(sample)} canaries are too few to choose a threshold and test it: take 64 or more"
-        )
-    relation, ceiling = method.sampler.relation, method.clip.ceiling
-    epsilon, guesses, right, score = guessed(choosing, testing, s.delta, level)
-    one_run = {"epsilon": epsilon, "guesses": guesses, "correct": right, "score": score}
-    alone, score = chosen(choosing, testing, [rates], lambda found: by_rates(found, s.delta), level)
-    apart = {"epsilon": float(by_rates(alone, s.delta)[0]), **_shown(alone), "score": score}
-    found, score = chosen(choosing, testing, [rates, mistakes], lambda found: found.apart(), level)
-    traded = {
-        "epsilon": by_tradeoff(plan, relation, sigma, ceiling, found, s.delta, price), **_shown(found), "score": score,
-    }  # fmt: skip
-    return dict(zip(INSTRUMENTS, (one_run, apart, traded), strict=True))
-
-
-def _shown(found: Rates | Mistakes) -> dict[str, float]:
-    return {f"{name}_below": float(value[0]) for name, value in found._asdict().items()}
-
-
 # The record -----------------------------------------------------------------------------------------------
 
 
@@ -270,18 +177,36 @@ class Subject:
         }  # fmt: skip
 
 
-AnySetting = Setting | membership.Setting
+AnySetting = Setting | pair.Setting | membership.Setting
+NAMES: Mapping[type, str] = {
+    Setting: GRADIENTS, pair.Setting: pair.INSTRUMENT, membership.Setting: membership.INSTRUMENT,
+}  # fmt: skip
+
+
+def takes_canaries(method: Method, task: Task) -> bool:
+    """Whether gradient canaries can be planted in what `method` is trained on: its parts are asked.
+
+    A method without noise has nothing to audit, and it does not matter by what.
+    """
+    if not method.noise.private:
+        return True
+    if method.loss.coupled:
+        return False
+    try:
+        plant(method, task, torch.ones(1, dtype=torch.bool))
+    except Refused:
+        return False
+    return True
 
 
 def outline(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
     """What of an audit's record is known before it, the id included; where nothing is found it stays so."""
-    crafted = isinstance(s, Setting)
+    counted = {Setting: getattr(s, "canaries", 0), pair.Setting: 1, membership.Setting: len(task.x)}
     facts: dict[str, Any] = subject.facts() | {
-        "schema": audits.SCHEMA, "kind": "audit", "instrument": GRADIENTS if crafted else membership.INSTRUMENT,
+        "schema": audits.SCHEMA, "kind": "audit", "instrument": NAMES[type(s)],
         "task": {"name": s.task, "digest": task.digest, "model": task.model, "examples": len(task.x)},
         "epsilon_target": s.epsilon, "delta": s.delta, "rate": s.rate, "steps": s.steps,
-        "canaries": s.canaries if isinstance(s, Setting) else len(task.x),
-        "trials": s.repeat, "seed": s.seed, "level": s.level, "confidence": 1 - s.level,
+        "canaries": counted[type(s)], "trials": s.repeat, "seed": s.seed, "level": s.level, "confidence": 1 - s.level,
         "epsilon_claimed": None, "accountant": None, "noise_multiplier": None, "epsilon_audited": None,
         "strongest": None, "instruments": {}, "facts": {}, "flagged": False, "reason": None,
     }  # fmt: skip
@@ -291,18 +216,17 @@ def outline(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
 def found(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
     """What an audit adds to its outline: claimed and audited epsilon, or the reason why there is none."""
     try:
-        return (
-            by_canaries(subject.method, s, task)
-            if isinstance(s, Setting)
-            else by_members(subject.method, s, task)
-        )
+        if isinstance(s, membership.Setting):
+            return by_members(subject.method, s, task)
+        if isinstance(s, pair.Setting):
+            return by_coins(pair.audit(subject.method, s, strongest, task=task))
+        return by_coins(audit(subject.method, s, task=task))
     except Refused as error:
         return {"reason": f"not auditable by this instrument: {error}"}
 
 
-def by_canaries(method: Method, s: Setting, task: Task) -> dict[str, Any]:
-    """The findings of `audit`."""
-    v = audit(method, s, task=task)
+def by_coins(v: Verdict) -> dict[str, Any]:
+    """The findings of `audit`, or of `pair.audit`."""
     return {
         "epsilon_claimed": v.claimed, "accountant": v.accountant, "noise_multiplier": v.sigma,
         "epsilon_audited": v.audited, "strongest": v.instrument, "instruments": v.bounds, "facts": v.planted,
@@ -374,37 +298,55 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Audit what is asked for, print claimed and audited epsilon, and write a record of each."""
     parser = _parser()
     given = parser.parse_args(list(arguments))
-    plain: AnySetting = membership.Setting() if given.membership else Setting()
     if given.membership and given.canaries is not None:
         parser.error("--canaries: with --membership, the examples of the task are what is looked for")
+    if given.neighbours and given.canaries is not None:
+        parser.error("--canaries: with --neighbours, the one example that differs is what is looked for")
     lowest = {"steps": 1, "canaries": 1, "repeat": 1, "seed": 0, "examples": 0}
     wrong = [f"--{k} {getattr(given, k)}" for k, low in lowest.items() if (getattr(given, k) or low) < low]
     if wrong:
         parser.error(f"{', '.join(wrong)}: too small")
-    common = {
-        f.name: getattr(given, f.name)
-        for f in dataclasses.fields(plain)
-        if f.name != "epsilon" and getattr(given, f.name, None) is not None
-    }
-    settings = [
-        dataclasses.replace(plain, epsilon=epsilon, **common) for epsilon in dict.fromkeys(given.epsilon)
-    ]
-    for s in settings:
+    if given.membership and given.neighbours:
+        parser.error("--membership and --neighbours: one of them at a time")
+    subjects = [Subject.of(label, entry) for text in given.method for label, entry in _named(text)]
+    kind = membership.Setting if given.membership else pair.Setting if given.neighbours else Setting
+    asked, flagged = _Asked(given), False
+    for s in asked.settings(kind):
         if not (0 < s.rate <= 1 and 0 < s.delta < 1 and 0 < s.level < 1 and s.epsilon > 0):
             parser.error("--rate lies in (0, 1], --delta and --level in (0, 1), --epsilon above 0")
-    subjects = [Subject.of(label, entry) for text in given.method for label, entry in _named(text)]
     try:
-        task = settings[0].trained()
+        task = asked.task(kind)
     except Refused as error:
         parser.error(str(error))
-    flagged = False
     print(HEADER)
     for subject in subjects:
-        for s in settings:
-            made, there = kept(subject, s, task, given.results / audits.FOLDER)
+        takes = kind is not Setting or given.canaries is not None or takes_canaries(subject.method, task)
+        serves = kind if takes else pair.Setting
+        for s in asked.settings(serves):
+            made, there = kept(subject, s, asked.task(serves), given.results / audits.FOLDER)
             print(line(made, there), flush=True)
             flagged |= made["flagged"]
     return int(flagged)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the command line asks for, by instrument. What it leaves out is the instrument's own default."""
+
+    given: argparse.Namespace
+    tasks: dict[type, Task] = dataclasses.field(default_factory=dict)
+
+    def settings(self, kind: type[AnySetting]) -> list[AnySetting]:
+        """One for each epsilon."""
+        named = {f.name for f in dataclasses.fields(kind)} - {"epsilon"}
+        common = {name: value for name in named if (value := getattr(self.given, name, None)) is not None}
+        return [kind(epsilon=epsilon, **common) for epsilon in dict.fromkeys(self.given.epsilon)]
+
+    def task(self, kind: type[AnySetting]) -> Task:
+        """What is trained. Raises Refused for a name that says no task."""
+        if kind not in self.tasks:
+            self.tasks[kind] = self.settings(kind)[0].trained()
+        return self.tasks[kind]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -427,6 +369,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, help="expected batch over n")
     for name, what in _COUNTS.items():
         parser.add_argument(f"--{name}", type=int, metavar="N", help=what)
+    parser.add_argument(
+        "--neighbours", action="store_true",
+        help="train on one of two neighbouring data sets, in place of canaries; without being asked where a method"
+        " takes no canaries and --canaries is not given",
+    )  # fmt: skip
     parser.add_argument(
         "--membership", action="store_true", help="infer who was in the training data, in place of canaries"
     )

@@ -290,8 +290,13 @@ class Observer:
 
     def watched(self, method: Method) -> Method:
         """`method`, its noise and its engine overheard."""
-        engine, noise = _Watched(method.engine, self), _Overheard(method.noise, self, method.clip)
+        engine = Watched(method.engine, self.see)
+        noise = Overheard(method.noise, lambda public: self.hear(public, method.clip))
         return dataclasses.replace(method, engine=engine, noise=noise)
+
+    def see(self, w: Tree, state: Any, step: int) -> None:
+        """Note where a step differentiates, and the state of its clipping rule."""
+        self.weights, self.state = w, state
 
     def hear(self, public: Release, clip: Clip) -> None:
         """Note the noised gradient of a step."""
@@ -350,11 +355,11 @@ class Observer:
 
 
 @dataclass(frozen=True)
-class _Watched(Engine):
-    """An engine whose public arguments are noted: the weights, and the clipping rule's state."""
+class Watched(Engine):
+    """An engine whose public arguments are told: the weights, the clipping rule's state and the step."""
 
     engine: Engine
-    observer: Observer
+    tell: Callable[[Tree, Any, int], None]
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         return self.engine.accepts(loss, clip, model)
@@ -366,17 +371,16 @@ class _Watched(Engine):
         self, loss: Loss, clip: Clip, model: nn.Module, w: Tree, batch: Batch, state: Any, sigma: float,
         relation: Relation, step: int = 0,
     ) -> Bounded:  # fmt: skip
-        self.observer.weights, self.observer.state = w, state
+        self.tell(w, state, step)
         return self.engine.bounded(loss, clip, model, w, batch, state, sigma, relation, step)
 
 
 @dataclass(frozen=True)
-class _Overheard(Noise):
-    """Noise whose public results are noted."""
+class Overheard(Noise):
+    """Noise whose public results are told: releases with their noised value, and what is claimed of them."""
 
     noise: Noise
-    observer: Observer
-    clip: Clip
+    tell: Callable[[Release], None]
 
     @property
     def private(self) -> bool:
@@ -384,7 +388,7 @@ class _Overheard(Noise):
 
     def add(self, release: Release, rng: Stream) -> Tree:
         public = self.noise.add(release, rng)
-        self.observer.hear(release._replace(value=public.clone()), self.clip)
+        self.tell(release._replace(value=public.clone()))
         return public
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:

@@ -548,12 +548,12 @@ def table(lines: Sequence[Caught]) -> str:
     return "\n".join([*head, *rows])
 
 
-def inserted(text: str, made: str) -> str:
+def inserted(text: str, made: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with `made` between the two markers. Raises ValueError where they are not there."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the text must hold {BEGIN} and then {END}, each once")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the text must hold {begin} and then {end}, each once")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
 
 
 def main(arguments: Sequence[str] = ()) -> int:

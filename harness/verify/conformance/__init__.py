@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from harness import registry
 from harness.dp.method import Method
+from harness.measure import Clock
 from harness.verify.conformance.adversary import adversarial
 from harness.verify.conformance.identity import identified
 from harness.verify.conformance.ledger import amended, billed, calibrated
@@ -56,8 +58,8 @@ from harness.verify.conformance.subject import (
 __all__ = [
     "CHECKS", "STATISTICAL", "Check", "Contrast", "Inapplicable", "Subject", "Toy", "Violation", "adversarial",
     "amended", "billed", "calibrated", "check", "clip_rule", "described", "empty_step", "equals_loop", "examine",
-    "identified", "independent", "microbatch_free", "noise_billed", "noised", "poisoned", "repeated",
-    "replaced",
+    "identified", "independent", "microbatch_free", "named", "noise_billed", "noised", "poisoned", "rehearsed",
+    "repeated", "replaced",
     "resumed", "sampled", "statistics_refused", "still", "subject", "thread_free", "toy_model", "twins",
     "within_sensitivity", "within_sensitivity_float32", "within_sensitivity_later", "within_sensitivity_sequence",
 ]  # fmt: skip
@@ -76,6 +78,23 @@ STATISTICAL: tuple[Checking, ...] = (
     noise_billed,
     sampled,
 )  # an outcome depends on the seed
+
+
+_BOUND = "Engine.bounded, Clip.weights, Clip.sensitivity"
+_DRAWN = "Noise.add"
+_STATE = "the states that parts keep, and the rng that they draw from"
+WHERE: Mapping[Checking, str] = {
+    described: "the fields of the parts", identified: "the fields of the parts", equals_loop: "Engine.bounded",
+    microbatch_free: _STATE, thread_free: _STATE, within_sensitivity: _BOUND, within_sensitivity_later: _BOUND,
+    within_sensitivity_float32: _BOUND, within_sensitivity_sequence: _BOUND, replaced: _BOUND, adversarial: _BOUND,
+    statistics_refused: "Engine.accepts", clip_rule: "Clip.weights, Clip.sensitivity, Clip.side", noised: _DRAWN,
+    independent: _DRAWN, noise_billed: "Noise.event", amended: "Path.amend", sampled: "Sampler.draw, Sampler.wrap",
+    billed: "Engine.split, Clip.split", calibrated: "Engine.split, Clip.split, Noise.event, Sampler.wrap",
+    still: "Path, Optimizer.update", empty_step: "Engine.bounded, Noise.add", twins: _STATE,
+    poisoned: "Clip.update, Optimizer.receive, Path", resumed: _STATE,
+}  # fmt: skip
+"""What decides the outcome of each check: where to change a method that fails it."""
+REFUSED = Check("the engine accepts a small problem", False, "", function="subject")
 
 
 class Named(NamedTuple):
@@ -118,7 +137,7 @@ def examine(method: Method, identity: tuple[str, str] | None = None) -> list[Che
     try:
         s = subject(method)
     except Violation as violation:
-        return [Check("the engine accepts a small problem", False, str(violation))]
+        return [refused(violation)]
     s = dataclasses.replace(s, identity=identity)
     return [verdict(each, s) for each in CHECKS]
 
@@ -135,6 +154,11 @@ def subject(method: Method, problems: Sequence[Problem] = PROBLEMS) -> Subject:
     raise Violation("; ".join(reasons))
 
 
+def refused(violation: Violation) -> Check:
+    """The only line of a method that no problem suits."""
+    return REFUSED._replace(detail=f"{violation}; change Engine.accepts or the parts that it refuses")
+
+
 def repeated(method: str, repeat: int, first: int = 1) -> list[Check]:
     """The statistical checks alone, `repeat` times with fresh seeds, on the smallest problem that a method accepts.
 
@@ -144,38 +168,63 @@ def repeated(method: str, repeat: int, first: int = 1) -> list[Check]:
     return [
         line._replace(name=f"{one.name}: {line.name}") if len(found) > 1 else line
         for one in found
-        for line in _repeated(one.method, repeat, first)
+        for line in rehearsed(one.method, repeat, first)
     ]
 
 
-def _repeated(method: Method, repeat: int, first: int) -> list[Check]:
+def rehearsed(method: Method, repeat: int, first: int = 1) -> list[Check]:
+    """The statistical checks of a method value with the seeds `first` to `first + repeat - 1`."""
     try:
         plain = subject(method, sorted(PROBLEMS, key=lambda problem: math.prod(problem.shape)))
     except Violation as violation:
-        return [Check("the engine accepts a small problem", False, str(violation))]
-    failed: dict[str, list[str]] = {inspect.getdoc(each) or "": [] for each in STATISTICAL}
-    for seed in range(first, first + repeat):
-        s = dataclasses.replace(plain, seed=seed)
-        for line in (verdict(each, s) for each in STATISTICAL):
-            failed[line.name] += [] if line.ok else [f"seed {seed}: {line.detail}"]
-    said = {
-        name: f"{len(f)} of {repeat} repetitions fail" + (f"; {f[0]}" if f else "")
-        for name, f in failed.items()
-    }
-    return [Check(name, not failed[name], said[name]) for name in failed]
+        return [refused(violation)]
+    seeds = range(first, first + repeat)
+    rounds = [_statistics(dataclasses.replace(plain, seed=seed)) for seed in seeds]
+    return [_summed(lines, seeds) for lines in zip(*rounds, strict=True)]
+
+
+def _statistics(s: Subject) -> list[Check]:
+    return [verdict(each, s) for each in STATISTICAL]
+
+
+def _summed(lines: Sequence[Check], seeds: Sequence[int]) -> Check:
+    """One check's repetitions as one line."""
+    failed = [f"seed {seed}: {line.detail}" for seed, line in zip(seeds, lines, strict=True) if not line.ok]
+    said = f"{len(failed)} of {len(lines)} repetitions fail" + (f"; {failed[0]}" if failed else "")
+    applies = any(line.applies for line in lines)
+    return lines[0]._replace(
+        ok=not failed, detail=said if applies else lines[0].detail, applies=applies,
+        seconds=sum(line.seconds for line in lines), failures=len(failed),
+    )  # fmt: skip
 
 
 def verdict(each: Checking, s: Subject) -> Check:
-    """The outcome of one check."""
+    """The outcome of one check, and how long it took."""
+    clock = Clock()
+    begun = clock.now()
+    ok, detail, applies = _outcome(each, s)
     name = inspect.getdoc(each) or each.__name__
+    return Check(name, ok, detail, applies, clock.since(begun), each.__name__)
+
+
+def _outcome(each: Checking, s: Subject) -> tuple[bool, str, bool]:
+    """Whether a check holds, what it says, and whether it applies."""
+    where = f" (look at: {WHERE[each]})" if each in WHERE else ""
     try:
         each(s)
     except Violation as violation:
-        return Check(name, False, str(violation))
+        return False, f"{violation}{where}", True
     except Inapplicable as reason:
-        return Check(name, True, f"does not apply: {reason}")
+        return True, f"does not apply: {reason}", False
     except (
         Exception
     ) as error:  # an adapter may fail in any way; the verdict says how, and the other checks still run
-        return Check(name, False, f"{type(error).__name__}: {error}")
-    return Check(name, True, "")
+        return False, f"{type(error).__name__}: {error}; raised {_place(error)}", True
+    return True, "", True
+
+
+def _place(error: Exception) -> str:
+    """Where an error comes from: the innermost line of a method's or this package's code, not of a library."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or list(frames)
+    return f"in {own[-1].name}, {Path(own[-1].filename).name}:{own[-1].lineno}: mend it there"

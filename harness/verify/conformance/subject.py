@@ -26,11 +26,18 @@ SEEDS = SimpleNamespace(sampling=101, noise=202, path=303)
 
 
 class Check(NamedTuple):
-    """One line of the verdict: `detail` says what to change, or why the check does not apply."""
+    """One line of the verdict: `detail` says what to change, or why the check does not apply.
+
+    `function` is the check's name in the code; `failures` are the repetitions that failed, of repeated checks.
+    """
 
     name: str
     ok: bool
     detail: str
+    applies: bool = True
+    seconds: float = 0.0
+    function: str = ""
+    failures: int | None = None
 
 
 class Violation(Exception):
