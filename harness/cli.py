@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import fnmatch
 import json
+import math
 import os
 import re
 import shlex
@@ -159,9 +160,15 @@ def _parser() -> argparse.ArgumentParser:
         epsbench check my.py               the same for each method of a file of yours
         epsbench check methods/*.py        and of several files
         epsbench check dp-sgd --repeat 20  the statistical checks alone, with fresh seeds: any false alarm?
+        epsbench check --tables            times and false alarms of what is recorded, into this checkout's manual
         """)  # fmt: skip
-    check.add_argument("subjects", metavar="SUITE|METHOD|METHOD.py", nargs="+")
+    check.add_argument("subjects", metavar="SUITE|METHOD|METHOD.py", nargs="*")
     check.add_argument("--repeat", type=int, metavar="N", help="the statistical checks of a method, N times")
+    check.add_argument("--tables", action="store_true",
+                       help="then print the tables of all recorded checks and write them into a text")  # fmt: skip
+    check.add_argument("--docs", type=Path, metavar="FILE",
+                       help="that text, with the markers of docs/verification.md, which it is by default")  # fmt: skip
+    _results_option(check)
     _reduced_option(check)
     _method_option(check)
 
@@ -344,8 +351,22 @@ def _reduced_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _results_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
+    parser.add_argument("--results", type=_results_folder, default=Path("results"), metavar="DIR",
                         help="where the records are (default: results)")  # fmt: skip
+
+
+def _results_folder(text: str) -> Path:
+    """The results folder that is named; not that of a suite or of a run in one, where every command would go wrong."""
+    from harness import store
+
+    folder = Path(text)
+    inside = store.suite_of(folder.absolute().parent if (folder / store.RECORD).is_file() else folder)
+    if inside:
+        results, suite = inside
+        raise argparse.ArgumentTypeError(
+            f"{text}: is inside a results folder, in its suite {suite}; write --results {shlex.quote(str(results))}"
+        )
+    return folder
 
 
 def _reports_option(parser: argparse.ArgumentParser) -> None:
@@ -490,13 +511,33 @@ def _suite_rows() -> list[list[str]]:
 
 
 def _check(options: argparse.Namespace) -> int:
+    if not options.subjects and not options.tables:
+        raise UserError("name a suite, a method or a file of methods to check, or ask for --tables.")
+    if options.docs and not options.tables:
+        raise UserError(f"--docs {options.docs}: it is for --tables.")
+    if options.repeat is not None and options.repeat < 1:
+        raise UserError(f"--repeat {options.repeat}: it is a number of repetitions; write 1 or more.")
     subjects = [s for s in options.subjects if Path(s).name != "__init__.py"] or options.subjects
-    codes = []
+    codes = [OK]
     for subject in subjects:
-        if len(subjects) > 1:
-            print(f"{subject}:", flush=True)
-        codes.append(_checked(argparse.Namespace(**vars(options), subject=subject)))
+        alone = len(subjects) == 1
+        codes.append(_checked(argparse.Namespace(**vars(options), subject=subject, alone=alone)))
+    if options.tables:
+        codes.append(_check_tables(options))
     return max(codes)
+
+
+def _check_tables(options: argparse.Namespace) -> int:
+    from harness import checks
+    from harness.verify import recorded
+
+    _say_broken(checks.load(options.results / checks.FOLDER).broken)
+    docs = options.docs or (recorded.DOCS if recorded.DOCS.is_file() else None)
+    try:
+        print(recorded.write_tables(options.results / checks.FOLDER, docs))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{docs}: {error}") from error
+    return OK
 
 
 def _checked(options: argparse.Namespace) -> int:
@@ -531,16 +572,22 @@ def _checked(options: argparse.Namespace) -> int:
         from harness import registry
 
         registry.resolve("method", options.subject)
-    from harness import verify
+    from harness import checks
+    from harness.verify import conformance, recorded
 
-    again = options.repeat
-    verdict = verify.repeated(options.subject, again) if again else verify.check(options.subject)
-    if not verdict:
+    methods = conformance.named(options.subject)
+    if not methods:
         raise UserError(
             f"{options.subject}: holds no method; mark a function that returns a Method with @method."
         )
-    print(_table([["ok" if ok else "FAILED", name, detail] for name, ok, detail in verdict]))
-    return OK if all(ok for _, ok, _ in verdict) else FAILED
+    code = OK
+    for made, there in recorded.recorded(methods, options.results / checks.FOLDER, options.repeat or 0):
+        shown = recorded.rows(made, failures_alone=not (options.alone and len(methods) == 1))
+        if shown:
+            print(_table(shown))
+        print(recorded.summary(made) + (" (recorded before)" if there else ""), flush=True)
+        code = FAILED if checks.failing(made) else code
+    return code
 
 
 def _is_suite(name: str) -> bool:
@@ -577,10 +624,9 @@ def _load(options: argparse.Namespace) -> Suite:
 
     if plan.is_plan(named):
         raise UserError(f"{named}: times engines and trains nothing; epsbench bench --suite {named} runs it.")
-    _add_files(options.method)
     from harness import suite
 
-    return suite.load(named, options.method, reduced=options.reduced)
+    return suite.load(named, options.method, reduced=options.reduced, present=options.verb is _check)
 
 
 def _again(options: argparse.Namespace, verb: str) -> str:
@@ -693,8 +739,8 @@ def _plan(options: argparse.Namespace) -> int:
         planned = one.get("planned") or {}
         rows.append([
             cell.id, cell.label, cell.task["name"], _epsilon(cell.privacy["epsilon"]), str(cell.seed),
-            str(cell.schedule["batch"]), str(cell.schedule["steps"]), _number(one.get("noise_multiplier")),
-            *(_number(planned.get(name)) for name in accountants),
+            _lengths(cell, "batch"), _lengths(cell, "steps"), _number(one.get("noise_multiplier")),
+            *(_planned(planned, name) for name in accountants),
             states[cell.id] + (f" ({one['reason']})" if "reason" in one else ""),
         ])  # fmt: skip
     names = ["id", "method", "task", "eps", "seed", "batch", "steps", "sigma", *accountants, "state"]
@@ -703,6 +749,22 @@ def _plan(options: argparse.Namespace) -> int:
     at_once = launch.slots(cells)
     print(_time_left([job.cell for job in selection.todo], options.results, at_once))
     return OK
+
+
+def _lengths(cell: Cell, name: str) -> str:
+    """The batch or the steps of a cell: of two stages both, in order."""
+    both = [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
+    return ", then ".join(str(schedule[name]) for schedule in both)
+
+
+def _planned(planned: Mapping[str, float | None], accountant: str) -> str:
+    """The planned epsilon by an accountant, in the words of a report; "-" where none was asked."""
+    from harness.report import tables
+
+    value = planned.get(accountant)
+    if value is None and accountant in planned:
+        return tables.ABSENT if any(one is not None for one in planned.values()) else tables.epsilon(math.inf)
+    return _number(value)
 
 
 def _states(selection: launch.Selection) -> dict[str, str]:
@@ -740,12 +802,12 @@ def _time_left(todo: Sequence[Cell], results: Path, at_once: int) -> str:
 
     if not todo:
         return "nothing is left to run"
-    pace: dict[tuple[str, str, str], list[float]] = {}
+    pace: dict[tuple[str, ...], list[float]] = {}
     for record in store.load(results):
         wall, cell = record["measured"].get("wall_seconds"), record["cell"]
         if record["status"] == "ok" and wall:
-            key = (cell["method"]["name"], cell["task"]["name"], str(record["device"].get("fingerprint")))
-            pace.setdefault(key, []).append(wall / cell["schedule"]["steps"])
+            kind, steps = _kind_of(cell)
+            pace.setdefault((*kind, str(record["device"].get("fingerprint"))), []).append(wall / steps)
     prints: dict[tuple[str, int], str] = {}
     total, unknown = 0.0, 0
     for cell in todo:
@@ -753,9 +815,10 @@ def _time_left(todo: Sequence[Cell], results: Path, at_once: int) -> str:
         if place not in prints:
             _need_device(place[0])
             prints[place] = measure.device_info(*place)["fingerprint"]
-        seconds = pace.get((cell.method, cell.task["name"], prints[place]))
+        kind, steps = _kind_of(cell.canonical())
+        seconds = pace.get((*kind, prints[place]))
         if seconds:
-            total += sorted(seconds)[len(seconds) // 2] * cell.schedule["steps"]
+            total += sorted(seconds)[len(seconds) // 2] * steps
         else:
             unknown += 1
     text = f"time for the {len(todo)} to run, {at_once} at once: "
@@ -765,6 +828,14 @@ def _time_left(todo: Sequence[Cell], results: Path, at_once: int) -> str:
     return text + (
         f" and that of {unknown} runs of which none has finished on this device" if unknown else ""
     )
+
+
+def _kind_of(cell: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+    """What a cell's pace depends on, and its steps. A run of two stages is of another kind for each proportion."""
+    method, steps, then = cell["method"]["name"], cell["schedule"]["steps"], cell.get("then") or {}
+    second = (then.get("schedule") or {}).get("steps", 0)
+    kind = (str(then.get("name")), str(then.get("trains")), f"{second / steps:.3g}") if then else ()
+    return (method, cell["task"]["name"], *kind), steps + second
 
 
 def _need_device(spec: str) -> None:
@@ -784,6 +855,7 @@ def _status(options: argparse.Namespace) -> int:
 
     _need_suite(options)
     if options.suite is None:
+        _add_files(options.method)
         return _status_of_all(options.results)
     there = (Path("suites") / f"{options.suite}.toml").is_file()
     if re.fullmatch("[a-z0-9-]+", options.suite) and not there and not options.reduced:
@@ -821,17 +893,29 @@ def _status_of_all(results: Path, suite: str | None = None) -> int:
     from harness import store
 
     records = store.load(results, suite)
-    counted: dict[str, list[str]] = {}
-    for record in store.current(records):
-        counted.setdefault(record["suite"], []).append(record["status"])
-    rows = [[suite, str(len(words)), _counts(words)] for suite, words in counted.items()]
+    codes = {id: code for id, code in _codes_of(records).items() if isinstance(code, Mapping)}
+    current = store.current(records, codes)
+    suites: dict[str, list[store.Record]] = {}
+    for record in current:
+        suites.setdefault(record["suite"], []).append(record)
+    old = {name: [r["id"] for r in ones if r.get("stale")] for name, ones in suites.items()}
+    lost = {name: sum(r["id"] not in codes for r in ones) for name, ones in suites.items()}
+    rows = [
+        [name, str(len(ones)), _counts(r["status"] for r in ones),
+         f"{len(old[name])} stale" + (f", {lost[name]} whose code cannot be told" if lost[name] else "")]
+        for name, ones in suites.items()
+    ]  # fmt: skip
     print(
-        _table(rows, ["suite", "runs", ""])
+        _table(rows, ["suite", "runs", "", "code"])
         if rows
         else f"{results}: holds no records; epsbench run SUITE makes some"
     )
+    for name, ids in old.items():
+        if ids:
+            more = f" and {len(ids) - 10} more; epsbench plan {name} lists all" if len(ids) > 10 else ""
+            print(f"  stale in {name}: {', '.join(ids[:10])}{more}")
     _say_broken(records.broken)
-    return FAILED if any(word in store.FAILED for words in counted.values() for word in words) else OK
+    return FAILED if any(record["status"] in store.FAILED for record in current) else OK
 
 
 def _first(record: store.Record) -> str:
@@ -955,6 +1039,8 @@ def _end(
 
 def _show(options: argparse.Namespace) -> int:
     from harness import launch, store
+    from harness.report import read, tables
+    from harness.stages import told
 
     record, others = _one_record(options.results, options.id)
     if options.json:
@@ -962,12 +1048,7 @@ def _show(options: argparse.Namespace) -> int:
         return OK
     cell, privacy, measured = record["cell"], record["privacy"], record["measured"]
     code, device = record["code"], record["device"]
-    rate, target, task = measured.get("examples_per_second") or {}, cell["privacy"], cell["task"]
-
-    def pairs(values: Mapping[str, Any] | None, digits: int = 4) -> str:
-        return ", ".join(f"{k} {_shown(v, digits)}" for k, v in (values or {}).items()) or "-"
-
-    speed = [_number(rate.get(key), 5) for key in ("median", "q1", "q3")]
+    target, task, pairs = cell["privacy"], cell["task"], _pairs
     rows = [["id", f"{record['id']}, group {record['group']}, suite {record['suite']}"]]
 
     def row(name: str, *parts: Any) -> None:
@@ -977,40 +1058,50 @@ def _show(options: argparse.Namespace) -> int:
     row("record", record["path"])
     method, given = cell["method"], cell["method"].get("with") or {}
     own = {name: value for name, value in (method.get("parameters") or {}).items() if name not in given}
-    row("method", f"{method['name']}({pairs(own, 6)})")
+    stages = told(record)
+    if not stages:
+        row("method", f"{method['name']}({pairs(own, 6)})")
     if given:  # a parameter of the same name was for the part that this one replaces
         row("with", *(f"{slot}: {spec}" for slot, spec in given.items()))
-    row("parts", *(f"{slot} {_part(part)}" for slot, part in (method.get("parts") or {}).items()))
+    if not stages:
+        row("parts", *(f"{slot} {_part(part)}" for slot, part in (method.get("parts") or {}).items()))
+    for number, stage in enumerate(stages, 1):
+        rows += _stage_rows(number, stage, given if number == 1 else {})
     row("card", *(record.get("card") or {}).values())
     row("task", task["name"], f"data {task.get('digest')}", f"evaluated on {task.get('evaluate')}")
-    row("schedule", pairs(cell["schedule"], 8), cell["numerics"].get("dtype"), f"seed {cell['seed']}")
+    schedule = "of each stage" if stages else pairs(cell["schedule"], 8)
+    row("schedule", schedule, cell["numerics"].get("dtype"), f"seed {cell['seed']}")
     if target.get("epsilon") is None:
         row("target", "no privacy")
     else:
         row("target", f"epsilon {_epsilon(target['epsilon'])}, delta {target['delta']}", target["relation"])
     row(
         "mechanism",
-        privacy.get("sampling"),
+        "" if stages else privacy.get("sampling"),
         f"noise multiplier {_number(privacy.get('noise_multiplier'), 6)}",
-        f"sensitivity {pairs(privacy.get('sensitivity'))}",
+        "sampling and sensitivity of each stage"
+        if stages
+        else f"sensitivity {pairs(privacy.get('sensitivity'))}",
         f"public data: {privacy.get('public_data') or '-'}",
     )
-    row("planned", pairs(privacy.get("planned")))
-    row("spent", pairs(privacy.get("spent")), privacy.get("accountant") and f"{privacy['accountant']} ranks")
+    seen = read.read([record])[0]
+    spent = tables.by_accountant(seen.spent, seen.refused) or tables.epsilon(seen.epsilon)
+    row("planned", tables.by_accountant(seen.planned, seen.refused))
+    row("spent", spent, privacy.get("accountant") and f"{privacy['accountant']} ranks")
+    if seen.refused:
+        row("", tables.refusals(seen.refused))
     claim = privacy.get("claimed") or {}
     row("claimed", pairs({"epsilon": claim.get("epsilon")} if claim else None), claim.get("source"))
     rows += [["", line] for line in _assumptions(claim)]
-    row("metrics", pairs(record["metrics"]))
-    row(
-        "speed",
-        f"{speed[0]} examples/s, quartiles {speed[1]} to {speed[2]}",
-        f"{measured.get('jobs')} at once",
-    )
+    row("metrics", pairs(record["metrics"]), "after the last stage" if stages and record["metrics"] else None)
+    speed = "of each stage" if stages else _speed(measured.get("examples_per_second") or {})
+    row("speed", speed, f"{measured.get('jobs')} at once")
     if measured.get("wall_seconds") is not None:
         row("time", launch.duration(measured["wall_seconds"]), f"{measured.get('sessions') or 1} session(s)")
     row("memory", f"{_number(measured.get('peak_memory_mib'), 5)} MiB at the peak")
     row("device", device.get("name"), device.get("spec"), f"{device.get('threads')} threads")
-    row("diagnostics", pairs(record.get("diagnostics")))
+    if not stages:
+        row("diagnostics", pairs(record.get("diagnostics")))
     row(
         "code",
         code.get("hash"),
@@ -1026,6 +1117,44 @@ def _show(options: argparse.Namespace) -> int:
     for line in _recipe(record):
         print(f"  {line}")
     return OK
+
+
+def _stage_rows(number: int, stage: Mapping[str, Any], given: Mapping[str, Any]) -> list[list[str]]:
+    """The lines of one stage as `harness.stages.told` has it; what its record does not know is said to be unknown."""
+    own = {name: value for name, value in (stage["parameters"] or {}).items() if name not in given}
+    public = stage["public"]
+    unknown = "not recorded" if stage["non_finite"] is None else "-"  # an older record, or a stage not begun
+
+    def known(name: str, shown: Callable[[Any], str] = str) -> str:
+        value = stage[name]
+        return unknown if value is None or value == {} else shown(value)
+
+    lines = [
+        [f"{stage['method']}({_pairs(own, 6)})", f"trains {known('trains')}",
+         f"on {stage['data']}, {'public' if public else 'private'} data"],
+        [f"{slot} {_part(part)}" for slot, part in (stage["parts"] or {}).items()],
+        [f"batch {known('batch')}, {known('steps')} steps, {known('epochs', _number)} epochs"],
+        [f"sampling {known('sampling')}", "" if public else f"relation {known('relation')}",
+         f"sensitivity {'none, the data are public' if public else known('sensitivity', _pairs)}",
+         stage["sensitivity_note"]],
+        [f"spent by its end {known('spent', _pairs)}", stage["accountant"] and f"{stage['accountant']} ranks"],
+        [f"speed {known('examples_per_second', _speed)}",
+         f"training {known('train_seconds', lambda one: _number(one) + ' s')}",
+         f"engine {known('engine')}"],
+        [f"{name} {known(name, lambda one: _shown(one, 4))}"
+         for name in ("train_loss", "clipped_fraction", "non_finite")],
+    ]  # fmt: skip
+    texts = ["; ".join(str(part) for part in line if part not in (None, "")) for line in lines]
+    return [["" if i else f"stage {number}", text] for i, text in enumerate(texts) if text]
+
+
+def _speed(rate: Mapping[str, Any]) -> str:
+    median, low, high = (_number(rate.get(key), 5) for key in ("median", "q1", "q3"))
+    return f"{median} examples/s, quartiles {low} to {high}"
+
+
+def _pairs(values: Mapping[str, Any] | None, digits: int = 4) -> str:
+    return ", ".join(f"{k} {_shown(v, digits)}" for k, v in (values or {}).items()) or "-"
 
 
 def _part(part: Any) -> str:
@@ -1090,24 +1219,14 @@ def _one_record(results: Path, wanted: str) -> tuple[store.Record, list[store.Re
 
 def _recipe(record: store.Record) -> list[str]:
     """The commands that repeat a run, into a folder where it has no record yet."""
-    lines = []
-    commit, dirty = record["code"].get("commit"), record["code"].get("dirty")
-    if commit:
-        unknown = "    # and the changes it was run with, which git does not know" if dirty else ""
-        lines.append(f"git checkout {shlex.quote(commit)}{unknown}")
     from harness import registry
+    from harness.report import read, recipe
 
     file, reduced = _suite_file(record["suite"])
-    known = record["cell"]["method"]["name"] in registry.index("method")
-    words = ["epsbench", "run", str(file) if file else "SUITE.toml", *(["--reduced"] if reduced else [])]
-    words += ["--only", record["id"]]
-    words += ["--results", "again", "--no-track"]
-    if not known:  # files outside the packages are known by their bare names
-        files = [name for name in record["code"].get("files") or {} if "/" not in name] or ["FILE.py"]
-        words += [word for name in files for word in ("--method", name)]
-    own = "" if file and known else "    # with the files of your own that it was run from"
-    lines.append(f"{shlex.join(words)}{own}")
-    return lines
+    method = registry.index("method").get(record["cell"]["method"]["name"])
+    return recipe.commands(
+        read.read([record])[0], str(file or ""), reduced, method is not None and bool(method.module)
+    )
 
 
 def _suite_file(name: str) -> tuple[Path | None, bool]:
@@ -1176,10 +1295,9 @@ def _compared(results: Path, suite: str | None) -> list[store.Record]:
 
 def _results_in(folder: Path, suite: str | None = None) -> tuple[Path, str | None]:
     """The results folder and the suite that a folder is: one of suites, or a suite's own inside it."""
-    if any(folder.glob("*/record.json")):
-        named = folder if folder.name not in ("", "..") else folder.resolve()
-        return named.parent, named.name
-    return folder, suite
+    from harness import store
+
+    return store.suite_of(folder) or (folder, suite)
 
 
 def _pack(options: argparse.Namespace) -> int:
@@ -1248,8 +1366,14 @@ def _codes_of(records: Iterable[store.Record]) -> dict[str, Mapping[str, Any] | 
     found: dict[str, Mapping[str, Any] | str] = {}
     known: dict[str, Mapping[str, Any] | str] = {}
     for record in records:
-        cell = store.cell_of(record)
-        key = json.dumps([cell.method, cell.parameters, cell.changes, cell.task.get("architecture")])
+        try:
+            cell = store.cell_of(record)
+        except (KeyError, TypeError):
+            found[record["id"]] = "its cell is not whole"
+            continue
+        # Where today's method makes other parts of the same parameters, its file has changed, and so the code.
+        types = re.findall(r'"type": "(\w+)"', json.dumps([cell.parts, cell.then]))
+        key = json.dumps([cell.method, types, cell.then.get("name"), cell.task.get("architecture")])
         if key not in known:
             try:
                 known[key] = next(iter(_codes([cell]).values()))
@@ -1300,6 +1424,7 @@ def _write_report(
 
     found = store.load(options.results, suite.name)
     records: list[store.Record] = found
+    left_out = ""
     try:
         cells = suite.cells()
     except SuiteError as error:  # data that is not here is no reason to hide what was measured elsewhere
@@ -1314,10 +1439,14 @@ def _write_report(
             print(
                 f"{len(extra)} runs have records but are not in the suite as it is today; they are left out"
             )
+            ids = sorted(extra)
+            of = "1 record of a run" if len(ids) == 1 else f"{len(ids)} records of runs"
+            left_out = f"{of} that the suite does not ask for today: {', '.join(ids[:10])}"
+            left_out += f" and {len(ids) - 10} more" if len(ids) > 10 else ""
         records = store.current([record for record in records if record["id"] in wanted], today)
     else:
         records = store.current(records)
-    if not records:
+    if not records and not left_out:
         _say_broken(found.broken)
         raise UserError(
             f"{options.results / suite.name}: holds no records to report; {_again(options, 'run')}"
@@ -1331,7 +1460,15 @@ def _write_report(
         published=[row.model_dump() for row in suite.published],
         tuning=suite.tuning.model_dump(exclude_unset=True) if suite.tuning else None,
         reduced=suite.reduced,
+        file=_from_here(Path(suite.file)),
+        left_out=left_out,
     )
+
+
+def _from_here(file: Path) -> str:
+    """A path as it is from the working directory, where it lies within it."""
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
 def _build(
@@ -1342,7 +1479,7 @@ def _build(
     quarantine: Sequence[store.Broken],
     **more: Any,
 ) -> None:
-    from harness import audits, report
+    from harness import audits, checks, report
     from harness.report import sources
 
     _say_broken(quarantine)
@@ -1351,10 +1488,14 @@ def _build(
     methods = [one["cell"]["method"] for one in records]
     more["sources"] = sources.describe(methods)
     more["audits"] = audits.latest(audits.load(options.results / audits.FOLDER))
+    found = checks.load(options.results / checks.FOLDER)
+    _say_broken(found.broken)
+    named = {one["name"] for one in methods}
+    more["checks"] = checks.latest(one for one in found if one["method"] in named)
 
     placed = [{**one, "path": str(Path(one["path"]).relative_to(options.results))} for one in records]
     made = report.build(name, question, placed, options.reports, results=options.results, **more)
-    report.overview(options.reports)
+    report.overview(options.reports, options.results)
     print(f"\n{made.top.rstrip()}\n\nleaderboard: {made.index}")
 
 

@@ -14,6 +14,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 __all__ = ["IGNORED", "closure", "code_hash", "hashes"]
@@ -153,7 +154,7 @@ class _Graph:
 
     def tree(self, file: Path) -> ast.Module:
         if file not in self._trees:
-            self._trees[file] = ast.parse(file.read_bytes(), filename=str(file))
+            self._trees[file] = _parsed(str(file), file.read_bytes())
         return self._trees[file]
 
     def _wanted(self, module: str) -> bool:
@@ -215,11 +216,21 @@ def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[
 
 def _digest(file: Path) -> str:
     if file.suffix == ".py":
-        text = _normal(ast.parse(file.read_bytes(), filename=str(file)))
+        text = _meaning(str(file), file.read_bytes())
     else:
         lines = re.sub(r"/\*.*?\*/|//[^\n]*", " ", file.read_text(), flags=re.DOTALL).splitlines()
         text = "\n".join(" ".join(line.split()) for line in lines if line.strip())
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@lru_cache(maxsize=512)  # the closures of different methods share most of their files
+def _parsed(name: str, source: bytes) -> ast.Module:
+    return ast.parse(source, filename=name)
+
+
+@lru_cache(maxsize=512)
+def _meaning(name: str, source: bytes) -> str:
+    return _normal(_parsed(name, source))
 
 
 def _normal(node: object) -> str:

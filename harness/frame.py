@@ -77,7 +77,8 @@ def _target(record: Any) -> float:
 
 
 def _spent(accountant: str | None = None) -> _Value:
-    """Epsilon by an accountant, or by the one that ranks. Null is infinite once a run has finished."""
+    """Epsilon by an accountant, or by the one that ranks. Null is infinite once a run has finished; of an accountant
+    it says that this one does not apply where another has a finite epsilon."""
 
     def value(record: Any) -> float | None:
         spent = record["privacy"].get("spent") or {}
@@ -85,11 +86,10 @@ def _spent(accountant: str | None = None) -> _Value:
         x = spent.get(name) if isinstance(name, str) else None
         if isinstance(x, int | float) and not isinstance(x, bool):
             return float(x)
-        return (
-            math.inf
-            if x is None and record["status"] == "ok" and (accountant is None or name in spent)
-            else None
-        )
+        if x is not None or record["status"] != "ok" or not (accountant is None or name in spent):
+            return None
+        refused = accountant is not None and any(one is not None for one in spent.values())
+        return None if refused else math.inf
 
     return value
 
@@ -148,12 +148,20 @@ def load_results(folder: str | Path = "results") -> pandas.DataFrame:
     """Every valid record under `folder` as a row with `COLUMNS`, in order of suite and folder; see docs/submitting.md.
 
     Every attempt is there; ``frame.sort_values("attempt").drop_duplicates(["suite", "id"], keep="last")`` keeps the
-    newest. A file that holds no valid record is left out: each is named in a warning and in ``frame.attrs["broken"]``
-    (texts). A missing folder gives an empty table of the same columns. Epsilons may be infinite.
+    newest. `folder` may be that of one suite, ``results/core``. A file that holds no valid record is left out: each is
+    named in a warning and in ``frame.attrs["broken"]`` (texts). A missing folder gives an empty table of the same
+    columns. Epsilons may be infinite; one by an accountant that does not apply is missing.
+
+    Raises ValueError where `folder` is that of a single run.
     """
     import pandas as pd
 
-    records = store.load(Path(folder))
+    place = Path(folder)
+    if (place / store.RECORD).is_file():
+        raise ValueError(
+            f"{folder}: is the folder of one run; name the results folder, or that of a suite in it"
+        )
+    records = store.load(*(store.suite_of(place) or (place,)))
     for one in records.broken:
         warnings.warn(f"quarantined: {one}", stacklevel=3)
     columns = {}

@@ -159,11 +159,27 @@ def execute(cell: Cell, out: Path, suite: str, jobs: int = 1, save_seconds: floa
 class _Leg:
     """One stage as it is trained. What a stage on public data releases costs the private data nothing."""
 
+    name: str
     method: Method
     data: data.Dataset
     schedule: Schedule
     seeds: Seeds
     public: bool = False
+    trains: str = "all"
+
+    @property
+    def law(self) -> str:
+        """The law of its batches in words."""
+        return self.method.sampler.law(self.data.n_train, self.schedule.batch)
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of it before training. Nothing is protected where the data are public."""
+        batch, steps = self.schedule.batch, self.schedule.steps
+        return {
+            "method": self.name, "data": self.data.name, "public": self.public, "trains": self.trains,
+            "batch": batch, "steps": steps, "epochs": batch * steps / self.data.n_train, "sampling": self.law,
+            "relation": None if self.public else self.method.sampler.relation.value,
+        }  # fmt: skip
 
 
 def _load(task: dict[str, Any], device: torch.device, dtype: torch.dtype) -> data.Dataset:
@@ -179,6 +195,15 @@ def _schedule(lengths: dict[str, int], save_seconds: float) -> Schedule:
 def kept(leg: _Leg, progress: Progress) -> Tree:
     """The weights that a stage is judged by."""
     return leg.method.path.kept(progress.w, progress.parts.path)
+
+
+def alone(progress: Progress, before: Progress) -> Progress:
+    """`progress` without what the stage before had measured when it ended: times and counts run on over stages."""
+    blocks = len(before.seconds)
+    return dataclasses.replace(
+        progress, seconds=progress.seconds[blocks:], sizes=progress.sizes[blocks:], seen=progress.seen - before.seen,
+        clipped=progress.clipped - before.clipped, non_finite=progress.non_finite - before.non_finite,
+    )  # fmt: skip
 
 
 class _Session:
@@ -199,16 +224,21 @@ class _Session:
         self.model = model.to(self.device, dtype)
         methods, then = methods_of(cell), cell.then
         schedules = [_schedule(one, save_seconds) for one in (cell.schedule, then.get("schedule")) if one]
-        self.legs = [_Leg(methods[0], self.data, schedules[0], seeds)]
+        self.legs = [_Leg(cell.method, methods[0], self.data, schedules[0], seeds)]
         if then:
             public = _load(then["task"], self.device, dtype) if "task" in then else None
             self.legs.append(
-                _Leg(methods[1], public or self.data, schedules[1], Seeds(cell, 1), public is not None)
-            )
+                _Leg(
+                    then["name"], methods[1], public or self.data, schedules[1], Seeds(cell, 1),
+                    public is not None, then["trains"],
+                )
+            )  # fmt: skip
         self.method, self.schedule = methods[0], schedules[0]
         self.checkpoint = out / "checkpoint" / "checkpoint.safetensors"
         self.trace = out / "trace.jsonl"
         self.peak = 0.0
+        self.progress: Progress
+        self.timed = 0  # blocks that were timed before the stage at hand
 
     def blank(self, suite: str, started: datetime) -> dict[str, Any]:
         """The record before anything has happened."""
@@ -219,12 +249,12 @@ class _Session:
             "card": card(self.cell.method),
             "privacy": {
                 "relation": sampler.relation.value, "unit": "example",
-                "sampling": sampler.law(self.data.n_train, self.schedule.batch), "delta": self.target.delta,
+                "sampling": self.sampling(), "delta": self.target.delta,
                 "public_data": public_data(self.data.public_data, self.cell), "sensitivity": None,
                 "noise_multiplier": None, "planned": {}, "spent": {}, "accountant": None, "epsilon": None,
                 "claimed": None, "ledger": [],
             },
-            "metrics": {}, "measured": {}, "diagnostics": {}, "weights_sha256": None,
+            "metrics": {}, **self.told(), "measured": {}, "diagnostics": {}, "weights_sha256": None,
             "code": code_of(self.cell) | {key: environment.pop(key) for key in ("commit", "dirty")},
             "device": measure.device_info(str(self.device), self.threads), "environment": environment,
             "started": started.isoformat(timespec="seconds"),
@@ -246,38 +276,39 @@ class _Session:
             "planned": _bounds("", planned, self.target, m)[""],
             **self.accounting(planned),
         }
-        note = m.engine.note(m.loss, m.clip, self.schedule.batch, m.sampler.relation)
-        record["privacy"] |= {"sensitivity_note": note} if note else {}
-        progress = (
+        record["privacy"] |= {} if self.cell.then else noted(self.legs[0])
+        self.progress = (
             read_checkpoint(self.checkpoint, self.device)
             if self.checkpoint.exists()
             else start(m, self.model, self.schedule.steps)
         )
-        _truncate(self.trace, progress.trace)
+        _truncate(self.trace, self.progress.trace)
         measure.reset_peak_memory(self.device)
         status, reason = "ok", None
         try:
-            progress = self.trained(progress, sigma)
-            spent = self.private_ledger(progress)
+            self.train_all(sigma)
+            spent = self.private_ledger(self.progress)
             if spent != planned:
                 raise RuntimeError(f"the ledger differs from the plan: {spent} is not {planned}")
-            weights = kept(self.legs[-1], progress)
+            weights = kept(self.legs[-1], self.progress)
             record["metrics"] = evaluate(self.model, weights, self.legs[-1].method.loss, self.legs[-1].data)
             record["weights_sha256"] = digest(weights)
-            if self.cell.then:
-                record["stages"] = self.told(progress)
         except Unserved as error:
-            return "skipped", str(error)
+            status, reason = "skipped", str(error)
+            if not self.progress.stage + self.progress.step:  # nothing was released
+                return status, reason
         except Diverged as error:
             status, reason = "diverged", str(error)
-        record["privacy"] |= _bounds("spent", self.private_ledger(progress), self.target, m)
-        record["privacy"]["claimed"] = self.claim(sigma, progress)
-        record["privacy"] |= {
-            "ledger": self.private_ledger(progress).to_json(),
-            "sensitivity": _finite_all(progress.sensitivity),
-        }
-        record["measured"] |= self.measured(progress)
-        record["diagnostics"] = self.diagnostics(progress)
+        ledger, done = self.private_ledger(self.progress), self.by_stage()
+        record["privacy"] |= _bounds("spent", ledger, self.target, m)
+        record["privacy"]["claimed"] = self.claim(sigma, self.progress)
+        record["privacy"]["ledger"] = ledger.to_json()
+        record["measured"] |= self.measured(done)
+        if self.cell.then:
+            record |= self.told(done)
+        else:
+            record["privacy"]["sensitivity"] = _finite_all(self.progress.sensitivity)
+            record["diagnostics"] = diagnostics(m, self.progress)
         excess = self.excess(record["privacy"])
         return ("over_budget", excess) if excess else (status, reason)
 
@@ -291,35 +322,41 @@ class _Session:
             told["epsilon_with_tuning"] = tuning | charge(ledger, Tuning(**tuning), *terms)
         return told
 
-    def trained(self, progress: Progress, sigma: float) -> Progress:
+    def train_all(self, sigma: float) -> None:
         """Train every stage that is not finished. A finished one leaves its last checkpoint to the next."""
         for number, leg in enumerate(self.legs):
-            if number > progress.stage or number == progress.stage > 0:
+            if number < self.progress.stage:
+                continue
+            if number:
                 self.model = self.headed(number)
-            if number > progress.stage:
+                self.timed = len(self.ended(number - 1).seconds)
+            if number > self.progress.stage:
                 reason = unfit(leg.method, self.model, self.target, self.cell.privacy["relation"])
                 if reason and not leg.public:
                     raise Unserved(reason)
                 fresh = start(leg.method, self.model, leg.schedule.steps)
-                progress = dataclasses.replace(
-                    progress, step=0, w=fresh.w, parts=fresh.parts, stage=number,
-                    ledger=Ledger() if leg.public else progress.ledger,
+                self.progress = dataclasses.replace(
+                    self.progress, step=0, w=fresh.w, parts=fresh.parts, stage=number,
+                    ledger=Ledger() if leg.public else self.progress.ledger, sensitivity={}, loss=None, engine="",
+                    microbatch=0,
                 )  # fmt: skip
-            if number == progress.stage:
-                train(
-                    leg.method,
-                    self.model,
-                    leg.data,
-                    sigma,
-                    leg.schedule,
-                    leg.seeds,
-                    progress,
-                    self.log,
-                    self.save,
-                )
-                if number + 1 < len(self.legs):
-                    write_checkpoint(self.finished(number), progress)
-        return progress
+            train(
+                leg.method,
+                self.model,
+                leg.data,
+                sigma,
+                leg.schedule,
+                leg.seeds,
+                self.progress,
+                self.log,
+                self.save,
+            )
+            if number + 1 < len(self.legs):
+                write_checkpoint(self.finished(number), self.progress)
+
+    def ended(self, number: int) -> Progress:
+        """Where a finished stage ended."""
+        return read_checkpoint(self.finished(number), self.device)
 
     def finished(self, number: int) -> Path:
         """The file of a finished stage's last checkpoint."""
@@ -327,8 +364,7 @@ class _Session:
 
     def headed(self, number: int) -> torch.nn.Module:
         """The network of the stage before, as that stage left it, under a new head."""
-        before = read_checkpoint(self.finished(number - 1), self.device)
-        for name, t in kept(self.legs[number - 1], before).items():
+        for name, t in kept(self.legs[number - 1], self.ended(number - 1)).items():
             self.model.get_parameter(name).data.copy_(t)
         leg, frozen = self.legs[number], self.cell.then["trains"] == "head"
         return models.Headed(self.model, leg.data.input_shape, leg.data.classes, frozen)
@@ -336,21 +372,37 @@ class _Session:
     def private_ledger(self, progress: Progress) -> Ledger:
         """What was released of the private data; a stage on public data adds nothing."""
         if progress.stage and self.legs[progress.stage].public:
-            return read_checkpoint(self.finished(progress.stage - 1)).ledger
+            return self.ended(progress.stage - 1).ledger
         return progress.ledger
 
-    def told(self, progress: Progress) -> list[dict[str, Any]]:
-        """What each stage is, and what was spent on the private data when it ended."""
-        ledgers = [read_checkpoint(self.finished(0)).ledger, self.private_ledger(progress)]
-        return [
-            {
-                "method": name, "steps": leg.schedule.steps, "data": leg.data.name, "public": leg.public,
-                **_bounds("spent", ledger, self.target, self.method),
-            }
-            for name, leg, ledger in zip(
-                (self.cell.method, self.cell.then["name"]), self.legs, ledgers, strict=True
-            )
-        ]  # fmt: skip
+    def by_stage(self) -> list[Progress]:
+        """What each stage that was begun has done alone."""
+        p = self.progress
+        if not p.stage:
+            return [p]
+        first = self.ended(0)
+        return [first, alone(p, first)]
+
+    def sampling(self) -> str:
+        """The laws of the batches that the private data were drawn in: one, or that of each stage."""
+        laws = [leg.law for leg in self.legs if not leg.public]
+        if len(set(laws)) == 1:
+            return laws[0]
+        return "; ".join(f"{law} (stage {number})" for number, law in enumerate(laws, 1))
+
+    def told(self, done: Sequence[Progress] = ()) -> dict[str, Any]:
+        """{"stages": what each one is, and what came of those that were begun}; {} for a run of one."""
+        if not self.cell.then:
+            return {}
+        told = [leg.facts() for leg in self.legs]
+        for one, leg, p in zip(told, self.legs, done, strict=False):
+            one |= {
+                "sensitivity": None if leg.public else _finite_all(p.sensitivity),
+                **({} if leg.public else noted(leg)),
+                **speed(p), "train_seconds": sum(p.seconds), **diagnostics(leg.method, p),
+                **_bounds("spent", self.private_ledger(p), self.target, self.method),
+            }  # fmt: skip
+        return {"stages": told}
 
     def log(self, point: LogPoint) -> None:
         """Append a line to the trace. What it tells of private data is for diagnosis."""
@@ -359,8 +411,10 @@ class _Session:
         self.peak = max(self.peak, measure.peak_memory_mib(self.device))
         scores = evaluate(self.model, kept(leg, p), m.loss, leg.data)
         before = sum(one.schedule.steps for one in self.legs[: p.stage])
-        line = {"step": before + point.step, "seconds": round(sum(p.seconds), 3), "loss": point.loss}
-        line |= {"accuracy": scores["accuracy"], "examples_per_second": _finite(point.rate)}
+        line: dict[str, Any] = {"stage": p.stage + 1} if self.cell.then else {}
+        line |= {"step": before + point.step, "seconds": round(sum(p.seconds), 3), "loss": point.loss}
+        rate = point.rate if len(p.seconds) > self.timed else None  # not that of the stage before
+        line |= {"accuracy": scores["accuracy"], "examples_per_second": _finite(rate)}
         line |= {"clipped_fraction": point.clipped if m.clip.needs_norms else None}
         if self.target.delta is not None:
             spent = self.private_ledger(p)
@@ -384,22 +438,13 @@ class _Session:
         )
         return claim.to_json() if claim else None
 
-    def measured(self, progress: Progress) -> dict[str, Any]:
-        """Speed and memory."""
-        blocks = zip(progress.sizes, progress.seconds, strict=True)
-        return {
-            "examples_per_second": measure.quartiles([size / seconds for size, seconds in blocks if seconds > 0]),
-            "train_seconds": sum(progress.seconds), "peak_memory_mib": self.peak or None,
-            "warmup_steps": self.schedule.untimed, "sessions": progress.sessions,
-            "engine": progress.engine or None, "microbatch": progress.microbatch or None, "kernels": kernels(),
-        }  # fmt: skip
-
-    def diagnostics(self, progress: Progress) -> dict[str, Any]:
-        """Exact functions of private data."""
-        clips = self.method.clip.needs_norms and progress.seen
-        return {
-            "train_loss": progress.loss, "non_finite": progress.non_finite,
-            "clipped_fraction": progress.clipped / progress.seen if clips else None,
+    def measured(self, done: Sequence[Progress]) -> dict[str, Any]:
+        """Speed and memory. Speed and engine are the first stage's, which the cell's method trains; the rest is of the
+        whole run."""
+        return speed(done[0]) | {
+            "train_seconds": sum(self.progress.seconds), "peak_memory_mib": self.peak or None,
+            "warmup_steps": max(leg.schedule.untimed for leg in self.legs), "sessions": self.progress.sessions,
+            "kernels": kernels(),
         }  # fmt: skip
 
     def excess(self, privacy: dict[str, Any]) -> str | None:
@@ -411,6 +456,31 @@ class _Session:
         if used is not None and used <= self.target.epsilon * (1 + SLACK):
             return None
         return f"spent epsilon {used} by {self.target.accountant}, the target is {self.target.epsilon}"
+
+
+def speed(progress: Progress) -> dict[str, Any]:
+    """How fast, and what computed the clipped sums."""
+    blocks = zip(progress.sizes, progress.seconds, strict=True)
+    return {
+        "examples_per_second": measure.quartiles([size / seconds for size, seconds in blocks if seconds > 0]),
+        "engine": progress.engine or None, "microbatch": progress.microbatch or None,
+    }  # fmt: skip
+
+
+def diagnostics(method: Method, progress: Progress) -> dict[str, Any]:
+    """Exact functions of private data."""
+    clips = method.clip.needs_norms and progress.seen
+    return {
+        "train_loss": progress.loss, "non_finite": progress.non_finite,
+        "clipped_fraction": progress.clipped / progress.seen if clips else None,
+    }  # fmt: skip
+
+
+def noted(leg: _Leg) -> dict[str, str]:
+    """{"sensitivity_note": what the engine says of the sensitivity}; {} where it is the clipping rule's."""
+    m = leg.method
+    note = m.engine.note(m.loss, m.clip, leg.schedule.batch, m.sampler.relation)
+    return {"sensitivity_note": note} if note else {}
 
 
 def unfit(method: Method, model: torch.nn.Module, target: Target, relation: str) -> str | None:

@@ -64,6 +64,7 @@ __all__ = [
     "read",
     "stale",
     "strict_json",
+    "suite_of",
     "unlock",
     "write_once",
     "write_record",
@@ -123,6 +124,13 @@ _OPTIONAL: Mapping[str, _Kind] = {
     "cell.method.parameters": _MAP,
     "cell.method.parts": _MAP,
     "cell.method.with": _MAP,
+    "cell.then": _MAP,
+    "cell.then.name": _TEXT,
+    "cell.then.parameters": _MAP,
+    "cell.then.parts": _MAP,
+    "cell.then.schedule": _MAP,
+    "cell.then.schedule.steps": int,
+    "cell.then.task": _MAP,
     "cell.privacy.epsilon": (*_NUMBER, _NULL),
     "cell.privacy.delta": (*_NUMBER, _NULL),
     "privacy.epsilon": (*_NUMBER, _NULL),
@@ -142,6 +150,29 @@ _OPTIONAL: Mapping[str, _Kind] = {
     "measured.examples_per_second.q3": (*_NUMBER, _NULL),
     "code.hash": (_TEXT, _NULL),
     "code.commit": (_TEXT, _NULL),
+    "stages": _LIST,
+}
+# The same of each of the stages.
+_STAGE: Mapping[str, _Kind] = {
+    "method": _TEXT,
+    "data": _TEXT,
+    "trains": _TEXT,
+    "sampling": _TEXT,
+    "relation": (_TEXT, _NULL),
+    "batch": int,
+    "steps": int,
+    "epochs": _NUMBER,
+    "sensitivity": (_MAP, _NULL),
+    "examples_per_second": _MAP,
+    "examples_per_second.median": (*_NUMBER, _NULL),
+    "examples_per_second.q1": (*_NUMBER, _NULL),
+    "examples_per_second.q3": (*_NUMBER, _NULL),
+    "train_seconds": _NUMBER,
+    "train_loss": (*_NUMBER, _NULL),
+    "clipped_fraction": (*_NUMBER, _NULL),
+    "spent": _MAP,
+    "accountant": (_TEXT, _NULL),
+    "epsilon": (*_NUMBER, _NULL),
 }
 _WORDS = {str: "text", dict: "JSON object", int: "whole number", float: "number", list: "list", _NULL: "null"}
 
@@ -394,18 +425,31 @@ def unreadable(value: object) -> str | None:
 _NOTHING = object()
 
 
+def _unlike(
+    record: Mapping[str, Any], fields: Mapping[str, _Kind], required: bool = False, within: str = ""
+) -> str | None:
+    """The first of `fields` that has another type, or is missing though it is required; None where there is none."""
+    for name, kind in fields.items():
+        value: Any = record
+        for key in name.split("."):
+            value = value.get(key, _NOTHING) if isinstance(value, dict) else _NOTHING
+        if value is _NOTHING and not required:
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool):
+            words = [_WORDS[one] for one in (kind if isinstance(kind, tuple) else (kind,))]
+            return f'"{within}{name}" is {"missing or " if required else ""}not a {" or ".join(words)}'
+    return None
+
+
 def _mistyped(record: Record) -> str | None:
     """The first field that is missing or has another type than its readers rely on; None where all are well."""
-    for fields, required in ((_REQUIRED, True), (_OPTIONAL, False)):
-        for name, kind in fields.items():
-            value: Any = record
-            for key in name.split("."):
-                value = value.get(key, _NOTHING) if isinstance(value, dict) else _NOTHING
-            if value is _NOTHING and not required:
-                continue
-            if not isinstance(value, kind) or isinstance(value, bool):
-                words = [_WORDS[one] for one in (kind if isinstance(kind, tuple) else (kind,))]
-                return f'"{name}" is {"missing or " if required else ""}not a {" or ".join(words)}'
+    flaw = _unlike(record, _REQUIRED, required=True) or _unlike(record, _OPTIONAL)
+    for number, stage in enumerate(() if flaw else record.get("stages", ()), 1):
+        if not isinstance(stage, dict):
+            return f'"stages" has in place {number} no JSON object'
+        flaw = flaw or _unlike(stage, _STAGE, within=f"stages.{number}.")
+    if flaw:
+        return flaw
     for name in ("started", "finished"):
         moment = record.get(name)
         try:
@@ -479,6 +523,14 @@ def load(results: Path, suite: str | None = None) -> Records:
             record["path"] = str(path)
             found.append(record)
     return found
+
+
+def suite_of(folder: Path) -> tuple[Path, str] | None:
+    """The results folder and the suite in it where `folder` is one suite's own, None elsewhere."""
+    if not any(folder.glob(f"*/{RECORD}")):
+        return None
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return named.parent, named.name
 
 
 def _record_files(results: Path, suite: str | None, broken: list[Broken]) -> Iterator[Path]:

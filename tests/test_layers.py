@@ -30,11 +30,14 @@ ALLOWED: dict[str, set[str]] = {
     "pack": {"store"},
     "track": {"store"},
     "audits": {"store", "cell"},
-    "report": {"store", "registry"},
+    "shelf": {"store", "cell"},
+    "checks": {"shelf", "codehash", "registry"},
+    "stages": set(),
+    "report": {"store", "registry", "stages"},
     "launch": {"run", "store", "track", "measure", "registry", "cell"},
     "verify": {
         "train", "dp", "data", "models", "registry", "measure", "suite", "lines", "store", "codehash", "parts", "cell",
-        "audits", "seeds",
+        "audits", "checks", "seeds",
     },
     "peers": {"dp", "models"},
     "bench": {
@@ -42,8 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "methods": {"dp", "registry"},
     "cli": {
-        "audits", "bench", "cell", "data", "launch", "measure", "models", "pack", "parts", "registry", "report", "run",
-        "store", "suite", "track", "verify",
+        "audits", "bench", "cell", "checks", "data", "launch", "measure", "models", "pack", "parts", "registry",
+        "report", "run", "stages", "store", "suite", "track", "verify",
     },
 }  # fmt: skip
 MATHEMATICS = {

@@ -302,7 +302,11 @@ def test_the_page_says_what_happened() -> None:
     page = shown["runs"]
     one = fixture_records()[0]["id"]
     assert f'href="../../../results/core/{one}/record.json"' in page
-    assert f"epsbench show {one}" in page and f"epsbench run suites/core.toml --only {one}" in page
+    assert f"epsbench show {one}" in page
+    assert (
+        f"git checkout {'0f' * 20}\nepsbench run SUITE.toml --only {one} --results again --no-track    #"
+        in page
+    )
     assert f"tags.&#34;epsbench.id&#34; = &#39;{one}&#39;" in page and ">stale<" in page
     rows = list(csv.DictReader(io.StringIO(shown["csv"])))
     sgd = next(r for r in rows if (r["label"], r["target_epsilon"], r["split"]) == ("dp-sgd", "3.0", "test"))
@@ -381,6 +385,7 @@ def test_what_cannot_be_compared_says_why(name: str) -> None:
 def test_a_reduced_run_says_so_everywhere() -> None:
     records = [r | {"suite": "mine-reduced"} for r in seeds("dp-sgd", THREE, task="digits/mlp (reduced)")]
     for options in ({"reduced": "CIFAR-10 takes hours"}, {}):
+        options |= {"file": "suites/mine.toml"}
         model = board("mine-reduced", QUESTION, records, [claim(), claim(task="digits/mlp")], None, **options)
         assert {v.verdict for v in model.published} == {"not comparable"}
         assert {v.because for v in model.published} == {("this is a reduced profile",)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jsonschema
@@ -10,14 +11,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from harness import models, run, suite
+from harness import measure, models, run, stages, suite
 from harness.cell import Cell
 from harness.dp import Full, Gaussian, Method
 from harness.dp.account import Ledger, epsilon
 from harness.dp.calibrate import calibrate, calibrate_stages
 from harness.dp.method import Stage, plan
+from harness.dp.release import Relation
 from harness.seeds import Seeds
-from harness.train import LogPoint
+from harness.train import LogPoint, start, train
 
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "record.schema.json").read_text())
 SUITE = """
@@ -39,7 +41,7 @@ momentum = 0.0
 clip = 0.5
 then = {then}
 """
-HEAD = '{ method = "dp-adam?lr=0.02", steps = 30 }'
+HEAD = '{ method = "dp-adam?lr=0.02&clip=2.0", steps = 30 }'
 ALL = '{ method = "dp-adam?lr=0.02", steps = 30, trains = "all" }'
 PUBLIC = '{ method = "non-private?lr=0.1", steps = 30, dataset = "%s" }'
 
@@ -66,8 +68,130 @@ def other(tmp_path_factory) -> str:
 
 
 def lasting(record: dict) -> dict:
-    kept = ("status", "metrics", "privacy", "weights_sha256", "stages")
-    return json.loads(json.dumps({key: record.get(key) for key in kept}))
+    """What a kill and a second session must not change."""
+    kept = ("status", "metrics", "privacy", "weights_sha256", "stages", "diagnostics")
+    copy = json.loads(json.dumps({key: record.get(key) for key in kept}))
+    for stage in copy["stages"]:
+        assert stage.pop("train_seconds") > 0 and stage.pop("examples_per_second")["median"] > 0
+    return copy
+
+
+def trace(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[dict, Path]:
+    """A run of two private stages, and its folder."""
+    (cell,) = cells(HEAD)
+    folder = tmp_path_factory.mktemp("whole")
+    return run.execute(cell, folder, "stages", save_seconds=0.0), folder
+
+
+def test_each_stage_tells_of_itself_alone(whole):
+    record, folder = whole
+    (cell,) = cells(HEAD)
+    session = run._Session(cell, folder, 1e9)
+    sigma, model = record["privacy"]["noise_multiplier"], session.model
+    assert len(record["stages"]) == 2
+    for told, leg in zip(
+        record["stages"], session.legs, strict=True
+    ):  # trained here as if no other stage were
+        p = start(leg.method, model, leg.schedule.steps)
+        alone = train(leg.method, model, leg.data, sigma, leg.schedule, leg.seeds, p)
+        made = run.diagnostics(leg.method, alone) | {
+            "sensitivity": alone.sensitivity, "engine": alone.engine, "microbatch": alone.microbatch,
+        }  # fmt: skip
+        assert {name: told[name] for name in made} == made
+        for name, value in run.kept(leg, alone).items():
+            model.get_parameter(name).data.copy_(value)
+        model = models.Headed(model, session.data.input_shape, session.data.classes, frozen=True)
+    first, second = record["stages"]
+    assert first["clipped_fraction"] != second["clipped_fraction"] and first["sensitivity"] == {"grad": 0.5}
+    assert [one["trains"] for one in record["stages"]] == ["all", "head"]
+    assert first["epochs"] == 128 * 20 / cell.task["n_train"]
+
+
+def test_the_stages_add_up_to_the_run_and_are_those_of_its_trace(whole):
+    record, folder = whole
+    first, second = record["stages"]
+    points = trace(folder)
+    assert [one["stage"] for one in points] == [1] * 20 + [2] * 30  # a line for each step here
+    for told, number in ((first, 1), (second, 2)):
+        rates = [one["examples_per_second"] for one in points if one["stage"] == number]
+        assert rates[:3] == [None] * 3 and None not in rates[3:]  # which warm up
+        assert told["examples_per_second"] == pytest.approx(measure.quartiles(rates[3:]))
+        seen = [one["clipped_fraction"] for one in points if one["stage"] == number]
+        assert min(seen) <= told["clipped_fraction"] <= max(seen)
+        assert told["train_loss"] == [one["loss"] for one in points if one["stage"] == number][-1]
+    measured, privacy = record["measured"], record["privacy"]
+    assert measured["train_seconds"] == pytest.approx(first["train_seconds"] + second["train_seconds"])
+    assert points[19]["seconds"] == pytest.approx(first["train_seconds"], abs=6e-4)
+    assert measured["examples_per_second"] == first["examples_per_second"] != second["examples_per_second"]
+    assert privacy["sensitivity"] is None and record["diagnostics"] == {}
+    assert privacy["sampling"] == first["sampling"] == second["sampling"]
+    (cell,) = cells(HEAD)
+    half = plan(run.stages_of(cell)[:1], privacy["noise_multiplier"], cell.task["n_train"])
+    assert first["epsilon"] == epsilon(half, 1e-5, Relation(first["relation"]), first["accountant"])
+
+
+def test_two_laws_are_both_named():
+    (cell,) = cells(HEAD.replace("steps = 30", "steps = 30, batch = 91"))
+    record = run._Session(cell, Path("nowhere"), 1e9).blank("stages", datetime.now(UTC))
+    laws = [f"Poisson, q = {batch / cell.task['n_train']:.6g}" for batch in (128, 91)]
+    assert [stage["sampling"] for stage in record["stages"]] == laws
+    assert record["privacy"]["sampling"] == f"{laws[0]} (stage 1); {laws[1]} (stage 2)"
+    assert "sensitivity" not in record["stages"][0], "nothing has come of it"
+
+
+def test_a_run_that_diverges_in_the_second_stage_says_what_came_of_the_first(whole, tmp_path):
+    (cell,) = cells(HEAD.replace("0.02", "1e39"))
+    record = run.execute(cell, tmp_path, "stages")
+    assert record["status"] == "diverged"
+    first, second = record["stages"]
+    spent = record["privacy"]["epsilon"]
+    assert 0 < first["epsilon"] < second["epsilon"] == spent < record["privacy"]["planned"]["pld"]
+    assert first["epsilon"] == whole[0]["stages"][0]["epsilon"] and first["train_loss"] is not None
+    assert second["sensitivity"] == {"grad": 2.0} != first["sensitivity"]
+
+
+def test_an_earlier_record_says_of_each_stage_what_is_known(whole):
+    record = json.loads(json.dumps(whole[0]))
+    today = stages.told(record)
+    assert [one["batch"] for one in today] == [128, 128] and None not in today[0]["sensitivity"].values()
+    first, second = record["stages"]
+    record["privacy"]["sensitivity"] = second["sensitivity"]
+    record["diagnostics"] = {"train_loss": second["train_loss"], "clipped_fraction": 0.9, "non_finite": 0}
+    record["stages"] = [
+        {key: one[key] for key in ("method", "steps", "data", "public", "spent", "accountant", "epsilon")}
+        for one in (first, second)
+    ]
+    assert list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(record)) == []
+    old = stages.told(record)
+    known = [{key for key in now if one[key] is not None} for one, now in zip(old, today, strict=True)]
+    asked = {
+        "method",
+        "parameters",
+        "parts",
+        "trains",
+        "data",
+        "public",
+        "batch",
+        "steps",
+        "epochs",
+        "relation",
+    }
+    spent = {"spent", "accountant", "epsilon"}
+    # Only what was the first stage's, and only what was the second's; speeds and fractions were of both.
+    assert known[0] == asked | spent | {"sampling"}
+    assert known[1] == asked | spent | {"sampling", "sensitivity", "engine", "microbatch", "train_loss"}
+    for one, now in zip(old, today, strict=True):
+        same = {key for key in now if one[key] is not None} - {"engine", "microbatch"}
+        assert {key: one[key] for key in same} == {key: now[key] for key in same}
+    record["cell"]["then"]["schedule"]["batch"] = 64
+    assert stages.told(record)[1]["sampling"] is None, "it had another law, which nobody noted"
+    del record["cell"]["then"]
+    assert stages.told(record) == []
 
 
 @pytest.mark.parametrize("then", [HEAD, ALL])
@@ -102,10 +226,10 @@ def test_a_head_is_trained_and_the_network_under_it_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_a_run_killed_in_either_stage_ends_in_the_same_bits(public, tmp_path, monkeypatch, other):
+def test_a_run_killed_in_either_stage_ends_in_the_same_bits(public, tmp_path, monkeypatch, other, whole):
     (cell,) = cells(PUBLIC % other if public else HEAD)
-    whole = run.execute(cell, tmp_path / "whole", "stages")
-    assert whole["status"] == "ok", whole["reason"]
+    once = run.execute(cell, tmp_path / "once", "stages") if public else whole[0]
+    assert once["status"] == "ok", once["reason"]
 
     class Killed(Exception):
         pass
@@ -130,10 +254,14 @@ def test_a_run_killed_in_either_stage_ends_in_the_same_bits(public, tmp_path, mo
         except Killed:
             kills += 1
     assert kills >= 4 and record["measured"]["sessions"] > 2
-    assert lasting(record) == lasting(whole)
-    traces = [(tmp_path / name / "trace.jsonl").read_text().splitlines() for name in ("whole", "killed")]
-    steps = [[json.loads(line)["step"] for line in lines] for lines in traces]
-    assert steps[0] == steps[1] == sorted(set(steps[0])) and steps[0][-1] == 50
+    assert lasting(record) == lasting(once)
+    traces = [trace(folder) for folder in (tmp_path / "once" if public else whole[1], tmp_path / "killed")]
+    steps = [[(point["stage"], point["step"]) for point in points] for points in traces]
+    assert steps[0] == steps[1] == [(1 if step <= 20 else 2, step) for step in range(1, 51)]
+    first, second = record["stages"]
+    assert traces[1][19]["seconds"] == pytest.approx(first["train_seconds"], abs=6e-4)
+    total = first["train_seconds"] + second["train_seconds"]
+    assert total == pytest.approx(record["measured"]["train_seconds"])
 
 
 def test_a_stage_on_public_data_costs_nothing_and_is_named(tmp_path, other):
@@ -143,7 +271,10 @@ def test_a_stage_on_public_data_costs_nothing_and_is_named(tmp_path, other):
     privacy = record["privacy"]
     assert len(Ledger.from_json(privacy["ledger"])) == 20 and 2.97 < privacy["epsilon"] <= 3.0
     assert "images and labels of npz:" in privacy["public_data"]
-    assert [stage["public"] for stage in record["stages"]] == [False, True]
+    first, second = record["stages"]
+    assert [first["public"], second["public"]] == [False, True]
+    assert second["relation"] is second["sensitivity"] is None and second["spent"] == first["spent"]
+    assert privacy["sampling"] == first["sampling"] and "stage" not in privacy["sampling"]
     assert (
         record["metrics"]["accuracy"] > 0.3
     )  # of the negatives, by a head on what was learnt from the digits
@@ -195,10 +326,10 @@ def test_a_method_has_its_own_schedule():
 
 
 def test_the_plan_of_two_stages_is_their_composition():
-    stages = [Stage(Method(sampler=Full()), 10, 3), Stage(Method(sampler=Full()), 10, 1)]
-    assert plan(stages, 2.0, 10) == Method(sampler=Full()).plan(2.0, 10, 10, 4)
-    sigma = calibrate_stages(stages, 10, 3.0, 1e-5)
-    assert epsilon(plan(stages, sigma, 10), 1e-5, Full().relation, "pld") == pytest.approx(3.0, rel=1e-3)
+    both = [Stage(Method(sampler=Full()), 10, 3), Stage(Method(sampler=Full()), 10, 1)]
+    assert plan(both, 2.0, 10) == Method(sampler=Full()).plan(2.0, 10, 10, 4)
+    sigma = calibrate_stages(both, 10, 3.0, 1e-5)
+    assert epsilon(plan(both, sigma, 10), 1e-5, Full().relation, "pld") == pytest.approx(3.0, rel=1e-3)
     assert type(Method().noise) is Gaussian
 
 

@@ -72,7 +72,10 @@ def build(
     quarantine: Iterable[tuple[str, str]] = (),
     results: Path | None = None,
     audits: Iterable[Mapping[str, Any]] = (),
+    checks: Iterable[Mapping[str, Any]] = (),
     sources: Mapping[str, Any] | None = None,
+    file: str = "",
+    left_out: str = "",
 ) -> Report:
     """Write the report of one suite into ``out/<suite_name>/`` and return where it is.
 
@@ -83,7 +86,9 @@ def build(
     hyper-parameters were chosen. `reduced` says why these are runs of the suite's reduced profile, None where they are
     not; nothing that is published is compared with those. `quarantine` are the files that hold no valid record, each
     with the reason; they are named and nothing else. `audits` are what `harness.audits` holds, shown beside the rows of
-    the same method and epsilon. `sources` is what `sources.describe` says of the methods, for their cards.
+    the same method and epsilon; `checks` are those of `harness.checks.latest`. `sources` is what `sources.describe`
+    says of the methods, for their cards. `file` is the suite's file, for the command that repeats a run. `left_out`
+    says which records of the suite are not among `records`, and why.
 
     Each record's trace is read from ``trace.jsonl`` beside it, unless the record has a key ``trace`` (its points).
     Every row has a page in ``runs/``, every method one in ``methods/``; pages there that are no longer of a row or a
@@ -104,7 +109,8 @@ def build(
     quarantine = [(record_path(path), reason) for path, reason in quarantine]
     link = os.path.relpath(results, folder)
     found = [{k: v for k, v in audit.items() if k != "path"} for audit in audits]
-    model = board(suite_name, question, records, published, tuning, reduced, quarantine)
+    checks = [{k: v for k, v in check.items() if k != "path"} for check in checks]
+    model = board(suite_name, question, records, published, tuning, reduced, quarantine, file, left_out)
     inputs = [run.order for run in model.runs]
     digest = _digest(
         [
@@ -117,25 +123,30 @@ def build(
             quarantine,
             link,
             sorted(map(canonical, found)),
+            sorted(map(canonical, checks)),
             sources,
+            file,
+            left_out,
         ]
     )
     top = text.top_rows(model)
     tables = export.files(model)
-    from . import figures, html, pages, rows
+    from . import checked, figures, html, pages, rows
 
     places, known = html.Places(model, results, folder), rows.audits(found)
+    conformant = checked.checks(checks)
     others = (*tables, *places.rows.values(), *places.methods.values())
     if _current(folder) == digest and all((folder / name).is_file() for name in others):
         return Report(folder, False, top)
     drawings = figures.draw(model)
-    below = pages.run_pages(model, places, known) | pages.cards(model, places, sources, known)
+    below = pages.run_pages(model, places, known, sources, conformant)
+    below |= pages.cards(model, places, sources, known, conformant)
     files = {
         "leaderboard.md": text.markdown(model),
         "leaderboard.csv": text.table_csv(model),
         "published.csv": text.published_csv(model),
         **drawings,
-        "index.html": html.page(model, places, digest=digest, known=known),
+        "index.html": html.page(model, places, digest=digest, known=known, checked=conformant),
     }
     export.write(folder, tables)
     _replace(folder, below)
@@ -146,11 +157,14 @@ def build(
     return Report(folder, True, top)
 
 
-def overview(reports: Path) -> Path | None:
-    """Write ``index.html`` in `reports`: every suite there with its rows. None where no suite has a report."""
+def overview(reports: Path, results: Path | None = None) -> Path | None:
+    """Write ``index.html`` in `reports`: every suite there with its rows. None where no suite has a report.
+
+    A suite that has no report which can be read, but an older one or records in `results`, is listed with the reason.
+    """
     from . import pages
 
-    content = pages.overview(Path(reports))
+    content = pages.overview(Path(reports), results)
     if content is None:
         return None
     path = Path(reports) / "index.html"
@@ -165,9 +179,10 @@ def top_rows(records: Iterable[RecordLike], n: int = 5) -> str:
 
 
 def _digest(inputs: Any) -> str:
-    """Digest of all that a report depends on: the inputs, this package's files, the libraries that draw."""
+    """Digest of all that a report depends on: the inputs, the files that read them, the libraries that draw."""
     digest = hashlib.sha256(canonical(inputs).encode("ascii"))
-    for path in sorted(p for p in _HERE.iterdir() if p.suffix in (".py", ".html", ".css", ".js")):
+    mine = [p for p in _HERE.iterdir() if p.suffix in (".py", ".html", ".css", ".js")]
+    for path in (*sorted(mine), _HERE.parent / "stages.py"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     digest.update(" ".join(version(name) for name in ("matplotlib", "jinja2", "scipy")).encode())
     return digest.hexdigest()[:32]

@@ -16,7 +16,7 @@ addEventListener("DOMContentLoaded", () => {
   const settings = new Set(["suite", "task", "target"]); // columns that say which table a row is of
 
   // ------------------------------------------------------------------------------------------------------- rows
-  const number = (v) => (v === "inf" ? Infinity : v);
+  const number = (v) => (v === "inf" ? Infinity : typeof v === "string" ? null : v);
   const rows = packed.map((values) => {
     const row = {};
     for (let i = 0; i < fields.length; i++) row[fields[i]] = values[i];
@@ -38,6 +38,7 @@ addEventListener("DOMContentLoaded", () => {
     accuracy: (r) => r.accuracy && r.accuracy[0],
     difference: (r) => (r.role === "baseline" ? 0 : r.difference && r.difference[0]),
     audited: (r) => r.audited && r.audited[0],
+    checked: (r) => r.checked[0],
   };
   function value(row, column) {
     if (column.kind === "text") return String(row[column.key] ?? "");
@@ -94,6 +95,8 @@ addEventListener("DOMContentLoaded", () => {
       if (apart && p.table !== q.table) return p.table - q.table;
       if (apart && (p.role === "reference") !== (q.role === "reference")) return (p.role === "reference") - (q.role === "reference");
       if (a === null || b === null) return (a === null) - (b === null) || i - j; // unknown last, either way
+      const busy = p.busy.includes(column.key) - q.busy.includes(column.key);
+      if (busy) return busy; // a time of a busy machine is not compared with others
       const order = column.kind === "text" ? collator.compare(a, b) : a < b ? -1 : a > b ? 1 : 0;
       return sign * order || i - j;
     });
@@ -107,9 +110,7 @@ addEventListener("DOMContentLoaded", () => {
     if (name) e.className = name;
     return e;
   };
-  const minus = (s) => s.replace("-", "−");
-  const percent = (x, signed) => minus((signed && x >= 0 ? "+" : "") + (100 * x).toFixed(2));
-  const epsilon = (x) => (x === null ? "–" : x === "inf" ? "∞" : String(Number(x.toPrecision(4))));
+  const epsilon = (x) => (x === null ? "–" : x === "inf" ? "∞" : typeof x === "string" ? x : String(Number(x.toPrecision(4))));
   const count = (x) => (x === null ? "–" : x === "inf" ? "never" : Math.abs(x) >= 100 ? Math.round(x).toLocaleString("en") : String(Number(x.toPrecision(3))));
   const mark = (text, kind, title) => { const m = make("span", text, "mark " + kind); if (title) m.title = title; return m; };
 
@@ -145,14 +146,14 @@ addEventListener("DOMContentLoaded", () => {
     ratio: (td, row, key) => td.append(row[key] === null ? "–" : row[key].toFixed(2) + "×"),
     accuracy: (td, row) => {
       if (!row.accuracy) { td.append("–"); return; }
-      const [mean, low, high, n] = row.accuracy;
-      td.append(percent(mean), " ", make("small", (low === null ? "" : "± " + percent((high - low) / 2) + " ") + "n = " + n));
+      const [, , , n, mean, half] = row.accuracy;
+      td.append(mean, " ", make("small", `${half} n = ${n}`));
     },
     difference: (td, row) => {
       if (row.role === "baseline") { td.append("baseline "); const s = strip(row); if (s) td.append(s); return; }
       if (!row.difference) { td.append("–"); return; }
-      const [mean, low, high] = row.difference;
-      td.append(percent(mean, true), " ", make("small", low === null ? "one common seed" : `[${percent(low, true)}, ${percent(high, true)}]`), " ");
+      const [, , , , mean, bounds] = row.difference;
+      td.append(mean, " ", make("small", bounds || "one common seed"), " ");
       const s = strip(row);
       if (s) td.append(s);
     },
@@ -170,6 +171,20 @@ addEventListener("DOMContentLoaded", () => {
       td.title = [instrument, task && task !== row.task ? "on " + task : ""].filter(Boolean).join(", ");
     },
   };
+
+  write_cell.checked = (td, row) => {
+    const [text, kind, words] = row.checked;
+    td.append(mark(text, kind));
+    td.title = words;
+  };
+
+  const BUSY = "timed while other work ran on the machine: not to be compared";
+  function cell(td, row, c) {
+    write_cell[c.kind](td, row, c.key);
+    if (row[c.key] === null || !row.busy.includes(c.key)) return;
+    td.append(make("sup", "†"));
+    td.title = BUSY;
+  }
 
   function line(row) {
     const tr = make("tr");
@@ -200,10 +215,10 @@ addEventListener("DOMContentLoaded", () => {
         const a = make("a", undefined, "quiet");
         a.href = row.href;
         a.tabIndex = -1; // the method's link is the one to reach by keyboard
-        write_cell[c.kind](a, row, c.key);
+        cell(a, row, c);
         if (a.title) { td.title = a.title; a.removeAttribute("title"); }
         td.append(a);
-      } else write_cell[c.kind](td, row, c.key);
+      } else cell(td, row, c);
       tr.append(td);
     }
     return tr;

@@ -22,7 +22,7 @@ from typing import Any
 from . import text
 from .read import RecordLike, Run, Setting, natural
 from .statistics import LEVEL, Interval, mean_interval
-from .tables import Row, board, count, epsilon, percent, tally
+from .tables import Row, board, bounds, count, epsilon, percent, tally
 
 __all__ = ["BY", "METRICS", "CompareError", "Comparison", "Line", "Metric", "Pairing", "folders", "methods"]
 
@@ -36,13 +36,15 @@ class CompareError(ValueError):
 
 @dataclass(frozen=True)
 class Metric:
-    """What is compared: its value in a run, whether more is better (1) or less (-1), whether changes are ratios."""
+    """What is compared: its value in a run, whether more is better (1) or less (-1), whether changes are ratios, and
+    whether it is a timing, which other work on the machine spoils."""
 
     name: str
     unit: str
     better: int
     relative: bool
     of: Callable[[Run], float | None]
+    timed: bool = False
 
     def change(self, a: float, b: float) -> float | None:
         """From `a` to `b`: their difference, or ``b / a - 1``; None where that has no meaning."""
@@ -59,7 +61,7 @@ METRICS = {
     one.name: one
     for one in (
         Metric("accuracy", "fraction", 1, False, lambda run: run.accuracy),
-        Metric("examples_per_second", "1/s", 1, True, lambda run: run.rate),
+        Metric("examples_per_second", "1/s", 1, True, lambda run: run.rate, timed=True),
         Metric("peak_memory_mib", "MiB", -1, True, lambda run: run.peak_memory),
     )
 }
@@ -123,6 +125,7 @@ class Line:
     seeds: tuple[int, ...]
     unpaired: tuple[int, int]
     broken: int
+    busy: int
     statuses: tuple[Mapping[str, int], Mapping[str, int]]
     verdict: str
 
@@ -364,6 +367,11 @@ def _line(
         )
         for side in ("a", "b")
     ]
+    busy = sum(
+        one.a.finished[seed].busy or one.b.finished[seed].busy
+        for one, pairs in zip(pairings, every, strict=True)
+        for seed in pairs
+    )
     broken = sum(len(one.a.finished.keys() & one.b.failed) for one in pairings)
     return Line(
         names=names,
@@ -375,6 +383,7 @@ def _line(
         seeds=tuple(seeds),
         unpaired=(alone[0], alone[1]),
         broken=broken,
+        busy=busy if metric.timed else 0,
         statuses=(
             tally(run for one in pairings for run in one.a.runs),
             tally(run for one in pairings for run in one.b.runs),
@@ -428,16 +437,11 @@ def _cells(comparison: Comparison) -> list[list[str]]:
             *(epsilon(value) if isinstance(value, float) else value for _, value in line.names),
             *(metric.shown(one.mean if one else None) for one in (line.a, line.b)),
             percent(line.difference.mean if line.difference else None, signed=True),
-            _bounds(line.difference), str(len(line.seeds)), *map(_tally, line.statuses), line.verdict,
+            bounds(line.difference, signed=True) or "–", str(len(line.seeds)), *map(_tally, line.statuses),
+            line.verdict,
         ]
         for line in comparison.lines
     ]  # fmt: skip
-
-
-def _bounds(value: Interval | None) -> str:
-    if value is None or value.low is None or value.high is None:
-        return "–"
-    return f"[{percent(value.low, signed=True)}, {percent(value.high, signed=True)}]"
 
 
 def _tally(statuses: Mapping[str, int]) -> str:
@@ -468,6 +472,10 @@ def _notes(comparison: Comparison) -> list[str]:
     if any(alone):
         why = " (or with one on another device)" if metric.relative else ""
         notes.append(f"Finished runs without a partner{why}: {alone[0]} of A, {alone[1]} of B.")
+    if busy := sum(line.busy for line in lines):
+        notes.append(
+            f"{busy} pairs hold a run during which other work ran on the machine: their times decide nothing."
+        )
     for name, only in zip("AB", comparison.missing, strict=True):
         if only:
             more = f"; and {len(only) - 5} more" if len(only) > 5 else ""
@@ -500,5 +508,6 @@ def _json(line: Line) -> dict[str, Any]:
         **names, "pairings": line.pairings, "incomplete": line.incomplete, "a": interval(line.a), "b": interval(line.b),
         "change": interval(line.difference), "seeds": list(line.seeds),
         "unpaired": {"a": line.unpaired[0], "b": line.unpaired[1]}, "failed_in_b": line.broken,
+        "pairs_on_a_busy_machine": line.busy,
         "statuses": {"a": dict(line.statuses[0]), "b": dict(line.statuses[1])}, "verdict": line.verdict,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from .figures import (
 )
 from .plot import Axis, Dot, bars, chart
 from .statistics import Interval
-from .tables import BASELINE, REFERENCE, Board, Row, bounds, count, epsilon, percent
+from .tables import BASELINE, BUSY, REFERENCE, Board, Row, bounds, count, epsilon, percent
 
 PRIVATE = "Computed from private data: shown to understand training, not private to publish."
 
@@ -93,7 +93,9 @@ def _pareto(board: Board) -> Drawing:
         kept = [n for n in dict.fromkeys(names) if n in {c.title for c in choices}][:SERIES]
         for c in choices:
             if c.title in kept and math.isfinite(c.seconds):
-                says = f"ε = {epsilon(c.epsilon)}: {percent(c.accuracy)} %, {count(c.seconds)} s"
+                says = (
+                    f"ε = {epsilon(c.epsilon)}: {percent(c.accuracy)} %, {count(c.seconds)} s" + BUSY * c.busy
+                )
                 tag = f"ε {epsilon(c.epsilon)}" if c.front else ""
                 series.setdefault(c.title, []).append(
                     Dot(c.seconds, 100 * c.accuracy, says, filled=c.front, tag=tag)
@@ -105,7 +107,7 @@ def _pareto(board: Board) -> Drawing:
     return Drawing(
         "pareto", "Accuracy, epsilon and time",
         "Filled: no other row is at least as good in all three and better in one (means; intervals are ignored). "
-        "The label is epsilon spent. On one device.",
+        f"The label is epsilon spent. On one device. A row timed on a busy machine ({BUSY}) takes no part in it.",
         _panels(made), ["pareto.svg"],
     )  # fmt: skip
 
@@ -115,7 +117,7 @@ def _curves(board: Board) -> Drawing:
     return Drawing(
         "curves", "Training curves",
         "Accuracy at the log points over the epsilon spent until then, by RDP; mean over seeds. "
-        "For information: nothing is chosen by it.",
+        "Of two stages, the last. For information: nothing is chosen by it.",
         made, ["training-curves.svg"],
     )  # fmt: skip
 
@@ -124,7 +126,8 @@ def _clipped(board: Board) -> Drawing:
     made = _over_epsilon(board, "clipped", "clipped, %")
     return Drawing(
         "clipped", "Clipped fraction",
-        "Share of contributions with a weight below 1 since the last log point, over the epsilon spent until then.",
+        "Share of contributions with a weight below 1 since the last log point, over the epsilon spent until then. "
+        "Of two stages, the last.",
         made, ["clipped-fraction.svg"], PRIVATE,
     )  # fmt: skip
 
@@ -141,28 +144,47 @@ def _over_epsilon(board: Board, what: str, title: str) -> list[tuple[str, str]]:
 
 
 def of_row(row: Row) -> list[Drawing]:
-    """The curves of every seed of one row: accuracy over epsilon (over seconds without privacy), clipped fraction."""
-    private = any(p.epsilon is not None and math.isfinite(p.epsilon) for r in row.runs for p in r.trace)
+    """The curves of every seed of one row: accuracy over epsilon (over seconds without privacy), clipped fraction.
+
+    Each of two stages has a panel: they train for other losses, on other networks.
+    """
+    names = [f"Stage {number}: {stage.method}" for number, stage in enumerate(row.first.stages, 1)] or [""]
     out = []
     for what, title, warning in (
         ("accuracy", "Accuracy in training", ""),
         ("clipped", "Clipped fraction", PRIVATE),
     ):
-        series: dict[str, list[Dot]] = {}
-        for run in row.runs:
-            dots = []
-            for p in run.trace:
-                x, y = (p.epsilon if private else p.seconds), getattr(p, what)
-                if x is not None and math.isfinite(x) and y is not None:
-                    dots.append(Dot(x, 100 * y, f"step {p.step}, {x:.4g}: {percent(y)} %"))
-            if dots:
-                name = f"seed {run.seed}" if run.seed is not None else run.id
-                series[name if name not in series else f"{name}, {run.id}"] = dots
-        x_axis = Axis("ε spent, by RDP" if private else "seconds of training")
-        html = chart(series, x_axis, Axis("%"), f"{title} of every seed")
-        if html:
-            out.append(Drawing(what, title, "", [("", html)], (), warning))
+        label = f"{title} of every seed"
+        panels = _panels(
+            (name, _of_stage(row, i, what, f"{label}, {name}" if name else label))
+            for i, name in enumerate(names)
+        )
+        if panels:
+            caption = (
+                "Each stage is judged as its own loss judges, on its own data." if row.first.stages else ""
+            )
+            out.append(Drawing(what, title, caption * (what == "accuracy"), panels, (), warning))
     return out
+
+
+def _of_stage(row: Row, stage: int, what: str, label: str) -> str:
+    """A line for every seed, of one stage. One on public data spends nothing, and is drawn over seconds."""
+    traces = [(run, [p for p in run.trace if run.stage_at(p.step) == stage]) for run in row.runs]
+    public = any(one.public for one in row.first.stages[stage : stage + 1])
+    private = not public and any(
+        p.epsilon is not None and math.isfinite(p.epsilon) for _, trace in traces for p in trace
+    )
+    series: dict[str, list[Dot]] = {}
+    for run, trace in traces:
+        dots = []
+        for p in trace:
+            x, y = (p.epsilon if private else p.seconds), getattr(p, what)
+            if x is not None and math.isfinite(x) and y is not None:
+                dots.append(Dot(x, 100 * y, f"step {p.step}, {x:.4g}: {percent(y)} %"))
+        if dots:
+            name = f"seed {run.seed}" if run.seed is not None else run.id
+            series[name if name not in series else f"{name}, {run.id}"] = dots
+    return chart(series, Axis("ε spent, by RDP" if private else "seconds of training"), Axis("%"), label)
 
 
 def _cost(board: Board) -> Drawing:
@@ -172,7 +194,8 @@ def _cost(board: Board) -> Drawing:
         "cost",
         "Throughput and memory",
         "Relative to non-private training on the same task and device where it ran, with the engine that computed the "
-        "gradients; the median over runs and epsilons. Memory: tensors on a GPU, the resident process on a CPU.",
+        "gradients; the median over runs and epsilons. Memory: tensors on a GPU, the resident process on a CPU. "
+        f"{BUSY}: timed on a busy machine.",
         [panel for pair in zip(speed, memory, strict=False) for panel in pair],
         ("throughput.svg", "memory.svg"),
     )
@@ -184,7 +207,7 @@ def _bars(panels: Sequence[Bars], what: str, absolute: Callable[[float], str]) -
         engines = set(p.engines.values()) - {""}
         values: Mapping[str, tuple[float, str]] = {
             name + (f" · {p.engines[name]}" if len(engines) > 1 and p.engines.get(name) else ""): (
-                v, f"{v:.2f}×" if p.relative else absolute(v),
+                v, (f"{v:.2f}×" if p.relative else absolute(v)) + BUSY * (name in p.busy),
             )
             for name, v in p.values.items()
         }  # fmt: skip

@@ -23,13 +23,14 @@ from .tables import (
     Board,
     Entry,
     Table,
-    bounds,
     count,
     epsilon,
+    gap,
     heading,
-    percent,
+    interval,
     place,
     statement,
+    timing,
 )
 
 __all__ = ["UNITS", "files", "tex", "write"]
@@ -45,7 +46,7 @@ UNITS: Mapping[str, str] = {
     **dict.fromkeys(("epsilon_spent", "epsilon_spent_pld", "epsilon_spent_rdp", "epsilon_claimed"), "epsilon"),
     "noise_multiplier": "standard deviations per sensitivity", "examples_per_second": "1/s",
     "rate_to_non_private": "ratio", "rate_to_dp_sgd": "ratio", "peak_memory_mib": "MiB", "train_seconds": "s",
-    "stale_runs": "runs",
+    "stale_runs": "runs", "busy_runs": "runs",
     **dict.fromkeys(("published", "measured_mean", "measured_low", "measured_high", "difference"), "that of metric"),
 }  # fmt: skip
 """Unit of each column of numbers; every other column is text."""
@@ -175,7 +176,7 @@ _TEX: Mapping[str, str] = {
     "[": "{[}", "]": "{]}", "*": "{*}",  # after \\ they would be its argument
     "ε": r"$\varepsilon$", "δ": r"$\delta$", "σ": r"$\sigma$", "Δ": r"$\Delta$", "−": "$-$", "±": r"$\pm$",
     "×": r"$\times$", "∞": r"$\infty$", "≥": r"$\ge$", "≤": r"$\le$", "–": "--", "…": r"\ldots{}", "·": r"$\cdot$",
-    "²": r"\textsuperscript{2}", "ℓ": r"$\ell$", "’": "'",
+    "†": r"\dag{}", "²": r"\textsuperscript{2}", "ℓ": r"$\ell$", "’": "'",
 }  # fmt: skip
 _LETTERS = frozenset(map(chr, range(0xC0, 0x100))) - frozenset("×÷ÐðÞþ")  # what every engine has
 
@@ -212,14 +213,12 @@ def _tex_table(table: Table, name: str) -> str:
 
 
 def _tex_row(entry: Entry, rank: str) -> list[str]:
-    row, gap = entry.row, entry.place.difference
-    mean = percent(row.accuracy.mean if row.accuracy else None)
-    half = row.accuracy.half if row.accuracy else None
-    shown = "–" if gap is None else f"{percent(gap.mean, signed=True)} {bounds(gap, signed=True)}"
+    row = entry.row
     return [
-        rank, row.title + (" (stale)" if row.stale else ""), mean if half is None else f"{mean} ± {percent(half)}",
-        "baseline" if entry.baseline else shown, epsilon(row.epsilon), text.sigma(row.shared("sigma")), count(row.rate),
-        count(row.peak_memory), str(len(row.scores)),
+        rank, row.title + (" (stale)" if row.stale else ""), interval(row.accuracy),
+        "baseline" if entry.baseline else gap(entry.place.difference), epsilon(row.epsilon),
+        text.sigma(row.shared("sigma")), timing(entry, "rate", count(row.rate)), count(row.peak_memory),
+        str(len(row.scores)),
     ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .read import natural
 from .statistics import Interval, mean_interval
-from .tables import BASELINE, REFERENCE, Board, Row, _device, epsilon, heading
+from .tables import BASELINE, BUSY, REFERENCE, Board, Row, _device, epsilon, heading, quietest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,13 +67,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bars:
-    """One panel of bars: series to a ratio to the reference, or to what was measured where no reference ran; and the
-    engine of each series."""
+    """One panel of bars: series to a ratio to the reference, or to what was measured where no reference ran; the engine
+    of each series; and those whose timings a busy machine has touched."""
 
     title: str
     relative: bool
     values: Mapping[str, float]
     engines: Mapping[str, str] = field(default_factory=dict)
+    busy: frozenset[str] = frozenset()
 
 
 def accuracy_data(board: Board) -> list[Panel]:
@@ -105,15 +106,16 @@ def accuracy_data(board: Board) -> list[Panel]:
 
 def throughput_data(board: Board) -> list[Bars]:
     """Examples per second: one panel a task and device, the median over epsilons for each series."""
-    return _bars(board, lambda row: row.rate, fastest=True)
+    return _bars(board, lambda row: row.rate, timed=True)
 
 
 def memory_data(board: Board) -> list[Bars]:
     """Peak memory in MiB: as `throughput_data`, the least first."""
-    return _bars(board, lambda row: row.peak_memory, fastest=False)
+    return _bars(board, lambda row: row.peak_memory, timed=False)
 
 
-def _bars(board: Board, measure: Callable[[Row], float | None], fastest: bool) -> list[Bars]:
+def _bars(board: Board, measure: Callable[[Row], float | None], timed: bool) -> list[Bars]:
+    """Bars of a timing, the fastest first, or of a size, the least first."""
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     shown = {t.setting.split for t in (board.results or board.tables)}
     for row in board.rows:
@@ -122,31 +124,35 @@ def _bars(board: Board, measure: Callable[[Row], float | None], fastest: bool) -
     several = len({fingerprint for _, fingerprint in groups}) > 1
     panels = []
     for (task, _), rows in sorted(groups.items(), key=lambda g: (natural(g[0][0]), g[0][1])):
-        found: dict[str, list[float]] = defaultdict(list)
+        found: dict[str, list[tuple[float | None, bool]]] = defaultdict(list)
         engines: dict[str, str] = {}
         for row in rows:
-            found[row.title].append(measure(row) or 0.0)
+            found[row.title].append((measure(row), timed and row.busy))
             engines.setdefault(row.title, row.shared("engine") or "")
-        middle = {t: median(v) for t, v in found.items()}
-        sign = -1 if fastest else 1
+        chosen = {t: quietest(v) for t, v in found.items()}
+        middle = {t: value for t, (value, _) in chosen.items()}
+        sign = -1 if timed else 1
         middle = dict(sorted(middle.items(), key=lambda i: (i[0] != REFERENCE, sign * i[1], natural(i[0]))))
         base = middle.get(REFERENCE)
         values = {t: v / base for t, v in middle.items()} if base else middle
+        spoilt = base is not None and chosen[REFERENCE][1]
+        busy = frozenset(t for t, (_, one) in chosen.items() if one or spoilt)
         title = f"{task}, {_device(rows[0].device)}" if several else task
-        panels.append(Bars(title, bool(base), dict(_some(values)), engines))
+        panels.append(Bars(title, bool(base), dict(_some(values)), engines, busy))
     return panels
 
 
 @dataclass(frozen=True)
 class Choice:
     """A row as a choice between accuracy (a fraction), epsilon and seconds of training; `front`: none is better in
-    one of them and no worse in the others."""
+    one of them and no worse in the others. One that was timed on a busy machine takes no part in that."""
 
     title: str
     accuracy: float
     epsilon: float
     seconds: float
     front: bool
+    busy: bool = False
 
 
 def pareto_data(board: Board) -> list[tuple[str, list[Choice]]]:
@@ -169,8 +175,9 @@ def pareto_data(board: Board) -> list[tuple[str, list[Choice]]]:
             )
             for r in rows
         ]
-        front = _front([(-a, e, s) for _, a, e, s in points])
-        choices = [Choice(*point, i in front) for i, point in enumerate(points)]
+        quiet = [i for i, row in enumerate(rows) if not row.busy]
+        front = {quiet[i] for i in _front([(-a, e, s) for _, a, e, s in (points[i] for i in quiet)])}
+        choices = [Choice(*point, i in front, rows[i].busy) for i, point in enumerate(points)]
         panels.append((f"{task}, {_device(rows[0].device)}" if several else task, choices))
     return panels
 
@@ -211,7 +218,7 @@ def curves_data(board: Board, what: str = "accuracy") -> list[Curves]:
         for entry in table.entries:
             steps: dict[int, list[tuple[float, float]]] = defaultdict(list)
             for run in entry.row.counted:
-                for point in run.trace:
+                for point in run.judged:
                     value = getattr(point, what)
                     if point.epsilon is not None and math.isfinite(point.epsilon) and value is not None:
                         steps[point.step].append((point.epsilon, value))
@@ -366,7 +373,8 @@ def _pareto(
         axis.set_xscale("log")
         axis.grid(True)
         axis.tick_params(length=0, which="both")
-        axis.set_xlabel("training, s; filled: on the front")
+        busy = "\nhollow too: timed on a busy machine" if any(c.busy for c in choices) else ""
+        axis.set_xlabel("training, s; filled: on the front" + busy)
         axis.set_ylabel("accuracy, %")
         axis.set_title(_short(title))
     _legend(fig, dict(_some({n: handles[n] for n in sorted(handles, key=_first)})))
@@ -404,7 +412,10 @@ def _relative(
         )
         axis.bar_label(
             bars,
-            [f"{v:.2f}×" if panel.relative else absolute.format(v) for v in values],
+            [
+                (f"{v:.2f}×" if panel.relative else absolute.format(v)) + BUSY * (n in panel.busy)
+                for n, v in zip(names, values, strict=True)
+            ],
             padding=3,
             fontsize=8,
         )
@@ -417,7 +428,8 @@ def _relative(
         axis.grid(True, axis="x")
         axis.set_axisbelow(True)
         axis.tick_params(length=0)
-        axis.set_xlabel(what + (", relative to non-private" if panel.relative else ""))
+        busy = f"\n{BUSY} timed on a busy machine" if panel.busy else ""
+        axis.set_xlabel(what + (", relative to non-private" if panel.relative else "") + busy)
         axis.set_title(_short(panel.title))
     return fig
 

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
 from . import drawings
+from .checked import Checked
 from .read import natural
 from .rows import COLUMNS, FIELDS, Audit, Column, dumps, payload
 from .statistics import RULE
-from .tables import Board, Entry, Row, Table, epsilon, percent
+from .tables import Board, Entry, Row, Table, epsilon, half, percent
 from .text import VERDICTS, measure, measured, outcome
 
 if TYPE_CHECKING:
@@ -110,11 +111,12 @@ def _unique(text: str, taken: Counter[str]) -> str:
 
 
 def page(
-    board: Board, places: Places | None = None, *, digest: str = "", known: Sequence[Audit] = ()
+    board: Board, places: Places | None = None, *, digest: str = "", known: Sequence[Audit] = (),
+    checked: Mapping[str, Checked] | None = None,
 ) -> str:  # fmt: skip
-    """The page of a suite. `digest` is kept in the head; `known` are audits."""
+    """The page of a suite. `digest` is kept in the head; `known` are audits, `checked` the checks by method."""
     places = places or Places(board)
-    data = payload(board, places.rows, known)
+    data = payload(board, places.rows, known, checked)
     return environment().get_template("page.html").render(
         board=board,
         digest=digest,
@@ -180,8 +182,7 @@ def _glance(entry: Entry | None) -> dict[str, Any]:
     accuracy = entry.row.accuracy if entry else None
     if entry is None or accuracy is None:
         return {"text": "" if entry is None else "–", "half": "", "best": False}
-    half = "" if accuracy.half is None else f"± {percent(accuracy.half)}"
-    return {"text": percent(accuracy.mean), "half": half, "best": entry.place.rank == 1}
+    return {"text": percent(accuracy.mean), "half": half(accuracy), "best": entry.place.rank == 1}
 
 
 def _verdict(verdict: Any, places: Places) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
+from harness.stages import told
+
+from .staged import Stage, sampling
+
 RecordLike = Mapping[str, Any]
+
+CROWDED = 1.5
+"""A run was timed on a busy machine where the load average was at least so many times the cores in use."""
 
 #: Statuses in the order in which they are shown; a status that is not here comes last, under its own name.
 STATUSES = ("ok", "diverged", "oom", "timeout", "over_budget", "skipped", "crashed")
@@ -59,7 +66,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One record, read. Accuracies are fractions, times seconds, memory MiB; None is unknown."""
+    """One record, read. Accuracies are fractions, times seconds, memory MiB; None is unknown.
+
+    Of a run of two `stages` batch, steps, parts, rate and engine are the first one's; the accuracy is the last one's.
+
+    `changes` are the parts that the suite gave the method, slot and spec. `spent` and `planned` are epsilons by
+    accountant; those that do not apply are in `refused`, each with its reason. `cores` are those that the run and the
+    ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the packages.
+    """
 
     id: str
     group: str
@@ -78,13 +92,14 @@ class Run:
     summary: str
     parameters: tuple[tuple[str, str], ...]
     parts: tuple[tuple[str, str], ...]
-    changed: bool
+    changes: tuple[tuple[str, str], ...]
     batch: int | None
     steps: int | None
     dtype: str
     metrics: Mapping[str, float]
     spent: Mapping[str, float]
     planned: Mapping[str, float]
+    refused: Mapping[str, str]
     epsilon: float | None
     calibrated: str
     claimed: float | None
@@ -100,16 +115,19 @@ class Run:
     jobs: int | None
     engine: str
     clipped: float | None
-    busy: bool
+    load: float | None
+    cores: int | None
     stale: bool
     path: str
     started: str
     finished: str
     commit: str
     dirty: bool
+    files: tuple[str, ...]
     torch: str
     environment: tuple[tuple[str, str], ...]
     trace: tuple[Point, ...]
+    stages: tuple[Stage, ...]
     order: str
 
     @property
@@ -121,6 +139,25 @@ class Run:
     def accuracy(self) -> float | None:
         """Accuracy at the last step on the split that `setting` names, a fraction."""
         return self.metrics.get("accuracy")
+
+    @property
+    def judged(self) -> tuple[Point, ...]:
+        """The log points of the last stage: those before it tell of another network, by another measure."""
+        return tuple(p for p in self.trace if self.stage_at(p.step) + 1 >= len(self.stages))
+
+    def stage_at(self, step: int) -> int:
+        """Which stage the step of this number is in: 0 or 1."""
+        return int(len(self.stages) > 1 and step > (self.stages[0].steps or 0))
+
+    @property
+    def changed(self) -> bool:
+        """Whether the suite gave the method parts that are not its own."""
+        return bool(self.changes)
+
+    @property
+    def busy(self) -> bool:
+        """Whether other work ran on the machine: its load was `CROWDED` times what the runs account for, or more."""
+        return self.load is not None and self.cores is not None and self.load >= CROWDED * self.cores
 
 
 def visible(text: str) -> str:
@@ -256,11 +293,29 @@ def _claim(value: Any) -> tuple[float | None, str]:
     return None if failed else epsilon, ". ".join(words)
 
 
-def _busy(f: _Fields) -> bool:
-    """Whether the load of the machine, after the run, was more than the runs at a time and one process account for."""
-    load = f.number("measured.load_average")
-    threads, jobs = f.whole("device.threads") or 1, f.whole("measured.jobs") or 1
-    return load is not None and load > threads * jobs + 1
+def _cores(f: _Fields) -> int | None:
+    """The cores that the runs at a time may keep busy: on a CPU their threads, beside a GPU those of the machine."""
+    if f.text("device.kind") == "cuda":
+        return f.whole("environment.cores")
+    return max(1, f.whole("device.threads") or 1) * max(1, f.whole("measured.jobs") or 1)
+
+
+def _bounds(f: _Fields) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
+    """Epsilons spent and planned by accountant, and those that do not apply, each with its reason.
+
+    A record has null for both: an infinite epsilon, and an accountant that does not know what was released, or has no
+    number for it. Where any accountant has a finite epsilon nothing infinite was spent, so null is of the second kind.
+    """
+    refused: dict[str, str] = {}
+    found = {}
+    for name in ("spent", "planned"):
+        values = f.epsilons(f"privacy.{name}")
+        if any(map(math.isfinite, values.values())):
+            lost = [accountant for accountant, value in values.items() if math.isinf(value)]
+            refused |= {one: f.text(f"privacy.accounting.{one}") for one in lost}
+            values = {one: value for one, value in values.items() if one not in lost}
+        found[name] = values
+    return found["spent"], found["planned"], refused
 
 
 def _tuned(value: Any) -> float | None:
@@ -284,12 +339,13 @@ def _trace(points: Any) -> tuple[Point, ...]:
 
 def _run(record: RecordLike) -> Run:
     f = _Fields(record)
+    stages = tuple(Stage.of(_Fields(one)) for one in told(record))
     status = f.text("status", "crashed")
     target = f.number("cell.privacy.epsilon")
     claimed, claim = _claim(f.any("privacy.claimed"))
     dataset, model = f.text("cell.task.dataset"), f.text("cell.task.model")
     method = f.text("cell.method.name", "(unnamed)")
-    spent = f.epsilons("privacy.spent")
+    spent, planned, refused = _bounds(f)
     reached = spent.get(f.text("privacy.accountant", "pld"), f.number("privacy.epsilon"))
     if reached is None and status == "ok":  # null is infinite, once something has been spent
         reached = math.inf
@@ -322,38 +378,42 @@ def _run(record: RecordLike) -> Run:
         summary=f.text("card.summary"),
         parameters=_pairs(f.mapping("cell.method.parameters")),
         parts=tuple((visible(str(k)), _part(v)) for k, v in sorted(f.mapping("cell.method.parts").items())),
-        changed=bool(f.mapping("cell.method.with")),
+        changes=_pairs(f.mapping("cell.method.with")),
         batch=f.whole("cell.schedule.batch"),
         steps=f.whole("cell.schedule.steps"),
         dtype=f.text("cell.numerics.dtype") + (" tf32" if f.any("cell.numerics.tf32") is True else ""),
         metrics=f.numbers("metrics"),
         spent=spent,
-        planned=f.epsilons("privacy.planned"),
+        planned=planned,
+        refused=refused,
         epsilon=reached,
         calibrated=f.text("cell.privacy.accountant"),
         claimed=claimed,
         claim=claim,
         tuned=_tuned(f.any("privacy.epsilon_with_tuning")),
         delta=f.number("privacy.delta"),
-        sampling=f.text("privacy.sampling"),
+        sampling=sampling(stages, f.text("privacy.sampling")),
         sigma=f.number("privacy.noise_multiplier"),
         public_data=f.text("privacy.public_data"),
-        rate=f.number("measured.examples_per_second.median"),
+        rate=stages[0].rate if stages else f.number("measured.examples_per_second.median"),
         peak_memory=f.number("measured.peak_memory_mib"),
         train_seconds=f.number("measured.train_seconds"),
         jobs=f.whole("measured.jobs"),
-        engine=f.text("measured.engine"),
-        clipped=f.number("diagnostics.clipped_fraction"),
-        busy=_busy(f),
+        engine=stages[0].engine if stages else f.text("measured.engine"),
+        clipped=None if stages else f.number("diagnostics.clipped_fraction"),
+        load=f.number("measured.load_average"),
+        cores=_cores(f),
         stale=f.any("stale") is True,
         path=record_path(f.any("path")),
         started=f.text("started"),
         finished=f.text("finished"),
         commit=f.text("code.commit"),
         dirty=f.any("code.dirty") is True,
+        files=tuple(sorted(visible(str(one)) for one in f.mapping("code.files") if "/" not in str(one))),
         torch=f.text("environment.torch"),
         environment=_pairs(f.mapping("environment")),
         trace=_trace(f.any("trace")),
+        stages=stages,
         order=canonical(record),
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 A row is a list in the order of `FIELDS`, so that ten thousand rows stay a few megabytes. Numbers are as they were
 measured (fractions, seconds, MiB); an infinite one is the text ``inf``, an unknown one null. What a reader sees of them
-is settled in one place, ``board.js``.
+is settled in one place, ``board.js``; intervals come as the text that all files have.
 """
 
 from __future__ import annotations
@@ -14,17 +14,32 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from .checked import Checked, mark
 from .read import listing, natural, number, scalar
 from .statistics import Interval
-from .tables import Board, Entry, Row, Table, _device, epsilon, heading, statement, statuses
+from .tables import (
+    ABSENT,
+    Board,
+    Entry,
+    Row,
+    Table,
+    _device,
+    bounds,
+    epsilon,
+    half,
+    heading,
+    percent,
+    statement,
+    statuses,
+)
 
 REACH = 0.99
 """A run has reached dp-sgd's accuracy at this share of dp-sgd's mean."""
 
 FIELDS = (
     "table", "role", "rank", "tied", "why", "title", "method", "family", "public", "device", "status",
-    "accuracy", "difference", "planned", "spent", "rdp", "claimed", "claim", "audited", "tuned", "rate",
-    "reference", "baseline", "memory", "seconds", "reach", "seeds", "runs", "stale", "failures", "href", "more",
+    "accuracy", "difference", "planned", "spent", "rdp", "claimed", "claim", "audited", "checked", "tuned", "rate",
+    "reference", "baseline", "memory", "seconds", "reach", "busy", "seeds", "runs", "stale", "failures", "href", "more",
 )  # fmt: skip
 
 
@@ -52,20 +67,21 @@ COLUMNS = (
     Column("difference", "Δ dp-sgd", "Paired difference to dp-sgd on common seeds, points", "difference"),
     Column("planned", "ε planned", "Epsilon of the plan before training, by PLD", "epsilon", True),
     Column("spent", "ε spent", "Epsilon spent by the PLD accountant, which ranks; the largest over runs", "epsilon"),
-    Column("rdp", "ε RDP", "Epsilon spent by the RDP accountant, a cross-check: an upper bound, looser", "epsilon"),
+    Column("rdp", "ε RDP", "Epsilon spent by the RDP accountant, a cross-check: an upper bound", "epsilon", True),
     Column("claimed", "ε claimed", "Epsilon claimed under assumptions, which never ranks", "claimed"),
     Column("audited", "ε audited ≥", "Lower bound found by an audit of this method at this epsilon", "audited"),
+    Column("checked", "Checked", "Whether the method passes the conformance checks, by epsbench check", "checked"),
     Column("tuned", "ε with tuning", "Epsilon that also pays for the search of hyper-parameters", "epsilon"),
-    Column("rate", "Examples/s", "Examples per second in training, the median over runs", "count"),
+    Column("rate", "Examples/s", "Examples per second in training, median over runs; of two stages the first", "count"),
     Column("reference", "vs non-private", "Examples per second relative to non-private, same task and device", "ratio"),
     Column("baseline", "vs dp-sgd", "Examples per second relative to dp-sgd, same task and device", "ratio"),
     Column("memory", "Peak MiB", "Peak memory, MiB, the largest over runs", "count"),
-    Column("seconds", "Train s", "Seconds of training on the device, the median over runs", "count"),
+    Column("seconds", "Train s", "Seconds of training on the device, the median over runs", "count", True),
     Column("reach", "s to dp-sgd", "Seconds of training until 99 % of dp-sgd's mean accuracy is first logged", "count"),
     Column("family", "Family", "What the method changes", "text", True),
     Column("public", "Public data", "Public data that the method or the model has seen", "text", True),
     Column("device", "Device", "Where it ran", "text", True),
-    Column("seeds", "Seeds", "Seeds that were run or tried", "text"),
+    Column("seeds", "Seeds", "Seeds that were run or tried", "text", True),
     Column("runs", "Runs", "How the runs ended; failures are rows with their reason", "text"),
 )  # fmt: skip
 
@@ -119,17 +135,27 @@ def exceeds(row: Row, audit: Audit) -> bool:
     return any(p is not None and audit.lower > p for p in promises)
 
 
-def payload(board: Board, hrefs: Mapping[int, str], known: Sequence[Audit] = ()) -> dict[str, Any]:
+def payload(
+    board: Board, hrefs: Mapping[int, str], known: Sequence[Audit] = (), checked: Mapping[str, Checked] | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Everything the leaderboard's script needs of one suite. `hrefs` leads from ``id(row)`` to the row's page."""
     tables, rows = [], []
     for i, table in enumerate(board.tables):
         tables.append(_table(board, table))
         goal = target(table)
         for entry in table.entries:
-            rows.append(_row(i, "search" if table.search else "", entry, table, hrefs, known, goal))
+            rows.append(
+                _row(i, "search" if table.search else "", entry, table, hrefs, known, goal, checked or {})
+            )
         for entry in table.references:
-            rows.append(_row(i, "reference", entry, table, hrefs, known, goal))
-    return {"fields": list(FIELDS), "question": board.question, "tables": tables, "rows": rows}
+            rows.append(_row(i, "reference", entry, table, hrefs, known, goal, checked or {}))
+    return {
+        "fields": list(FIELDS),
+        "question": board.question,
+        "left_out": board.left_out,
+        "tables": tables,
+        "rows": rows,
+    }
 
 
 def merged(payloads: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -182,6 +208,7 @@ def _row(
     hrefs: Mapping[int, str],
     known: Sequence[Audit],
     goal: float | None,
+    checked: Mapping[str, Checked],
 ) -> list[Any]:
     row, place, run = entry.row, entry.place, entry.row.first
     audit = audit_of(row, known)
@@ -198,10 +225,10 @@ def _row(
         "device": _device(row.device),
         "status": list(row.counts),
         "accuracy": _interval(row.accuracy),
-        "difference": None if entry.baseline else _interval(place.difference),
-        "planned": _number(run.planned.get("pld")),
+        "difference": None if entry.baseline else _interval(place.difference, signed=True),
+        "planned": _by(run.planned.get("pld"), "pld" in run.refused),
         "spent": _number(row.epsilon),
-        "rdp": _number(row.cross_check),
+        "rdp": _by(row.cross_check, "rdp" in row.refused),
         "claimed": _number(row.shared("claimed")),
         "claim": row.shared("claim") or "",
         "audited": None
@@ -209,6 +236,7 @@ def _row(
         else [
             audit.lower, audit.confidence, audit.instrument, audit.task, int(exceeds(row, audit)),
         ],
+        "checked": list(mark(checked, run.method, run.parts)),
         "tuned": _number(row.shared("tuned")),
         "rate": _number(row.rate),
         "reference": _number(entry.to_reference),
@@ -216,6 +244,7 @@ def _row(
         "memory": _number(row.peak_memory),
         "seconds": _number(row.train_seconds),
         "reach": None if goal is None else _number(row.seconds_to(goal)),
+        "busy": sorted(entry.doubted),
         "seeds": listing(row.seeds),
         "runs": statuses(row),
         "stale": row.stale,
@@ -229,8 +258,17 @@ def _row(
 def _number(value: float | None) -> float | str | None:
     if value is None or math.isnan(value):
         return None
-    return "inf" if math.isinf(value) else float(f"{value:.6g}")
+    return "inf" if math.isinf(value) else float(f"{value:.9g}")
 
 
-def _interval(value: Interval | None) -> list[Any] | None:
-    return None if value is None else [*map(_number, (value.mean, value.low, value.high)), value.n]
+def _by(value: float | None, refused: bool) -> float | str | None:
+    """Epsilon by an accountant, or that it does not apply."""
+    return ABSENT if value is None and refused else _number(value)
+
+
+def _interval(value: Interval | None, signed: bool = False) -> list[Any] | None:
+    """Mean and ends to sort and draw by, the number of seeds, and what is read: the mean, and its interval."""
+    if value is None:
+        return None
+    around = bounds(value, signed) if signed else half(value)
+    return [*map(_number, (value.mean, value.low, value.high)), value.n, percent(value.mean, signed), around]

@@ -17,9 +17,10 @@ _PARTS = Path(__file__).parents[1] / "dp"
 def describe(methods: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """``{"methods": {name: ...}, "parts": {class: ...}}`` for the cards. `methods` are ``cell.method`` of records.
 
-    Of a method: ``summary`` and ``module`` (docstrings), ``paper``, ``family``, ``parameters`` (name to type and
-    default, as text). Of a part's class: its docstring, then those of its own methods, each after its name. What is
-    not known here, such as a method of somebody else's file, is left out.
+    Of a method: ``installed`` (whether it needs no file of the user), ``summary`` and ``module`` (docstrings),
+    ``paper``, ``family``, ``parameters`` (name to type and default, as text). Of a part's class: its docstring, then
+    those of its own methods, each after its name. What is not known here, such as a method of somebody else's file, is
+    left out.
     """
     names: set[str] = set()
     kinds: set[str] = set()
@@ -42,6 +43,7 @@ def _method(name: str) -> dict[str, Any] | None:
         (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == entry.function), None
     )
     return {
+        "installed": bool(entry.module),
         "summary": _doc(function) if function else entry.summary,
         "module": _doc(tree),
         "paper": str(entry.meta.get("paper") or ""),

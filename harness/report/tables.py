@@ -14,11 +14,28 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from .read import STATUSES, Device, RecordLike, Run, Setting, listing, natural, number, read, scalar, visible
+from .read import (
+    CROWDED,
+    STATUSES,
+    Device,
+    RecordLike,
+    Run,
+    Setting,
+    listing,
+    natural,
+    number,
+    read,
+    scalar,
+    visible,
+)
 from .statistics import Entrant, Interval, Place, mean_interval, rank
 
 BASELINE = "dp-sgd"
 REFERENCE = "non-private"
+ABSENT = "does not apply"
+"""What stands in the place of an epsilon by an accountant that has no number for what was released."""
+BUSY = "†"
+"""Marks a timing that was taken on a busy machine."""
 # How the names of a suite's reduced profile, and of its tasks, end.
 REDUCED_SUITE, REDUCED_TASK = "-reduced", " (reduced)"
 
@@ -102,6 +119,11 @@ class Row:
         return {name: max(run.spent.get(name, 0.0) for run in self.counted) for name in names}
 
     @cached_property
+    def refused(self) -> dict[str, str]:
+        """The accountants that do not apply to what the runs released, each with its reason."""
+        return {name: why for run in self.runs for name, why in run.refused.items()}
+
+    @cached_property
     def epsilon(self) -> float | None:
         """Epsilon spent by the ranking accountant; None when nothing finished."""
         return max((run.epsilon for run in self.counted if run.epsilon is not None), default=None)
@@ -112,9 +134,19 @@ class Row:
         return self.spent.get("rdp", math.inf if self.epsilon == math.inf else None)
 
     @cached_property
+    def timed(self) -> tuple[Run, ...]:
+        """The runs whose timings count: those on a quiet machine, or all where there are none."""
+        return tuple(run for run in self.counted if not run.busy) or self.counted
+
+    @property
+    def busy(self) -> bool:
+        """Whether every timing of this row was taken while other work ran on the machine."""
+        return any(run.busy for run in self.timed)
+
+    @cached_property
     def rate(self) -> float | None:
-        """Examples per second: the median over runs of each run's median."""
-        return _median(run.rate for run in self.counted)
+        """Examples per second: the median over the runs that are timed of each run's median."""
+        return _median(run.rate for run in self.timed)
 
     @cached_property
     def peak_memory(self) -> float | None:
@@ -123,15 +155,15 @@ class Row:
 
     @cached_property
     def train_seconds(self) -> float | None:
-        """Seconds of training, the median over runs."""
-        return _median(run.train_seconds for run in self.counted)
+        """Seconds of training, the median over the runs that are timed."""
+        return _median(run.train_seconds for run in self.timed)
 
     def seconds_to(self, accuracy: float) -> float | None:
-        """Seconds of training until `accuracy` is first logged: the median over runs, infinite where most never
-        reach it; None without traces."""
+        """Seconds of training until `accuracy` is first logged: the median over the runs that are timed, infinite
+        where most never reach it; None without traces."""
         found = []
-        for run in self.counted:
-            known = [p for p in run.trace if p.accuracy is not None and p.seconds is not None]
+        for run in self.timed:
+            known = [p for p in run.judged if p.accuracy is not None and p.seconds is not None]
             if known:
                 there = (p.seconds for p in known if p.accuracy is not None and p.accuracy >= accuracy)
                 found.append(next(there, math.inf))
@@ -144,13 +176,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row in a table: its place, and its speed relative to others on the same device (None is unknown)."""
+    """A row in a table: its place, and its speed relative to others on the same device (None is unknown).
+
+    `doubted` names the timings that a busy machine has touched, this row's or the other's: of rate, seconds, reach,
+    reference, baseline.
+    """
 
     row: Row
     place: Place
     baseline: bool
     to_reference: float | None
     to_baseline: float | None
+    doubted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -194,7 +231,13 @@ class Table:
         runs = [r for e in (*self.entries, *self.references) for r in e.row.counted]
         if busy := sum(r.busy for r in runs):
             notes.append(
-                f"Other work ran on the machine during {busy} of {len(runs)} runs: do not compare their throughput."
+                f"{BUSY} Other work ran on the machine during {busy} of {len(runs)} runs: the load average was at "
+                f"least {CROWDED:g} times the cores in use. A row is timed by its other runs; where it has none its "
+                "timings are marked: do not compare them."
+            )
+        if any(e.row.first.stages for e in (*self.entries, *self.references)):
+            notes.append(
+                "Examples/s of runs of two stages are those of the first stage, seconds are of both."
             )
         if any(e.row.stale for e in (*self.entries, *self.references)):
             notes.append("Rows marked stale hold runs made by other code than today's.")
@@ -247,7 +290,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Board:
-    """Everything a report shows. `reduced` says why these are runs of a suite's reduced profile, empty if not.
+    """Everything a report shows. `reduced` says why these are runs of a suite's reduced profile, empty if not; `file`
+    is the suite's, empty if unknown; `left_out` names records of the suite that are not shown, and says why.
 
     `quarantine` names the files that hold no valid record, each with the reason; nothing else is taken from them.
     """
@@ -261,6 +305,8 @@ class Board:
     tables: tuple[Table, ...]
     published: tuple[Verdict, ...]
     tuning: tuple[tuple[str, str], ...]
+    file: str = ""
+    left_out: str = ""
 
     @property
     def results(self) -> tuple[Table, ...]:
@@ -289,6 +335,7 @@ class Board:
             "Runs": f"{len(runs)} ({', '.join(f'{n} {s}' for s, n in status.items())})"
             if runs
             else "none yet",
+            "Left out": self.left_out,
             "Quarantined records": "; ".join(self.quarantine),
             "Device": "; ".join(devices),
             "Dates": dates(runs),
@@ -306,6 +353,8 @@ def board(
     tuning: Mapping[str, Any] | None = None,
     reduced: str | None = None,
     quarantine: Iterable[tuple[str, str]] = (),
+    file: str = "",
+    left_out: str = "",
 ) -> Board:
     """Everything the report shows, computed from `records`; see `harness.report.build` for the arguments."""
     runs = read(records)
@@ -323,6 +372,8 @@ def board(
         tables=tuple(_tables(rows)),
         published=tuple(v for claim in published for v in _verdicts(claim, rows, bool(why))),
         tuning=tuple((visible(str(k)), scalar(v)) for k, v in (tuning or {}).items()),
+        file=visible(file),
+        left_out=visible(left_out),
     )
 
 
@@ -422,7 +473,7 @@ def _table(
     kind: str,
     members: Sequence[Row],
     references: Sequence[Row],
-    speeds: Mapping[tuple[str, ...], float],
+    speeds: Mapping[tuple[str, ...], tuple[float, bool]],
 ) -> Table:
     baseline, alternatives = _baseline(members)
     twins = [row for row in members if baseline and row.first.group == baseline.first.group]
@@ -435,6 +486,9 @@ def _table(
             scores |= twin.scores
         return scores or None
 
+    def speed(row: Row, method: str) -> tuple[float | None, bool]:
+        return speeds.get(_speed_key(row, method), (None, False))
+
     def entries(rows: Sequence[Row]) -> list[Entry]:
         order, places = rank([Entrant(row.scores, paired(row), _barred(row)) for row in rows])
         return [
@@ -442,8 +496,13 @@ def _table(
                 row=rows[i],
                 place=places[i],
                 baseline=baseline is not None and rows[i].first.group == baseline.first.group,
-                to_reference=_ratio(rows[i].rate, speeds.get(_speed_key(rows[i], REFERENCE))),
-                to_baseline=_ratio(rows[i].rate, speeds.get(_speed_key(rows[i], BASELINE))),
+                to_reference=_ratio(rows[i].rate, speed(rows[i], REFERENCE)[0]),
+                to_baseline=_ratio(rows[i].rate, speed(rows[i], BASELINE)[0]),
+                doubted=frozenset(
+                    [name for name in ("rate", "seconds", "reach") if rows[i].busy]
+                    + ["reference"] * (rows[i].busy or speed(rows[i], REFERENCE)[1])
+                    + ["baseline"] * (rows[i].busy or speed(rows[i], BASELINE)[1])
+                ),
             )
             for i in order
         ]
@@ -477,16 +536,25 @@ def _speed_key(row: Row, method: str) -> tuple[str, ...]:
     return row.setting.task, row.setting.split, row.device.fingerprint, method
 
 
-def _speeds(rows: Sequence[Row]) -> dict[tuple[str, ...], float]:
-    """Examples per second of the methods that others are compared with, by task and device."""
-    found: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+def _speeds(rows: Sequence[Row]) -> dict[tuple[str, ...], tuple[float, bool]]:
+    """Examples per second of the methods that others are compared with, by task and device; and whether the machine was
+    busy, which it was for all of them, since rows on a quiet one come first."""
+    found: dict[tuple[str, ...], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row.first.method in (BASELINE, REFERENCE) and row.rate:
-            found[_speed_key(row, row.first.method)][row.label].append(row.rate)
-    return {
-        key: median(rates[key[-1] if key[-1] in rates else min(rates, key=natural)])
-        for key, rates in found.items()
+            found[_speed_key(row, row.first.method)][row.label].append(row)
+    chosen = {
+        key: labels[key[-1] if key[-1] in labels else min(labels, key=natural)]
+        for key, labels in found.items()
     }
+    return {key: quietest((row.rate, row.busy) for row in there) for key, there in chosen.items()}
+
+
+def quietest(timings: Iterable[tuple[float | None, bool]]) -> tuple[float, bool]:
+    """The median of timings, and whether they are of a busy machine: those of a quiet one where there are any."""
+    known = list(timings)
+    quiet = [value for value, busy in known if not busy and value is not None]
+    return median(quiet or [value for value, _ in known if value is not None]), not quiet
 
 
 # ------------------------------------------------------------ --- published values
@@ -515,7 +583,7 @@ def _verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> l
         measured = mean_interval(v for v in (_metric(run, metric) for run in row.counted) if v is not None)
         if measured is None or value is None or not math.isfinite(measured.mean):
             continue
-        why = _obstacles(row, measured, text("accountant"), reduced)
+        why = _obstacles(row, metric, measured, text("accountant"), reduced)
         verdict = "not comparable" if why else "agrees" if measured.contains(value) else "differs"
         out.append(
             replace(
@@ -541,7 +609,9 @@ def _same_target(a: float, b: float) -> bool:
     return a == b or math.isclose(a, b, rel_tol=1e-9)
 
 
-def _obstacles(row: Row, measured: Interval, accountant: str, reduced: bool) -> list[tuple[str, str]]:
+def _obstacles(
+    row: Row, metric: str, measured: Interval, accountant: str, reduced: bool
+) -> list[tuple[str, str]]:
     """Why a measurement cannot be held against a published value, each with what would help; `accountant` is the one
     of the published epsilon."""
     why = []
@@ -556,6 +626,10 @@ def _obstacles(row: Row, measured: Interval, accountant: str, reduced: bool) -> 
     if stale := sum(run.stale for run in row.counted):
         why.append(
             (f"{stale} of {len(row.counted)} runs were made by other code than today's", "running it again")
+        )
+    if metric in ("examples_per_second", "train_seconds") and (busy := sum(run.busy for run in row.counted)):
+        why.append(
+            (f"{busy} of {len(row.counted)} runs were timed on a busy machine", "running it on a quiet one")
         )
     if measured.low is None:
         why.append(("one seed gives no interval", "more seeds"))
@@ -648,8 +722,12 @@ def interval(value: Interval | None, signed: bool = False) -> str:
     """``93.10 ± 0.41`` (percent), or only the mean where there is no interval."""
     if value is None:
         return "–"
-    half = "" if value.half is None else f" ± {percent(value.half)}"
-    return percent(value.mean, signed) + half
+    return f"{percent(value.mean, signed)} {half(value)}".rstrip()
+
+
+def half(value: Interval | None) -> str:
+    """``± 0.41`` (percent), empty without an interval."""
+    return "" if value is None or value.half is None else f"± {percent(value.half)}"
 
 
 def bounds(value: Interval | None, signed: bool = False) -> str:
@@ -657,6 +735,34 @@ def bounds(value: Interval | None, signed: bool = False) -> str:
     if value is None or value.low is None or value.high is None:
         return ""
     return f"[{percent(value.low, signed)}, {percent(value.high, signed)}]"
+
+
+def gap(value: Interval | None) -> str:
+    """A difference, ``+0.41 [+0.10, +0.72]`` (points), or only the mean where there is no interval."""
+    return (
+        "–" if value is None else f"{percent(value.mean, signed=True)} {bounds(value, signed=True)}".strip()
+    )
+
+
+def by_accountant(values: Mapping[str, float], refused: Mapping[str, str]) -> str:
+    """Epsilon by every accountant: ``gdp does not apply, pld 2, rdp 2.1``; empty where nothing is known."""
+    texts = dict.fromkeys(refused, ABSENT) | {name: epsilon(value) for name, value in values.items()}
+    return ", ".join(f"{name} {texts[name]}" for name in sorted(texts))
+
+
+def refusals(refused: Mapping[str, str]) -> str:
+    """Why accountants do not apply, empty where all do: ``gdp does not apply: only plain Gaussians are exact``."""
+    return "; ".join(f"{name} {ABSENT}: {why}" for name, why in sorted(refused.items()) if why)
+
+
+def cross_checked(row: Row) -> str:
+    """Epsilon spent by the RDP accountant as text."""
+    return epsilon(row.cross_check) if row.cross_check is not None or "rdp" not in row.refused else ABSENT
+
+
+def timing(entry: Entry, name: str, text: str) -> str:
+    """The text of a timing, marked where a busy machine has touched it."""
+    return text + BUSY if name in entry.doubted and text != "–" else text
 
 
 def place(entry: Entry) -> str:

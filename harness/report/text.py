@@ -16,9 +16,10 @@ from .tables import (
     Entry,
     Table,
     Verdict,
-    bounds,
     count,
+    cross_checked,
     epsilon,
+    gap,
     heading,
     interval,
     percent,
@@ -26,6 +27,7 @@ from .tables import (
     ratio,
     statement,
     statuses,
+    timing,
 )
 
 # ------------------------------------------------------------ --- Markdown
@@ -108,10 +110,11 @@ def _markdown_row(entry: Entry, rank: str) -> list[str]:
     return [
         rank, f"**{name}**" if rank.rstrip("=") == "1" else name, interval(row.accuracy),
         escape(difference(entry)),
-        epsilon(row.epsilon), epsilon(row.cross_check),
-        epsilon(row.shared("claimed")), sigma(row.shared("sigma")), count(row.rate),
-        ratio(entry.to_reference),
-        ratio(entry.to_baseline), count(row.peak_memory), count(row.train_seconds), listing(row.seeds),
+        epsilon(row.epsilon), cross_checked(row),
+        epsilon(row.shared("claimed")), sigma(row.shared("sigma")), timing(entry, "rate", count(row.rate)),
+        timing(entry, "reference", ratio(entry.to_reference)),
+        timing(entry, "baseline", ratio(entry.to_baseline)),
+        count(row.peak_memory), timing(entry, "seconds", count(row.train_seconds)), listing(row.seeds),
         escape(statuses(row)), " ".join(escape(run.id) for run in row.runs),
     ]  # fmt: skip
 
@@ -123,10 +126,7 @@ def grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def difference(entry: Entry) -> str:
     """The paired difference to the baseline with its interval, in percentage points."""
-    if entry.baseline:
-        return "baseline"
-    d = entry.place.difference
-    return "–" if d is None else f"{percent(d.mean, signed=True)} {bounds(d, signed=True)}".strip()
+    return "baseline" if entry.baseline else gap(entry.place.difference)
 
 
 def sigma(value: float | None) -> str:
@@ -200,7 +200,7 @@ def both(table: Table) -> list[tuple[Entry, bool]]:
 def csv_row(table: Table, entry: Entry, reference: bool) -> list[tuple[str, Field]]:
     row, run, s = entry.row, entry.row.first, table.setting
     empty = Interval(math.nan, None, None, 0)
-    accuracy, gap = row.accuracy or empty, entry.place.difference or empty
+    accuracy, difference = row.accuracy or empty, entry.place.difference or empty
     known = bool(row.accuracy)
     return [
         ("task", s.task), ("dataset", run.dataset), ("model", run.model), ("split", s.split),
@@ -217,9 +217,8 @@ def csv_row(table: Table, entry: Entry, reference: bool) -> list[tuple[str, Fiel
         ("accuracy_mean", accuracy.mean if known else None), ("accuracy_low", accuracy.low),
         ("accuracy_high", accuracy.high), ("accuracy_n", accuracy.n),
         ("baseline", table.baseline.title if table.baseline else ""),
-        ("difference_mean", gap.mean if gap.n else None), ("difference_low", gap.low),
-        ("difference_high", gap.high),
-        ("difference_n", gap.n),
+        ("difference_mean", difference.mean if difference.n else None), ("difference_low", difference.low),
+        ("difference_high", difference.high), ("difference_n", difference.n),
         ("epsilon_planned_pld", _planned(run, "pld")), ("epsilon_planned_rdp", _planned(run, "rdp")),
         ("epsilon_spent", row.epsilon), ("epsilon_spent_pld", row.spent.get("pld")),
         ("epsilon_spent_rdp", row.cross_check),
@@ -230,7 +229,8 @@ def csv_row(table: Table, entry: Entry, reference: bool) -> list[tuple[str, Fiel
         ("rate_to_dp_sgd", entry.to_baseline), ("peak_memory_mib", row.peak_memory),
         ("train_seconds", row.train_seconds), ("seeds", listing(row.seeds)), ("runs", statuses(row)),
         ("failures", "; ".join(f"{status}: {reason}" for status, reason, _ in row.failures)),
-        ("stale_runs", row.stale), ("group", run.group), ("ids", " ".join(r.id for r in row.runs)),
+        ("stale_runs", row.stale), ("busy_runs", sum(r.busy for r in row.counted)),
+        ("group", run.group), ("ids", " ".join(r.id for r in row.runs)),
     ]  # fmt: skip
 
 
@@ -299,7 +299,8 @@ def _line(entry: Entry, rank: str) -> list[str]:
     name = row.title + (" (stale)" if row.stale else "")
     return [
         rank, name if len(name) <= 44 else name[:43] + "…", interval(row.accuracy), difference(entry),
-        epsilon(row.epsilon), count(row.rate), ratio(entry.to_reference), statuses(row),
+        epsilon(row.epsilon), timing(entry, "rate", count(row.rate)),
+        timing(entry, "reference", ratio(entry.to_reference)), statuses(row),
     ]  # fmt: skip
 
 
