@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import chdtr, chdtrc, chdtri, log_ndtr
+from scipy.special import bdtr, bdtrc, chdtr, chdtrc, chdtri, log_ndtr
 from torch import Tensor
 
 from harness.verify.conformance.subject import Violation
@@ -65,6 +65,12 @@ def bernstein(deviation: Tensor | float, variance: float, largest: float, compar
     if math.isnan(t):
         return 0.0
     return _shared(2 * math.exp(-t * t / (2 * (variance + largest * t / 3) + 1e-300)), comparisons)
+
+
+def binomial(there: int, of: int, p: float, comparisons: int = 1) -> float:
+    """Two-sided p-value of so many of so many independent events of probability p: exact tails, doubled."""
+    below, above = float(bdtr(there, of, p)), float(bdtrc(there - 1, of, p)) if there else 1.0
+    return _shared(min(1.0, 2 * min(below, above)), comparisons)
 
 
 def alarm(p: float, tests: int, message: str) -> None:

@@ -8,20 +8,72 @@ import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from torch import Tensor
 
-from harness.verify.conformance.evidence import alarm, chi_square, deviation_at_most, kolmogorov, normal
+from harness.verify.conformance.evidence import (
+    alarm,
+    bernstein,
+    binomial,
+    chi_square,
+    deviation_at_most,
+    kolmogorov,
+    normal,
+)
 from harness.verify.conformance.subject import Noised, Subject, Violation
 
 LAGS = 8
+TAILS = (2.0, 3.0, 3.5, 4.0, 4.5, 5.0)  # standard deviations
+WIDE, WIDE_DRAWS = 150_000, 10  # coordinates: more than any small model has
 
 
 def noised(s: Subject) -> None:
     """the noise has its standard deviation, afresh in every step"""
     s.noises()
-    tests = 4 * len(s.noise)
+    tests = 6 * len(s.noise) + 5
     for drawn in s.noise:
         tensors = drawn.tensors()
         for _, label, z in tensors:
             _lawful(z.flatten(1), label, len(tensors), tests)
+        _whole(drawn.z, drawn.z[::2], "noise", tests)  # every other draw is on zeros, where no digit is lost
+    wide = s.wide_noise(WIDE, WIDE_DRAWS)
+    _whole(wide, wide, f"noise on {wide.shape[1]} coordinates", tests)
+    freedom, alike = len(wide), "noise every coordinate alike"
+    alarm(
+        chi_square(wide.square().sum(0), freedom, wide.shape[1]), tests,
+        f"noise on {wide.shape[1]} coordinates has another standard deviation in some: {alike}",
+    )  # fmt: skip
+    alarm(
+        chi_square(wide.sum(1).square().sum() / wide.shape[1], freedom), tests,
+        f"noise on {wide.shape[1]} coordinates is shared or mirrored among them: draw every one by itself",
+    )  # fmt: skip
+    alarm(
+        chi_square(wide.square().sum(), wide.numel()), tests,
+        f"noise on {wide.shape[1]} coordinates has {float(wide.square().mean().sqrt()):.4g} times its deviation",
+    )  # fmt: skip
+
+
+def _whole(z: Tensor, exact: Tensor, what: str, tests: int) -> None:
+    """Judge noise [draws, coordinates] as one sample: how much lies far out, and how many numbers it has.
+
+    Numbers in `exact` come again because floats are few. A float32 is as probable as the density times its spacing,
+    3e-8 at most; a size is so of either sign, and two more roundings may each make one of two: 2.4e-7 in all. Given
+    those before, a number comes again with at most that probability times their count (Freedman's form of Bernstein's
+    inequality).
+    """
+    far = z.abs().flatten()
+    for tail in TAILS:
+        p, there = math.erfc(tail / math.sqrt(2)), int((far > tail).sum())
+        alarm(
+            binomial(there, len(far), p, len(TAILS)), tests,
+            f"{what} is not Gaussian: of {len(far)} numbers {there} lie beyond {tail:g} standard deviations, where"
+            f" {p * len(far):.0f} should. Do not clamp it",
+        )  # fmt: skip
+    n = exact.numel()
+    again = n - len(exact.abs().float().flatten().unique())
+    expected = n * min(1.0, n * 2.4e-7)
+    alarm(
+        bernstein(again - expected, expected, 1.0) if again > expected else 1.0, tests,
+        f"{what} repeats itself: of {n} numbers {again} have the size of another. Draw each afresh, in float32 or"
+        " finer: what is rounded coarsely, or taken from a pool, tells the digits below it",
+    )  # fmt: skip
 
 
 def _lawful(z: Tensor, label: str, tensors: int, tests: int) -> None:

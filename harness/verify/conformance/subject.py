@@ -18,9 +18,11 @@ from harness.dp.loss import Batch
 from harness.dp.method import Method
 from harness.dp.random import Stream
 from harness.dp.release import Relation, Release
-from harness.train import Progress, Schedule, start, train
+from harness.dp.tree import Tree
+from harness.train import Progress, Schedule, Streams, start, step, train
 
 N, BATCH, STEPS, SIGMA, DELTA = 48, 16, 8, 1.5, 1e-5
+AGES = (119, 1019)  # in steps, of what counts them: the next is one of every tenth, twentieth and so on
 DRAWS = 2000  # of noise: a correlation of 0.2 between two coordinates, or of 0.01 between all, stands out
 SEEDS = SimpleNamespace(sampling=101, noise=202, path=303)
 
@@ -233,12 +235,41 @@ class Subject:
             rows.append(torch.cat(added))
         return Noised(torch.stack(rows), releases, blocks)
 
+    def wide_noise(self, width: int, draws: int) -> Tensor:
+        """Noise [draws, coordinates], in its claimed deviation, on tensors with more rows: `width` in all or more."""
+        name, r = max(self.single().whole.items(), key=lambda item: item[1].value.layout.numel)
+        times = -(-width // r.value.layout.numel)
+        wide = {
+            label: t.new_zeros(times * max(1, len(t) if t.ndim else 1), *t.shape[1:])
+            for label, t in r.value.items()
+        }
+        zero = r._replace(value=Tree.of(wide))
+        rows = []
+        for draw in range(draws):
+            noised = self.method.noise.add(zero, Stream(1 + self.seed, f"wide {name}", draw))
+            rows.append(zero.in_units(noised).flat.double() / (r.sigma * r.sensitivity))
+        return torch.stack(rows)
+
     @cached_property
     def reached(self) -> list[Progress]:
         """The states that a short training passes through, from the start to its end."""
         states = [start(self.method, self.model, STEPS)]
         end = self.run(save=lambda p: states.append(dataclasses.replace(p, ledger=copy.deepcopy(p.ledger))))
         return [*states, end]
+
+    @cached_property
+    def aged(self) -> list[Progress]:
+        """The first weights, and the parts' states after `AGES` empty batches: steps like any other, and cheap."""
+        m, empty = self.method, self.prepared(self.data.x[:0], self.data.y[:0])
+        first = start(m, self.model, AGES[-1] + STEPS)
+        w, parts, states = first.w, first.parts, []
+        for t in range(AGES[-1]):
+            streams = Streams(Stream(SEEDS.noise, "noise", t), Stream(SEEDS.path, "path", t))
+            done = step(m, self.model, w, empty, parts, SIGMA, BATCH, streams, t)
+            w, parts = done.w, done.parts
+            if t + 1 in AGES:
+                states.append(Progress(t + 1, first.w, copy.deepcopy(parts)))
+        return states
 
     def run(
         self,
