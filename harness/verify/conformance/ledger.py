@@ -18,7 +18,7 @@ TARGET = 3.0
 
 def amended(s: Subject) -> None:
     """the path leaves the bill alone"""
-    for event in (GaussianDpEvent(0.8), GaussianDpEvent(2.5), NonPrivateDpEvent()):
+    for event in (*(GaussianDpEvent(2.0**k * 0.8) for k in range(-6, 11)), NonPrivateDpEvent()):
         if s.method.path.amend(event) != event:
             raise Violation(
                 f"Path.amend turns {event} into {s.method.path.amend(event)}: an amended event may only stand as"
