@@ -20,7 +20,9 @@ from harness.dp.method import Method
 from harness.measure import Clock
 from harness.verify.conformance.adversary import adversarial
 from harness.verify.conformance.identity import identified
+from harness.verify.conformance.later import within_sensitivity_much_later
 from harness.verify.conformance.ledger import amended, billed, calibrated
+from harness.verify.conformance.memory import forgetful, separately
 from harness.verify.conformance.neighbours import (
     equals_loop,
     replaced,
@@ -31,6 +33,7 @@ from harness.verify.conformance.neighbours import (
     within_sensitivity_sequence,
 )
 from harness.verify.conformance.noise import independent, noise_billed, noised
+from harness.verify.conformance.options import other_options
 from harness.verify.conformance.replay import (
     described,
     empty_step,
@@ -40,8 +43,9 @@ from harness.verify.conformance.replay import (
     thread_free,
 )
 from harness.verify.conformance.rule import clip_rule
-from harness.verify.conformance.sampling import sampled
-from harness.verify.conformance.secrecy import poisoned, twins
+from harness.verify.conformance.sampling import sampled, sampled_at_large
+from harness.verify.conformance.secrecy import poisoned, twins, twins_later
+from harness.verify.conformance.shapes import other_models, other_sizes
 from harness.verify.conformance.subject import (
     PROBLEMS,
     Check,
@@ -56,12 +60,14 @@ from harness.verify.conformance.subject import (
 )
 
 __all__ = [
-    "CHECKS", "STATISTICAL", "Check", "Contrast", "Inapplicable", "Subject", "Toy", "Violation", "adversarial",
-    "amended", "billed", "calibrated", "check", "clip_rule", "described", "empty_step", "equals_loop", "examine",
-    "identified", "independent", "microbatch_free", "named", "noise_billed", "noised", "poisoned", "rehearsed",
-    "repeated", "replaced",
-    "resumed", "sampled", "statistics_refused", "still", "subject", "thread_free", "toy_model", "twins",
-    "within_sensitivity", "within_sensitivity_float32", "within_sensitivity_later", "within_sensitivity_sequence",
+    "CHECKS", "STATISTICAL", "Check", "Contrast", "Inapplicable", "Subject", "Toy", "Violation",
+    "adversarial", "amended", "billed", "calibrated", "check", "clip_rule", "described", "empty_step",
+    "equals_loop", "examine", "forgetful", "identified", "independent", "microbatch_free", "named",
+    "noise_billed", "noised", "other_models", "other_options", "other_sizes", "poisoned", "rehearsed",
+    "repeated", "replaced", "resumed", "sampled", "sampled_at_large", "separately", "statistics_refused",
+    "still", "subject", "thread_free", "toy_model", "twins", "twins_later", "within_sensitivity",
+    "within_sensitivity_float32", "within_sensitivity_later", "within_sensitivity_much_later",
+    "within_sensitivity_sequence",
 ]  # fmt: skip
 
 Checking = Callable[[Subject], None]
@@ -70,13 +76,15 @@ CHECKS: tuple[Checking, ...] = (
     described, identified, equals_loop, microbatch_free, thread_free, within_sensitivity, within_sensitivity_later,
     within_sensitivity_float32, within_sensitivity_sequence, replaced, adversarial, statistics_refused, clip_rule,
     noised, independent, noise_billed, amended, sampled, billed, calibrated, still, empty_step, twins, poisoned,
-    resumed,
+    resumed, within_sensitivity_much_later, twins_later, forgetful, separately, other_models, other_sizes,
+    other_options, sampled_at_large,
 )  # fmt: skip
 STATISTICAL: tuple[Checking, ...] = (
     noised,
     independent,
     noise_billed,
     sampled,
+    sampled_at_large,
 )  # an outcome depends on the seed
 
 
@@ -91,7 +99,10 @@ WHERE: Mapping[Checking, str] = {
     independent: _DRAWN, noise_billed: "Noise.event", amended: "Path.amend", sampled: "Sampler.draw, Sampler.wrap",
     billed: "Engine.split, Clip.split", calibrated: "Engine.split, Clip.split, Noise.event, Sampler.wrap",
     still: "Path, Optimizer.update", empty_step: "Engine.bounded, Noise.add", twins: _STATE,
-    poisoned: "Clip.update, Optimizer.receive, Path", resumed: _STATE,
+    poisoned: "Clip.update, Optimizer.receive, Path", resumed: _STATE, within_sensitivity_much_later: _BOUND,
+    twins_later: _STATE, forgetful: _STATE, separately: "Loss.prepare", other_models: "Engine.bounded",
+    other_sizes: "Engine.bounded", other_options: "Clip.sensitivity, Engine.split",
+    sampled_at_large: "Sampler.draw, Sampler.wrap, Sampler.relation",
 }  # fmt: skip
 """What decides the outcome of each check: where to change a method that fails it."""
 REFUSED = Check("the engine accepts a small problem", False, "", function="subject")

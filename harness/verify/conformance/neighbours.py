@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,33 +22,40 @@ from harness.verify.conformance.subject import Contrast, Inapplicable, Subject, 
 
 def equals_loop(s: Subject) -> None:
     """the engine's releases are those of the naive loop, or sums of what single examples release"""
-    batch = s.prepared(s.data.x, s.data.y)
-    ours, theirs = s.whole, _oracle(s, batch)
+    if s.method.loss.coupled:
+        name = type(s.method.loss).__name__
+        raise Inapplicable(
+            f"{name} couples the examples of a batch: no example has a contribution of its own"
+        )
+    compared(s, s.prepared(s.data.x, s.data.y))
+
+
+def compared(s: Subject, batch: Batch, of: str = "", at: Progress | None = None) -> None:
+    """Judge the releases of a prepared batch by those of its examples; by none, where the loss couples them."""
+    if s.method.loss.coupled:
+        return
+    ours, theirs = s.releases(batch, at=at), _oracle(s, batch, at)
     if list(ours) != list(theirs):
         raise Violation(f"the engine releases {list(ours)}, the naive loop {list(theirs)}")
     for name, value in theirs.items():
         off = float((ours[name].value - value).norm() / (value.norm() + 1e-12))
         if not off <= 1e-6:
             raise Violation(
-                f'the engine\'s release "{name}" differs by {off:.1e} relative from what is due, example by example:'
-                " make it a sum of one bounded contribution for each example",
+                f'the engine\'s release "{name}"{of} differs by {off:.1e} relative from what is due, example by'
+                " example: make it a sum of one bounded contribution for each example",
                 evidence=f"{off:.2g} relative",
             )
 
 
-def _oracle(s: Subject, batch: Batch) -> dict[str, Tree]:
+def _oracle(s: Subject, batch: Batch, at: Progress | None) -> dict[str, Tree]:
     """What the engine must release: one backward pass for each example, or the sum of its releases of single ones."""
     m = s.method
-    if m.loss.coupled:
-        name = type(m.loss).__name__
-        raise Inapplicable(
-            f"{name} couples the examples of a batch: no example has a contribution of its own"
-        )
     if isinstance(m.engine, PerExample):
-        return {name: r.value for name, r in s.releases(batch, dataclasses.replace(m, engine=Loop())).items()}
+        loop = dataclasses.replace(m, engine=Loop())
+        return {name: r.value for name, r in s.releases(batch, loop, at).items()}
     total: dict[str, Tree] = {}
     for x, y in zip(batch.x.split(1), batch.y.split(1), strict=True):
-        for name, r in s.releases(Batch(x, y)).items():
+        for name, r in s.releases(Batch(x, y), at=at).items():
             total[name] = total[name] + r.value if name in total else r.value
     return total
 
@@ -156,12 +163,21 @@ def neighbourhoods(data: Toy) -> Iterator[tuple[Tensor, Tensor, str]]:
 
 
 def neighbours(
-    s: Subject, x: Tensor, y: Tensor, story: str, at: Progress | None = None, slack: float = 1e-6
+    s: Subject,
+    x: Tensor,
+    y: Tensor,
+    story: str,
+    at: Progress | None = None,
+    slack: float = 1e-6,
+    only: Iterable[int] | None = None,
 ) -> None:
-    """Remove each example in turn, or under replace-one put another for it. Raises Violation if that moves too much."""
+    """Remove each example in turn (`only` those), or under replace-one put another for it.
+
+    Raises Violation if that moves too much.
+    """
     batch = s.prepared(x, y)  # before one is removed: what is drawn for the others does not depend on it
     whole = s.releases(batch, at=at)
-    for i in range(len(y)):
+    for i in range(len(y)) if only is None else only:
         if s.method.sampler.relation is Relation.ADD_OR_REMOVE:
             keep = torch.arange(len(y)) != i
             other, what = Batch(batch.x[keep], batch.y[keep]), "removing one example"

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from harness.dp.clip import Clip, State
 from harness.dp.release import Relation, Release
-from harness.train import start
+from harness.train import Progress, start
 from harness.verify.conformance.neighbours import moved
 from harness.verify.conformance.subject import SIGMA, STEPS, Inapplicable, Subject, Violation
 
 
 def clip_rule(s: Subject) -> None:
     """at any gradient norm, the weights keep within the declared sensitivity, under either relation"""
+    ruled(s, [*s.reached, *s.aged])
+
+
+def ruled(s: Subject, states: Sequence[Progress]) -> None:
+    """Judge the rule in some states. Raises Violation, and Inapplicable where there is none."""
     s.noises()
     clip = s.method.clip
     if not clip.needs_norms and math.isinf(clip.sensitivity(None, s.method.sampler.relation)):
@@ -25,7 +31,7 @@ def clip_rule(s: Subject) -> None:
     of = clip.groups(layout)
     groups = 1 + max(of.values())
     norms = _norms(groups)
-    for p in s.reached:
+    for p in states:
         state = p.parts.clip
         weights, scale = clip.weights(norms, state), clip.scale(layout, state) or {}
         units = norms.new_tensor([max(scale.get(n, 1.0) for n in of if of[n] == g) for g in range(groups)])

@@ -12,15 +12,33 @@ from dp_accounting import (
     PoissonSampledDpEvent,
     SampledWithoutReplacementDpEvent,
 )
+from scipy.special import bdtrc
 from torch import Tensor
 
+from harness.dp.release import Relation
 from harness.dp.sampler import Sampler
-from harness.verify.conformance.evidence import alarm, bernstein, chi_square
-from harness.verify.conformance.subject import Subject, Violation
+from harness.verify.conformance.evidence import alarm, bernstein, binomial, chi_square
+from harness.verify.conformance.subject import Inapplicable, Subject, Violation
+
+GIVEN = GaussianDpEvent(1.7)
+MOST = 400  # examples that are compared with each other, of so many
 
 SIZES = ((400, 100), (50, 7), (30, 1))  # n and batch; a third of the Poisson batches of the last are empty
-DRAWN, LAGS = 200, 16  # steps of each of two seeds; how far apart they are compared
-TESTS = len(SIZES) * (6 + LAGS)
+LARGE = (40_000, 400)  # as of a real data set; a sampler may do otherwise with many examples
+DRAWN, DRAWN_LARGE, LAGS = 200, 48, 16  # steps of each of two seeds; how far apart they are compared
+LATER = 50_400  # a step in the long run, at the start of an epoch of many lengths
+PERIODS = tuple(
+    sorted(
+        {
+            base * 2**k
+            for base in (1, 3, 5, 7, 9, 25, 27, 49, 125, 189, 315, 625, 945, 3125)
+            for k in range(5, 15)
+        }
+    )
+)  # steps that many a length of an epoch, or of a table of batches, divides
+BILLED = 3000  # first steps whose bills are compared
+TINY, TINIES = (20, 1), 5000  # whose batches of four and more are one in sixty, and how many are drawn
+TESTS = (2 * len(SIZES) + 1) * (6 + LAGS) + 6
 
 
 def sampled(s: Subject) -> None:
@@ -30,17 +48,84 @@ def sampled(s: Subject) -> None:
         _lawful(s.method.sampler, n, batch, (11 + 2 * s.seed, 1_000_003 + 2 * s.seed))
 
 
-def _lawful(sampler: Sampler, n: int, batch: int, seeds: tuple[int, int], steps: int = DRAWN) -> None:
-    given = GaussianDpEvent(1.7)
-    events = [sampler.wrap(given, n, batch, t) for t in range(steps)]
+def sampled_at_large(s: Subject) -> None:
+    """so does it from 40,000 examples and after 50,000 steps: no batch comes again, none is free, none is cut short"""
+    s.noises()
+    sampler, seeds = s.method.sampler, (23 + 2 * s.seed, 2_000_003 + 2 * s.seed)
+    _exchanged(sampler, seeds[0])
+    events = [sampler.wrap(GIVEN, *SIZES[0], t) for t in range(BILLED)]
+    if any(event == GIVEN for event in events):
+        raise Inapplicable("it claims no amplification")
+    free = [t for t, event in enumerate(events) if isinstance(event, NoOpDpEvent)]
+    for t in free[:50]:
+        if len(sampler.draw(*SIZES[0], t, seeds[0])):
+            raise Violation(f"step {t} draws examples and is billed nothing: bill every step")
+    for n, batch in SIZES:
+        _lawful(sampler, n, batch, seeds, first=LATER)
+    _lawful(sampler, *LARGE, seeds, DRAWN_LARGE)
+    _fresh(sampler, seeds[0])
+    _sized(sampler, seeds)
+
+
+def _exchanged(sampler: Sampler, seed: int) -> None:
+    """Judge whether an example that goes leaves a place that another takes, which moves a release twice as far."""
+    if sampler.relation is not Relation.ADD_OR_REMOVE:
+        return
+    n, batch = SIZES[0]
+    sizes = {len(sampler.draw(m, batch, t, seed)) for m in (n, n - 1) for t in range(60)}
+    if len(sizes) == 1:
+        raise Violation(
+            f"batches always hold {sizes.pop()} examples, with {n} and with {n - 1}: who is removed leaves a place"
+            " that another takes, so that neighbours are replace-one. Say so in Sampler.relation"
+        )
+
+
+def _fresh(sampler: Sampler, seed: int) -> None:
+    """Judge whether batches come again after some period: two of 400 examples are alike once in 10^81."""
+    n, batch = SIZES[0]
+    seen: dict[tuple[int, ...], int] = {}
+    for t in (0, *PERIODS):
+        drawn = tuple(sampler.draw(n, batch, t, seed).tolist())
+        if drawn in seen and drawn:
+            raise Violation(
+                f"the batch of step {seen[drawn]} comes again at step {t}, so that its examples are known to come"
+                " together: draw each step afresh"
+            )
+        seen[drawn] = t
+
+
+def _sized(sampler: Sampler, seeds: tuple[int, int]) -> None:
+    """Judge how many batches hold k examples or more, for each k: the upper tail is where a cut shows."""
+    n, batch = TINY
+    rates = {_rate(sampler.wrap(GIVEN, n, batch, t), GIVEN, n, batch) for t in range(TINIES)}
+    (rate,) = rates if len(rates) == 1 else (None,)
+    if rate is None or isinstance(sampler.wrap(GIVEN, n, batch, 0), SampledWithoutReplacementDpEvent):
+        return
+    sizes = torch.tensor([len(sampler.draw(n, batch, t, seeds[t % 2])) for t in range(TINIES)])
+    most = 7
+    for k in range(1, most + 1):
+        p = float(bdtrc(k - 1, n, rate))
+        there = int((sizes >= k).sum())
+        alarm(
+            binomial(there, TINIES, p, most), TESTS,
+            f"of {TINIES} batches {there} hold {k} examples of {n} or more, under the Poisson sampling billed it would"
+            f" be {p * TINIES:.0f}: a batch has no largest size",
+        )  # fmt: skip
+
+
+def _lawful(
+    sampler: Sampler, n: int, batch: int, seeds: tuple[int, int], count: int = DRAWN, first: int = 0
+) -> None:
+    given, steps = GIVEN, range(first, first + count)
+    events = [sampler.wrap(given, n, batch, t) for t in steps]
     rates = [_rate(event, given, n, batch) for event in events]
     amplified = torch.tensor([rate is not None for rate in rates])
     forced = torch.tensor([isinstance(event, SampledWithoutReplacementDpEvent) for event in events])
     bills = torch.tensor([event == given for event in events]).cumsum(0)
     runs = []
     for seed in seeds:
-        member = torch.stack([_members(sampler.draw(n, batch, t, seed), n) for t in range(steps)])
-        if not torch.equal(_members(sampler.draw(n, batch, 3, seed), n), member[3]):
+        member = torch.stack([_members(sampler.draw(n, batch, t, seed), n) for t in steps])
+        if not torch.equal(_members(sampler.draw(n, batch, first + 3, seed), n), member[3]):
             raise Violation("two draws of one step differ: draw from (step, seed) alone")
         if ((member * ~amplified[:, None]).cumsum(0).amax(1) > bills).any():
             raise Violation(
@@ -136,9 +221,10 @@ class _Draws:
         off, variance = self._off, self._variance
         steps, n = off.shape
         largest = float(torch.maximum(self.rate, 1 - self.rate).max()) ** 2
-        examples = (off.T @ off).fill_diagonal_(0)
+        some = off[:, :: max(1, n // MOST)]
+        examples = (some.T @ some).fill_diagonal_(0)
         alarm(
-            bernstein(examples, float(variance.square().sum()), largest, n * n), TESTS,
+            bernstein(examples, float(variance.square().sum()), largest, some.shape[1] ** 2), TESTS,
             "some examples come together: draw each independently",
         )  # fmt: skip
         batches = (off @ off.T).fill_diagonal_(0)

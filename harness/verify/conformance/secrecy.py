@@ -20,14 +20,32 @@ from harness.dp.noise import Noise
 from harness.dp.random import Stream
 from harness.dp.release import Bounded, Release
 from harness.dp.tree import Tree
-from harness.train import Diverged, Progress
+from harness.train import Diverged, Progress, start
 from harness.verify.conformance.replay import same
-from harness.verify.conformance.subject import Subject, Violation
+from harness.verify.conformance.subject import STEPS, Subject, Violation
+
+LITTLE, LONG = 18, 40  # examples, so that batches of 16 hold most of them, and steps
 
 
 def twins(s: Subject) -> None:
     """nothing but the noised releases depends on the data"""
     s.noises()
+    _alike(s, start(s.method, s.model, STEPS), STEPS)
+
+
+def twins_later(s: Subject) -> None:
+    """nor does anything in the long run: over 40 steps, and after 119 and 1019"""
+    s.noises()
+    small = copy.copy(s.data)
+    small.x, small.y, small.n_train = s.data.x[:LITTLE], s.data.y[:LITTLE], LITTLE
+    little = dataclasses.replace(s, data=small)
+    _alike(little, start(s.method, s.model, LONG), LONG)
+    for p in s.aged:
+        _alike(little, p, p.step + 12)
+
+
+def _alike(s: Subject, begun: Progress, until: int) -> None:
+    """Train on two data sets, with the same public releases, and compare all that is public."""
     blind = dataclasses.replace(s.method, noise=_Blind(s.method.noise))
     other = copy.copy(s.data)
     other.x, other.y = -other.x, (other.y + 1) % 3
@@ -35,9 +53,12 @@ def twins(s: Subject) -> None:
     for data in (s.data, other):
         points: list[dict[str, Any]] = []
         end = dataclasses.replace(s, data=data).run(
-            blind, log=lambda point, points=points: points.append(_public(point.progress))
+            blind,
+            copy.deepcopy(begun),
+            until=until,
+            log=lambda point, points=points: points.append(_public(s, point.progress)),
         )
-        logs.append([*points, _public(end)])
+        logs.append([*points, _public(s, end)])
     for ours, theirs in zip(*logs, strict=True):
         for name, value in ours.items():
             if not same(value, theirs[name]):
@@ -48,10 +69,11 @@ def twins(s: Subject) -> None:
                 )
 
 
-def _public(p: Progress) -> dict[str, Any]:
+def _public(s: Subject, p: Progress) -> dict[str, Any]:
     states = {f"{name} state": copy.deepcopy(value) for name, value in p.parts._asdict().items()}
     return {
-        "sensitivities": dict(p.sensitivity), "bills": p.ledger.to_json(), "weights": p.w.clone(), **states
+        "sensitivities": dict(p.sensitivity), "bills": p.ledger.to_json(), "weights": p.w.clone(),
+        "kept weights": s.method.path.kept(p.w, p.parts.path).clone(), **states
     }  # fmt: skip
 
 

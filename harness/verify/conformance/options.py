@@ -1,0 +1,121 @@
+"""A registered method with other values of its options: what holds at the defaults may hold there alone."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import registry
+from harness.dp.method import Method, describe
+from harness.options import Parameter
+from harness.verify.conformance.ledger import billed
+from harness.verify.conformance.neighbours import neighbours
+from harness.verify.conformance.rule import ruled
+from harness.verify.conformance.subject import (
+    PROBLEMS,
+    Inapplicable,
+    Problem,
+    Subject,
+    Toy,
+    Violation,
+    refusal,
+)
+
+
+def other_options(s: Subject) -> None:
+    """so it is with other values of its options, one at a time: the clipping rule, the sensitivity, the bill"""
+    s.noises()
+    if s.identity is None:
+        raise Inapplicable("it is not registered, and has no options")
+    seen = 0
+    for what, method in _variants(*s.identity):
+        if _bounding(method) == _bounding(s.method) or not method.noise.private:
+            continue
+        other = _subject(method)
+        if other is None:
+            continue
+        seen += 1
+        try:
+            for check in (_bounded, billed, _ruled):
+                check(other)
+        except Violation as violation:
+            raise Violation(f"with {what}: {violation}", violation.evidence, violation.ratio) from None
+    if not seen:
+        raise Inapplicable("it has no options with other values that it accepts")
+
+
+def _bounding(method: Method) -> dict[str, Any]:
+    """All that decides what is released and billed: not the optimizer, which sees what is public."""
+    return {name: part for name, part in describe(method).items() if name != "optimizer"}
+
+
+def _bounded(s: Subject) -> None:
+    for scale in (1.0, 1e4):
+        neighbours(s, s.data.x[:3] * scale, s.data.y[:3], f"inputs times {scale:g}")
+
+
+def _ruled(s: Subject) -> None:
+    try:
+        ruled(s, s.reached[::4])
+    except Inapplicable:
+        return
+
+
+def _subject(method: Method, problems: Sequence[Problem] = PROBLEMS) -> Subject | None:
+    """`method` on the first problem that it accepts; None where it accepts none."""
+    for problem in problems:
+        model, data = problem.model(), Toy(shape=problem.shape)
+        if refusal(method, model, data) is None:
+            return Subject(method, problem.model(), data)
+    return None
+
+
+def _variants(name: str, file: str) -> Iterator[tuple[str, Method]]:
+    """The method with one option changed, and which; values that its parts refuse are left out."""
+    entries = registry.index("method")
+    if name not in entries or Path(entries[name].file).resolve() != Path(file).resolve():
+        return
+    entry = entries[name]
+    make = registry.load(entry)
+    for key, parameter in entry.parameters.items():
+        for value in others(parameter):
+            try:
+                yield f"{key} = {value!r}", make(**{key: parameter.convert(value)})
+            except ValueError:
+                continue
+
+
+def others(parameter: Parameter) -> list[Any]:
+    """Other values of an option: each of a choice, and numbers some way off."""
+    default = parameter.default
+    names = [ast.unparse(one) for one in _alternatives(ast.parse(parameter.type, mode="eval").body)]
+    choices = [
+        ast.literal_eval(part)
+        for name in names if name.startswith("Literal[")
+        for part in _members(ast.parse(name, mode="eval").body)
+    ]  # fmt: skip
+    found: list[Any] = [choice for choice in choices if choice != default]
+    if "bool" in names:
+        found.append(not default)
+    elif isinstance(default, int | float) and not isinstance(default, bool):
+        found += [3 * default, type(default)(default / 3)] if default else [1]
+    elif default is None:
+        found += [1] if {"int", "float"} & set(names) else []
+    if default is not None and "None" in names:
+        found.append(None)
+    return [value for value, _ in itertools.groupby(found) if value != default]
+
+
+def _alternatives(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp):
+        return [*_alternatives(node.left), *_alternatives(node.right)]
+    return [node]
+
+
+def _members(node: ast.expr) -> list[ast.expr]:
+    if not isinstance(node, ast.Subscript):
+        return []
+    return list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
