@@ -6,9 +6,12 @@ import math
 
 import torch
 from dp_accounting import GaussianDpEvent, LaplaceDpEvent, NoOpDpEvent, PoissonSampledDpEvent
+from torch import nn
 
 from harness.dp import (
     SGD,
+    Batch,
+    CrossEntropy,
     Fixed,
     Flat,
     Gaussian,
@@ -26,7 +29,7 @@ from harness.dp import (
     Vmap,
 )
 from harness.verify import conformance as checks
-from harness.verify.faults import NotDoubled, TooLow, ViewByView
+from harness.verify.faults import Naive, NotDoubled, TooLow, ViewByView
 
 # --- clipping rules ---
 
@@ -580,6 +583,323 @@ class WholeNumbers(Flat):
         return {"grad": float(math.ceil(sigma))}
 
 
+# --- what shows late, in large, or with other models ---
+
+
+@dataclasses.dataclass(frozen=True)
+class LateGrowing(Flat):
+    """Its bound grows from the fiftieth step on."""
+
+    def init(self, layout):
+        return {"t": 0}
+
+    def weights(self, norms, state):
+        return Flat(self.clip * (1 + max(0, state["t"] - 50) / 25)).weights(norms, None)
+
+    def update(self, state, public):
+        return {"t": state["t"] + 1}
+
+
+SEEN: dict[str, float] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryTenthMedian(Flat):
+    """Sets its threshold to the median of private norms, in every tenth step."""
+
+    def init(self, layout):
+        return {"t": 0, "clip": self.clip}
+
+    def weights(self, norms, state):
+        if len(norms):
+            SEEN["median"] = float(norms.nan_to_num(1, 1, 1).clamp(1e-6, 1e6).median())
+        return Flat(state["clip"]).weights(norms, None)
+
+    def sensitivity(self, state, relation):
+        return state["clip"] * relation.moves
+
+    def update(self, state, public):
+        t = state["t"] + 1
+        return {"t": t, "clip": SEEN["median"] if t % 10 == 0 else state["clip"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class SometimesCounts(Flat):
+    """Releases a count in every tenth step, and plans none."""
+
+    def init(self, layout):
+        return {"t": 0}
+
+    def side(self, norms, state, relation, sigma):
+        return Counted().side(norms, None, relation, sigma) if state["t"] % 10 == 9 else {}
+
+    def update(self, state, public):
+        return {"t": state["t"] + 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Watching(Vmap):
+    """Keeps the private loss and sum."""
+
+    def bounded(self, *args):
+        out = super().bounded(*args)
+        if len(out.observed.losses):
+            SEEN["loss"] = float(out.observed.losses.mean())
+        KEPT[:] = [out.releases["grad"].value.clone()]
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Plateau(SGD):
+    """Halves the learning rate once the private loss has not improved for ten steps."""
+
+    def init(self, w, steps):
+        SEEN.update(best=math.inf, bad=0, lr=self.lr, loss=0.0)
+
+    def update(self, g, state, w):
+        SEEN["bad"] = 0 if SEEN["loss"] < SEEN["best"] else SEEN["bad"] + 1
+        SEEN["best"] = min(SEEN["best"], SEEN["loss"])
+        if SEEN["bad"] >= 10:
+            SEEN.update(bad=0, lr=SEEN["lr"] / 2)
+        return w - SEEN["lr"] * g, None
+
+
+@dataclasses.dataclass(frozen=True)
+class LateMomentum(SGD):
+    """Mixes in private gradients after the hundredth step."""
+
+    def init(self, w, steps):
+        return {"t": 0}
+
+    def update(self, g, state, w):
+        g = g * 0.9 + KEPT[0] / 160 if state["t"] > 100 else g
+        return w - self.lr * g, {"t": state["t"] + 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class BestByLoss(Path):
+    """Hands out the weights of the least private loss."""
+
+    def init(self, w):
+        SEEN["least"] = math.inf
+        BEST[:] = [w]
+
+    def after(self, old, new, g, state):
+        if SEEN["loss"] < SEEN["least"]:
+            SEEN["least"], BEST[:] = SEEN["loss"], [old]
+
+    def kept(self, w, state):
+        return BEST[0]
+
+
+BEST: list[Tree] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class After(Vmap):
+    """Twice the bound, or half the noise that is planned, from the hundredth step on."""
+
+    clips: float = 1.0
+    noises: float = 1.0
+
+    def bounded(self, loss, clip, model, w, batch, state, sigma, relation, step=0):
+        late = step >= 100
+        rest = (model, w, batch, state, sigma * (self.noises if late else 1), relation, step)
+        out = super().bounded(loss, clip, *rest)
+        if late:
+            wide = super().bounded(loss, Flat(self.clips * clip.clip), *rest)
+            out.releases["grad"] = out.releases["grad"]._replace(value=wide.releases["grad"].value)
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class LastPiece(Vmap):
+    """Takes the mean over pieces of 64 for a sum: the last piece counts as 64."""
+
+    def bounded(self, loss, clip, model, w, batch, *rest):
+        out, last = super().bounded(loss, clip, model, w, batch, *rest), len(batch) % 64
+        if len(batch) > 64 and last:
+            piece = Batch(batch.x[-last:], batch.y[-last:])
+            more = super().bounded(loss, clip, model, w, piece, *rest).releases["grad"].value
+            grad = out.releases["grad"]
+            out.releases["grad"] = grad._replace(value=grad.value + more * (64 / last - 1))
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class NormsBy(Naive):
+    """Norms with one rule wrong: of an embedding's rows, of a layer used often, of a weight that two layers share."""
+
+    fault: str = "rows"
+
+    def gradients(self, loss, model, w, batch):
+        LAYERS[:] = [
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            if isinstance(module, WRONG_IN[self.fault])
+            for name, _ in module.named_parameters(recurse=False)
+        ]
+        names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+        if self.fault == "tied":
+            LAYERS[:] = ["inner.weight"] if "again.weight" in names else []
+        if self.fault == "frozen":
+            LAYERS[:] = names if not all(p.requires_grad for p in model.parameters()) else []
+        return super().gradients(loss, model, w, batch)
+
+    def squares(self, grads):
+        found = super().squares(grads)
+        return {name: square / 4 if name in LAYERS else square for name, square in found.items()}
+
+
+LAYERS: list[str] = []
+WRONG_IN = {"rows": nn.Embedding, "recurrent": nn.RNNBase, "gains": nn.LayerNorm, "tied": (), "frozen": ()}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivateMomentum(Vmap):
+    """Adds up clipped sums before they are noised."""
+
+    def bounded(self, *args):
+        out = super().bounded(*args)
+        grad = out.releases["grad"]
+        if KEPT and KEPT[0].layout == grad.value.layout:
+            out.releases["grad"] = grad._replace(value=grad.value + 0.9 * KEPT[0])
+        KEPT[:] = [out.releases["grad"].value.clone()]
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Balanced(CrossEntropy):
+    """Weighs classes by the labels seen so far."""
+
+    def prepare(self, batch, rng):
+        HISTOGRAM[0] = 0.9 * HISTOGRAM[0] + 0.1 * torch.bincount(batch.y, minlength=3)
+        return batch
+
+    def per_example(self, outputs, y):
+        return super().per_example(outputs, y) / (HISTOGRAM[0][y] + 0.1)
+
+
+HISTOGRAM = [torch.ones(3, dtype=torch.float64)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixup(CrossEntropy):
+    """Mixes examples before they are clipped."""
+
+    def prepare(self, batch, rng):
+        return Batch(0.7 * batch.x + 0.3 * batch.x[rng.permutation(len(batch))], batch.y)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeated(CrossEntropy):
+    """Makes two examples of one."""
+
+    def prepare(self, batch, rng):
+        return Batch(batch.x.repeat_interleave(2, 0), batch.y.repeat_interleave(2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Clamped(Gaussian):
+    """No noise beyond four standard deviations."""
+
+    def add(self, release, rng):
+        return _noisy(release, _normal(release, rng).clamp(-4, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class InHalf(Gaussian):
+    """Noise of half precision on sums of single."""
+
+    def add(self, release, rng):
+        return _noisy(release, _normal(release, rng).half())
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstThousands(Gaussian):
+    """A buffer of 4096 numbers, and zeros after them."""
+
+    def add(self, release, rng):
+        z = torch.zeros(len(release.value.flat), dtype=torch.float64)
+        z[:4096] = rng.normal(min(4096, len(z)), torch.float64)
+        return _noisy(release, z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mirrored(Gaussian):
+    """The second half of long noise is the first with the other sign."""
+
+    def add(self, release, rng):
+        z = _normal(release, rng)
+        return _noisy(release, torch.cat([z[: -(len(z) // 2)], -z[: len(z) // 2]]) if len(z) > 1000 else z)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShufflesMany(Poisson):
+    """Shuffles where there are many examples."""
+
+    def draw(self, n, batch, step, seed):
+        return (super() if n < 10_000 else Shuffle()).draw(n, batch, step, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Poisson):
+    """Draws a thousand batches, and starts over."""
+
+    def draw(self, n, batch, step, seed):
+        return super().draw(n, batch, step % 1000, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class CutShort(Poisson):
+    """Keeps three times the expected batch at most."""
+
+    def draw(self, n, batch, step, seed):
+        return super().draw(n, batch, step, seed)[: 3 * batch]
+
+
+@dataclasses.dataclass(frozen=True)
+class FreeLater(Poisson):
+    """Bills five hundred steps."""
+
+    def wrap(self, event, n, batch, step):
+        return super().wrap(event, n, batch, step) if step < 500 else NoOpDpEvent()
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawsMoreLater(Poisson):
+    """Draws twice as often after a while."""
+
+    def draw(self, n, batch, step, seed):
+        return super().draw(n, 2 * batch if step >= 300 else batch, step, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class CoarseCoins(Poisson):
+    """Rounds the rate up to a multiple of 1/256."""
+
+    def draw(self, n, batch, step, seed):
+        return super().draw(n, math.ceil(256 * batch / n) * n / 256, step, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShufflesApart(Shuffle):
+    """Claims add-or-remove neighbours for batches of one size."""
+
+    @property
+    def relation(self):
+        return Relation.ADD_OR_REMOVE
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscountsLarge(Path):
+    """Bills less where the multiplier is large."""
+
+    def amend(self, event):
+        large = isinstance(event, GaussianDpEvent) and event.noise_multiplier > 3
+        return GaussianDpEvent(1.5 * event.noise_multiplier) if large else event
+
+
 FAULTS = [
     (Method(clip=TooLow(0.3)), checks.within_sensitivity),
     (Method(clip=TooLow(0.3)), checks.clip_rule),
@@ -646,4 +966,31 @@ FAULTS = [
     (Method(engine=Unmarked()), checks.identified),
     (Method(clip=WholeNumbers()), checks.calibrated),
     (Method(clip=Unbilled()), checks.billed),
+    (Method(clip=LateGrowing()), checks.clip_rule),
+    (Method(clip=LateGrowing()), checks.within_sensitivity_much_later),
+    (Method(engine=After(clips=2.0)), checks.within_sensitivity_much_later),
+    (Method(engine=After(noises=0.5)), checks.within_sensitivity_much_later),
+    (Method(clip=SometimesCounts()), checks.within_sensitivity_much_later),
+    (Method(clip=EveryTenthMedian()), checks.twins_later),
+    (Method(engine=Watching(), optimizer=Plateau()), checks.twins_later),
+    (Method(engine=Watching(), optimizer=LateMomentum()), checks.twins_later),
+    (Method(engine=Watching(), path=BestByLoss()), checks.twins),
+    (Method(engine=PrivateMomentum()), checks.forgetful),
+    (Method(loss=Balanced()), checks.forgetful),
+    (Method(loss=Mixup()), checks.separately),
+    (Method(loss=Repeated()), checks.separately),
+    (Method(engine=LastPiece()), checks.other_sizes),
+    *((Method(engine=NormsBy(fault=fault), clip=Flat(0.1)), checks.other_models) for fault in WRONG_IN),
+    (Method(noise=Clamped()), checks.noised),
+    (Method(noise=InHalf()), checks.noised),
+    (Method(noise=FirstThousands()), checks.noised),
+    (Method(noise=Mirrored()), checks.noised),
+    (Method(sampler=ShufflesMany()), checks.sampled_at_large),
+    (Method(sampler=Table()), checks.sampled_at_large),
+    (Method(sampler=CutShort()), checks.sampled_at_large),
+    (Method(sampler=FreeLater()), checks.sampled_at_large),
+    (Method(sampler=DrawsMoreLater()), checks.sampled_at_large),
+    (Method(sampler=CoarseCoins()), checks.sampled_at_large),
+    (Method(sampler=ShufflesApart()), checks.sampled_at_large),
+    (Method(path=DiscountsLarge()), checks.amended),
 ]

@@ -30,9 +30,11 @@ from harness.dp import (
     Unclipped,
     Views,
 )
+from harness.options import Parameter
 from harness.verify import check
 from harness.verify import conformance as checks
 from harness.verify.conformance import adversary, evidence, identity
+from harness.verify.conformance.options import others
 
 REPEAT = int(os.environ.get("EPSBENCH_REPEAT", "2"))  # 200 to bound the rate of false alarms
 
@@ -149,6 +151,60 @@ def test_an_id_that_depends_on_the_hash_seed_is_caught(tmp_path):
     )
 
 
+# --- options ---
+
+RULE = '''
+from dataclasses import dataclass
+from harness.dp import Flat, Method
+from harness.registry import method
+
+@dataclass(frozen=True)
+class Constant(Flat):
+    """Right at a norm of 1."""
+    layers: bool = False
+
+    def groups(self, layout):
+        return {{name: i if self.layers else 0 for i, name in enumerate(layout.names)}}
+
+    def sensitivity(self, state, relation):
+        return relation.moves * {claimed}
+
+@method("checked-{name}", paper="-", family="clipping")
+def rule({options}, lr: float = 0.1) -> Method:
+    """A rule."""
+    return Method(clip=Constant({given}))
+'''
+
+
+@pytest.mark.parametrize(
+    ("name", "claimed", "options", "given", "fault"),
+    [
+        ("constant", "1.0", "clip: float = 1.0", "clip", "with clip = 3"),
+        ("layers", "self.clip", "layers: bool = False", "1.0, layers", "with layers = True"),
+        ("honest", "self.clip", "clip: float = 1.0", "clip", None),
+    ],
+)
+def test_a_fault_at_other_options_is_caught(tmp_path, name, claimed, options, given, fault):
+    file = tmp_path / f"{name}.py"
+    file.write_text(RULE.format(name=name, claimed=claimed, options=options, given=given))
+    (one,) = checks.named(str(file))
+    line = checks.verdict(
+        checks.other_options,
+        dataclasses.replace(checks.subject(one.method), identity=(one.name, one.file)),
+    )
+    assert line.ok if fault is None else not line.ok and line.detail.startswith(fault)
+
+
+def test_other_values_of_an_option():
+    def of(kind, default):
+        return others(Parameter(kind, default))
+
+    assert of("float", 0.5) == [1.5, 0.5 / 3] and of("int", 4) == [12, 1] and of("float", 0.0) == [1]
+    assert of("bool", False) == [True] and of("str", "a") == []
+    assert of("Literal['a', 'b', 'c']", "b") == ["a", "c"]
+    assert of("float | None", 2.0) == [6.0, 2 / 3, None] and of("float | None", None) == [1]
+
+
 # --- false alarms ---
 
 
@@ -174,6 +230,9 @@ def test_p_values_are_those_of_scipy_or_above():
     )
     tail = stats.binom.sf(149, 1000, 0.1)
     assert tail <= evidence.bernstein(50.0, 90.0, 0.9) < 1e-4
+    counted = evidence.binomial(149, 1000, 0.1), evidence.binomial(60, 1000, 0.1)
+    assert counted == pytest.approx((2 * stats.binom.sf(148, 1000, 0.1), 2 * stats.binom.cdf(60, 1000, 0.1)))
+    assert evidence.binomial(0, 1000, 0.1) == pytest.approx(2 * 0.9**1000)
     assert evidence.bernstein(math.nan, 1.0, 1.0) == evidence.normal(math.nan) == 0.0
 
 
