@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "frame": {"store"},
     "pack": {"store"},
     "track": {"store"},
-    "audits": {"store", "cell"},
+    "audits": {"shelf"},
     "shelf": {"store", "cell"},
     "checks": {"shelf", "codehash", "registry"},
     "stages": set(),
@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"run", "store", "track", "measure", "registry", "cell"},
     "verify": {
         "train", "dp", "data", "models", "registry", "measure", "suite", "lines", "store", "codehash", "parts", "cell",
-        "audits", "checks", "seeds",
+        "audits", "checks", "options", "seeds",
     },
     "peers": {"dp", "models"},
     "bench": {

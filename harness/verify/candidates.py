@@ -16,7 +16,7 @@ from torch import Tensor
 from harness.dp.method import Method
 from harness.dp.release import Relation
 from harness.train import start
-from harness.verify.canary import FULL, Refused, Task
+from harness.verify.canary import Refused, Task
 from harness.verify.pair import Heard, Neighbours, Observer
 
 FEW = (1, 3)  # examples beside the target that are tried, and all
@@ -24,11 +24,14 @@ NEARBY = 0.01  # by how much copies of one example differ, of its size
 LOUD = 1e3  # how much larger an outlier is
 BETTER = 1.02  # what a later candidate must bring: the first ones are small and fast
 DRAWS = 8  # batches and views that a candidate is judged by
-CLIMB = 40  # random directions that the best is moved along
+CLIMB = 60  # random moves of the best
 
 
 def strongest(method: Method, task: Task, rate: float) -> Neighbours:
-    """The pair of the largest reach. Raises Refused where the engine takes none, or no target moves a release."""
+    """The pair of the largest reach. Raises Refused where the engine takes none, or no target moves a release.
+
+    A reach of 1 is no reason to stop: it would be where a sensitivity is declared too small that more is found.
+    """
     if refused := method.engine.accepts(method.loss, method.clip, task.body):
         raise Refused(refused)
     best: tuple[float, Neighbours] | None = None
@@ -41,8 +44,6 @@ def strongest(method: Method, task: Task, rate: float) -> Neighbours:
             continue
         if best is None or there > BETTER * best[0]:
             best = there, pair
-        if best[0] >= FULL:
-            return best[1]
     if best is None:
         raise Refused(reason)
     if not best[0] > 0:
@@ -61,23 +62,27 @@ def reach(method: Method, pair: Neighbours, rate: float) -> float:
 
 
 def climbed(method: Method, best: float, pair: Neighbours, rate: float) -> Neighbours:
-    """The pair after a random ascent of its reach: inputs are moved by patterns that crops and flips hardly change."""
+    """The pair after a random ascent of its reach: by patterns that crops and flips hardly change, and by any."""
     rng, size = torch.Generator().manual_seed(0), 1.0
-    for _ in range(CLIMB):
-        x = moved(pair.x, size, rng)
-        other = None if pair.x_other is None else moved(pair.x_other, size, rng)
+    for number in range(CLIMB):
+        move = patterned if number % 2 else jittered
+        x = move(pair.x, size, rng)
+        other = None if pair.x_other is None else move(pair.x_other, size, rng)
         ahead = dataclasses.replace(pair, x=x, x_other=other, story={**pair.story, "climbed": True})
         there = reach(method, ahead, rate)
         if there > best:
             best, pair = there, ahead
         else:
             size = max(0.05, 0.95 * size)
-        if best >= FULL:
-            break
     return pair
 
 
-def moved(x: Tensor, size: float, rng: torch.Generator) -> Tensor:
+def jittered(x: Tensor, size: float, rng: torch.Generator) -> Tensor:
+    """Each of the examples [B, ...], plus noise of a size relative to the mean of theirs."""
+    return x + size * x.abs().mean() * torch.randn(x.shape, generator=rng).to(x)
+
+
+def patterned(x: Tensor, size: float, rng: torch.Generator) -> Tensor:
     """Each of the examples [B, ...], plus random multiples of the two patterns."""
     shape = (2, len(x), *[1] * (x.ndim - 1))
     a, b = size * torch.randn(shape, generator=rng).to(x)
