@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness import cli, store, suite
+from harness.cli import parser, selecting
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -89,7 +90,7 @@ def test_ls_and_help_are_quick_because_torch_is_not_imported(arguments: list[str
 
 
 def test_every_command_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in set(cli._VERBS) - {"bench"}:  # which has a parser of its own, behind torch
+    for verb in set(parser.VERBS) - {"bench"}:  # which has a parser of its own, behind torch
         with pytest.raises(SystemExit) as end:
             cli.main([verb, "--help"])
         text = capsys.readouterr().out
@@ -144,7 +145,7 @@ def test_only_selects_by_kind(home: Path) -> None:
     cells = suite.load("suites/tiny.toml").cells()
 
     def only(patterns: str) -> list[str]:
-        return [cell.id for cell in cli._only(cells, patterns.split())]
+        return [cell.id for cell in selecting._only(cells, patterns.split())]
 
     every = [cell.id for cell in cells]
     assert len(every) == 6
@@ -224,10 +225,10 @@ def test_a_reduced_profile_has_results_of_its_own(home: Path, capsys: pytest.Cap
         assert cli.main([verb, "suites/tiny.toml" if verb == "check" else "tiny", "--reduced"]) == cli.OK
         said = capsys.readouterr().out
         assert re.search(expected, said, re.DOTALL), said
-    assert cli._suite_file("tiny-reduced") == (Path("suites/tiny.toml"), True)
-    assert cli._suite_file("tiny") == (Path("suites/tiny.toml"), False)
+    assert selecting.suite_file("tiny-reduced") == (Path("suites/tiny.toml"), True)
+    assert selecting.suite_file("tiny") == (Path("suites/tiny.toml"), False)
     (home / "suites" / "tiny.toml").write_text(TINY)
-    assert cli._suite_file("tiny-reduced") == (None, False)
+    assert selecting.suite_file("tiny-reduced") == (None, False)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 from test_store import make_record, put
 
 from harness import cli
+from harness.cli import checking, parser, selecting
 
 REST = """
 [privacy]
@@ -74,10 +75,12 @@ def test_the_command_that_repeats_a_run_names_its_files(
         in said(capsys, "show", record["id"])
     )
     Path("suites/other-name.toml").write_text(SUITE.format(name="core") + '[reduced]\nwhy = "x"\n')
-    assert cli._suite_file("core") == (Path("suites/other-name.toml"), False)
-    assert cli._suite_file("core-reduced") == (Path("suites/other-name.toml"), True)
-    options = cli._parser().parse_args(["run", "a b.toml", "--reduced", "--method", "m.py", "--results", "r"])
-    assert cli._again(options, "plan") == "epsbench plan 'a b.toml' --reduced --method m.py --results r"
+    assert selecting.suite_file("core") == (Path("suites/other-name.toml"), False)
+    assert selecting.suite_file("core-reduced") == (Path("suites/other-name.toml"), True)
+    options = parser.build_parser().parse_args(
+        ["run", "a b.toml", "--reduced", "--method", "m.py", "--results", "r"]
+    )
+    assert selecting.again(options, "plan") == "epsbench plan 'a b.toml' --reduced --method m.py --results r"
 
 
 def test_suites_are_found_by_name_wherever_they_are(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +91,8 @@ def test_suites_are_found_by_name_wherever_they_are(home: Path, capsys: pytest.C
     Path("suites/core.toml").write_text(body)
     assert "1 runs of 1 settings" in said(capsys, "check", "core")  # as `check suites/core.toml`
     Path("suites/dp-sgd.toml").write_text(body)
-    assert not cli._is_suite("dp-sgd") and not cli._is_suite("nothing")  # a method of that name comes first
+    assert not checking._is_suite("nothing")
+    assert not checking._is_suite("dp-sgd")  # a method of that name comes first
 
 
 def test_ls_parts_lists_every_slot(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,61 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+
+def suite_options(parser: argparse.ArgumentParser) -> None:
+    """What ``plan`` and ``run`` take: a suite, which of its cells, where."""
+    parser.add_argument("suite", metavar="SUITE", help="a TOML file, or its name under suites/")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", metavar="GLOB",
+        help="an id's first digits, a method or its label, a task or data set, eps=3, seed=0; of one kind "
+             "any may hold, of different kinds all must",
+    )  # fmt: skip
+    parser.add_argument("--device", metavar="cpu|cuda:N", help="run here whatever device the suite names")
+    reduced_option(parser)
+    results_option(parser)
+    method_option(parser)
+
+
+def reduced_option(parser: argparse.ArgumentParser) -> None:
+    """``--reduced``."""
+    parser.add_argument(
+        "--reduced", action="store_true",
+        help="the reduced profile of the suite, its table [reduced]; its results are in a suite NAME-reduced",
+    )  # fmt: skip
+
+
+def results_option(parser: argparse.ArgumentParser) -> None:
+    """``--results DIR``."""
+    parser.add_argument("--results", type=_results_folder, default=Path("results"), metavar="DIR",
+                        help="where the records are (default: results)")  # fmt: skip
+
+
+def _results_folder(text: str) -> Path:
+    """The results folder that is named; not that of a suite or of a run in one, where every command would go wrong."""
+    from harness import store
+
+    folder = Path(text)
+    inside = store.suite_of(folder.absolute().parent if (folder / store.RECORD).is_file() else folder)
+    if inside:
+        results, suite = inside
+        raise argparse.ArgumentTypeError(
+            f"{text}: is inside a results folder, in its suite {suite}; write --results {shlex.quote(str(results))}"
+        )
+    return folder
+
+
+def reports_option(parser: argparse.ArgumentParser) -> None:
+    """``--reports DIR``."""
+    parser.add_argument("--reports", type=Path, default=Path("reports"), metavar="DIR",
+                        help="where the reports go (default: reports)")  # fmt: skip
+
+
+def method_option(parser: argparse.ArgumentParser) -> None:
+    """``--method FILE``, as often as one likes."""
+    parser.add_argument("--method", action="append", default=[], metavar="FILE",
+                        help="a Python file with methods of your own; may be repeated")  # fmt: skip

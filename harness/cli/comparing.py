@@ -1,0 +1,56 @@
+"""``compare``: two methods, or two results folders."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.cli.errors import FAILED, OK, UserError
+from harness.cli.selecting import results_in
+from harness.cli.words import say_broken
+
+if TYPE_CHECKING:
+    from harness import store
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Print a comparison, and write it where asked; the exit code, of failure where a cell lost too much."""
+    from harness.report.compare import CompareError, folders, methods
+
+    places = [Path(one) for one in (options.a, options.b)]
+    there = [place.is_dir() for place in places]
+    if there[0] != there[1]:
+        place, other = (options.a, options.b) if there[0] else (options.b, options.a)
+        raise UserError(f"{place} is a folder and {other} is none; name two methods or two results folders.")
+    how = {"metric": options.metric, "by": options.by, "threshold": options.threshold}
+    try:
+        if all(there):
+            before, after = (_compared(*results_in(place, options.suite)) for place in places)
+            made = folders(before, after, options.a, options.b, **how)
+        else:
+            records = _compared(options.results, options.suite)
+            made = methods(records, options.a, options.b, **how)
+    except CompareError as error:
+        raise UserError(str(error)) from error
+    print(made.terminal())
+    for file, text in (
+        (options.json, json.dumps(made.json(), indent=1) + "\n"),
+        (options.markdown, made.markdown()),
+    ):
+        if file is not None:
+            file.write_text(text, encoding="utf-8")
+    return FAILED if made.regressions else OK
+
+
+def _compared(results: Path, suite: str | None) -> list[store.Record]:
+    """The record of each cell that counts; says which files could not be used."""
+    from harness import store
+
+    records = store.load(results, suite)
+    say_broken(records.broken)
+    if not records:
+        where = results / suite if suite else results
+        raise UserError(f"{where}: holds no records to compare; epsbench run SUITE makes some.")
+    return store.current(records)

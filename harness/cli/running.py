@@ -1,0 +1,128 @@
+"""``run``: what is missing of a suite."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.cli.codes import codes_of_cells
+from harness.cli.errors import FAILED, INTERRUPTED, OK
+from harness.cli.reporting import write_report
+from harness.cli.selecting import again, chosen, need_device
+from harness.cli.words import counts, first_line, say_broken
+
+if TYPE_CHECKING:
+    from harness import launch
+    from harness.cell import Cell
+    from harness.suite import Suite
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run what is missing; the exit code."""
+    from harness import launch
+
+    suite, cells = chosen(options)
+    codes = codes_of_cells(cells)
+    selection = launch.select(
+        cells, options.results, suite.name, codes=codes, retry=options.retry, rerun_stale=options.stale
+    )
+    for spec in dict.fromkeys(str(job.cell.device.get("device") or "cpu") for job in selection.todo):
+        need_device(spec)
+    at_once = launch.slots([job.cell for job in selection.todo], options.jobs)
+    _say_selection(options, suite, cells, selection, at_once)
+    on_terminal = sys.stdout.isatty() and bool(selection.todo)
+    reporter: launch.Reporter = launch.Bar() if on_terminal else launch.Lines()
+    tracker = None if options.no_track else _tracker(options.results, suite.name, selection, reporter)
+    summary = launch.run(
+        selection.todo,
+        suite.name,
+        at_once=options.jobs,
+        codes=codes,
+        reporter=reporter,
+        watch=tracker.watch if tracker else None,
+    )
+    if tracker:
+        tracker.close(5.0 if summary.interrupted else 60.0)
+    if summary.interrupted:
+        half = sum(job.folder.exists() for job in summary.left)
+        print(
+            f"\nstopped: {len(summary.outcomes)} runs finished, {half} half done, "
+            f"{len(summary.left) - half} not begun. Nothing is lost; go on with\n"
+            f"  {shlex.join(options.command)}"
+        )
+        return INTERRUPTED
+    return _end(options, suite, cells, codes, summary)
+
+
+def _say_selection(
+    options: argparse.Namespace,
+    suite: Suite,
+    cells: Sequence[Cell],
+    selection: launch.Selection,
+    at_once: int,
+) -> None:
+    from harness import measure
+
+    parts = [f"{len(selection.done)} are done"]
+    if selection.stale:
+        fate = "and run again" if options.stale else "and kept (--stale runs them again)"
+        parts.append(f"{len(selection.stale)} are stale {fate}")
+    if selection.failed:
+        fate = "and run again" if options.retry else "(--retry runs them again)"
+        parts.append(f"{len(selection.failed)} failed {fate}")
+    todo = len(selection.todo)
+    parts.append(f"{todo} to run, {min(at_once, todo)} at once" if todo else "nothing to run")
+    print(f"suite {suite.name}: {len(cells)} runs; {'; '.join(parts)}", flush=True)
+    if selection.stale and not options.stale:
+        for record in selection.stale[:10]:
+            print(f"  stale: {record['id']}, made by code {record['code'].get('hash')}")
+        if len(selection.stale) > 10:
+            print(f"  and {len(selection.stale) - 10} more: {again(options, 'plan')}")
+    say_broken(selection.broken)
+    threads = max((int(job.cell.device.get("threads") or 1) for job in selection.todo), default=1)
+    if options.jobs and options.jobs * threads > measure.cores():
+        print(
+            f"  {options.jobs} runs of {threads} threads share {measure.cores()} cores: "
+            "their throughput will suffer"
+        )
+
+
+def _tracker(results: Path, suite: str, selection: launch.Selection, reporter: launch.Reporter) -> Any:
+    """What follows runs into MLflow; None where nothing is new, so that MLflow is not even imported."""
+    from harness import track
+
+    pending = track.pending(results, suites=[suite])
+    if not selection.todo and not pending:
+        return None
+    tracker = track.Tracker(say=reporter.say)
+    for folder in pending:
+        tracker.watch(folder)
+    return tracker
+
+
+def _end(
+    options: argparse.Namespace,
+    suite: Suite,
+    cells: Sequence[Cell],
+    codes: Mapping[str, Mapping[str, Any]],
+    summary: launch.Summary,
+) -> int:
+    """Say how it stands now, write the report where asked, and give the exit code."""
+    from harness import launch
+
+    now = launch.select(cells, options.results, suite.name, codes=codes)
+    if summary.outcomes:
+        ends = counts(outcome.record["status"] for outcome in summary.outcomes)
+        place = options.results / suite.name
+        print(f"{len(summary.outcomes)} runs finished: {ends}; records are in {place}")
+    for record in now.failed:
+        print(
+            f"  {record['id']}  {launch.describe(record['cell'])}: {record['status']}, {first_line(record)}"
+        )
+    if options.report:
+        write_report(options, suite, codes)
+    return FAILED if now.failed else OK

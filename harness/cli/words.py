@@ -1,0 +1,58 @@
+"""Tables, numbers and counts as text for a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness import store
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), indent: str = "") -> str:
+    """Columns aligned by their widest entry; the last is not padded."""
+    lines = [header, *rows] if header else list(rows)
+    if not lines:
+        return ""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        (indent + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))).rstrip()
+        for line in lines
+    )
+
+
+def wrap(text: str, indent: str) -> str:
+    """A paragraph as wide as the terminal, each line indented."""
+    width = max(60, shutil.get_terminal_size((110, 24)).columns)
+    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number of so many significant digits; "-" where there is none."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def epsilon(value: float | None) -> str:
+    """A target epsilon; "inf" where there is no privacy."""
+    return "inf" if value is None else f"{value:.4g}"
+
+
+def counts(words: Iterable[str]) -> str:
+    """ "ok 3, diverged 1" in order of frequency."""
+    found: dict[str, int] = {}
+    for word in words:
+        found[word] = found.get(word, 0) + 1
+    return ", ".join(f"{word} {n}" for word, n in sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def first_line(record: store.Record) -> str:
+    """The first line of why a record is as it is."""
+    return (str(record.get("reason") or "no reason given").splitlines() or [""])[0][:200]
+
+
+def say_broken(broken: Sequence[store.Broken]) -> None:
+    """Print what could not be used."""
+    for one in broken:
+        print(f"  ! quarantined: {one}")
