@@ -19,17 +19,17 @@ def canonical_json(value: object) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One run. All but ``suite label device budget method_file`` and the names in ``task`` is its identity.
+    """One run. All but ``suite label device budget method_files`` and the names in ``task`` is its identity.
 
     ``task`` holds ``name dataset digest mean std n_train model architecture evaluate``; ``n_train`` is the
     number of examples trained on, smaller than the data set's where a part is kept for validation.
     ``privacy`` holds ``epsilon delta relation unit accountant``, None (but the unit) for training without
     privacy, and ``tuning`` where a search on private data is charged. ``device`` holds
     ``device threads engine microbatch``, ``budget`` ``seconds memory_mib``.
-    ``method_file`` is the user's own file, None for installed methods. ``changes`` are the parts that the suite gives
-    the method (slot to spec, see :mod:`harness.parts`); ``parts`` describes the method with them. All values are JSON
-    values. ``then`` is a second stage, of another method: ``name parameters parts trains schedule`` and, where it
-    trains on public data, ``task``; {} for runs of one stage.
+    ``method_files`` are the user's own files that register its methods, none for installed ones. ``changes`` are the
+    parts that the suite gives the method (slot to spec, see :mod:`harness.parts`); ``parts`` describes the method with
+    them. All values are JSON values. ``then`` is a second stage, of another method: ``name parameters parts trains
+    schedule`` and, where it trains on public data, ``task``; {} for runs of one stage.
     """
 
     suite: str
@@ -44,7 +44,7 @@ class Cell:
     seed: int
     device: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
-    method_file: str | None = None
+    method_files: list[str] = field(default_factory=list)
     changes: dict[str, str] = field(default_factory=dict)
     then: dict[str, Any] = field(default_factory=dict)
 

@@ -919,8 +919,8 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
     started, since = _now(), time.monotonic()
     cell = Cell.from_json(task["cell"])
     try:
-        if cell.method_file:
-            registry.add_file(cell.method_file)
+        for file in cell.method_files:
+            registry.add_file(file)
         _limit_threads(_threads(cell))
         execute = _resolve(task["target"])
         _limit_threads(_threads(cell))

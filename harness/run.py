@@ -70,8 +70,8 @@ class Target:
 
 def methods_of(cell: Cell) -> list[Method]:
     """The method of each stage, with the parts that the suite gives it and the engine and microbatch of the device."""
-    if cell.method_file:
-        registry.add_file(Path(cell.method_file))
+    for file in cell.method_files:
+        registry.add_file(Path(file))
     named = [(cell.method, cell.parameters, cell.changes)]
     if cell.then:
         named.append((cell.then["name"], cell.then["parameters"], {}))

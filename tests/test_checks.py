@@ -1,16 +1,20 @@
 """Checks are kept, shown beside the rows of their method, and are what the manual's tables are made of."""
 
+import dataclasses
 import functools
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from harness import checks, cli, store
-from harness.report import checked, html
+from harness.report import checked, html, rows
 from harness.report import pages as below
 from harness.verify import conformance, recorded
 from tests.test_report import make, seeds
+from tests.test_stage_pages import staged
 
 METHODS = '''
 import dataclasses
@@ -35,6 +39,7 @@ def faulty() -> Method:
     """With a fault."""
     return Method(clip=Half(1.0))
 '''
+VERIFICATION = Path(__file__).parent.parent / "docs" / "verification.md"
 CHEAP = (conformance.described, conformance.replaced, conformance.clip_rule, conformance.amended)
 
 
@@ -294,13 +299,13 @@ def test_tables_stand_between_their_markers(tmp_path, capsys):
 
 def test_the_manual_has_the_markers(tmp_path):
     manual = tmp_path / "verification.md"
-    shutil.copy(recorded.DOCS, manual)
+    shutil.copy(VERIFICATION, manual)
     recorded.write_tables(tmp_path / "none", manual)
     assert manual.read_text().count("No record of this is there yet.") == 2
 
 
 def test_the_manual_names_every_check():
-    text = recorded.DOCS.read_text().partition("### Records")[0]
+    text = VERIFICATION.read_text().partition("### Records")[0]
     named = {each.__name__ for each in conformance.WHERE}
     assert {name for name in named if f"`{name}" not in text} <= {
         name for name in named if name.startswith("within_sensitivity_")
@@ -352,6 +357,30 @@ def test_rows_and_cards_say_whether_the_method_is_checked():
     assert shown(bad | {"stale": True})[0][:2] == ["FAILED", "bad"]
     mark, made = shown(record("dp-adam") | {"stale": False})
     assert mark[:2] == ["not checked", "warn"] and "epsbench check dp-sgd" in made["cards"]
+
+
+def test_a_row_of_two_stages_is_checked_where_both_methods_are():
+    (row,) = [entry.row for table in make([staged(0), staged(1)]).tables for entry in table.entries]
+    first, second = (record(name) | {"stale": False} for name in ("logit-dp", "dp-adam"))
+    failed = record("dp-adam", ok=False) | {"stale": False}
+    assert checked.of_row(checked.checks([first, second]), row).text == "checked"
+    assert checked.of_row(checked.checks([first]), row).text == "not checked"
+    mark = checked.of_row(checked.checks([first, failed]), row)
+    assert (
+        mark.text == "FAILED"
+        and "logit-dp: checked, 2 of 2" in mark.words
+        and "then dp-adam: FAILED" in mark.words
+    )
+    public = dataclasses.replace(row.first.stages[1], public=True)
+    alone = dataclasses.replace(row.first, stages=(row.first.stages[0], public))
+    assert checked.of_row(checked.checks([first]), SimpleNamespace(first=alone)).text == "checked"
+
+
+def test_an_audit_of_one_stage_says_nothing_of_two():
+    (two,) = [entry.row for table in make([staged(0)]).tables for entry in table.entries]
+    audits = [rows.Audit("logit-dp", two.setting.epsilon, 3.0, 1.0, 0.99, "one-run", "mnist-5k/encoder")]
+    one = SimpleNamespace(first=dataclasses.replace(two.first, stages=()), setting=two.setting)
+    assert rows.audit_of(one, audits) == audits[0] and rows.audit_of(two, audits) is None
 
 
 def test_parts_that_a_suite_put_in_place_were_not_checked():

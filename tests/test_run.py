@@ -125,7 +125,7 @@ def test_a_claim_is_recorded_with_its_assumptions_and_never_ranks(relearned, tmp
             "    return dataclasses.replace(modelmix(), optimizer=SGD(1.0, 0.9))\n"
         )
         registry.add_file(file)
-        mixed = dataclasses.replace(cell("mixed-momentum", 40), method_file=str(file))
+        mixed = dataclasses.replace(cell("mixed-momentum", 40), method_files=[str(file)])
     record = json.loads(json.dumps(execute(mixed, tmp_path / "mixed", "kill")))
     assert [error.message for error in VALIDATOR.iter_errors(record["privacy"])] == []
     privacy, claimed = record["privacy"], record["privacy"]["claimed"]

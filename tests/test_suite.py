@@ -435,7 +435,14 @@ def test_a_users_method(tmp_path: Path) -> None:
     (one, *_) = [
         c for c in suite.load(tmp_path / "s.toml", files=[mine], names=names).cells() if c.method == "mine"
     ]
-    assert one.method_file == str(mine)
+    assert one.method_files == [str(mine)]
+    text = TEXT + '[[method]]\nname = "dp-sgd"\nlabel = "two"\nclip = 1.0\n'
+    (tmp_path / "s.toml").write_text(text + 'then = { method = "mine?clip=0.5", epochs = 1 }\n')
+    cells = suite.load(tmp_path / "s.toml", files=[mine], names=names).cells()
+    assert {tuple(c.method_files) for c in cells if c.label == "two"} == {
+        (str(mine),)
+    }  # a second stage's too
+    assert {tuple(c.method_files) for c in cells if not c.then and c.method == "dp-sgd"} == {()}
     assert str(tmp_path) not in json.dumps(one.canonical())
 
 

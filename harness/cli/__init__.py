@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         print(message, file=sys.stderr)
-        if "no method is called" in message:
+        if "no method is called" in message and "--method" not in given:
             print(OWN_METHOD, file=sys.stderr)
         return USER_ERROR
 

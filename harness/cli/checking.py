@@ -33,11 +33,10 @@ def _check_tables(options: argparse.Namespace) -> int:
     from harness.verify import recorded
 
     say_broken(checks.load(options.results / checks.FOLDER).broken)
-    docs = options.docs or (recorded.DOCS if recorded.DOCS.is_file() else None)
     try:
-        print(recorded.write_tables(options.results / checks.FOLDER, docs))
+        print(recorded.write_tables(options.results / checks.FOLDER, options.docs))
     except (OSError, ValueError) as error:
-        raise UserError(f"{docs}: {error}") from error
+        raise UserError(f"{options.docs}: {error}") from error
     return OK
 
 

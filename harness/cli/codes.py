@@ -20,7 +20,8 @@ def codes_of_cells(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
     codes: dict[str, dict[str, Any]] = {}
     for cell in cells:
         key = json.dumps([
-            cell.method, cell.parameters, cell.changes, cell.task["architecture"]["name"], cell.method_file,
+            cell.method, cell.parameters, cell.changes, cell.task["architecture"]["name"], cell.method_files,
+            cell.then.get("name"), cell.then.get("parameters"), cell.then.get("trains"),
         ])  # fmt: skip
         if key not in known:
             known[key] = run.code_of(cell)

@@ -84,14 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
         epsbench check my.py               the same for each method of a file of yours
         epsbench check methods/*.py        and of several files
         epsbench check dp-sgd --repeat 20  the statistical checks alone, with fresh seeds: any false alarm?
-        epsbench check --tables            times and false alarms of what is recorded, into this checkout's manual
+        epsbench check --tables            times and false alarms of what is recorded
         """)  # fmt: skip
     check.add_argument("subjects", metavar="SUITE|METHOD|METHOD.py", nargs="*")
     check.add_argument("--repeat", type=int, metavar="N", help="the statistical checks of a method, N times")
-    check.add_argument("--tables", action="store_true",
-                       help="then print the tables of all recorded checks and write them into a text")  # fmt: skip
+    check.add_argument("--tables", action="store_true", help="then print the tables of all recorded checks")
     check.add_argument("--docs", type=Path, metavar="FILE",
-                       help="that text, with the markers of docs/verification.md, which it is by default")  # fmt: skip
+                       help="write them into that text too, which has the markers of docs/verification.md")  # fmt: skip
     results_option(check)
     reduced_option(check)
     method_option(check)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .read import visible
+
+if TYPE_CHECKING:
+    from .tables import Row
+
+_WORSE = {"good": 0, "warn": 1, "bad": 2}
 
 
 class Mark(NamedTuple):
@@ -66,6 +71,19 @@ def mark(known: Mapping[str, Checked], method: str, parts: Iterable[tuple[str, s
     if method not in known:
         return Mark("not checked", "warn", f"no check is recorded: epsbench check {method}")
     return known[method].mark(parts)
+
+
+def of_row(known: Mapping[str, Checked], row: Row) -> Mark:
+    """The mark of a row; of two stages the worst of those that touch the private data, and what each is."""
+    run = row.first
+    marks = {run.method: mark(known, run.method, run.parts)}
+    for stage in run.stages[1:]:
+        if not stage.public:
+            marks[f"then {stage.method}"] = mark(known, stage.method)
+    worst = max(marks.values(), key=lambda one: _WORSE[one.kind])
+    if len(marks) == 1:
+        return worst
+    return worst._replace(words="; ".join(f"{name}: {one.text}, {one.words}" for name, one in marks.items()))
 
 
 def _checked(one: Mapping[str, Any]) -> Checked:

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from . import drawings, recipe, stage_table
-from .checked import Checked, Mark, mark
+from .checked import Checked, Mark, mark, of_row
 from .html import MARK, Places, columns, environment, paragraphs
 from .read import Run, natural, scalar, visible
 from .rows import REACH, Audit, audit_of, dumps, exceeds, merged, target
@@ -77,7 +77,7 @@ def run_pages(
 
 
 def _mark(row: Row, checked: Mapping[str, Checked] | None) -> Mark:
-    return mark(checked or {}, row.first.method, row.first.parts)
+    return of_row(checked or {}, row)
 
 
 def _numbers(entry: Entry, table: Table, audit: Audit | None, check: Mark) -> list[tuple[str, str]]:

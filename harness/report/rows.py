@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from .checked import Checked, mark
+from .checked import Checked, of_row
 from .read import listing, natural, number, scalar
 from .statistics import Interval
 from .tables import (
@@ -118,7 +118,12 @@ def audits(found: Iterable[Mapping[str, Any]]) -> list[Audit]:
 
 
 def audit_of(row: Row, known: Sequence[Audit]) -> Audit | None:
-    """The audit of the row's method at its epsilon: of its own task before others, and the largest lower bound."""
+    """The audit of the row's method at its epsilon: of its own task before others, and the largest lower bound.
+
+    None for a row of two stages: what was audited is one of them alone.
+    """
+    if row.first.stages:
+        return None
     fits = [
         a for a in known
         if a.method == row.first.method and math.isclose(a.target, row.setting.epsilon, rel_tol=1e-3)
@@ -236,7 +241,7 @@ def _row(
         else [
             audit.lower, audit.confidence, audit.instrument, audit.task, int(exceeds(row, audit)),
         ],
-        "checked": list(mark(checked, run.method, run.parts)),
+        "checked": list(of_row(checked, row)),
         "tuned": _number(row.shared("tuned")),
         "rate": _number(row.rate),
         "reference": _number(entry.to_reference),

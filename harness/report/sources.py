@@ -19,8 +19,8 @@ def describe(methods: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     Of a method: ``installed`` (whether it needs no file of the user), ``summary`` and ``module`` (docstrings),
     ``paper``, ``family``, ``parameters`` (name to type and default, as text). Of a part's class: its docstring, then
-    those of its own methods, each after its name. What is not known here, such as a method of somebody else's file, is
-    left out.
+    those of its own methods, each after its name; classes of the file of a user's method are known too. What is not
+    known here, such as a method of somebody else's file, is left out.
     """
     names: set[str] = set()
     kinds: set[str] = set()
@@ -30,6 +30,10 @@ def describe(methods: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         kinds |= {part["type"] for part in parts if isinstance(part.get("type"), str)}
     known = {name: found for name in sorted(names) if (found := _method(name))}
     classes = _classes()
+    for name in known:
+        entry = registry.resolve("method", name)
+        if not entry.module:
+            classes = _documented(entry.file) | classes
     return {"methods": known, "parts": {name: classes[name] for name in sorted(kinds) if name in classes}}
 
 
@@ -60,12 +64,17 @@ def _classes() -> dict[str, list[list[str]]]:
     """Class name -> [what, text] pairs: the class itself, then its documented methods and properties."""
     found: dict[str, list[list[str]]] = {}
     for path in sorted(_PARTS.rglob("*.py")):
-        for node in ast.parse(path.read_text("utf-8")).body:
-            if isinstance(node, ast.ClassDef) and _doc(node):
-                members = [n for n in node.body if isinstance(n, ast.FunctionDef) and _doc(n)]
-                found.setdefault(
-                    node.name, [["", _doc(node)], *([n.name, _doc(n)] for n in members if n.name[0] != "_")]
-                )
+        found = _documented(path) | found
+    return found
+
+
+def _documented(path: Path) -> dict[str, list[list[str]]]:
+    """The same of one file."""
+    found: dict[str, list[list[str]]] = {}
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.ClassDef) and _doc(node):
+            members = [n for n in node.body if isinstance(n, ast.FunctionDef) and _doc(n)]
+            found[node.name] = [["", _doc(node)], *([n.name, _doc(n)] for n in members if n.name[0] != "_")]
     return found
 
 

@@ -126,7 +126,8 @@ def _cell(
 ) -> Cell:  # fmt: skip
     task, privacy, tuning, then = variant.task, suite.privacy, suite.tuning, variant.then
     private = epsilon is not None
-    entry = suite.names.resolve("method", variant.name)
+    named = [variant.name, *([then.name] if then else [])]
+    entries = [suite.names.resolve("method", name) for name in named]
     return Cell(
         suite=suite.name,
         method=variant.name,
@@ -155,7 +156,7 @@ def _cell(
         seed=seed,
         device=device.model_dump(include={"device", "threads", "engine", "microbatch"}),
         budget={"seconds": suite.budget.seconds, "memory_mib": suite.budget.memory_mib},
-        method_file=None if entry.module else str(entry.file),
+        method_files=sorted({str(entry.file) for entry in entries if not entry.module}),
     )  # fmt: skip
 
 

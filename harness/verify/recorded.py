@@ -18,7 +18,6 @@ from harness.verify.conformance import Check, Named
 
 SKIPPED = frozenset(f"harness.{name}" for name in ("audits", "measure", "registry", "run", "store"))
 """Rooms that take no part in an outcome."""
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "verification.md"
 TABLES = ("times", "alarms")
 
 # The record -----------------------------------------------------------------------------------------------
