@@ -1,0 +1,32 @@
+"""The weights of a pass, put into the model for as long as the pass and its gradients take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def held(model: nn.Module, w: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Inside the block the parameters of `model` named in `w` hold these values; afterwards those they had before.
+
+    Yields the parameters by name: they are the leaves to differentiate by. Their memory is that of `w`, so nothing is
+    copied, and whoever holds a parameter in a list or a closure, or computes a layer once more during the backward
+    pass, sees the same weights as the layers do. Gradients must be taken inside the block. A model that writes to its
+    own weights writes to `w`: give it a clone. A tensor that a model computed from its parameters before the block
+    (a cached transpose, say) keeps the old values; `harness.models.check` refuses such models.
+
+    The values may have another dtype or memory layout than the parameters. Raises KeyError for an unknown name.
+    """
+    parameters = dict(model.named_parameters())
+    chosen = {name: parameters[name] for name in w}
+    before = [p.data for p in chosen.values()]
+    try:
+        for name, p in chosen.items():
+            p.data = w[name].detach()
+        yield chosen
+    finally:
+        for p, data in zip(chosen.values(), before, strict=True):
+            p.data = data
