@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
@@ -25,6 +25,21 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 class Unserved(ValueError):
     """An engine finds out, from a model at work and before it sees any data, that it cannot serve it."""
+
+
+def losses_of(loss: Loss, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+    """The losses [B] of a prepared batch. Raises Unserved where `loss` gives anything but one number for each example.
+
+    A column [B, 1], a mean over the batch or a square [B, B] would broadcast against weights [B], and the sum that is
+    released would not be the one whose norms were measured.
+    """
+    losses = loss.of(model, batch)
+    if losses.shape != (len(batch),):
+        raise Unserved(
+            f"{type(loss).__name__} gives losses of shape {list(losses.shape)} for {len(batch)} examples; it must give"
+            f' [{len(batch)}], one for each (write reduction="none", and no axis of length one)'
+        )
+    return losses
 
 
 @dataclass(frozen=True)
