@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -33,48 +33,44 @@ GROWN = 1.1  # times the largest microbatch that was audited
 
 @dataclass
 class Seen:
-    """What audits have seen of a model: batches, the largest microbatch, the furthest input, batches with NaN."""
+    """What audits have seen of a model at work in an engine: batches, the largest microbatch, the furthest input, batches with NaN."""
 
     batches: int = 0
     largest: int = 0
     furthest: float = -1.0
     broken: int = 0
-    paused: bool = False
 
 
-_seen: WeakKeyDictionary[nn.Module, Seen] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[nn.Module, dict[str, Seen]] = WeakKeyDictionary()
+_paused: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
 def unaudited(model: nn.Module) -> Iterator[None]:
     """Batches that are not audited, and do not count among those that audits are spread over."""
-    seen = _seen.setdefault(model, Seen())
-    before, seen.paused = seen.paused, True
+    _paused.add(model)
     try:
         yield
     finally:
-        seen.paused = before
+        _paused.discard(model)
 
 
-def due(used: Used) -> bool:
+def due(seen: Seen, used: Used) -> bool:
     """Whether this step is audited: a model's first, second, fourth and so on, and then every 128th.
 
     So is the first with so large a microbatch, the first with inputs so far out, and the first, second, fourth and so
     on with an example whose gradient is not finite: what mixes examples may do so only then.
     """
-    seen = _seen.setdefault(used.model, Seen())
-    if seen.paused:
-        return False
     number, size, furthest = seen.batches, min(used.chunk, len(used.batch)), reach(used.batch.x)
     seen.batches += 1
     broken = not used.norms.isfinite().all()
     seen.broken += broken
     regular = number % EVERY == 0 or (number < EVERY and power_of_two(number))
-    unusual = size > GROWN * seen.largest or furthest > REACH * seen.furthest or (broken and power_of_two(seen.broken))
-    if not (regular or unusual):
-        return False
-    seen.largest, seen.furthest = max(seen.largest, size), max(seen.furthest, furthest)
-    return True
+    unusual = size > GROWN * seen.largest or furthest > REACH * seen.furthest
+    unusual = unusual or bool(broken and power_of_two(seen.broken))
+    if regular or unusual:
+        seen.largest, seen.furthest = max(seen.largest, size), max(seen.furthest, furthest)
+    return regular or unusual
 
 
 def power_of_two(number: int) -> bool:
@@ -98,14 +94,20 @@ def audit(engine: PerExample, used: Used, random: bool) -> bool:
     whether the step was audited. Raises Unserved if the norms differ: then what the example adds depends on others, or
     is not what was measured. The error names no value of the data.
     """
-    if not due(used):
+    if used.model in _paused:
+        return False
+    seen = _seen.setdefault(used.model, {}).setdefault(engine.label, Seen())
+    before = replace(seen)
+    if not due(seen, used):
         return False
     with untouched(used.model, used.batch.x.device):
         within = min(used.chunk, len(used.batch)) if random else len(used.batch)
-        number = _seen[used.model].batches * 2654435761 % within
+        number = seen.batches * 2654435761 % within
         if unlike(used.norms[number], by_itself(engine, used, number, random), SLACK) and confirmed(
             engine, used, number, random
         ):
+            # Not seen: the next such batch is audited as well.
+            _seen[used.model][engine.label] = before
             raise Unserved(
                 "the gradient of an example has another norm inside its batch than by itself: the model lets examples"
                 " depend on each other or regroups them, or uses its parameters where no layer shows it. Only"

@@ -152,15 +152,10 @@ def refuse_mixing(
         none = torch.zeros_like(scale).expand(PROBE)
         a, b = together.get(name, none), alone.get(name, none)
         if ((a - b).abs() > tolerance * (b + tolerance * scale)).any():
-            raise mixing(name)
-
-
-def mixing(name: str) -> Unserved:
-    """The error for a model whose gradient for the parameter `name` is no example's own."""
-    return Unserved(
-        f"the gradient of {name} differs between an example on its own and the same example in a batch: "
-        'some layer mixes examples, and only engine = "loop" gives it a meaning'
-    )
+            raise Unserved(
+                f"the gradient of {name} differs between an example on its own and the same example in a batch: "
+                'some layer mixes examples, and only engine = "loop" gives it a meaning'
+            )
 
 
 def apart_and_together(
@@ -170,15 +165,9 @@ def apart_and_together(
 
     The model holds `leaves`. None for a model that draws random numbers all the same.
     """
-    drawn: set[str] = set()
-    with watching(model, drawn):
-        first, again = losses_of(loss, model, batch), losses_of(loss, model, batch)
-    if drawn:
+    first = refuse_traces(loss, model, batch)
+    if first is None:
         return None
-    if not torch.equal(first, again):
-        raise Unserved(
-            "a forward pass changes a buffer that the next one depends on: examples leave traces"
-        )
     try:
         single = torch.cat([losses_of(loss, model, one) for one in singles(batch)])
     except ValueError as why:
@@ -192,13 +181,34 @@ def apart_and_together(
     return together, alone, scale, 1e-6 if first.dtype is torch.float64 else 0.05
 
 
+def refuse_traces(loss: Loss, model: nn.Module, batch: Batch) -> Tensor | None:
+    """The losses [B] of a batch, or None where random numbers are drawn. Raises Unserved if another pass has others."""
+    drawn: set[str] = set()
+    with watching(model, drawn):
+        first, again = losses_of(loss, model, batch), losses_of(loss, model, batch)
+    if drawn:
+        return None
+    if not torch.equal(first, again) and not first.isnan().any():
+        raise Unserved(
+            "a forward pass changes a buffer that the next one depends on: examples leave traces"
+        )
+    return first
+
+
 def singles(batch: Batch) -> list[Batch]:
     """The examples of a batch, each as a batch of its own."""
     return [Batch(x, y) for x, y in zip(batch.x.split(1), batch.y.split(1), strict=True)]
 
 
+COUPLED = 16  # examples on which a loss is tried, each twice
+
+
 def refuse_coupling(loss: Loss, model: nn.Module, batch: Batch) -> None:
-    """Raise Unserved where a loss gives an example another value beside others, from the same outputs of the model."""
+    """Raise Unserved where a loss gives an example another value beside others, from the same outputs of the model.
+
+    The model holds its weights. Some of the batch's examples are taken, each twice, so that equal labels come together.
+    """
+    batch = Batch(*(torch.cat([t[:COUPLED]] * 2) for t in batch))
     with torch.no_grad():
         outputs = model(batch.x)
         together = losses_of(loss, lambda x: outputs, batch)
@@ -367,7 +377,7 @@ def served(make: Callable[..., Made], loss: Loss, model: nn.Module, w: Mapping[s
             losses = losses_of(loss, model, one)
             torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
         raise Unserved(
-            f"{type(model).__name__} works on single examples, and its layers cannot be told apart in a batch"
+            f"{type(model).__name__} works on single examples, and this engine cannot take it apart in a batch"
             f' ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Use engine = "loop"'
         ) from error
 

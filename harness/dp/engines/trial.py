@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from harness.dp.engines.engine import losses_of
+from harness.dp.engines.engine import Unserved, losses_of
 from harness.dp.engines.gradients import Gradient
 from harness.dp.engines.plan import Plan, gradients
 from harness.dp.engines.rules import call_rule_for, rule_for
@@ -27,7 +27,6 @@ from harness.dp.engines.survey import (
     agree,
     drawing,
     finite_probe,
-    mixing,
     moved,
     refuse_coupling,
     refuse_mixing,
@@ -77,9 +76,9 @@ def plan_for(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch
 def make_plan(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -> Plan:
     """Try the rules, and hand what they get wrong to the enclosing modules until every norm is right."""
     with held(model, w):
+        refuse_coupling(loss, model, batch)
         batch = finite_probe(loss, model, batch)
         random, unsteady = drawing(model, batch)
-        refuse_coupling(loss, model, batch)
     with silenced(model, random if unsteady else ()):
         for distance in (1.0, 0.0):
             values = moved(w, distance)
@@ -120,7 +119,10 @@ def tried(
         unsettled = trial.wrong({name: sources[name] for name in unsettled})
         for name in unsettled:
             if sources[name] == WHOLE:
-                raise mixing(name)
+                raise Unserved(
+                    f"the gradient of {name} cannot be told example by example: the parameter is used where no module"
+                    ' shows it (through a closure or a list, say). Use engine = "loop"'
+                )
             sources[name] = enclosing(model, sources[name])
     rules, modules, whole = sorted_out(model, sources)
     rules |= spread
@@ -151,6 +153,7 @@ def linear(losses: Tensor, leaves: Mapping[str, Tensor], rows: Sequence[Sequence
     Large and tiny weights tell a gradient from what a hook has clamped, normalised or replaced by its sign.
     """
     rng = torch.Generator().manual_seed(0)
+    coarse = [10 * torch.finfo(t.dtype).eps for t in leaves.values()]
     for size in (1.0, 1e-3, 1e-6, 1e3):
         v = size * (0.1 + torch.rand(len(losses), generator=rng)).to(losses)
         sums = torch.autograd.grad((v * losses).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
@@ -160,7 +163,7 @@ def linear(losses: Tensor, leaves: Mapping[str, Tensor], rows: Sequence[Sequence
             wanted = sum(parts, torch.zeros(())).to(losses)
             off += float((wanted if total is None else total - wanted).double().square().sum())
             due += sum(float(part.double().square().sum()) for part in parts)
-        if off > UNLIKE**2 * due:
+        if off > max(UNLIKE, *coarse) ** 2 * due:
             return False
     return True
 

@@ -24,6 +24,7 @@ from harness.dp.engines.survey import (
     finite_probe,
     moved,
     refuse_coupling,
+    refuse_traces,
     rounding,
     row_by_row,
     served,
@@ -31,7 +32,6 @@ from harness.dp.engines.survey import (
     silenced,
     singles,
     squares_of,
-    watching,
 )
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
@@ -108,14 +108,15 @@ def tried(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -
 def compare(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -> frozenset[str]:
     """The trial: a few examples by vmap and one by one, at moved weights, modules silenced that draw random numbers."""
     with held(model, w):
+        refuse_coupling(loss, model, batch)
         batch = finite_probe(loss, model, batch)
         random, _ = drawing(model, batch)
-        refuse_coupling(loss, model, batch)
-    drawn: set[str] = set()
     with silenced(model, random):
+        with held(model, w):
+            steady = refuse_traces(loss, model, batch) is not None
         for distance in (1.0, 0.0):
             values = moved(w, distance)
-            with held(model, values) as leaves, watching(model, drawn):
+            with held(model, values) as leaves:
                 rows = [row_by_row(losses_of(loss, model, one), leaves)[0] for one in singles(batch)]
             if all(g is None or g.isfinite().all() for row in rows for g in row):
                 break
@@ -123,7 +124,11 @@ def compare(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch)
             raise NoProbe("the model's gradients are not finite even on tame inputs, so vmap cannot be tried")
         with held(model, values):
             found = per_example_gradients(loss, model, values, values, batch)[0]
-    if drawn:  # even silenced: other numbers have other gradients, and there is nothing to compare
+    if random:
+        # Whether vmap knows what to do with what is drawn shows only here.
+        with held(model, w):
+            per_example_gradients(loss, model, w, w, batch)
+    if not steady:  # even silenced: other numbers have other gradients, and there is nothing to compare
         return random
     squares = squares_of(rows, values)
     everything = torch.stack(list(squares.values())).sum(0) if squares else torch.zeros(len(batch))
