@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
@@ -30,3 +31,31 @@ def held(model: nn.Module, w: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor
     finally:
         for p, data in zip(chosen.values(), before, strict=True):
             p.data = data
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Whatever the block does to the parameters, buffers and modes of `model` is undone afterwards, to the bit.
+
+    Written to, pointed elsewhere or replaced: each module has its own tensors back, with their values, and their memory
+    where nobody took it away. Attributes that are no tensors stay as the block left them.
+    """
+    kept = [
+        (owned, name, t, t if t is None else t.data, t if t is None else t.detach().clone())
+        for module in model.modules()
+        for owned in (module._parameters, module._buffers)
+        for name, t in owned.items()
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for owned, name, t, data, value in kept:
+            owned[name] = t
+            if t is not None:
+                t.data = data
+                if not torch.equal(data, value):  # of what is expanded, no entry can be written alone
+                    with torch.no_grad():
+                        data.copy_(value)
