@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import CheckpointError
 
 from harness.dp.clip import Clip, State, Unclipped
 from harness.dp.clip.flat import shortened
@@ -450,7 +451,13 @@ def survey(layers: Mapping[str, Layer], model: nn.Module, w: Tree, x: Tensor) ->
                 raise Unserved(
                     f"{path} is called {order.count(path)} times, and feedback alignment serves one call"
                 )
-        refuse_branches(tapes[0], given, own)
+        try:
+            refuse_branches(tapes[0], given, own)
+        except CheckpointError as error:
+            raise Unserved(
+                "feedback alignment cannot cut a network between layers that are computed once more in the backward"
+                " pass: leave activation checkpointing out"
+            ) from error
         refuse_uneven(*tapes)
     return order
 
