@@ -78,7 +78,7 @@ def test_engines_differentiate_at_the_weights_of_the_run(
     try:
         found = gradient(engine, clip, loss, way, shape)
     except ValueError as refused:  # a plan may not see such a layer; then it must say so
-        assert engine == Pairs() and way != "checkpoint" or "loop" in str(refused)
+        assert (engine == Pairs() and way != "checkpoint") or "loop" in str(refused)
         return
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 

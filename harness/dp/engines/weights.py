@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def held(model: nn.Module, w: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor
     The values may have another dtype or memory layout than the parameters. Raises KeyError for an unknown name.
     """
     parameters = dict(model.named_parameters())
-    chosen = {name: parameters[name] for name in w}
+    chosen: dict[str, Tensor] = {name: parameters[name] for name in w}
     before = [p.data for p in chosen.values()]
     try:
         for name, p in chosen.items():
@@ -41,10 +42,11 @@ def restored(model: nn.Module) -> Iterator[None]:
     where nobody took it away. Attributes that are no tensors stay as the block left them.
     """
     kept = [
-        (owned, name, t, t if t is None else t.data, t if t is None else t.detach().clone())
+        (owned, name, t, t.data, t.detach().clone())
         for module in model.modules()
-        for owned in (module._parameters, module._buffers)
+        for owned in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers))
         for name, t in owned.items()
+        if t is not None
     ]
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -54,8 +56,7 @@ def restored(model: nn.Module) -> Iterator[None]:
             module.training = training
         for owned, name, t, data, value in kept:
             owned[name] = t
-            if t is not None:
-                t.data = data
-                if not torch.equal(data, value):  # of what is expanded, no entry can be written alone
-                    with torch.no_grad():
-                        data.copy_(value)
+            t.data = data
+            if not torch.equal(data, value):  # of what is expanded, no entry can be written alone
+                with torch.no_grad():
+                    data.copy_(value)
