@@ -21,8 +21,8 @@ from harness.dp.clip import Clip, State, Unclipped
 from harness.dp.clip.flat import shortened
 from harness.dp.clip.rule import positive
 from harness.dp.engines.engine import SPEED, Engine, Unserved, joined, losses_of, trainable
-from harness.dp.engines.plan import modes, moved, probe_batch, refuse_mixing, untouched, watching
 from harness.dp.engines.rows import full_precision
+from harness.dp.engines.survey import modes, moved, probe_batch, refuse_mixing, untouched, watching
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.native.memory import keep_freed_memory

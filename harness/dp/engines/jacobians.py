@@ -20,9 +20,11 @@ from torch.func import functional_call
 from harness.dp.contrast import unit
 from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.gradients import Gradient, Outer, Patches
-from harness.dp.engines.plan import Plan, gradients, plan_for, watching
+from harness.dp.engines.plan import Plan, gradients
 from harness.dp.engines.rows import factor_squares, squared_norms, wide
+from harness.dp.engines.survey import watching
 from harness.dp.engines.tape import Run, Tape, repeated, taping
+from harness.dp.engines.trial import plan_for
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -24,14 +24,34 @@ def held(model: nn.Module, w: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor
     """
     parameters = dict(model.named_parameters())
     chosen: dict[str, Tensor] = {name: parameters[name] for name in w}
-    before = [p.data for p in chosen.values()]
-    try:
+    with _restored(chosen.values()):
         for name, p in chosen.items():
             p.data = w[name].detach()
         yield chosen
+
+
+@contextmanager
+def in_float64(model: nn.Module) -> Iterator[None]:
+    """Inside the block all floating parameters and buffers of `model` are in float64.
+
+    Losses computed before the block have no gradients by its parameters any more: PyTorch ties them to a type.
+    """
+    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    with _restored(floats):
+        for t in floats:
+            t.data = t.data.double()
+        yield
+
+
+@contextmanager
+def _restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Afterwards each tensor stands on the memory that it stood on before."""
+    before = [(t, t.data) for t in tensors]
+    try:
+        yield
     finally:
-        for p, data in zip(chosen.values(), before, strict=True):
-            p.data = data
+        for t, data in before:
+            t.data = data
 
 
 @contextmanager
