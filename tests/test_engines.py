@@ -31,9 +31,9 @@ from harness.dp import (
 from harness.dp.clip import Clip
 from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.gradients import Geometry, Lookup, Outer, Patches, gram_squares
-from harness.dp.engines.trial import plan_for
 from harness.dp.engines.rows import squared_norms
 from harness.dp.engines.rules import rule_for
+from harness.dp.engines.trial import plan_for
 from harness.dp.native import kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:Using padding='same'")

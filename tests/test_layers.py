@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "parts": {"options", "registry", "dp"},
     "seeds": {"cell"},
     "data": {"registry"},
-    "models": {"registry"},
+    "models": {"registry", "dp"},
     "suite": {"registry", "cell", "lines", "data", "dp", "parts"},
     "train": {"dp", "measure"},
     "run": {"train", "dp", "measure", "data", "models", "registry", "seeds", "cell", "codehash", "parts"},

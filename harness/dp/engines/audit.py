@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from harness.dp.engines.draws import rewind
@@ -145,9 +144,7 @@ def microbatch(engine: PerExample, used: Used, batch: Batch) -> Tensor:
 
 def norms_of(engine: PerExample, used: Used, batch: Batch) -> Tensor:
     """The norms [B, G] of `batch`, in place of the step's own."""
-    norms = engine.clipped_sum(
-        used.loss, used.clip, used.groups, used.model, used.w, batch, used.state
-    ).norms
+    norms = engine.clipped_sum(used.loss, used.clip, used.groups, used.model, used.w, batch, used.state).norms
     assert norms is not None
     return norms
 

@@ -90,5 +90,5 @@ def passes_agree(engine: Ghost, used: Used) -> None:
     if float((ours.total - theirs.total).norm()) > unlike * size:
         raise Unserved(
             f"{type(engine).__name__} sums other gradients in its second backward pass than it measured in its first: a"
-            " hook or a function of the model's own changes gradients on the way. Use engine = \"bookkeeping\""
+            ' hook or a function of the model\'s own changes gradients on the way. Use engine = "bookkeeping"'
         )

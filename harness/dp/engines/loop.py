@@ -44,17 +44,23 @@ class Loop(PerExample):
                 before = [p._version for p in leaves.values()]
                 value = losses_of(loss, model, Batch(x, y))
                 if [p._version for p in leaves.values()] != before:
-                    raise Unserved("the model writes to its own weights in a forward pass: examples leave traces")
+                    raise Unserved(
+                        "the model writes to its own weights in a forward pass: examples leave traces"
+                    )
                 grads = torch.autograd.grad(
                     value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
                 )
-                squares = {name: g.double().square().sum()[None] for name, g in zip(leaves, grads, strict=True)}
+                squares = {
+                    name: g.double().square().sum()[None] for name, g in zip(leaves, grads, strict=True)
+                }
                 norm = group_norms(squares, groups, value.detach())
                 weight = clip.weights(norm, state)
                 limit = clip.limit(norm, state)
                 if norm.isfinite().all():  # weight 0 would not do: 0 * inf is not a number
                     cut = grads if limit is None else [g.clamp(-float(limit), float(limit)) for g in grads]
-                    grad = [g * weight[0, groups[name]].to(g.dtype) for name, g in zip(leaves, cut, strict=True)]
+                    grad = [
+                        g * weight[0, groups[name]].to(g.dtype) for name, g in zip(leaves, cut, strict=True)
+                    ]
                     total += torch.cat([g.reshape(-1) for g in grad])
                 norms.append(norm)
                 weights.append(weight)

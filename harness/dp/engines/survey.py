@@ -92,7 +92,9 @@ def finite_probe(loss: Loss, model: nn.Module, batch: Batch) -> Batch:
     if tame.is_floating_point():
         tame = torch.randn(tame.shape, generator=torch.Generator().manual_seed(0)).to(tame)
     with torch.no_grad():
-        finite = losses_of(loss, model, few).isfinite() | losses_of(loss, model, Batch(tame, few.y)).isfinite()
+        finite = (
+            losses_of(loss, model, few).isfinite() | losses_of(loss, model, Batch(tame, few.y)).isfinite()
+        )
     good = finite.nonzero().squeeze(1)
     return probe_batch(batch, good if len(good) else None)
 
@@ -189,9 +191,7 @@ def refuse_traces(loss: Loss, model: nn.Module, batch: Batch) -> Tensor | None:
     if drawn:
         return None
     if not torch.equal(first, again) and not first.isnan().any():
-        raise Unserved(
-            "a forward pass changes a buffer that the next one depends on: examples leave traces"
-        )
+        raise Unserved("a forward pass changes a buffer that the next one depends on: examples leave traces")
     return first
 
 
@@ -236,9 +236,7 @@ def silenced(model: nn.Module, paths: Collection[str]) -> Iterator[None]:
             module.training = mode
 
 
-def survey(
-    model: nn.Module, batch: Batch
-) -> tuple[dict[str, tuple[Layout, ...]], set[str]]:
+def survey(model: nn.Module, batch: Batch) -> tuple[dict[str, tuple[Layout, ...]], set[str]]:
     """Where the examples lie in every call, and the modules that draw random numbers.
 
     Found by comparing the shapes of two passes, over two and over three examples: what grows holds examples. A module
@@ -364,7 +362,9 @@ def modes(model: nn.Module) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def served(make: Callable[..., Made], loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -> Made:
+def served(
+    make: Callable[..., Made], loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch
+) -> Made:
     """What `make` makes of these, without a trace. Raises Unserved where it fails and the model serves single examples."""
     try:
         with untouched(model, batch.x.device), torch.enable_grad():

@@ -187,9 +187,7 @@ def run(
     for call in tape.calls:
         call.outputs, call.edges = [], []
     given = {name: next(found) for name in copies}
-    rows = {
-        name: g.unflatten(0, (-1, *leaves[name].shape[:1])) for name, g in given.items() if g is not None
-    }
+    rows = {name: g.unflatten(0, (-1, *leaves[name].shape[:1])) for name, g in given.items() if g is not None}
     woken = frozenset(name for name in idle if next(found) is not None)
     return Run(losses, tape.calls, cotangents, rows, copy, woken)
 

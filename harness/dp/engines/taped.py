@@ -105,12 +105,16 @@ class Taped(PerExample):
         values, batch = laid_out(w, batch, self.channels_last)
         device = batch.x.device
         with held(model, values) as leaves:
-            with full_precision(device, self.second_pass):  # two passes must agree to the last bit that counts
+            with full_precision(
+                device, self.second_pass
+            ):  # two passes must agree to the last bit that counts
                 taped = plan.run(loss, model, leaves, batch, self.second_pass)
             losses, again = taped.losses.detach(), self.second_pass and max(groups.values()) == 0
             with full_precision(device):
                 found = gradients(plan, model, w.views, taped, loss, batch)
-                norms = group_norms({n: found[n].squares(again) for n in w.names if n in found}, groups, losses)
+                norms = group_norms(
+                    {n: found[n].squares(again) for n in w.names if n in found}, groups, losses
+                )
                 weights = clip.weights(norms, state)
                 finite = norms.isfinite().all(1)
                 if finite.all():

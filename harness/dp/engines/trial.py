@@ -41,6 +41,7 @@ from harness.dp.engines.tape import Run, run
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 
+
 class Source(NamedTuple):
     """One place that a parameter's gradient comes from: the module at `path`, by its rule or by vmap over it.
 
@@ -56,7 +57,6 @@ Sources = dict[str, tuple[Source, ...]]  # for each parameter, the places whose 
 
 WHOLE = (Source(None, False),)
 UNLIKE = 1e-2  # times their size by which sums may differ from what is due: float32 of three examples differs by 1e-4
-
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
@@ -156,7 +156,9 @@ def linear(losses: Tensor, leaves: Mapping[str, Tensor], rows: Sequence[Sequence
     coarse = [10 * torch.finfo(t.dtype).eps for t in leaves.values()]
     for size in (1.0, 1e-3, 1e-6, 1e3):
         v = size * (0.1 + torch.rand(len(losses), generator=rng)).to(losses)
-        sums = torch.autograd.grad((v * losses).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+        sums = torch.autograd.grad(
+            (v * losses).sum(), list(leaves.values()), retain_graph=True, allow_unused=True
+        )
         off = due = 0.0
         for total, column in zip(sums, zip(*rows, strict=True), strict=True):
             parts = [a * g for a, g in zip(v, column, strict=True) if g is not None]

@@ -138,7 +138,7 @@ def compare(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch)
         if not (off <= rounding(found[name].dtype) * everything.to(off)).all():
             raise Unserved(
                 f"by vmap the gradient of {name} is not that of a single example: a function of the model's own has a"
-                ' vmap rule that looks along the batch, or the parameter is used where vmap does not see it. Use engine'
+                " vmap rule that looks along the batch, or the parameter is used where vmap does not see it. Use engine"
                 ' = "bookkeeping" or "loop"'
             )
     return random

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -21,7 +23,7 @@ def held(model: nn.Module, w: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor
     The values may have another dtype or memory layout than the parameters. Raises KeyError for an unknown name.
     """
     parameters = dict(model.named_parameters())
-    chosen = {name: parameters[name] for name in w}
+    chosen: dict[str, Tensor] = {name: parameters[name] for name in w}
     with _restored(chosen.values()):
         for name, p in chosen.items():
             p.data = w[name].detach()
@@ -50,3 +52,31 @@ def _restored(tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for t, data in before:
             t.data = data
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Whatever the block does to the parameters, buffers and modes of `model` is undone afterwards, to the bit.
+
+    Written to, pointed elsewhere or replaced: each module has its own tensors back, with their values, and their memory
+    where nobody took it away. Attributes that are no tensors stay as the block left them.
+    """
+    kept = [
+        (owned, name, t, t.data, t.detach().clone())
+        for module in model.modules()
+        for owned in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers))
+        for name, t in owned.items()
+        if t is not None
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for owned, name, t, data, value in kept:
+            owned[name] = t
+            t.data = data
+            if not torch.equal(data, value):  # of what is expanded, no entry can be written alone
+                with torch.no_grad():
+                    data.copy_(value)
