@@ -36,7 +36,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from harness.cell import Cell
+from harness.cell import Cell, canonical_json
 
 __all__ = [
     "FAILED",
@@ -63,6 +63,7 @@ __all__ = [
     "parse_at",
     "read",
     "stale",
+    "stranger",
     "strict_json",
     "suite_of",
     "unlock",
@@ -563,31 +564,35 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def cell_of(record: Record) -> Cell:
-    """The cell of a record, on the device that it ran on.
-
-    Raises KeyError or TypeError where parts are missing.
-    """
-    cell = record["cell"]
-    method = cell["method"]
+    """The cell of a record, on the device that it ran on. Raises ValueError where its parts are none of a cell's."""
     device = record["device"]
-    return Cell(
+    return Cell.from_canonical(
+        record["cell"],
         suite=record["suite"],
-        method=method["name"],
-        label=method["label"],
-        parameters=method["parameters"],
-        parts=method["parts"],
-        changes=method.get("with", {}),
-        task=cell["task"],
-        privacy=cell["privacy"],
-        schedule=cell["schedule"],
-        numerics=cell["numerics"],
-        seed=cell["seed"],
         device={
             "device": device.get("spec"),
             "threads": device.get("threads"),
             "engine": None,
             "microbatch": None,
         },
+    )
+
+
+def stranger(record: Record, cell: Cell) -> str:
+    """Why a record with the id of `cell` is not of it; empty where it is.
+
+    Ids are short names, and two cells may have the same one. A record of the other is a conflict: it is no result of
+    `cell`, and its folder is not free for one.
+    """
+    flaw = mismatch(record)
+    if flaw:
+        return flaw
+    there = cell_of(record)
+    if there.digest == cell.digest:
+        return ""
+    return (
+        f"holds a run of another cell with the same id ({there.digest[:16]}..., the one asked for is "
+        f"{cell.digest[:16]}...): move one of the two to another results folder"
     )
 
 
@@ -617,15 +622,35 @@ def current(
     gives today's code by id; where it does, the result has ``"stale"`` (bool). The records given are not
     changed.
     """
-    best: dict[tuple[str, str], tuple[tuple[bool, bool, int], Record]] = {}
+    families: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        code = codes.get(record["id"]) if codes else None
-        old = stale(record, code)
-        rank = (record["status"] in FINAL, not old, attempt_of(record))
-        key = (record["suite"], record["id"])
-        if key not in best or rank > best[key][0]:
-            best[key] = (rank, record if code is None else {**record, "stale": old})
-    return [record for _, record in best.values()]
+        families.setdefault((record["suite"], record["id"]), []).append(record)
+    found = []
+    for attempts in families.values():
+        code = codes.get(attempts[0]["id"]) if codes else None
+        for same in _by_cell(attempts):
+            found.append(max(same, key=lambda one: _rank(one, stale(one, code))))
+            if code is not None:
+                found[-1] = {**found[-1], "stale": stale(found[-1], code)}
+    return found
+
+
+def _rank(record: Record, old: bool) -> tuple[bool, bool, int]:
+    return (record["status"] in FINAL, not old, attempt_of(record))
+
+
+def _by_cell(attempts: Sequence[Record]) -> Iterable[list[Record]]:
+    """Records of one id, by their cells: where they are of two, they are no attempts at the same."""
+    if len(attempts) == 1:
+        return [list(attempts)]
+    cells: dict[str, list[Record]] = {}
+    for record in attempts:
+        try:
+            key = cell_of(record).digest
+        except (ValueError, TypeError, AttributeError):
+            key = f"not a cell: {canonical_json(record['cell'])}"
+        cells.setdefault(key, []).append(record)
+    return cells.values()
 
 
 # Folders of runs and their locks --------------------------------------------------------------------------
@@ -868,10 +893,13 @@ def _side(path: Path, refused: list[Broken]) -> bytes | None:
 
 
 def mismatch(record: Record) -> str:
-    """Why a record's id is not that of its cell; empty where it is."""
+    """Why a record's id or group is not that of its cell; empty where both are."""
     try:
-        actual = cell_of(record).id
+        cell = cell_of(record)
+        actual = {"id": cell.id, "group": cell.group}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         return f"its cell cannot be read: {type(error).__name__}: {error}"
-    claimed = record["id"]
-    return "" if actual == claimed else f"its id {claimed!r} is not that of its cell, which is {actual!r}"
+    for name, value in actual.items():
+        if record[name] != value:
+            return f"its {name} {record[name]!r} is not that of its cell, which is {value!r}"
+    return ""
