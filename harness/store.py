@@ -584,6 +584,8 @@ def stranger(record: Record, cell: Cell) -> str:
     Ids are short names, and two cells may have the same one. A record of the other is a conflict: it is no result of
     `cell`, and its folder is not free for one.
     """
+    if record["cell"] == cell.canonical():  # as nearly always, and quick to see
+        return ""
     flaw = mismatch(record)
     if flaw:
         return flaw
@@ -675,9 +677,9 @@ class Folder:
             number += 1
         return number
 
-    def unfinished(self) -> Path:
-        """Where the next run goes: the newest attempt where it has no record, else the next number."""
-        number = max(1, self.latest())
+    def unfinished(self, first: int = 1) -> Path:
+        """Where the next run goes: the newest attempt where it has no record, else the next number, from `first` on."""
+        number = max(first, self.latest())
         if os.path.lexists(
             self.attempt(number) / RECORD
         ):  # good or damaged: no record is written over another

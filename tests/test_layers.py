@@ -24,7 +24,10 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"registry"},
     "suite": {"registry", "cell", "lines", "data", "dp", "parts"},
     "train": {"dp", "measure"},
-    "run": {"train", "dp", "measure", "data", "models", "registry", "seeds", "cell", "codehash", "parts"},
+    "draw": {"cell"},
+    "run": {
+        "train", "dp", "measure", "data", "models", "registry", "seeds", "draw", "cell", "codehash", "parts",
+    },
     "store": {"cell"},
     "frame": {"store"},
     "pack": {"store"},
@@ -34,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "checks": {"shelf", "codehash", "registry"},
     "stages": set(),
     "report": {"store", "registry", "stages"},
-    "launch": {"run", "store", "track", "measure", "registry", "cell"},
+    "launch": {"run", "store", "track", "measure", "registry", "cell", "draw"},
     "verify": {
         "train", "dp", "data", "models", "registry", "measure", "suite", "lines", "store", "codehash", "parts", "cell",
         "audits", "checks", "options", "seeds",

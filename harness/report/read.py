@@ -72,7 +72,8 @@ class Run:
 
     `changes` are the parts that the suite gave the method, slot and spec. `spent` and `planned` are epsilons by
     accountant; those that do not apply are in `refused`, each with its reason. `cores` are those that the run and the
-    ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the packages.
+    ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the packages. `attempt` is whose random numbers
+    were drawn.
     """
 
     id: str
@@ -124,6 +125,7 @@ class Run:
     commit: str
     dirty: bool
     files: tuple[str, ...]
+    attempt: int
     torch: str
     environment: tuple[tuple[str, str], ...]
     trace: tuple[Point, ...]
@@ -410,6 +412,7 @@ def _run(record: RecordLike) -> Run:
         commit=f.text("code.commit"),
         dirty=f.any("code.dirty") is True,
         files=tuple(sorted(visible(str(one)) for one in f.mapping("code.files") if "/" not in str(one))),
+        attempt=f.whole("randomness.attempt") or 1,
         torch=f.text("environment.torch"),
         environment=_pairs(f.mapping("environment")),
         trace=_trace(f.any("trace")),
