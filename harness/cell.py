@@ -96,7 +96,9 @@ class Cell:
         except (TypeError, ValueError) as error:
             raise ValueError(f"the cell is not made of JSON values: {error}") from error
         if not whole:
-            raise ValueError(f"the cell has something that no run has: {_surplus(canonical, cell.canonical())}")
+            raise ValueError(
+                f"the cell has something that no run has: {_surplus(canonical, cell.canonical())}"
+            )
         return cell
 
     def identity(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cell import Cell
+from harness.private import opened
 
 __all__ = ["Draw", "OtherCell", "begin", "begun", "note", "stranger"]
 
@@ -63,7 +64,7 @@ def note(folder: Path, cell: Cell, draw: Draw) -> None:
         return
     (folder / CHECKPOINT).mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = folder / CHECKPOINT / f".{NOTE}.tmp"
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    with opened(temporary, "w") as file:
         json.dump({"cell": cell.digest, **draw.to_json()}, file)
         file.flush()
         os.fsync(file.fileno())

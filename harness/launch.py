@@ -43,6 +43,7 @@ from typing import Any, Protocol
 
 from harness import draw, measure, registry, store
 from harness.cell import Cell
+from harness.private import opened
 
 __all__ = [
     "Bar",
@@ -986,7 +987,8 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
         if _unwritable(error, folder):
             traceback.print_exc()
             raise
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+        with opened(folder / "error.txt", "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(traceback.format_exc())
         status = "oom" if _is_out_of_memory(error) else "crashed"
         if status == "crashed":  # at the same step it would crash again, and corrected code starts anew
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
@@ -1067,10 +1069,9 @@ def _redirect(path: Path) -> None:
     """Send what the run prints to a file: the terminal belongs to the launcher's progress."""
     sys.stdout.flush()
     sys.stderr.flush()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    with opened(path, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     faulthandler.enable()
 
 

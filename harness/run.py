@@ -28,6 +28,7 @@ from harness.dp.tree import Layout, Tree
 from harness.dp.tuning import Tuning, charge
 from harness.draw import begin, note
 from harness.parts import combine, modules
+from harness.private import opened
 from harness.seeds import Seeds
 from harness.train import (
     Diverged,
@@ -100,8 +101,8 @@ def code_of(cell: Cell) -> dict[str, Any]:
         named.add(("method", cell.then["name"]))
         rooms.add("harness.models.headed")
     starts = sorted(rooms) + sorted({Path(registry.resolve(kind, name).file) for kind, name in named})
-    # Neither a clock nor the registry decides a number.
-    files = codehash.closure(starts, skip={"harness.measure", "harness.registry"})
+    # Neither a clock nor the registry nor the mode of a file decides a number.
+    files = codehash.closure(starts, skip={"harness.measure", "harness.registry", "harness.private"})
     return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
 
 
@@ -419,7 +420,7 @@ class _Session:
         if self.target.delta is not None:
             spent = self.private_ledger(p)
             line["epsilon"] = _finite(epsilon(spent, self.target.delta, self.method.sampler.relation, "rdp"))
-        with open(self.trace, "a") as file:
+        with opened(self.trace, "a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             p.trace = file.tell()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +32,8 @@ TOLERANCE = 1e-3
 MOST_STEPS = 10**6
 MOST_EPSILON = 200.0
 """By RDP. Above it the other accountants take minutes and gigabytes, which a stranger's record is not worth."""
+_NAMED = re.compile(r"[a-z0-9-]+|features:[a-z0-9-]+(\?[\w.=&-]*)?")
+"""Data sets of which the spec names no file, and asks for no more of them than there is."""
 WORD = ("metrics", "measured", "diagnostics", "weights_sha256", "code", "device")
 """What only the run itself could tell."""
 
@@ -69,7 +72,15 @@ def examine(record: store.Record) -> Verdict:
                 unknown.append(str(reason))
     except _Refused as reason:
         return Verdict(str(reason))
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, ArithmeticError, IndexError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        OverflowError,
+        ArithmeticError,
+        IndexError,
+    ) as error:
         return Verdict(f"its privacy cannot be computed again: {type(error).__name__}: {str(error)[:200]}")
     return Verdict(unknown=tuple(unknown))
 
@@ -85,7 +96,11 @@ def _close(name: str, told: Any, found: float) -> None:
     """Refuse an epsilon that is not the one computed here. None is infinite: it may stand where more is known today."""
     if told is None:
         return
-    if isinstance(told, bool) or not isinstance(told, int | float) or abs(told - found) > TOLERANCE * found + 1e-9:
+    if (
+        isinstance(told, bool)
+        or not isinstance(told, int | float)
+        or abs(told - found) > TOLERANCE * found + 1e-9
+    ):
         raise _Refused(f"{name} is {_short(told)}, and its ledger gives {found:.6g}")
 
 
@@ -135,19 +150,26 @@ def _model(task: Mapping[str, Any]) -> None:
         _demand("cell.task.architecture.name", task["architecture"]["name"], entry.name)
     for name in given:
         _demand(
-            f"cell.task.architecture.options.{name}", task["architecture"]["options"].get(name), arguments[name]
+            f"cell.task.architecture.options.{name}",
+            task["architecture"]["options"].get(name),
+            arguments[name],
         )
 
 
 def _data(record: store.Record, cell: Cell) -> None:
     """The data set and the model, where their names alone say what they are: no path of a stranger is followed."""
-    tasks = [("cell.task", cell.task), *([("cell.then.task", cell.then["task"])] if "task" in cell.then else [])]
+    tasks = [
+        ("cell.task", cell.task),
+        *([("cell.then.task", cell.then["task"])] if "task" in cell.then else []),
+    ]
     made_of = []
     for where, task in tasks:
         spec = task["dataset"]
-        known = None if set(spec) & set(":?/") else _facts(spec)
+        known = _facts(spec) if _NAMED.fullmatch(spec) else None
         if known is None:
-            raise _Unknown(f"its data set {_short(spec)} is not here, so that n_train and its digest are its word")
+            raise _Unknown(
+                f"its data set {_short(spec)} is not here, so that n_train and its digest are its word"
+            )
         _demand(f"{where}.digest", task["digest"], known["digest"])
         n = known["n_train"]
         _demand(
@@ -248,7 +270,9 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
         raise _Refused("its stages are analysed for different neighbours, and its status is ok")
     _demand("privacy.relation", told, *relations, *(() if ok else (cell.privacy["relation"],)))
     laws = [stage.method.sampler.law(n, stage.batch) for stage in private]
-    older = [laws[0]] if cell.then else []  # records knew the first stage's law alone before stages had theirs
+    older = (
+        [laws[0]] if cell.then else []
+    )  # records knew the first stage's law alone before stages had theirs
     _demand("privacy.sampling", privacy["sampling"], run.joined(laws), *older, *([] if ok else [None]))
     sigma = privacy.get("noise_multiplier")
     if sigma is not None and not 0 < sigma < math.inf:
@@ -259,7 +283,7 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
         silent = type(methods[0].path).claim is Straight.claim
         if silent or cell.then or not cell.private:
             raise _Refused(f"privacy.claimed is {_short(claimed)}, and its method claims nothing")
-    if not ledger.entries and not ok:
+    if not ledger.entries and not privacy["planned"] and not ok:
         return  # nothing was released, or nobody could say
     whole = plan(private, sigma or 0.0, n)
     if ok and ledger != whole or not ok and not _begins(ledger, whole):
@@ -267,9 +291,8 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
             f"privacy.ledger is {_short(privacy['ledger'])}, and the plan of its cell at its noise multiplier is "
             f"{_short(whole.to_json())}"
         )
-    if ok and cell.private:
-        planned = whole.to_json()
-        _spent("privacy", privacy, "planned", Ledger.from_json(planned), cell, Relation(told))
+    if privacy["planned"]:
+        _spent("privacy", privacy, "planned", whole, cell, Relation(told))
     if cell.then:
         _stages(record, cell, stages, private, sigma or 0.0, Relation(told))
 
@@ -329,7 +352,9 @@ def _spent(
     by_rdp = epsilon(ledger, delta, relation, "rdp")
     for accountant, value in bounds.items():
         if accountant != "rdp" and MOST_EPSILON < by_rdp < math.inf:
-            raise _Unknown(f"its epsilon is {by_rdp:.4g} by RDP: by {accountant} it takes too long, and is its word")
+            raise _Unknown(
+                f"its epsilon is {by_rdp:.4g} by RDP: by {accountant} it takes too long, and is its word"
+            )
         _close(f"{where}.{name}.{accountant}", value, epsilon(ledger, delta, relation, accountant))
     if name == "spent":
         finite = {one: math.inf if bounds.get(one) is None else bounds[one] for one in ACCOUNTANTS}

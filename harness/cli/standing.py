@@ -94,7 +94,9 @@ def states_of(cells: Iterable[Cell], selection: launch.Selection) -> dict[str, s
     """A word on each cell by id."""
     from harness import store
 
-    states = dict.fromkeys((cell.id for cell in cells), "conflict")  # what else there is to say of one follows
+    states = dict.fromkeys(
+        (cell.id for cell in cells), "conflict"
+    )  # what else there is to say of one follows
     states |= {record["id"]: f"done, {record['status']}" for record in selection.done}
     states |= {record["id"]: f"stale, {record['status']}" for record in selection.stale}
     states |= {record["id"]: f"failed, {record['status']}" for record in selection.failed}

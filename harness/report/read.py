@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
+from harness import origin
 from harness.stages import told
 
 from .staged import Stage, sampling
@@ -73,7 +74,7 @@ class Run:
     `changes` are the parts that the suite gave the method, slot and spec. `spent` and `planned` are epsilons by
     accountant; those that do not apply are in `refused`, each with its reason. `cores` are those that the run and the
     ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the packages. `attempt` is whose random numbers
-    were drawn.
+    were drawn; `origin` says of a run that was merged from where, and what of it is its sender's word.
     """
 
     id: str
@@ -119,6 +120,7 @@ class Run:
     load: float | None
     cores: int | None
     stale: bool
+    origin: str
     path: str
     started: str
     finished: str
@@ -406,6 +408,7 @@ def _run(record: RecordLike) -> Run:
         load=f.number("measured.load_average"),
         cores=_cores(f),
         stale=f.any("stale") is True,
+        origin="; ".join(map(visible, origin.words(f.any("origin")))),
         path=record_path(f.any("path")),
         started=f.text("started"),
         finished=f.text("finished"),
