@@ -139,6 +139,7 @@ COLUMNS: Mapping[str, tuple[str, _Value]] = {
     "code_hash": ("category", _words("code.hash")),
     "started": ("datetime64[us, UTC]", _words("started")),
     "finished": ("datetime64[us, UTC]", _words("finished")),
+    "origin": ("string", _words("origin.source")),
     "path": ("string", _words("path")),
 }
 """Name of each column, its type in pandas, and how a record gives its value. docs/submitting.md says what they mean."""

@@ -41,8 +41,9 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness import measure, registry, store
+from harness import draw, measure, registry, store
 from harness.cell import Cell
+from harness.private import opened
 
 __all__ = [
     "Bar",
@@ -65,7 +66,8 @@ PRELOAD = ("harness.run",)
 # process may not be able to use one: only for runs on a CPU.
 PRELOAD_ON_CPU = (*PRELOAD, "torch._dynamo")
 
-_BUSY, _ALREADY = 75, 76  # exit codes of a run's process: its folder is locked; it has a record meanwhile
+# Exit codes of a run's process: its folder is locked; it has a record meanwhile; it is another cell's.
+_BUSY, _ALREADY, _OTHERS = 75, 76, 77
 # Exit codes of a run's process that could not write, by reason: the launcher stops, and the run is half done.
 _NO_PLACE = {
     errno.ENOSPC: 80,
@@ -100,13 +102,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Selection:
-    """The cells of a suite by what there is to do: run them, or leave them as they are and why."""
+    """The cells of a suite by what there is to do: run them, or leave them as they are and why.
+
+    `conflicts` are folders that hold a run of another cell under the id of one of these, which then cannot run here.
+    """
 
     todo: list[Job] = field(default_factory=list)
     done: list[store.Record] = field(default_factory=list)
     stale: list[store.Record] = field(default_factory=list)
     failed: list[store.Record] = field(default_factory=list)
     broken: list[store.Broken] = field(default_factory=list)
+    conflicts: list[store.Broken] = field(default_factory=list)
 
 
 def select(
@@ -117,20 +123,29 @@ def select(
     codes: Codes | None = None,
     retry: bool = False,
     rerun_stale: bool = False,
+    attempt: int = 1,
 ) -> Selection:
     """Sort the cells into what is to be run and what is there already.
 
     A cell without a record, or with an attempt that has none yet, is to be run; a quarantined record counts as none,
     and the next attempt goes beside it. Final records (ok, diverged, skipped, over_budget) are done, or stale where
     `codes` (by id) says that the code changed; failures are failed. `retry` runs the failed again, `rerun_stale` the
-    stale.
+    stale. A first run is the attempt of the number `attempt`: which random numbers it draws depends on that.
     """
     records = store.load(results, suite)
     by_id = {record["id"]: record for record in store.current(records, codes)}
+    attempts: dict[str, list[store.Record]] = {}
+    for one in records:
+        attempts.setdefault(one["id"], []).append(one)
     selection = Selection(broken=records.broken)
+    asked: dict[str, Cell] = {}
     for cell in cells:
         record = by_id.get(cell.id)
         place = store.Folder(results, suite, cell.id)
+        conflict = _conflict(cell, place, attempts.get(cell.id, ()), asked.setdefault(cell.id, cell))
+        if conflict is not None:
+            selection.conflicts.append(conflict)
+            continue
         latest = place.latest()
         half_done = latest > 0 and place.unfinished() == place.attempt(latest)
         if record is None or half_done:
@@ -145,8 +160,27 @@ def select(
             again = False
             selection.done.append(record)
         if again:
-            selection.todo.append(Job(cell, place.unfinished()))
+            selection.todo.append(Job(cell, place.unfinished(attempt)))
     return selection
+
+
+def _conflict(
+    cell: Cell, place: store.Folder, attempts: Iterable[store.Record], asked: Cell
+) -> store.Broken | None:
+    """What is, or will be, in the folders of a cell and is of another cell with its id; None where nothing is."""
+    if asked.digest != cell.digest:
+        other = describe(asked.canonical())
+        return store.Broken(
+            place.attempt(1),
+            f"is the folder of two runs: {describe(cell.canonical())} has the same id as {other}; change a "
+            "hyper-parameter of one, or run it into another folder with --results",
+        )
+    for record in attempts:
+        if reason := store.stranger(record, cell):
+            return store.Broken(Path(record["path"]), reason)
+    newest = place.attempt(max(1, place.latest()))
+    reason = draw.stranger(newest, cell)
+    return store.Broken(newest, reason) if reason else None
 
 
 def slots(cells: Iterable[Cell], jobs: int | None = None) -> int:
@@ -362,11 +396,15 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class Summary:
-    """What a launch did: the ends of its runs, in order; `left` are those that were not finished."""
+    """What a launch did: the ends of its runs, in order; `left` are those that were not finished.
+
+    `conflicts` are folders in which a run of another cell was found meanwhile.
+    """
 
     outcomes: list[Outcome] = field(default_factory=list)
     left: list[Job] = field(default_factory=list)
     interrupted: bool = False
+    conflicts: list[store.Broken] = field(default_factory=list)
 
     @property
     def failed(self) -> list[Outcome]:
@@ -549,6 +587,9 @@ class _Launcher:
         if run.process.exitcode == _BUSY:
             self.leave_to_other(run.job)
             return
+        if run.process.exitcode == _OTHERS:
+            self.conflict(run.job, draw.stranger(run.job.folder, run.job.cell))
+            return
         for number, code in _NO_PLACE.items():
             if run.process.exitcode == code and not path.exists():
                 raise store.Unwritable(run.job.folder, OSError(number, os.strerror(number)))
@@ -563,7 +604,7 @@ class _Launcher:
                     _drop_empty(run.job.folder / _OUTPUT)
             finally:
                 store.unlock(run.job.folder, held)
-        self.add(Outcome(run.job, store.read(path), elsewhere=run.process.exitcode == _ALREADY))
+        self.add_read(run.job, elsewhere=run.process.exitcode == _ALREADY)
 
     def write_failure(self, run: _Running) -> None:
         status, reason = run.over or _cause_of_death(run)
@@ -584,9 +625,18 @@ class _Launcher:
             ),
         )
 
-    def add(self, outcome: Outcome) -> None:
-        self.summary.outcomes.append(outcome)
-        self.reporter.finished(outcome, self.progress())
+    def add_read(self, job: Job, elsewhere: bool) -> None:
+        """Take the record that is in the job's folder for its end, whoever wrote it, if it is of its cell."""
+        record = store.read(job.folder / store.RECORD)
+        if reason := store.stranger(record, job.cell):
+            self.conflict(job, reason)
+        else:
+            self.summary.outcomes.append(Outcome(job, record, elsewhere))
+            self.reporter.finished(self.summary.outcomes[-1], self.progress())
+
+    def conflict(self, job: Job, reason: str) -> None:
+        self.summary.conflicts.append(store.Broken(job.folder, reason))
+        self.reporter.say(f"conflict: {self.summary.conflicts[-1]}")
 
     def look_elsewhere(self) -> None:
         """See whether the runs of other launchers are over; one that died without a record is run here."""
@@ -596,7 +646,7 @@ class _Launcher:
         for job in list(self.elsewhere):
             if (job.folder / store.RECORD).exists():
                 self.elsewhere.remove(job)
-                self.add(Outcome(job, store.read(job.folder / store.RECORD), elsewhere=True))
+                self.add_read(job, elsewhere=True)
             elif not store.locked(job.folder):
                 self.elsewhere.remove(job)
                 self.queue.append(job)
@@ -747,7 +797,7 @@ def _take_over_checkpoint(job: Job, code: Mapping[str, Any] | None) -> None:
         record = store.read(before / store.RECORD)
     except (OSError, store.StoreError):
         return  # nobody can say what that checkpoint is worth
-    if record["status"] not in store.FAILED or store.stale(record, code):
+    if record["status"] not in store.FAILED or store.stale(record, code) or store.stranger(record, job.cell):
         return
     held = None
     for _ in range(200):  # another launcher may be at it
@@ -898,6 +948,9 @@ def _locked_child(task: Mapping[str, Any], folder: Path) -> None:
     if (folder / store.RECORD).exists():
         store.unlock(folder, held)
         sys.exit(_ALREADY)
+    if draw.stranger(folder, Cell.from_json(task["cell"])):
+        store.unlock(folder, held)
+        sys.exit(_OTHERS)
     store.sweep(folder)
     _redirect(folder / _OUTPUT)
     record = _execute(task, folder)
@@ -934,7 +987,8 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
         if _unwritable(error, folder):
             traceback.print_exc()
             raise
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+        with opened(folder / "error.txt", "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(traceback.format_exc())
         status = "oom" if _is_out_of_memory(error) else "crashed"
         if status == "crashed":  # at the same step it would crash again, and corrected code starts anew
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
@@ -1015,10 +1069,9 @@ def _redirect(path: Path) -> None:
     """Send what the run prints to a file: the terminal belongs to the launcher's progress."""
     sys.stdout.flush()
     sys.stderr.flush()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    with opened(path, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     faulthandler.enable()
 
 

@@ -13,7 +13,8 @@ leaves out, by name, what is no valid record and what names a place or a machine
 
 Whoever takes a bundle in trusts nothing in it: every name must be one of the above, every size is bounded while it is
 read, every file must have the checksum of the manifest, every record must fit the published schema and have the id of
-its cell. A bundle with any fault is refused whole, and each fault is named by its file.
+its cell. A bundle with any fault is refused whole, and each fault is named by its file. Of a sound one each record is then examined: what
+it says of its privacy is computed again (:mod:`harness.trust`), and one that lies is refused by name.
 """
 
 from __future__ import annotations
@@ -99,7 +100,11 @@ def pack(results: Path, into: Path, suite: str | None = None) -> Packed:
     found = store.load(results, suite)
     left_out = list(found.broken)
     files: dict[str, bytes] = {}
+    shared = store.crowded(found)
+    left_out += shared
     for record in found:
+        if Path(record["path"]) in {one.path for one in shared}:
+            continue
         files |= _folder(Path(record["path"]).parent, left_out)
     if not files:
         why = "".join(f"\n  {one}" for one in left_out[:20])
@@ -186,7 +191,7 @@ def _values(name: str, data: bytes) -> Iterator[Any]:
 def _schema_flaw(record: store.Record) -> str:
     from jsonschema.exceptions import best_match
 
-    error = best_match(_validator().iter_errors({k: v for k, v in record.items() if k != "path"}))
+    error = best_match(_validator().iter_errors({k: v for k, v in store.written(record).items()}))
     if error is None:
         return ""
     message = error.message if len(error.message) <= 200 else error.message[:197] + "..."
@@ -239,10 +244,18 @@ def _texts(value: object, where: str) -> Iterator[tuple[str, str]]:
 
 
 def merge(sources: Sequence[Path], into: Path) -> store.MergeResult:
-    """As :func:`harness.store.merge`, where a source may also be a bundle.
+    """As :func:`harness.store.merge`, where a source may also be a bundle, and no record is believed.
 
-    Every bundle is checked before anything is added. Raises BundleError.
+    What can be computed again of a record is (:mod:`harness.trust`), and one that says otherwise is refused by name. Every
+    bundle is checked before anything is added. Raises BundleError.
     """
+    from harness import trust
+
+    def vet(record: store.Record) -> tuple[str, tuple[str, ...]]:
+        verdict = trust.examine(record)
+        return verdict.refused, verdict.unknown
+
+    called: dict[Path, str] = {}
     with contextlib.ExitStack() as stack:
         folders: list[Path] = []
         for source in sources:
@@ -250,8 +263,10 @@ def merge(sources: Sequence[Path], into: Path) -> store.MergeResult:
             if source.is_file():
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="epsbench-")))
                 unpack(source, folder)
+                digest = hashlib.sha256(source.read_bytes()).hexdigest()
+                called[folder] = f"{source.name}, SHA-256 {digest[:16]}"
             folders.append(folder)
-        result = store.merge(folders, into)
+        result = store.merge(folders, into, vet, called)
     origin = dict(zip(folders, sources, strict=True))
     for ones in (result.conflicts, result.refused):
         ones[:] = [store.Broken(_named(one.path, origin), one.reason) for one in ones]
@@ -415,6 +430,8 @@ def _obstacle(record: store.Record, code: Mapping[str, Any] | str | None, seeds:
     if made.get("dirty") or not made.get("commit") or not made.get("hash"):
         what = "with uncommitted changes" if made.get("dirty") else "by code whose commit is not known"
         return f"unverified: it was made {what}"
+    if (record.get("origin") or {}).get("unknown"):
+        return "unverified: its epsilon could not be computed again here, or its data are not here"
     if not isinstance(code, Mapping):
         return f"unverified: {code or 'its code cannot be compared with the code here'}"
     if store.stale(record, code):

@@ -26,7 +26,9 @@ from harness.dp.native import describe as kernels
 from harness.dp.release import Relation
 from harness.dp.tree import Layout, Tree
 from harness.dp.tuning import Tuning, charge
+from harness.draw import begin, note
 from harness.parts import combine, modules
+from harness.private import opened
 from harness.seeds import Seeds
 from harness.train import (
     Diverged,
@@ -94,13 +96,13 @@ def code_of(cell: Cell) -> dict[str, Any]:
     """{"hash", "files"} of the source that decides the cell's numbers, as it is today."""
     every = [part for method in methods_of(cell) for part in parts(method).values()]
     named = {("method", cell.method), ("model", registry.parse_spec(cell.task["model"])[0])}
-    rooms = {module for part in every for module in modules(part)} | {"harness.train"}
+    rooms = {module for part in every for module in modules(part)} | {"harness.train", "harness.seeds"}
     if cell.then:
         named.add(("method", cell.then["name"]))
         rooms.add("harness.models.headed")
     starts = sorted(rooms) + sorted({Path(registry.resolve(kind, name).file) for kind, name in named})
-    # Neither a clock nor the registry decides a number.
-    files = codehash.closure(starts, skip={"harness.measure", "harness.registry"})
+    # Neither a clock nor the registry nor the mode of a file decides a number.
+    files = codehash.closure(starts, skip={"harness.measure", "harness.registry", "harness.private"})
     return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
 
 
@@ -139,7 +141,10 @@ def _bounds(name: str, ledger: Ledger, target: Target, method: Method) -> dict[s
 def execute(cell: Cell, out: Path, suite: str, jobs: int = 1, save_seconds: float = 20.0) -> dict[str, Any]:
     """Train `cell`, continuing from `out`/checkpoint if there is one, and return its record (docs/record-schema.md).
 
-    Appends to `out`/trace.jsonl, and saves a checkpoint at the first log point `save_seconds` after the last one.
+    Appends to `out`/trace.jsonl, and saves a checkpoint at the first log point `save_seconds` after the last one. Noise,
+    batches and path are those of the attempt that `out` is (``<id>.2`` is the second, any other name the first) by
+    today's code; a checkpoint of other code is not continued. Raises `harness.draw.OtherCell` where `out` holds the
+    checkpoint of another cell.
     Whatever is wrong with the cell itself ends in a status (diverged, over_budget, skipped); all else raises.
     """
     started, begun = datetime.now(UTC), measure.Clock().now()
@@ -212,14 +217,17 @@ class _Session:
     def __init__(self, cell: Cell, out: Path, save_seconds: float) -> None:
         facts = cell.canonical()
         numerics = facts["numerics"]
-        self.cell, self.task = cell, facts["task"]
+        self.cell, self.task, self.out = cell, facts["task"], out
         self.threads = int(cell.device.get("threads") or 1)
         torch.set_num_threads(self.threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(numerics["tf32"])
         self.device, dtype = torch.device(cell.device.get("device") or "cpu"), DTYPES[numerics["dtype"]]
         self.target, self.stages = Target.of(cell), stages_of(cell)
         self.data = _load(self.task, self.device, dtype)
-        seeds = Seeds(cell)
+        self.code = code_of(cell)
+        self.draw = begin(out, cell, self.code["hash"])
+        drawn = self.draw.to_json()
+        seeds = Seeds(cell, **drawn)
         data = self.data
         model = models.build(self.task["model"], data.input_shape, data.classes, seeds.init, data.tokens)
         self.model = model.to(self.device, dtype)
@@ -230,7 +238,7 @@ class _Session:
             public = _load(then["task"], self.device, dtype) if "task" in then else None
             self.legs.append(
                 _Leg(
-                    then["name"], methods[1], public or self.data, schedules[1], Seeds(cell, 1),
+                    then["name"], methods[1], public or self.data, schedules[1], Seeds(cell, 1, **drawn),
                     public is not None, then["trains"],
                 )
             )  # fmt: skip
@@ -250,13 +258,13 @@ class _Session:
             "card": card(self.cell.method),
             "privacy": {
                 "relation": sampler.relation.value, "unit": "example",
-                "sampling": self.sampling(), "delta": self.target.delta,
+                "sampling": joined([leg.law for leg in self.legs if not leg.public]), "delta": self.target.delta,
                 "public_data": public_data(self.data.public_data, self.cell), "sensitivity": None,
                 "noise_multiplier": None, "planned": {}, "spent": {}, "accountant": None, "epsilon": None,
                 "claimed": None, "ledger": [],
             },
             "metrics": {}, **self.told(), "measured": {}, "diagnostics": {}, "weights_sha256": None,
-            "code": code_of(self.cell) | {key: environment.pop(key) for key in ("commit", "dirty")},
+            "randomness": self.draw.to_json(), "code": self.code | {key: environment.pop(key) for key in ("commit", "dirty")},
             "device": measure.device_info(str(self.device), self.threads), "environment": environment,
             "started": started.isoformat(timespec="seconds"),
         }  # fmt: skip
@@ -310,8 +318,8 @@ class _Session:
         else:
             record["privacy"]["sensitivity"] = _finite_all(self.progress.sensitivity)
             record["diagnostics"] = diagnostics(m, self.progress)
-        excess = self.excess(record["privacy"])
-        return ("over_budget", excess) if excess else (status, reason)
+        over = excess(self.target, record["privacy"])
+        return ("over_budget", over) if over else (status, reason)
 
     def accounting(self, ledger: Ledger) -> dict[str, Any]:
         """What accountants have to say of a ledger, and what it costs with a search on private data."""
@@ -353,7 +361,7 @@ class _Session:
                 self.save,
             )
             if number + 1 < len(self.legs):
-                write_checkpoint(self.finished(number), self.progress)
+                self.write(self.finished(number), self.progress)
 
     def ended(self, number: int) -> Progress:
         """Where a finished stage ended."""
@@ -384,13 +392,6 @@ class _Session:
         first = self.ended(0)
         return [first, alone(p, first)]
 
-    def sampling(self) -> str:
-        """The laws of the batches that the private data were drawn in: one, or that of each stage."""
-        laws = [leg.law for leg in self.legs if not leg.public]
-        if len(set(laws)) == 1:
-            return laws[0]
-        return "; ".join(f"{law} (stage {number})" for number, law in enumerate(laws, 1))
-
     def told(self, done: Sequence[Progress] = ()) -> dict[str, Any]:
         """{"stages": what each one is, and what came of those that were begun}; {} for a run of one."""
         if not self.cell.then:
@@ -420,14 +421,19 @@ class _Session:
         if self.target.delta is not None:
             spent = self.private_ledger(p)
             line["epsilon"] = _finite(epsilon(spent, self.target.delta, self.method.sampler.relation, "rdp"))
-        with open(self.trace, "a") as file:
+        with opened(self.trace, "a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             p.trace = file.tell()
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint."""
-        write_checkpoint(self.checkpoint, progress)
+        self.write(self.checkpoint, progress)
+
+    def write(self, file: Path, progress: Progress) -> None:
+        """Write a checkpoint, and beside it whose random numbers it goes on with."""
+        note(self.out, self.cell, self.draw)
+        write_checkpoint(file, progress)
 
     def claim(self, sigma: float, progress: Progress) -> dict[str, Any] | None:
         """What the path claims beyond the ledger, under assumptions; None if it claims nothing."""
@@ -448,15 +454,23 @@ class _Session:
             "kernels": kernels(),
         }  # fmt: skip
 
-    def excess(self, privacy: dict[str, Any]) -> str | None:
-        """By how much the run overspent, by the accountant that it was calibrated with; None if it did not."""
-        if self.target.epsilon is None:
-            return None
-        spent = privacy["spent"][self.target.accountant]
-        used = privacy["epsilon"] if spent is None else spent
-        if used is not None and used <= self.target.epsilon * (1 + SLACK):
-            return None
-        return f"spent epsilon {used} by {self.target.accountant}, the target is {self.target.epsilon}"
+
+def excess(target: Target, privacy: dict[str, Any]) -> str | None:
+    """By how much a run overspent, by the accountant that it was calibrated with; None if it did not."""
+    if target.epsilon is None:
+        return None
+    spent = privacy["spent"][target.accountant]
+    used = privacy["epsilon"] if spent is None else spent
+    if used is not None and used <= target.epsilon * (1 + SLACK):
+        return None
+    return f"spent epsilon {used} by {target.accountant}, the target is {target.epsilon}"
+
+
+def joined(laws: Sequence[str]) -> str:
+    """The laws of the batches that the private data were drawn in: one, or that of each stage."""
+    if len(set(laws)) == 1:
+        return laws[0]
+    return "; ".join(f"{law} (stage {number})" for number, law in enumerate(laws, 1))
 
 
 def speed(progress: Progress) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Seeds derived by role, so that runs which differ only in the method are paired.
 
 ``init`` depends on the data, the model and the seed of the cell: every method of a task starts from the same
-weights. ``sampling``, ``noise`` and ``path`` depend on the whole cell as well, because two mechanisms must
-not share the randomness that protects the data. Each is a hash of all that it depends on, in full: no two cells, and
-no two roles, share one by accident or by having seeds close together.
+weights. ``sampling``, ``noise`` and ``path`` depend on the whole cell as well, on the attempt at it and on its code: two
+releases must not share the randomness that protects the data. Each is a hash of all that it depends on, in full: of a
+cell that is its digest, not its id, which is short enough to be found twice. No two cells, and no two roles, share one
+by accident or by having seeds close together.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ def derive(role: str, *axes: object) -> int:
 
 
 class Seeds:
-    """The seeds of a stage of a cell: ``init`` is shared by all methods of a task, ``sampling noise path`` are not."""
+    """The seeds of a stage of one attempt at a cell: ``init`` is shared by all methods of a task and by all attempts.
 
-    def __init__(self, cell: Cell, stage: int = 0) -> None:
-        shared = (cell.task["digest"], cell.task["architecture"], cell.seed)
-        self.init = derive("init", *shared) >> 193  # 63 bits, as PyTorch takes them
-        own = (*shared, cell.id, *([stage] if stage else []))
+    ``sampling noise path`` are those of this attempt, by code of this hash: the same three give the same run again.
+    """
+
+    def __init__(self, cell: Cell, stage: int = 0, *, attempt: int, code: str) -> None:
+        self.init = derive("init", cell.task["digest"], cell.task["architecture"], cell.seed) >> 193
+        own = (cell.digest, stage, attempt, code)  # init has 63 bits, as PyTorch takes them; these have all
         self.sampling = derive("sampling", *own)
         self.noise = derive("noise", *own)
         self.path = derive("path", *own)

@@ -7,6 +7,7 @@ Layout::
                          env.json       where it ran
                          error.txt      the traceback of a crash
                          checkpoint/    only while a run is half done
+                         origin.json    of a record that was merged: where it comes from
     results/<suite>/<id>.2/...          a second attempt at the same cell, and so on
 
 A record is written to a temporary file and *linked* to its name, which fails where the name exists: an
@@ -30,13 +31,14 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from harness.cell import Cell
+from harness import draw, origin
+from harness.cell import Cell, canonical_json
 
 __all__ = [
     "FAILED",
@@ -53,6 +55,7 @@ __all__ = [
     "attempt_of",
     "cell_of",
     "content",
+    "crowded",
     "current",
     "dumps",
     "encode",
@@ -63,11 +66,13 @@ __all__ = [
     "parse_at",
     "read",
     "stale",
+    "stranger",
     "strict_json",
     "suite_of",
     "unlock",
     "write_once",
     "write_record",
+    "written",
 ]
 
 SCHEMA = 1
@@ -177,6 +182,10 @@ _STAGE: Mapping[str, _Kind] = {
 _WORDS = {str: "text", dict: "JSON object", int: "whole number", float: "number", list: "list", _NULL: "null"}
 
 Record = dict[str, Any]
+COMPUTED = ("path", "origin", "stale")
+"""Keys that a record gains when it is loaded, and that are never written."""
+Vet = Callable[[Record], tuple[str, tuple[str, ...]]]
+"""Why a record from elsewhere is not to be believed, and what of it could not be computed again."""
 
 
 class StoreError(Exception):
@@ -264,10 +273,15 @@ def write_once(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def written(record: Record) -> Record:
+    """A record without what it gained when it was loaded."""
+    return {key: value for key, value in record.items() if key not in COMPUTED}
+
+
 def encode(record: Record, folder: str) -> bytes:
     """The bytes of a record for the folder of this name. Raises StoreError where it is not a valid one."""
     try:
-        data = dumps({key: value for key, value in record.items() if key != "path"}).encode()
+        data = dumps(written(record)).encode()
     except (ValueError, RecursionError) as error:  # half a surrogate pair, or a list in itself
         raise StoreError(f"the record for {folder} is not valid: it cannot be written: {error}") from error
     found, reason = _parse(data, folder)
@@ -494,18 +508,29 @@ def content(path: Path) -> bytes:
 
 
 def read(path: Path) -> Record:
-    """One record with its ``"path"``. Raises StoreError saying what is wrong with the file."""
-    record, reason = parse_at(path.absolute(), content(path))
+    """One record as :func:`load` has it. Raises StoreError saying what is wrong with the file."""
+    record, reason = _parse_here(path, content(path))
     if record is None:
         raise StoreError(str(Broken(path, reason)))
-    record["path"] = str(path)
     return record
+
+
+def _parse_here(path: Path, data: bytes) -> tuple[Record | None, str]:
+    """:func:`parse_at` of a file in this results folder, with what is known of it besides."""
+    record, reason = parse_at(path.absolute(), data)
+    if record is None:
+        return None, reason
+    record = {**written(record), "path": str(path)}
+    found, reason = origin.of(path.parent, data)
+    if found is not None:
+        record["origin"] = found
+    return (None, reason) if reason else (record, "")
 
 
 def load(results: Path, suite: str | None = None) -> Records:
     """All records under `results` (of one suite where named), in order of suite and folder.
 
-    Each gains ``"path"``. Files that cannot be used are in ``.broken``. A missing folder holds no records.
+    Each gains ``"path"``, and ``"origin"`` where it was merged: what :mod:`harness.origin` knows of it. Files that cannot be used are in ``.broken``. A missing folder holds no records.
     """
     found = Records()
     for path in _record_files(results, suite, found.broken):
@@ -516,11 +541,10 @@ def load(results: Path, suite: str | None = None) -> Records:
                 continue  # a run that has no record yet
             found.broken.append(Broken(path, f"cannot be read: {error.strerror}"))
             continue
-        record, reason = parse_at(path, data)
+        record, reason = _parse_here(path, data)
         if record is None:
             found.broken.append(Broken(path, reason))
         else:
-            record["path"] = str(path)
             found.append(record)
     return found
 
@@ -563,31 +587,37 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def cell_of(record: Record) -> Cell:
-    """The cell of a record, on the device that it ran on.
-
-    Raises KeyError or TypeError where parts are missing.
-    """
-    cell = record["cell"]
-    method = cell["method"]
+    """The cell of a record, on the device that it ran on. Raises ValueError where its parts are none of a cell's."""
     device = record["device"]
-    return Cell(
+    return Cell.from_canonical(
+        record["cell"],
         suite=record["suite"],
-        method=method["name"],
-        label=method["label"],
-        parameters=method["parameters"],
-        parts=method["parts"],
-        changes=method.get("with", {}),
-        task=cell["task"],
-        privacy=cell["privacy"],
-        schedule=cell["schedule"],
-        numerics=cell["numerics"],
-        seed=cell["seed"],
         device={
             "device": device.get("spec"),
             "threads": device.get("threads"),
             "engine": None,
             "microbatch": None,
         },
+    )
+
+
+def stranger(record: Record, cell: Cell) -> str:
+    """Why a record with the id of `cell` is not of it; empty where it is.
+
+    Ids are short names, and two cells may have the same one. A record of the other is a conflict: it is no result of
+    `cell`, and its folder is not free for one.
+    """
+    if record["cell"] == cell.canonical():  # as nearly always, and quick to see
+        return ""
+    flaw = mismatch(record)
+    if flaw:
+        return flaw
+    there = cell_of(record)
+    if there.digest == cell.digest:
+        return ""
+    return (
+        f"holds a run of another cell with the same id ({there.digest[:16]}..., the one asked for is "
+        f"{cell.digest[:16]}...): move one of the two to another results folder"
     )
 
 
@@ -612,20 +642,58 @@ def current(
 ) -> list[Record]:
     """The one record of each cell that counts, in the order in which the cells first appear.
 
-    Preferred are, in turn: final ones of today's code, final ones that are stale, failures; among equals the
-    newest attempt. ok is *not* preferred to diverged, else a second attempt could hide a bad result. `codes`
+    Those that were made here come before all that were merged, and of these those that came first: what somebody sends
+    never takes the place of what is here, whatever its folder is called. Then preferred are, in turn: final ones of
+    today's code, final ones that are stale, failures; among equals the newest attempt. ok is *not* preferred to diverged, else a second attempt could hide a bad result. `codes`
     gives today's code by id; where it does, the result has ``"stale"`` (bool). The records given are not
     changed.
     """
-    best: dict[tuple[str, str], tuple[tuple[bool, bool, int], Record]] = {}
+    families: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        code = codes.get(record["id"]) if codes else None
-        old = stale(record, code)
-        rank = (record["status"] in FINAL, not old, attempt_of(record))
-        key = (record["suite"], record["id"])
-        if key not in best or rank > best[key][0]:
-            best[key] = (rank, record if code is None else {**record, "stale": old})
-    return [record for _, record in best.values()]
+        families.setdefault((record["suite"], record["id"]), []).append(record)
+    found = []
+    for attempts in families.values():
+        code = codes.get(attempts[0]["id"]) if codes else None
+        for same in _by_cell(attempts):
+            found.append(max(same, key=lambda one: _rank(one, stale(one, code))))
+            if code is not None:
+                found[-1] = {**found[-1], "stale": stale(found[-1], code)}
+    return found
+
+
+def _rank(record: Record, old: bool) -> tuple[float, bool, bool, int]:
+    first = -origin.arrival(record.get("origin"))
+    return (first, record["status"] in FINAL, not old, attempt_of(record))
+
+
+def crowded(records: Iterable[Record]) -> list[Broken]:
+    """The records that share their id, in one suite, with a record of another cell: none of them can be told apart."""
+    families: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        families.setdefault((record["suite"], record["id"]), []).append(record)
+    return [
+        Broken(
+            Path(record["path"]),
+            "is a run of one of two cells with the same id: keep them in two results folders",
+        )
+        for attempts in families.values()
+        if len(list(_by_cell(attempts))) > 1
+        for record in attempts
+    ]
+
+
+def _by_cell(attempts: Sequence[Record]) -> Iterable[list[Record]]:
+    """Records of one id, by their cells: where they are of two, they are no attempts at the same."""
+    if len(attempts) == 1:
+        return [list(attempts)]
+    cells: dict[str, list[Record]] = {}
+    for record in attempts:
+        try:
+            key = cell_of(record).digest
+        except (ValueError, TypeError, AttributeError):
+            key = f"not a cell: {canonical_json(record['cell'])}"
+        cells.setdefault(key, []).append(record)
+    return cells.values()
 
 
 # Folders of runs and their locks --------------------------------------------------------------------------
@@ -650,9 +718,9 @@ class Folder:
             number += 1
         return number
 
-    def unfinished(self) -> Path:
-        """Where the next run goes: the newest attempt where it has no record, else the next number."""
-        number = max(1, self.latest())
+    def unfinished(self, first: int = 1) -> Path:
+        """Where the next run goes: the newest attempt where it has no record, else the next number, from `first` on."""
+        number = max(first, self.latest())
         if os.path.lexists(
             self.attempt(number) / RECORD
         ):  # good or damaged: no record is written over another
@@ -734,9 +802,12 @@ class MergeResult:
     refused: list[Broken] = field(default_factory=list)
 
 
-def merge(sources: Sequence[Path], into: Path) -> MergeResult:
-    """Add the records of other results folders to `into`. Never overwrites.
+def merge(
+    sources: Sequence[Path], into: Path, vet: Vet | None = None, called: Mapping[Path, str] | None = None
+) -> MergeResult:
+    """Add the records of other results folders to `into`, each with its origin. Never overwrites.
 
+    `vet` is asked of each record that would be added; `called` are the names of sources by which origins know them.
     A record is refused by name where its id is not that of its cell, and a side file where it is no plain file: a link
     could bring in any file of this machine. Raises StoreError where a source is not a folder of results or is `into`
     itself, Unwritable where `into` cannot be written; what was added until then stays, and a half-done run of the
@@ -753,12 +824,13 @@ def merge(sources: Sequence[Path], into: Path) -> MergeResult:
         files = [path for path in _record_files(source, None, result.refused) if os.path.lexists(path)]
         if not files and not result.refused:
             raise StoreError(f"{source}: holds no <suite>/<id>/{RECORD}; name the folder above the suites")
+        name = (called or {}).get(source) or source.resolve().name
         for path in files:
-            _merge_one(path, into, result)
+            _merge_one(path, into, result, vet, name)
     return result
 
 
-def _merge_one(path: Path, into: Path, result: MergeResult) -> None:
+def _merge_one(path: Path, into: Path, result: MergeResult, vet: Vet | None, source: str) -> None:
     try:
         data = content(path)
     except OSError as error:
@@ -775,6 +847,9 @@ def _merge_one(path: Path, into: Path, result: MergeResult) -> None:
     if os.path.lexists(target) and not target.is_dir():
         result.conflicts.append(Broken(path, f"{target} is no folder, and is kept"))
         return
+    if reason := _taken(cell_of(record), into) if record is not None else "":
+        result.conflicts.append(Broken(path, reason))
+        return
     held = lock(target)
     if held is None:
         result.conflicts.append(Broken(path, f"{target} is running now; merge again when it is done"))
@@ -787,7 +862,12 @@ def _merge_one(path: Path, into: Path, result: MergeResult) -> None:
             else:
                 result.same.append(where)
             return
-        _add(path.parent, target, data, result.refused)
+        assert record is not None
+        reason, unknown = vet(record) if vet else ("", ("nothing of it was computed again",))
+        if reason:
+            result.refused.append(Broken(path, reason))
+            return
+        _add(path.parent, target, data, origin.write(data, source, unknown), result.refused)
         result.added.append(where)
     finally:
         unlock(target, held)
@@ -795,6 +875,18 @@ def _merge_one(path: Path, into: Path, result: MergeResult) -> None:
             OSError
         ):  # one that was made for the lock alone would look like a run half done
             target.rmdir()
+
+
+def _taken(cell: Cell, results: Path) -> str:
+    """Which attempt that is here under the id of `cell` is of another one; empty where none is."""
+    for folder in sorted((results / cell.suite).glob(f"{cell.id}*")):
+        record = None
+        with contextlib.suppress(OSError):
+            record, _ = parse_at((folder / RECORD).absolute(), content(folder / RECORD))
+        reason = stranger(record, cell) if record is not None else draw.stranger(folder, cell)
+        if reason:
+            return f"{folder} {reason}"
+    return ""
 
 
 def _difference(there: Path, data: bytes) -> str:
@@ -813,8 +905,8 @@ def _difference(there: Path, data: bytes) -> str:
     return f"differs from {there}, which is kept"
 
 
-def _add(source: Path, target: Path, data: bytes, refused: list[Broken]) -> None:
-    """Put a record and its side files into a locked folder without one, all or nothing.
+def _add(source: Path, target: Path, data: bytes, note: bytes, refused: list[Broken]) -> None:
+    """Put a record, its origin and its side files into a locked folder without one, all or nothing.
 
     A half-done run in it is superseded: this record is what it would have become. What takes room is written before
     that is touched, and it is put back where the record cannot be written after all. A kill in between leaves a run
@@ -830,8 +922,14 @@ def _add(source: Path, target: Path, data: bytes, refused: list[Broken]) -> None
             if content is not None:
                 staged[side] = _temporary(target / side)
                 _write_durably(staged[side], content)
+        staged[origin.FILE] = _temporary(target / origin.FILE)
+        _write_durably(staged[origin.FILE], note)
         aside.mkdir()
-        for name in ("checkpoint", *_COPIED):  # without its checkpoint first: a trace alone is begun again
+        for name in (
+            "checkpoint",
+            *_COPIED,
+            origin.FILE,
+        ):  # without its checkpoint first: a trace alone is begun again
             if os.path.lexists(target / name):
                 (target / name).rename(aside / name)
                 moved.append(name)
@@ -868,10 +966,13 @@ def _side(path: Path, refused: list[Broken]) -> bytes | None:
 
 
 def mismatch(record: Record) -> str:
-    """Why a record's id is not that of its cell; empty where it is."""
+    """Why a record's id or group is not that of its cell; empty where both are."""
     try:
-        actual = cell_of(record).id
+        cell = cell_of(record)
+        actual = {"id": cell.id, "group": cell.group}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         return f"its cell cannot be read: {type(error).__name__}: {error}"
-    claimed = record["id"]
-    return "" if actual == claimed else f"its id {claimed!r} is not that of its cell, which is {actual!r}"
+    for name, value in actual.items():
+        if record[name] != value:
+            return f"its {name} {record[name]!r} is not that of its cell, which is {value!r}"
+    return ""

@@ -25,6 +25,7 @@ from harness.dp.random import Stream
 from harness.dp.release import Observed
 from harness.dp.tree import Layout, Tree
 from harness.measure import Clock
+from harness.private import opened
 
 
 class Parts(NamedTuple):
@@ -167,6 +168,11 @@ def train(
 ) -> Progress:
     """Run `method` from `progress` to the end of `schedule`.
 
+    **Two calls with the same `seeds` draw the same batches and the same noise.** That is what makes a run repeatable,
+    and what two releases must never do: where anything differs between them, method, code, data or model, their
+    difference has no noise in it. Whoever releases what comes out draws new seeds for every call. The harness's own runs
+    derive them from the cell, the attempt and the code (`harness.seeds`).
+
     Every random draw is a function of (seed, step), so a run continued from a checkpoint is the run that was never
     interrupted. Raises Diverged as soon as a log point sees weights that are not finite.
     """
@@ -297,7 +303,7 @@ def write_checkpoint(file: Path, p: Progress) -> None:
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
-    with open(temporary, "wb") as out:
+    with opened(temporary) as out:  # realised sizes, losses and counts are in it
         out.write(
             save(
                 {name: t.contiguous() for name, t in tensors.items()}, metadata={"progress": json.dumps(head)}

@@ -282,7 +282,7 @@ def test_a_stage_on_public_data_costs_nothing_and_is_named(tmp_path, other):
 
 def test_stages_draw_different_noise():
     (cell,) = cells(HEAD)
-    first, second = Seeds(cell), Seeds(cell, 1)
+    first, second = (Seeds(cell, stage, attempt=1, code="a") for stage in (0, 1))
     assert first.init == second.init
     drawn = {getattr(s, role) for s in (first, second) for role in ("sampling", "noise", "path")}
     assert len(drawn) == 6

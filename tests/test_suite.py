@@ -237,10 +237,17 @@ def test_ids_depend_on_the_science(cells: list[Cell]) -> None:
 
 def test_methods_of_a_task_start_from_the_same_weights(cells: list[Cell]) -> None:
     here = [cell for cell in cells if cell.task["name"] == "digits/mlp" and cell.seed == 0]
-    assert len({Seeds(cell).init for cell in here}) == 1
-    assert len({Seeds(cell).init for cell in cells}) == 4  # tasks times seeds
-    every = [seed for cell in cells for seed in (Seeds(cell).sampling, Seeds(cell).noise, Seeds(cell).path)]
-    assert len(set(every)) == 3 * len(cells)
+
+    def seeds(cell: Cell, attempt: int = 1, code: str = "a") -> Seeds:
+        return Seeds(cell, attempt=attempt, code=code)
+
+    assert len({seeds(cell).init for cell in here}) == 1
+    assert (
+        len({seeds(cell, n, code).init for cell in cells for n in (1, 2) for code in "ab"}) == 4
+    )  # tasks times seeds
+    made = [seeds(cell, n, code) for cell in cells for n in (1, 2) for code in "ab"]
+    every = [seed for one in made for seed in (one.sampling, one.noise, one.path)]
+    assert len(set(every)) == 3 * 4 * len(cells)  # roles, two attempts by two codes
     assert all(0 <= seed < 2**256 for seed in every)
 
 

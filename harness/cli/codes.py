@@ -38,7 +38,7 @@ def codes_of_records(records: Iterable[store.Record]) -> dict[str, Mapping[str, 
     for record in records:
         try:
             cell = store.cell_of(record)
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             found[record["id"]] = "its cell is not whole"
             continue
         # Where today's method makes other parts of the same parameters, its file has changed, and so the code.

@@ -120,6 +120,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--stale", action="store_true", help="run again what was made by other code than today's"
     )
     run.add_argument(
+        "--attempt", type=_positive, default=1, metavar="N",
+        help="the attempt that a first run counts as (default: 1): each draws other noise and batches, and a run is "
+             "repeated to the bit as the attempt that it was",
+    )  # fmt: skip
+    run.add_argument(
         "--report", action="store_true", help="write the leaderboard at the end and print its top"
     )
     run.add_argument("--no-track", action="store_true", help="do not send anything to MLflow")
@@ -235,5 +240,5 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]{0,4}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs; write 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; write 1 or more")
     return int(text)

@@ -12,7 +12,7 @@ from harness.cli.codes import codes_of_cells
 from harness.cli.errors import OK
 from harness.cli.selecting import chosen, need_device
 from harness.cli.standing import states_of
-from harness.cli.words import counts, epsilon, number, table
+from harness.cli.words import counts, epsilon, number, say_conflicts, table
 
 if TYPE_CHECKING:
     from harness.cell import Cell
@@ -25,7 +25,7 @@ def plan(options: argparse.Namespace) -> int:
     suite, cells = chosen(options)
     codes = codes_of_cells(cells)
     selection = launch.select(cells, options.results, suite.name, codes=codes)
-    states = states_of(selection)
+    states = states_of(cells, selection)
     prepared = _prepared(cells)
     accountants = list(dict.fromkeys(name for one in prepared.values() for name in one.get("planned") or {}))
     rows = []
@@ -40,6 +40,7 @@ def plan(options: argparse.Namespace) -> int:
         ])  # fmt: skip
     names = ["id", "method", "task", "eps", "seed", "batch", "steps", "sigma", *accountants, "state"]
     print(table(rows, names))
+    say_conflicts(selection.conflicts)
     print(f"\n{len(cells)} runs of suite {suite.name}: {counts(states.values())}")
     at_once = launch.slots(cells)
     print(_time_left([job.cell for job in selection.todo], options.results, at_once))

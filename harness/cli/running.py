@@ -13,7 +13,7 @@ from harness.cli.codes import codes_of_cells
 from harness.cli.errors import FAILED, INTERRUPTED, OK
 from harness.cli.reporting import write_report
 from harness.cli.selecting import again, chosen, need_device
-from harness.cli.words import counts, first_line, say_broken
+from harness.cli.words import counts, first_line, say_broken, say_conflicts
 
 if TYPE_CHECKING:
     from harness import launch
@@ -28,8 +28,9 @@ def run(options: argparse.Namespace) -> int:
     suite, cells = chosen(options)
     codes = codes_of_cells(cells)
     selection = launch.select(
-        cells, options.results, suite.name, codes=codes, retry=options.retry, rerun_stale=options.stale
-    )
+        cells, options.results, suite.name, codes=codes, retry=options.retry, rerun_stale=options.stale,
+        attempt=options.attempt,
+    )  # fmt: skip
     for spec in dict.fromkeys(str(job.cell.device.get("device") or "cpu") for job in selection.todo):
         need_device(spec)
     at_once = launch.slots([job.cell for job in selection.todo], options.jobs)
@@ -83,6 +84,7 @@ def _say_selection(
         if len(selection.stale) > 10:
             print(f"  and {len(selection.stale) - 10} more: {again(options, 'plan')}")
     say_broken(selection.broken)
+    say_conflicts(selection.conflicts)
     threads = max((int(job.cell.device.get("threads") or 1) for job in selection.todo), default=1)
     if options.jobs and options.jobs * threads > measure.cores():
         print(
@@ -125,4 +127,4 @@ def _end(
         )
     if options.report:
         write_report(options, suite, codes)
-    return FAILED if now.failed else OK
+    return FAILED if now.failed or now.conflicts or summary.conflicts else OK

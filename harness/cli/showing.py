@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 def show(options: argparse.Namespace) -> int:
     """Print one record; the exit code."""
-    from harness import launch, store
+    from harness import launch, origin, store
     from harness.report import read, tables
     from harness.stages import told
 
     record, others = _one_record(options.results, options.id)
     if options.json:
-        print(store.dumps({key: value for key, value in record.items() if key != "path"}), end="")
+        print(store.dumps(store.written(record)), end="")
         return OK
     cell, privacy, measured = record["cell"], record["privacy"], record["measured"]
     code, device = record["code"], record["device"]
@@ -36,6 +36,8 @@ def show(options: argparse.Namespace) -> int:
 
     row("status", record["status"], record.get("reason"))
     row("record", record["path"])
+    for line in origin.words(record.get("origin")):
+        row("origin", line)
     method, given = cell["method"], cell["method"].get("with") or {}
     own = {name: value for name, value in (method.get("parameters") or {}).items() if name not in given}
     stages = told(record)
@@ -188,6 +190,11 @@ def _one_record(results: Path, wanted: str) -> tuple[store.Record, list[store.Re
         ids = {id for _, id in names}
         rest = "write more digits" if len(ids) > 1 else "write SUITE/ID"
         raise UserError(f"{wanted}: {len(names)} records begin so; {rest}:\n{there}")
+    if shared := store.crowded(found):
+        there = "\n".join(f"  {one}" for one in shared)
+        raise UserError(
+            f"{wanted}: there are runs of two cells with the same id, and neither is shown:\n{there}"
+        )
     chosen = store.current(found)[0]
     if attempt:
         numbered = [record for record in found if store.attempt_of(record) == int(attempt)]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.cli.codes import codes_of_cells, codes_of_records
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files, again, load, need_suite, suite_file
-from harness.cli.words import counts, first_line, say_broken, table
+from harness.cli.words import counts, first_line, say_broken, say_conflicts, table
 
 if TYPE_CHECKING:
     from harness import launch
+    from harness.cell import Cell
 
 
 def status(options: argparse.Namespace) -> int:
@@ -35,14 +36,14 @@ def status(options: argparse.Namespace) -> int:
     suite = load(options)
     cells = suite.cells()
     selection = launch.select(cells, options.results, suite.name, codes=codes_of_cells(cells))
-    states = states_of(selection)
+    states = states_of(cells, selection)
     print(f"suite {suite.name}: {len(cells)} runs")
     advice = {
         "stale": f"{again(options, 'run')} --stale", "failed": f"{again(options, 'run')} --retry",
         "half done": again(options, "run"), "missing": again(options, "run"),
     }  # fmt: skip
     rows = []
-    for state in ("done", "stale", "failed", "running", "half done", "missing"):
+    for state in ("done", "stale", "failed", "running", "half done", "missing", "conflict"):
         words = [word.partition(", ")[2] for word in states.values() if word.partition(", ")[0] == state]
         if words:
             rows.append([state, str(len(words)), counts(filter(None, words)), advice.get(state, "")])
@@ -56,7 +57,8 @@ def status(options: argparse.Namespace) -> int:
     if extra:
         print(f"  {len(extra)} more have records but are not in the suite as it is today")
     say_broken(selection.broken)
-    return FAILED if selection.failed else OK
+    say_conflicts(selection.conflicts)
+    return FAILED if selection.failed or selection.conflicts else OK
 
 
 def _status_of_all(results: Path, suite: str | None = None) -> int:
@@ -88,11 +90,14 @@ def _status_of_all(results: Path, suite: str | None = None) -> int:
     return FAILED if any(record["status"] in store.FAILED for record in current) else OK
 
 
-def states_of(selection: launch.Selection) -> dict[str, str]:
+def states_of(cells: Iterable[Cell], selection: launch.Selection) -> dict[str, str]:
     """A word on each cell by id."""
     from harness import store
 
-    states = {record["id"]: f"done, {record['status']}" for record in selection.done}
+    states = dict.fromkeys(
+        (cell.id for cell in cells), "conflict"
+    )  # what else there is to say of one follows
+    states |= {record["id"]: f"done, {record['status']}" for record in selection.done}
     states |= {record["id"]: f"stale, {record['status']}" for record in selection.stale}
     states |= {record["id"]: f"failed, {record['status']}" for record in selection.failed}
     for job in selection.todo:

@@ -52,6 +52,12 @@ def first_line(record: store.Record) -> str:
     return (str(record.get("reason") or "no reason given").splitlines() or [""])[0][:200]
 
 
+def say_conflicts(conflicts: Sequence[store.Broken]) -> None:
+    """Print which folders hold a run of another cell than the one that is asked for."""
+    for one in conflicts:
+        print(f"  ! conflict: {one}")
+
+
 def say_broken(broken: Sequence[store.Broken]) -> None:
     """Print what could not be used."""
     for one in broken:

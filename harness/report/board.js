@@ -200,6 +200,7 @@ addEventListener("DOMContentLoaded", () => {
     link.append(make("bdi", row.title));
     if (row.href) link.href = row.href;
     title.append(link);
+    if (row.merged) title.append(" ", mark("merged", "warn", `${row.merged} runs were made elsewhere: their accuracy and times are their sender's word`));
     if (row.stale) title.append(" ", mark("stale", "warn", `${row.stale} runs were made by other code than today's`));
     if (row.public && row.public !== "none") title.append(" ", mark("public data", ""));
     if (tables[row.table].search) title.append(" ", mark("validation", "warn"));

@@ -46,7 +46,7 @@ UNITS: Mapping[str, str] = {
     **dict.fromkeys(("epsilon_spent", "epsilon_spent_pld", "epsilon_spent_rdp", "epsilon_claimed"), "epsilon"),
     "noise_multiplier": "standard deviations per sensitivity", "examples_per_second": "1/s",
     "rate_to_non_private": "ratio", "rate_to_dp_sgd": "ratio", "peak_memory_mib": "MiB", "train_seconds": "s",
-    "stale_runs": "runs", "busy_runs": "runs",
+    "stale_runs": "runs", "merged_runs": "runs", "busy_runs": "runs",
     **dict.fromkeys(("published", "measured_mean", "measured_low", "measured_high", "difference"), "that of metric"),
 }  # fmt: skip
 """Unit of each column of numbers; every other column is text."""
@@ -215,7 +215,7 @@ def _tex_table(table: Table, name: str) -> str:
 def _tex_row(entry: Entry, rank: str) -> list[str]:
     row = entry.row
     return [
-        rank, row.title + (" (stale)" if row.stale else ""), interval(row.accuracy),
+        rank, row.marked, interval(row.accuracy),
         "baseline" if entry.baseline else gap(entry.place.difference), epsilon(row.epsilon),
         text.sigma(row.shared("sigma")), timing(entry, "rate", count(row.rate)), count(row.peak_memory),
         str(len(row.scores)),

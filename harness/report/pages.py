@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from harness.store import COMPUTED
+
 from . import drawings, recipe, stage_table
 from .checked import Checked, Mark, mark, of_row
 from .html import MARK, Places, columns, environment, paragraphs
@@ -114,7 +116,7 @@ def _numbers(entry: Entry, table: Table, audit: Audit | None, check: Mark) -> li
         (f"to {100 * REACH:g} % of dp-sgd's accuracy",
          "" if reach is None else timing(entry, "reach", "never" if math.isinf(reach) else f"{count(reach)} s")),
         (BUSY, "timed while other work ran on the machine: not to be compared" if entry.doubted else ""),
-        ("Runs", statuses(row) + (f", {row.stale} stale" if row.stale else "")),
+        ("Runs", statuses(row) + (f", {row.stale} stale" if row.stale else "") + (f", {row.merged} merged" if row.merged else "")),
     ]  # fmt: skip
     return [(name, text) for name, text in pairs if text and text != "–"]
 
@@ -158,6 +160,7 @@ def _run(run: Run, board: Board, places: Places, sources: Mapping[str, Any] | No
         (_speed(run), count(run.rate) if run.rate else ""),
         ("Load average", _load(run)),
         ("Finished", run.finished),
+        ("Origin", run.origin),
         ("Code", run.commit[:12] + (" with local changes" if run.dirty else "")),
         ("MLflow", "tags.\"epsbench.id\" = '{}'".format(run.id.replace("'", "\\'"))),
     ]
@@ -189,7 +192,7 @@ def _record(run: Run) -> str:
         record = json.loads(run.order)
     except ValueError:  # a number that JSON cannot say
         return ""
-    hidden = ("trace", "environment", "path", "stale")
+    hidden = ("trace", "environment", *COMPUTED)
     kept = {k: v for k, v in record.items() if k not in hidden}
     if isinstance(kept.get("code"), dict):
         kept["code"] = {k: v for k, v in kept["code"].items() if k != "files"}

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
+from harness import origin
 from harness.stages import told
 
 from .staged import Stage, sampling
@@ -72,7 +73,8 @@ class Run:
 
     `changes` are the parts that the suite gave the method, slot and spec. `spent` and `planned` are epsilons by
     accountant; those that do not apply are in `refused`, each with its reason. `cores` are those that the run and the
-    ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the packages.
+    ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the packages. `attempt` is whose random numbers
+    were drawn; `origin` says of a run that was merged from where, and what of it is its sender's word.
     """
 
     id: str
@@ -118,12 +120,14 @@ class Run:
     load: float | None
     cores: int | None
     stale: bool
+    origin: str
     path: str
     started: str
     finished: str
     commit: str
     dirty: bool
     files: tuple[str, ...]
+    attempt: int
     torch: str
     environment: tuple[tuple[str, str], ...]
     trace: tuple[Point, ...]
@@ -404,12 +408,14 @@ def _run(record: RecordLike) -> Run:
         load=f.number("measured.load_average"),
         cores=_cores(f),
         stale=f.any("stale") is True,
+        origin="; ".join(map(visible, origin.words(f.any("origin")))),
         path=record_path(f.any("path")),
         started=f.text("started"),
         finished=f.text("finished"),
         commit=f.text("code.commit"),
         dirty=f.any("code.dirty") is True,
         files=tuple(sorted(visible(str(one)) for one in f.mapping("code.files") if "/" not in str(one))),
+        attempt=f.whole("randomness.attempt") or 1,
         torch=f.text("environment.torch"),
         environment=_pairs(f.mapping("environment")),
         trace=_trace(f.any("trace")),

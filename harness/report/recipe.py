@@ -25,6 +25,7 @@ def commands(run: Run, suite: str, reduced: bool = False, installed: bool = True
     here = bool(suite) and not path.is_absolute() and ".." not in path.parts
     file = (suite if here else path.name) or "SUITE.toml"
     words = ["epsbench", "run", file, *(["--reduced"] if reduced else []), "--only", run.id]
+    words += ["--attempt", str(run.attempt)] if run.attempt != 1 else []
     words += ["--results", "again", "--no-track"]
     if not installed:  # files outside the packages are known by their bare names
         words += [word for name in run.files or ("FILE.py",) for word in ("--method", name)]

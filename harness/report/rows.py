@@ -39,7 +39,7 @@ REACH = 0.99
 FIELDS = (
     "table", "role", "rank", "tied", "why", "title", "method", "family", "public", "device", "status",
     "accuracy", "difference", "planned", "spent", "rdp", "claimed", "claim", "audited", "checked", "tuned", "rate",
-    "reference", "baseline", "memory", "seconds", "reach", "busy", "seeds", "runs", "stale", "failures", "href", "more",
+    "reference", "baseline", "memory", "seconds", "reach", "busy", "seeds", "runs", "stale", "merged", "failures", "href", "more",
 )  # fmt: skip
 
 
@@ -253,6 +253,7 @@ def _row(
         "seeds": listing(row.seeds),
         "runs": statuses(row),
         "stale": row.stale,
+        "merged": row.merged,
         "failures": [list(f) for f in row.failures],
         "href": hrefs.get(id(row), ""),
         "more": " ".join([*(f"{k}={v}" for k, v in run.parameters), *(r.id for r in row.runs)]),

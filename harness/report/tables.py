@@ -70,9 +70,9 @@ class Row:
 
     @cached_property
     def counted(self) -> tuple[Run, ...]:
-        """The runs that count: status ok, one for each seed (fresh before stale, then the latest)."""
+        """The runs that count: status ok, one for each seed (ours before merged, fresh before stale, then the latest)."""
         best: dict[int, Run] = {}
-        for run in sorted(self.runs, key=lambda r: (not r.stale, r.finished, r.order)):
+        for run in sorted(self.runs, key=lambda r: (not r.origin, not r.stale, r.finished, r.order)):
             if run.ok and run.seed is not None:
                 best[run.seed] = run
         return tuple(best[seed] for seed in sorted(best))
@@ -111,6 +111,17 @@ class Row:
     def stale(self) -> int:
         """How many runs were made by other code than today's."""
         return sum(run.stale for run in self.runs)
+
+    @property
+    def merged(self) -> int:
+        """How many runs came from elsewhere."""
+        return sum(bool(run.origin) for run in self.runs)
+
+    @property
+    def marked(self) -> str:
+        """The title, with what to know of its runs first of all."""
+        marks = [word for word, n in (("stale", self.stale), ("merged", self.merged)) if n]
+        return f"{self.title} ({', '.join(marks)})" if marks else self.title
 
     @cached_property
     def spent(self) -> dict[str, float]:
@@ -241,6 +252,13 @@ class Table:
             )
         if any(e.row.stale for e in (*self.entries, *self.references)):
             notes.append("Rows marked stale hold runs made by other code than today's.")
+        merged = [run for e in (*self.entries, *self.references) for run in e.row.runs if run.origin]
+        if merged:
+            sources = "; ".join(dict.fromkeys(run.origin.partition(";")[0] for run in merged))
+            notes.append(
+                f"Rows marked merged hold runs made elsewhere ({sources}): their accuracy and times are their sender's "
+                "word. Each run's page says whether its privacy was computed again here."
+            )
         return notes
 
 

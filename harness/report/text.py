@@ -106,7 +106,7 @@ def markdown_table(table: Table) -> list[str]:
 
 def _markdown_row(entry: Entry, rank: str) -> list[str]:
     row = entry.row
-    name = escape(row.title) + (" (stale)" if row.stale else "")
+    name = escape(row.marked)
     return [
         rank, f"**{name}**" if rank.rstrip("=") == "1" else name, interval(row.accuracy),
         escape(difference(entry)),
@@ -229,7 +229,7 @@ def csv_row(table: Table, entry: Entry, reference: bool) -> list[tuple[str, Fiel
         ("rate_to_dp_sgd", entry.to_baseline), ("peak_memory_mib", row.peak_memory),
         ("train_seconds", row.train_seconds), ("seeds", listing(row.seeds)), ("runs", statuses(row)),
         ("failures", "; ".join(f"{status}: {reason}" for status, reason, _ in row.failures)),
-        ("stale_runs", row.stale), ("busy_runs", sum(r.busy for r in row.counted)),
+        ("stale_runs", row.stale), ("merged_runs", row.merged), ("busy_runs", sum(r.busy for r in row.counted)),
         ("group", run.group), ("ids", " ".join(r.id for r in row.runs)),
     ]  # fmt: skip
 
@@ -296,7 +296,7 @@ def top_rows(board: Board, n: int = 5) -> str:
 
 def _line(entry: Entry, rank: str) -> list[str]:
     row = entry.row
-    name = row.title + (" (stale)" if row.stale else "")
+    name = row.marked
     return [
         rank, name if len(name) <= 44 else name[:43] + "…", interval(row.accuracy), difference(entry),
         epsilon(row.epsilon), timing(entry, "rate", count(row.rate)),

@@ -1,0 +1,190 @@
+"""Which random numbers a run draws, and that two cells of one id are never taken for each other."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import cli, draw, launch, pack, store, suite
+from harness import run as running
+from harness.cell import Cell
+from harness.report import read, recipe
+from harness.seeds import Seeds
+
+ROOT = Path(__file__).parent.parent
+SUITE = """
+[suite]
+name = "draws"
+question = "Whose noise is this?"
+seeds = 1
+[privacy]
+epsilon = 3.0
+delta = 1e-5
+relation = "add-or-remove"
+accountant = "rdp"
+[train]
+batch = 64
+steps = 12
+[[task]]
+dataset = "digits"
+model = "mlp?hidden=8"
+[[method]]
+name = "dp-sgd"
+"""
+
+
+def cell() -> Cell:
+    return suite.parse(SUITE, "draws.toml").cells()[0]
+
+
+def weights(
+    folder: Path, code: str, monkeypatch: pytest.MonkeyPatch, save_seconds: float = 20.0
+) -> dict[str, Any]:
+    monkeypatch.setattr(running, "code_of", lambda cell: {"hash": code, "files": {}})
+    return running.execute(cell(), folder, "draws", save_seconds=save_seconds)
+
+
+def test_two_attempts_share_no_noise_and_a_repeated_one_has_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By other code or in another attempt: other noise. The same cell, attempt and code: the same bits, anywhere."""
+    id, a, b = cell().id, "a" * 12, "b" * 12
+    first = weights(tmp_path / "x" / id, a, monkeypatch)
+    assert first["randomness"] == {"attempt": 1, "code": a}
+    again = weights(tmp_path / "y" / id, a, monkeypatch)
+    second = weights(tmp_path / "x" / f"{id}.2", a, monkeypatch)
+    other = weights(tmp_path / "z" / id, b, monkeypatch)
+    found = [one["weights_sha256"] for one in (first, again, second, other)]
+    assert found[0] == found[1] and len(set(found)) == 3
+    assert second["randomness"] == {"attempt": 2, "code": a}
+    # What repeats it is the attempt that it was, in a folder where it has no record yet.
+    (run,) = read.read([second])
+    words = recipe.commands(run, "draws.toml")[-1].split()
+    assert (
+        words[words.index("--attempt") + 1] == "2"
+        and "--attempt" not in recipe.commands(read.read([first])[0], "a.toml")[-1]
+    )
+    (job,) = launch.select([cell()], tmp_path / "again", "draws", attempt=2).todo
+    assert job.folder.name == f"{id}.2"
+    assert weights(job.folder, a, monkeypatch)["weights_sha256"] == found[2]
+    # Initial weights are paired over all of them.
+    seeds = [Seeds(cell(), attempt=n, code=code) for n in (1, 2) for code in (a, b)]
+    assert len({one.init for one in seeds}) == 1 and len({one.noise for one in seeds}) == 4
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_run_goes_on_with_what_it_began_with_or_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same code ends in the same bits, in a later attempt's folder too; other code forgets what was begun."""
+    id, a, b = cell().id, "a" * 12, "b" * 12
+    whole = {code: weights(tmp_path / code / id, code, monkeypatch)["weights_sha256"] for code in (a, b)}
+    write = running.write_checkpoint
+
+    def write_and_die(*args: Any) -> None:
+        write(*args)
+        raise Stop
+
+    def cut(folder: Path) -> None:
+        with monkeypatch.context() as inner:
+            inner.setattr(running, "write_checkpoint", write_and_die)
+            with pytest.raises(Stop):
+                weights(folder, a, monkeypatch, save_seconds=0.0)
+        assert draw.begun(folder) == {"cell": cell().digest, "draw": draw.Draw(1, a)}
+        for file in (folder / "checkpoint").iterdir():
+            assert file.stat().st_mode & 0o077 == 0, file
+
+    cut(tmp_path / "same" / id)
+    resumed = weights(tmp_path / "same" / id, a, monkeypatch)
+    assert resumed["measured"]["sessions"] == 2 and resumed["weights_sha256"] == whole[a]
+
+    cut(tmp_path / "taken" / id)  # as the launcher gives a cut-short run's checkpoint to its next attempt
+    (tmp_path / "taken" / id).rename(tmp_path / "taken" / f"{id}.2")
+    resumed = weights(tmp_path / "taken" / f"{id}.2", a, monkeypatch)
+    assert resumed["measured"]["sessions"] == 2 and resumed["weights_sha256"] == whole[a]
+    assert resumed["randomness"] == {"attempt": 1, "code": a}
+
+    cut(tmp_path / "changed" / id)
+    anew = weights(tmp_path / "changed" / id, b, monkeypatch)
+    assert anew["measured"]["sessions"] == 1 and anew["weights_sha256"] == whole[b]
+
+    cut(tmp_path / "silent" / id)  # a checkpoint that does not say what it drew
+    (tmp_path / "silent" / id / "checkpoint" / draw.NOTE).unlink()
+    assert weights(tmp_path / "silent" / id, a, monkeypatch)["measured"]["sessions"] == 1
+
+
+def pair() -> tuple[Cell, Cell]:
+    """Two cells with one id, as a search of some minutes finds them."""
+    file = next(
+        file
+        for file in sorted(ROOT.glob("results/fashion/*/record.json"))
+        if file.parent.name == "25f4369fbb2d"
+    )
+    found = []
+    for lr in (1.60385475, 4.41856865):
+        canonical = copy.deepcopy(json.loads(file.read_bytes())["cell"])
+        canonical["method"]["parameters"]["lr"] = canonical["method"]["parts"]["optimizer"]["lr"] = lr
+        found.append(Cell.from_canonical(canonical, suite="fashion"))
+    return found[0], found[1]
+
+
+def record_of(cell: Cell) -> store.Record:
+    record = json.loads((ROOT / "results/fashion/25f4369fbb2d/record.json").read_bytes())
+    return record | {"id": cell.id, "group": cell.group, "cell": cell.canonical()}
+
+
+def put(results: Path, cell: Cell, attempt: int = 1) -> Path:
+    return store.write_record(store.Folder(results, "fashion", cell.id).attempt(attempt), record_of(cell))
+
+
+def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They share a name and no random number; wherever one is asked for and the other is there, that is said."""
+    one, two = pair()
+    assert one.id == two.id and one.digest != two.digest
+    seeds = [Seeds(x, attempt=1, code="a") for x in (one, two)]
+    assert len({getattr(s, role) for s in seeds for role in ("noise", "sampling", "path")}) == 6
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    put(here, one)
+    put(there, two)
+    assert [len(getattr(launch.select([one], here, "fashion"), name)) for name in ("done", "conflicts")] == [
+        1,
+        0,
+    ]
+    asked = launch.select([two], here, "fashion", retry=True, rerun_stale=True)
+    assert not asked.todo and not asked.done and "another cell with the same id" in asked.conflicts[0].reason
+    asked = launch.select([one, two], tmp_path / "empty", "fashion")
+    assert [job.cell.digest for job in asked.todo] == [one.digest]
+    assert "is the folder of two runs" in asked.conflicts[0].reason
+
+    result = store.merge([there], here)
+    assert not result.added and "another cell with the same id" in result.conflicts[0].reason
+    store.write_record(store.Folder(there, "fashion", one.id).attempt(3), record_of(two))
+    result = store.merge([there], here)  # under another number neither
+    assert not result.added and len(result.conflicts) == 2
+
+    mixed = tmp_path / "mixed"
+    put(mixed, one)
+    put(mixed, two, 2)
+    assert len(store.current(store.load(mixed))) == 2  # no attempts at one run
+    with pytest.raises(store.StoreError, match="two cells with the same id"):
+        pack.pack(mixed, tmp_path / "mixed.zip")
+    assert cli.main(["show", one.id[:6], "--results", str(mixed)]) == 2
+    assert "two cells with the same id" in capsys.readouterr().err
+
+    half = tmp_path / "half" / "fashion" / one.id
+    half.mkdir(parents=True)
+    draw.note(half, one, draw.Draw(1, "a" * 12))
+    asked = launch.select([two], tmp_path / "half", "fashion")
+    assert not asked.todo and "half-done run of another cell" in asked.conflicts[0].reason
+    with pytest.raises(draw.OtherCell, match="half-done run of another cell"):
+        draw.begin(half, two, "a" * 12)
+    assert draw.begun(half) is not None  # and it is kept
+    assert not store.merge([there], tmp_path / "half").added

@@ -1,0 +1,237 @@
+"""Records from elsewhere: what follows from a cell and a ledger is computed again, and nothing sent outranks what is here."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import cli, origin, pack, store, trust
+from harness.cell import Cell
+from harness.dp.account import Ledger, epsilons
+from harness.dp.release import Relation
+
+ROOT = Path(__file__).parent.parent
+RECORDS = sorted(ROOT.glob("results/*/*/record.json"))
+
+
+def read(path: Path) -> store.Record:
+    return json.loads(path.read_bytes())  # type: ignore[no-any-return]
+
+
+def genuine() -> store.Record:
+    """A record of one stage with privacy, by a method that is made here as it was then."""
+    for path in RECORDS:
+        record = read(path)
+        if record["suite"] == "fashion-methods" and record["cell"]["method"]["name"] == "dp-sgd":
+            return record
+    raise AssertionError("no such record")
+
+
+def staged() -> store.Record:
+    """A record of two stages on the same data."""
+    return next(r for r in map(read, RECORDS) if "then" in r["cell"] and "task" not in r["cell"]["then"])
+
+
+def named(record: store.Record) -> store.Record:
+    """With the id and the group that its cell now has."""
+    cell = Cell.from_canonical(record["cell"], suite=record["suite"])
+    return record | {"id": cell.id, "group": cell.group}
+
+
+def respent(record: store.Record, ledger: Ledger) -> None:
+    """Enter a ledger with all that honestly follows from it."""
+    privacy = record["privacy"]
+    bounds = epsilons(ledger, privacy["delta"], Relation(privacy["relation"]))
+    told = {name: bounds[name] if bounds[name] < float("inf") else None for name in privacy["spent"]}
+    privacy |= {
+        "ledger": ledger.to_json(),
+        "spent": told,
+        "planned": told,
+        "epsilon": told[privacy["accountant"]],
+    }
+
+
+@pytest.mark.parametrize("one", [genuine, staged])
+def test_a_genuine_record_is_believed(one: Callable[[], store.Record]) -> None:
+    assert trust.examine(one()) == trust.Verdict()
+
+
+def test_the_cell_of_every_record_is_read_as_it_was_written() -> None:
+    assert RECORDS
+    for path in RECORDS:
+        record = read(path)
+        cell = store.cell_of(record)
+        assert (cell.id, cell.group, cell.canonical()) == (record["id"], record["group"], record["cell"]), (
+            path
+        )
+        assert store.mismatch(record) == ""
+
+
+def _ledger(record: store.Record, **changes: Any) -> None:
+    for event, _ in record["privacy"]["ledger"]:
+        for name, value in changes.items():
+            (event if name in event else event["event"])[name] = value
+
+
+def _epsilons(record: store.Record, value: float) -> None:
+    for name in ("planned", "spent"):
+        record["privacy"][name] = {one: v and value for one, v in record["privacy"][name].items()}
+    record["privacy"]["epsilon"] = value
+
+
+def _quiet(record: store.Record) -> None:
+    """Less noise than the target asks for, and honest about all the rest."""
+    record["privacy"]["noise_multiplier"] *= 0.8
+    _ledger(record, noise_multiplier=record["privacy"]["noise_multiplier"])
+    respent(record, Ledger.from_json(record["privacy"]["ledger"]))
+
+
+def _shorter(record: store.Record) -> None:
+    record["privacy"]["ledger"][-1][1] -= 1
+    respent(record, Ledger.from_json(record["privacy"]["ledger"]))
+
+
+def _set(where: str, value: Any) -> Callable[[store.Record], None]:
+    def change(record: store.Record) -> None:
+        *path, last = where.split(".")
+        inner: Any = record
+        for key in path:
+            inner = inner[int(key)] if isinstance(inner, list) else inner[key]
+        inner[last] = value
+
+    return change
+
+
+FORGED: dict[str, tuple[Callable[[], store.Record], Callable[[store.Record], object], str]] = {
+    "epsilon alone": (genuine, _set("privacy.epsilon", 0.001), "privacy.epsilon is 0.001"),
+    "every epsilon": (genuine, lambda r: _epsilons(r, 0.001), "privacy.planned.pld is 0.001"),
+    "one accountant": (genuine, _set("privacy.spent.rdp", 0.5), "privacy.spent.rdp is 0.5"),
+    "planned": (genuine, _set("privacy.planned.rdp", 0.5), "privacy.planned"),
+    "the accountant that ranks": (genuine, _set("privacy.accountant", "rdp"), "privacy.accountant"),
+    "an accountant of their own": (genuine, _set("privacy.spent.mine", 0.1), "no accountant here"),
+    "sigma": (genuine, _set("privacy.noise_multiplier", 1e-3), "privacy.ledger is"),
+    "no sigma": (genuine, _set("privacy.noise_multiplier", None), "privacy.noise_multiplier is null"),
+    "less noise than the target": (genuine, _quiet, "its noise multiplier is too small"),
+    "the ledger's noise": (genuine, lambda r: _ledger(r, noise_multiplier=1e6), "privacy.ledger is"),
+    "the ledger's rate": (genuine, lambda r: _ledger(r, sampling_probability=1e-4), "privacy.ledger is"),
+    "a step less": (genuine, _shorter, "privacy.ledger is"),
+    "an empty ledger": (genuine, _set("privacy.ledger", []), "privacy.ledger is"),
+    "nothing spent": (genuine, _set("privacy.spent", {}), "privacy."),
+    "delta": (genuine, _set("privacy.delta", 1e-3), "privacy.delta is 0.001"),
+    "relation": (genuine, _set("privacy.relation", "replace-one"), "privacy.relation is"),
+    "unit": (genuine, _set("privacy.unit", "user"), "privacy.unit is"),
+    "sampling": (genuine, _set("privacy.sampling", "Poisson, q = 0.001"), "privacy.sampling is"),
+    "public data": (genuine, _set("privacy.public_data", "all of it"), "privacy.public_data is"),
+    "a claim": (genuine, _set("privacy.claimed", {"epsilon": 0.1, "failed": []}), "its method claims nothing"),
+    "a free search": (
+        genuine, _set("privacy.epsilon_with_tuning", {"epsilon": 1.0, "accountant": "pld"}), "charges no search"
+    ),
+    "group": (genuine, _set("group", "0" * 12), "its group '000000000000' is not that of its cell"),
+    "id": (genuine, _set("id", "0" * 12), "its id '000000000000' is not that of its cell"),
+    "a second stage": (genuine, _set("cell.then", copy.deepcopy(staged()["cell"]["then"])), "its id"),
+    "a field that no run has": (genuine, _set("cell.privacy.bonus", 1), "its id"),
+    "a place that no cell has": (genuine, _set("cell.extra", 1), "something that no run has: extra"),
+    "accuracy": (genuine, _set("metrics.accuracy", 1.01), "metrics.accuracy is 1.01"),
+    "fewer examples": (
+        genuine, lambda r: r.update(named(r | {"cell": r["cell"] | {"task": r["cell"]["task"] | {"n_train": 10**6}}})),
+        "cell.task.n_train is 1000000",
+    ),
+    "other data": (
+        genuine, lambda r: r.update(named(r | {"cell": r["cell"] | {"task": r["cell"]["task"] | {"digest": "0" * 16}}})),
+        "cell.task.digest is",
+    ),
+    "a looser target": (
+        genuine,
+        lambda r: r.update(named(r | {"cell": r["cell"] | {"privacy": r["cell"]["privacy"] | {"epsilon": 0.1}}})),
+        "its noise multiplier is too small",
+    ),
+    "a stage's epsilon": (staged, _set("stages.0.epsilon", 0.1), "stages.1.epsilon is 0.1"),
+    "a stage's steps": (staged, _set("stages.1.steps", 1), "stages.2.steps is 1"),
+    "a public stage": (staged, _set("stages.1.public", True), "stages.2.public is true"),
+    "no second stage": (staged, lambda r: r["cell"].pop("then"), "its id"),
+    "no stages": (staged, lambda r: r.pop("stages"), "stages are not one for each"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_is_forged_is_refused_by_name(name: str) -> None:
+    make, forge, reason = FORGED[name]
+    record = make()
+    forge(record)
+    refused = trust.examine(record).refused
+    assert reason in refused
+
+
+def test_a_ledger_that_nobody_can_compute_is_their_word() -> None:
+    """A method that is not known here, parts that are not those of today: not refused, and said."""
+    for change, told in (
+        (_set("cell.method.name", "no-such-method"), "its method cannot be built here"),
+        (_set("cell.method.parts.clip.clip", 0.123), "its method has another clip here"),
+    ):
+        record = genuine()
+        change(record)
+        verdict = trust.examine(named(record))
+        assert not verdict.refused and told in verdict.unknown[0]
+        _epsilons(record, 0.001)  # and still its epsilons are those of its ledger
+        assert "privacy.spent" in trust.examine(named(record)).refused
+
+
+def put(results: Path, record: store.Record, attempt: int = 1) -> Path:
+    return store.write_record(store.Folder(results, record["suite"], record["id"]).attempt(attempt), record)
+
+
+def test_a_bundle_is_examined_and_never_outranks_what_is_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A genuine second attempt comes in behind ours, a forged one not at all; both sides' words are told apart."""
+    here, there, evil = tmp_path / "here", tmp_path / "there", tmp_path / "evil"
+    put(here, genuine())
+    better = genuine()
+    better["metrics"]["accuracy"] = 0.999
+    put(there, better, 2)
+    forged = genuine()
+    _epsilons(forged, 0.001)
+    put(evil, forged, 3)
+    pack.pack(there, tmp_path / "there.zip")
+    pack.pack(evil, tmp_path / "evil.zip")
+    where = f"{better['suite']}/{better['id']}"
+
+    result = pack.merge([tmp_path / "there.zip"], here)
+    assert result.added == [f"{where}.2"] and not result.refused
+    result = pack.merge([tmp_path / "evil.zip"], here)
+    assert not result.added and "privacy.planned.pld is 0.001" in result.refused[0].reason
+    found = store.load(here)
+    assert ["origin" in record for record in found] == [False, True]
+    (counts,) = store.current(found)
+    assert store.attempt_of(counts) == 1 and counts["metrics"] == genuine()["metrics"]
+
+    # Where nothing was made here, what came first counts.
+    other = tmp_path / "other"
+    pack.merge([tmp_path / "there.zip"], other)
+    late = genuine()
+    late["metrics"]["accuracy"] = 1.0
+    put(tmp_path / "late", late, 7)
+    pack.merge([tmp_path / "late"], other)
+    (counts,) = store.current(store.load(other))
+    assert store.attempt_of(counts) == 2
+    capsys.readouterr()
+    assert cli.main(["show", better["id"], "--results", str(other)]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "merged from there.zip, SHA-256" in text
+        and "its accuracy and its times are its sender's word" in text
+    )
+
+    # What was looked at is what counts: a record that is changed afterwards is none.
+    path = other / f"{where}.2" / "record.json"
+    path.write_text(path.read_text().replace('"accuracy": 0.999', '"accuracy": 0.998'))
+    (broken,) = store.load(other).broken
+    assert "was changed after it was merged from there.zip" in broken.reason
+    # A damaged note makes no record ours.
+    (here / f"{where}.2" / origin.FILE).write_text("{")
+    assert store.attempt_of(store.current(store.load(here))[0]) == 1
