@@ -180,6 +180,12 @@ class _Leg:
 
 def _load(task: dict[str, Any], device: torch.device, dtype: torch.dtype) -> data.Dataset:
     loaded = data.load(task["dataset"])
+    if loaded.digest != task["digest"]:
+        raise data.DatasetMismatch(
+            f"data set {loaded.name} (from {loaded.source}) is not the one that this run was planned on: its digest is"
+            f" {loaded.digest}, not {task['digest']}. Give the command again: it plans the suite anew, and runs on"
+            " other data are other runs."
+        )
     return (loaded.validation_split() if task["evaluate"] == "validation" else loaded).to(device, dtype)
 
 

@@ -27,7 +27,7 @@ from harness.data.source import (
 from harness.dp import cache
 
 # Part of every cache key: raise it when reading, ordering or digests change.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -117,10 +117,10 @@ def files_stamp(files: Iterable[Path]) -> str:
     Links are followed, each folder once.
     """
     lines: list[str] = []
-    seen: set[Path] = set()
+    seen: set[str] = set()
 
     def add(place: Path) -> None:
-        real = place.resolve()
+        real = os.path.realpath(place)
         try:
             status = place.stat()
         except OSError:  # a link that leads nowhere
