@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"options"},
     "parts": {"options", "registry", "dp"},
     "seeds": {"cell"},
-    "data": {"registry"},
+    "data": {"registry", "dp"},
     "models": {"registry", "dp"},
     "suite": {"registry", "cell", "lines", "data", "dp", "parts"},
     "private": set(),
