@@ -32,7 +32,11 @@ GROWN = 1.1  # times the largest microbatch that was audited
 
 @dataclass
 class Seen:
-    """What audits have seen of a model at work in an engine: batches, the largest microbatch, the furthest input, batches with NaN."""
+    """What audits have seen of a model at work in an engine.
+
+    The number of batches, the largest microbatch and furthest input audited, the number of batches with a gradient that
+    is not finite.
+    """
 
     batches: int = 0
     largest: int = 0
@@ -150,7 +154,7 @@ def norms_of(engine: PerExample, used: Used, batch: Batch) -> Tensor:
 
 
 def confirmed(engine: PerExample, used: Used, number: int, random: bool) -> bool:
-    """Whether the norms differ in float64 too, where rounding makes no difference; so it is taken to be if that fails."""
+    """Whether the norms differ in float64 too, where rounding makes no difference. Yes, if the model refuses float64."""
     x = used.batch.x.double() if used.batch.x.is_floating_point() else used.batch.x
     wide = used._replace(w=Tree(used.w.layout, used.w.flat.double()), batch=Batch(x, used.batch.y))
     start = number // used.chunk * used.chunk

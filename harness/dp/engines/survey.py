@@ -1,4 +1,4 @@
-"""What a model does with a few examples: where they lie in its tensors, where it draws random numbers, what it mixes."""
+"""What a model does with a few examples: where they lie in its tensors, where it draws numbers, what it mixes."""
 
 from __future__ import annotations
 
@@ -365,7 +365,7 @@ def modes(model: nn.Module) -> tuple[Any, ...]:
 def served(
     make: Callable[..., Made], loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch
 ) -> Made:
-    """What `make` makes of these, without a trace. Raises Unserved where it fails and the model serves single examples."""
+    """What `make` makes of these, without a trace. Raises Unserved where it fails on a model that serves single ones."""
     try:
         with untouched(model, batch.x.device), torch.enable_grad():
             return make(loss, model, w, batch)

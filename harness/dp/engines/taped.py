@@ -1,4 +1,4 @@
-"""What the engines that read a tape share: the pass, the norms, the weights, and a sum from what the norms were made of."""
+"""What the engines that read a tape share: the pass, the norms, the weights, and the sum from the same tape."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Taped(PerExample):
         found: Mapping[str, Gradient],
         finite: Tensor,
     ) -> Tensor:
-        """The flat weighted sum over the examples that are `finite` [B]: weight 0 would not do, 0 * inf is not a number.
+        """The flat weighted sum over the examples that are `finite` [B]. Weight 0 would not do: 0 * inf is no number.
 
         From the same tape. Another pass would draw other random numbers, and one example would move all others.
         """
