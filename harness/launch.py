@@ -987,8 +987,8 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
         if _unwritable(error, folder):
             traceback.print_exc()
             raise
-        with opened(folder / "error.txt", "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(traceback.format_exc())
+        with opened(folder / "error.txt", "w", encoding="utf-8", errors="backslashreplace") as out:
+            out.write(traceback.format_exc())
         status = "oom" if _is_out_of_memory(error) else "crashed"
         if status == "crashed":  # at the same step it would crash again, and corrected code starts anew
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)

@@ -169,8 +169,8 @@ def train(
 
     **Two calls with the same `seeds` draw the same batches and the same noise.** That is what makes a run repeatable,
     and what two releases must never do: where anything differs between them, method, code, data or model, their
-    difference has no noise in it. Whoever releases what comes out draws new seeds for every call. The harness's own runs
-    derive them from the cell, the attempt and the code (`harness.seeds`).
+    difference has no noise in it. Whoever releases what comes out draws new seeds for every call. The harness's own
+    runs derive them from the cell, the attempt and the code (`harness.seeds`).
 
     Every random draw is a function of (seed, step), so a run continued from a checkpoint is the run that was never
     interrupted. Raises Diverged as soon as a log point sees weights that are not finite.

@@ -3,8 +3,8 @@
 Of a record that was not made here its privacy is recomputed rather than believed: the ledger is the plan of its cell at
 its noise multiplier, its epsilons are those of its ledger, they meet the target, and every other field that follows
 from the cell is what it must be. The first that is not refuses the record by name. What a run alone can know, its
-accuracy first of all, is the word of who made it, and so is what nobody can compute here because its method is not known:
-that is said, and stays beside the record.
+accuracy first of all, is the word of who made it, and so is what nobody can compute here because its method is not
+known: that is said, and stays beside the record.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
     if not ledger.entries and not privacy["planned"] and not ok:
         return  # nothing was released, or nobody could say
     whole = plan(private, sigma or 0.0, n)
-    if ok and ledger != whole or not ok and not _begins(ledger, whole):
+    if (ok and ledger != whole) or (not ok and not _begins(ledger, whole)):
         raise _Refused(
             f"privacy.ledger is {_short(privacy['ledger'])}, and the plan of its cell at its noise multiplier is "
             f"{_short(whole.to_json())}"

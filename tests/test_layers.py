@@ -52,8 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "methods": {"dp", "registry"},
     "cli": {
-        "audits", "bench", "cell", "checks", "data", "launch", "measure", "models", "pack", "parts", "origin", "registry",
-        "report", "run", "stages", "store", "suite", "track", "verify",
+        "audits", "bench", "cell", "checks", "data", "launch", "measure", "models", "pack", "origin", "parts",
+        "registry", "report", "run", "stages", "store", "suite", "track", "verify",
     },
 }  # fmt: skip
 MATHEMATICS = {

@@ -70,7 +70,7 @@ class Row:
 
     @cached_property
     def counted(self) -> tuple[Run, ...]:
-        """The runs that count: status ok, one for each seed (ours before merged, fresh before stale, then the latest)."""
+        """The runs that count: status ok, one a seed (ours before merged, fresh before stale, then the latest)."""
         best: dict[int, Run] = {}
         for run in sorted(self.runs, key=lambda r: (not r.origin, not r.stale, r.finished, r.order)):
             if run.ok and run.seed is not None:
