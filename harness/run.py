@@ -300,7 +300,9 @@ class _Session:
             if spent != planned:
                 raise RuntimeError(f"the ledger differs from the plan: {spent} is not {planned}")
             weights = kept(self.legs[-1], self.progress)
-            record["metrics"] = evaluate(self.model, weights, self.legs[-1].method.loss, self.legs[-1].data)
+            judged = self.legs[-1]
+            scores = evaluate(self.model, weights, judged.method.loss, judged.data)
+            record["metrics"] = scores | {"examples": judged.data.n_test}
             record["weights_sha256"] = digest(weights)
         except Unserved as error:
             status, reason = "skipped", str(error)

@@ -146,6 +146,12 @@ class Run:
         return self.metrics.get("accuracy")
 
     @property
+    def examples(self) -> int | None:
+        """How many examples the accuracy is counted on, where the record says so."""
+        found = self.metrics.get("examples")
+        return int(found) if found and found >= 1 else None
+
+    @property
     def judged(self) -> tuple[Point, ...]:
         """The log points of the last stage: those before it tell of another network, by another measure."""
         return tuple(p for p in self.trace if self.stage_at(p.step) + 1 >= len(self.stages))
