@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness import codehash, data, measure, models, registry
+from harness.dp import cache
 from harness.dp.account import Ledger, epsilon, epsilons, explain, ranking
 from harness.dp.calibrate import calibrate_stages
 from harness.dp.claim import Run
@@ -48,11 +49,6 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOG_POINTS = 20  # about how many lines a trace has
 SLACK = 1e-6  # by how much an accountant's answer for the ledger may exceed the target it was calibrated for
-
-
-def cache_folder() -> Path:
-    """Where results of calibration are kept between runs: $EPSBENCH_CACHE, else ~/.cache/epsbench."""
-    return Path(os.environ.get("EPSBENCH_CACHE") or Path.home() / ".cache" / "epsbench")
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ def noise_multiplier(stages: Sequence[Stage], target: Target, n: int) -> float:
     """The calibrated noise multiplier of all stages; 0 where there is no noise."""
     if target.epsilon is None or target.delta is None:
         return 0.0
-    folder = cache_folder() / "calibration"
+    folder = cache.root() / "calibration"
     return calibrate_stages(stages, n, target.epsilon, target.delta, target.accountant, folder)
 
 
@@ -189,6 +185,12 @@ class _Leg:
 
 def _load(task: dict[str, Any], device: torch.device, dtype: torch.dtype) -> data.Dataset:
     loaded = data.load(task["dataset"])
+    if loaded.digest != task["digest"]:
+        raise data.DatasetMismatch(
+            f"data set {loaded.name} (from {loaded.source}) is not the one that this run was planned on: its digest is"
+            f" {loaded.digest}, not {task['digest']}. Give the command again: it plans the suite anew, and runs on"
+            " other data are other runs."
+        )
     return (loaded.validation_split() if task["evaluate"] == "validation" else loaded).to(device, dtype)
 
 
@@ -228,7 +230,8 @@ class _Session:
         self.draw = begin(out, cell, self.code["hash"])
         drawn = self.draw.to_json()
         seeds = Seeds(cell, **drawn)
-        model = models.build(self.task["model"], self.data.input_shape, self.data.classes, seeds.init)
+        data = self.data
+        model = models.build(self.task["model"], data.input_shape, data.classes, seeds.init, data.tokens)
         self.model = model.to(self.device, dtype)
         methods, then = methods_of(cell), cell.then
         schedules = [_schedule(one, save_seconds) for one in (cell.schedule, then.get("schedule")) if one]

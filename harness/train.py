@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,10 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from harness.dp.account import Ledger
 from harness.dp.engines.engine import trainable
+from harness.dp.engines.weights import held, restored
 from harness.dp.loss import Batch, Data, Loss, Split
 from harness.dp.method import Method
 from harness.dp.random import Stream
@@ -246,13 +247,26 @@ def bill(method: Method, sigmas: tuple[float, ...], n: int, batch: int, step: in
     return method.sampler.wrap(method.path.amend(method.noise.event(sigmas)), n, batch, step)
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model: nn.Module, w: Tree) -> Iterator[None]:
+    """Inside the block `model` is in evaluation mode with weights `w`; afterwards it is as before, to the bit.
+
+    Its mode is changed while it holds `w`: what runs in `eval()` and `train()` may fold parameters into one another, as
+    LoRA layers do, and folds those of the run. It writes into a copy.
+    """
+    training = model.training
+    with restored(model), held(model, w.clone().views), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+
+
 def evaluate(model: nn.Module, w: Tree, loss: Loss, data: Data, split: Split = "test") -> dict[str, float]:
     """How weights `w` do on a split, as `loss` judges. Raises Diverged if the mean loss is not finite."""
-    was_training = model.training
-    model.eval()
-    found = loss.scores(lambda x: functional_call(model, w.views, (x,)), data, w.flat.device, split)
-    model.train(was_training)
+    with evaluating(model, w):
+        found = loss.scores(model, data, w.flat.device, split)
     if not math.isfinite(found["loss"]):
         raise Diverged("outputs are not finite")
     return found

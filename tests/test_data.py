@@ -276,7 +276,7 @@ def test_facts_of_a_file_are_remembered_until_it_changes(
     facts = data.describe(spec)
     assert facts["digest"] == data.load(spec).digest and facts["input_shape"] == (3, 6, 5)
 
-    def unread(path: Path) -> None:
+    def unread(path: Path, layout: str | None) -> None:
         raise AssertionError("read again")
 
     monkeypatch.setattr("harness.data.own.read_npz", unread)

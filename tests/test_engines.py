@@ -29,11 +29,11 @@ from harness.dp import (
     native,
 )
 from harness.dp.clip import Clip
-from harness.dp.engines.engine import trainable
+from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.gradients import Geometry, Lookup, Outer, Patches, gram_squares
-from harness.dp.engines.plan import plan_for
 from harness.dp.engines.rows import squared_norms
 from harness.dp.engines.rules import rule_for
+from harness.dp.engines.trial import plan_for
 from harness.dp.native import kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:Using padding='same'")
@@ -317,7 +317,7 @@ def test_a_model_whose_calls_depend_on_data_is_refused():
     model = Sometimes()
     y = torch.zeros(3, dtype=torch.long)
     release(Ghost(), model, torch.ones(3, 5), y, Flat(1.0))
-    with pytest.raises(RuntimeError, match="another number of times"):
+    with pytest.raises(Unserved, match="another number of times"):
         release(Ghost(), model, -torch.ones(3, 5), y, Flat(1.0))
 
 
@@ -856,5 +856,5 @@ def test_a_model_that_regroups_its_examples_is_stopped():
     cases.append((Packed(), tokens))
     for model, x in cases:
         batch, w = Batch(x, torch.arange(8) % 3), Tree.of(dict(model.named_parameters()))
-        with pytest.raises(RuntimeError, match=r"[Uu]se the engine Vmap or Loop"):
+        with pytest.raises(Unserved, match=r"regroups them|another number of rows"):
             Ghost().bounded(CrossEntropy(), Flat(1.0), model, w, batch, None, 1.0, Relation.ADD_OR_REMOVE)

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
 
 from harness import registry
+from harness.data import Dataset
 from harness.dp import Batch, BookKeeping, CrossEntropy, Flat, Loop, Relation, Tree
 from harness.dp.engines.vmap import explicit_states
 from harness.models import CrossExampleLayer, WSConv2d, build, check, to_groupnorm
@@ -353,6 +355,169 @@ def test_mistyped_specs_say_what_to_write(spec: str, shape: tuple[int, ...], mes
         build(spec, shape, 10, 0)
 
 
+class Large(nn.Module):
+    """Statistics of the batch, "once they are reliable"."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0) if len(x) >= 32 else x
+
+
+class Rescue(nn.Module):
+    """Scales all examples down where the largest would overflow."""
+
+    def __init__(self, beyond: float) -> None:
+        super().__init__()
+        self.beyond = beyond
+
+    def forward(self, x: Tensor) -> Tensor:
+        top = x.detach().abs().max()
+        return x * (self.beyond / top) if top > self.beyond else x
+
+
+class Unless(nn.Module):
+    """Gives up on a batch that holds what is not a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0 if x.isnan().any() else x
+
+
+class Remembering(nn.Module):
+    """Keeps the last batch in an attribute that no state shows."""
+
+    last: Tensor | float = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, self.last = x + self.last, x.detach().mean(0)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Large(), r'module "1\.1" \(Large\).*batch of \d+'), (Rescue(1e3), "Rescue"), (Rescue(1e6), "Rescue"),
+        (Unless(), "Unless"), (Remembering(), "second pass"), (nn.RReLU(), r'"1\.1" .RReLU. draws random numbers'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_mixes_only_at_times_is_found(module: nn.Module, message: str, dropout: float) -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.Sequential(nn.Identity(), module), nn.Dropout(dropout), nn.Linear(8, 2)
+    )
+    with pytest.raises(CrossExampleLayer, match=message):
+        check(model, (4,), 2)
+
+
+class Reading(nn.Module):
+    """A linear layer that comes by its weight in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 4))
+        self.weight2 = nn.Parameter(torch.randn(2, 2))
+        self.way, self.kept, self.bare = way, self.weight.t(), self.weight.detach()
+        self.twice = 2 * self.weight
+        w = self.weight
+        self.of = {"list": [w], "closure": lambda: w}[way] if way in ("list", "closure") else None
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if not mode and self.way == "folded":
+            self.bare = self.weight.detach().clone()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w: Tensor = self.weight
+        if self.way == "list":
+            w = self.of[0]
+        elif self.way == "closure":
+            w = self.of()
+        elif self.way == "kept":
+            w = self.kept.t()
+        elif self.way == "product":
+            w = self.twice
+        elif self.way == "view":
+            w = self.bare
+        elif self.way == "detached":
+            w = w.detach()
+        elif self.way == "folded" and not self.training:
+            w = self.bare
+        elif self.way == "stuck" and hasattr(self, "cache"):
+            w = self.cache
+        if self.way == "stuck" and not self.training:
+            self.cache = w.detach().clone()
+        h = F.linear(x, w)
+        if "checkpoint" in self.way:
+            return checkpoint(
+                lambda z: (z @ self.weight2).tanh(), h, use_reentrant=self.way == "checkpoint, old"
+            )
+        return (h @ self.weight2).tanh()
+
+
+@pytest.mark.parametrize("way", ["plain", "list", "closure", "folded", "checkpoint, new"])
+def test_whatever_reads_the_weights_of_the_run_passes_and_is_left_as_it_was(way: str) -> None:
+    model = Reading(way).eval()
+    tensors = [(p, p.data_ptr(), p.detach().clone()) for p in model.parameters()]
+    rng = torch.get_rng_state()
+    check(model, (4,), 2)
+    assert not model.training and torch.equal(rng, torch.get_rng_state())
+    for (p, place, value), q in zip(tensors, model.parameters(), strict=True):
+        assert p is q and p.data_ptr() == place and torch.equal(p, value)
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("kept", "made of"), ("product", "before the pass"), ("view", 'training mode does not compute.*"weight"'),
+        ("detached", 'uses "weight", and no gradient reaches it'), ("stuck", "must take back"),
+        ("checkpoint, old", "use_reentrant=False"),
+    ],
+)  # fmt: skip
+def test_whatever_reads_other_weights_is_refused(way: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(Reading(way), (4,), 2)
+
+
+def test_parameters_must_be_real_and_there() -> None:
+    model = nn.Sequential(nn.Linear(4, 2))
+    model.register_parameter("spectrum", nn.Parameter(torch.ones(3, dtype=torch.cfloat)))
+    with pytest.raises(ValueError, match=r'"spectrum" is complex.*view_as_real'):
+        check(model)
+    with pytest.raises(ValueError, match=r'"0\.weight" has no shape yet'):
+        check(nn.Sequential(nn.LazyLinear(2)), (4,), 2)
+
+
+class Tokens(nn.Module):
+    """A table without a clamp, as public language models have."""
+
+    def __init__(self, mixing: bool = False) -> None:
+        super().__init__()
+        self.table, self.out, self.mixing = nn.Embedding(5000, 4), nn.Linear(4, 2), mixing
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x.long()).mean(1)
+        return self.out(h - h.mean(0) if self.mixing else h)
+
+
+def test_models_of_tokens_are_tried_on_whole_numbers() -> None:
+    check(Tokens(), (7,), 2, tokens=5000)
+    with pytest.raises(ValueError, match="tokens=N"):
+        check(Tokens(), (7,), 2)
+    with pytest.raises(ValueError, match="an entry for each"):
+        check(Tokens(), (7,), 2, tokens=50_000)
+    with pytest.raises(CrossExampleLayer, match="another one"):
+        check(Tokens(mixing=True), (7,), 2, tokens=5000)
+    with pytest.raises(ValueError, match=r"x\.long\(\) first"):
+        check(nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 2)), (3,), 2, tokens=9)
+
+
+def test_output_must_be_one_tensor() -> None:
+    class Two(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(x), x
+
+    with pytest.raises(ValueError, match="a tuple of 2; it should return one tensor"):
+        check(Two(4, 2), (4,), 2)
+
+
 def test_output_must_fit_the_classes() -> None:
     with pytest.raises(ValueError, match=r"one row per example, \[5, 3\]"):
         check(nn.Linear(4, 2), (4,), 3)
@@ -369,3 +534,15 @@ def test_what_a_pass_changes_in_a_network_is_refused():
     normed = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
     with pytest.raises(CrossExampleLayer, match="in every pass"):
         check(normed, (4,), 2)
+
+
+def test_data_of_whole_numbers_are_tokens() -> None:
+    def data(x: Tensor, mean: float = 0.0) -> Dataset:
+        y = torch.zeros(len(x), dtype=torch.long)
+        return Dataset("d", 2, x, y, x[:1], y[:1], (mean,), (1.0,), "digest", "made", "none")
+
+    whole = torch.tensor([[0.0, 7.0], [3.0, 1.0]])
+    assert data(whole).tokens == 8 and data(whole.long()).tokens == 8
+    for other in (whole + 0.5, -whole, whole.to(torch.uint8)):
+        assert data(other).tokens is None
+    assert data(whole, mean=1.0).tokens is None

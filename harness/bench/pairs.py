@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from harness import measure
 from harness.bench.fresh import Answer, Gone, call
@@ -27,6 +26,7 @@ from harness.dp.clip import Flat
 from harness.dp.contrast import InfoNCE, unit
 from harness.dp.engines.engine import trainable
 from harness.dp.engines.pairs import Pairs
+from harness.dp.engines.weights import held
 from harness.dp.loss import Batch
 from harness.dp.release import Relation
 from harness.dp.tree import Tree
@@ -56,9 +56,8 @@ def trial(way: str, size: int, width: int, threads: int) -> Answer:
             one_pair(model, w, torch.stack([x[i, 0], x[j, 1]]))
 
     def plain() -> None:
-        leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
-        losses = loss.of(lambda rows: functional_call(model, leaves, (rows,)), batch)
-        torch.autograd.grad(losses.sum(), list(leaves.values()))
+        with held(model, w.views) as own:
+            torch.autograd.grad(loss.of(model, batch).sum(), list(own.values()))
 
     pairs(Batch(x[:2], batch.y[:2]))  # plans the model, and pays for what a process pays once
     before = measure.resident_mib(os.getpid()) or 0.0
@@ -77,9 +76,9 @@ def trial(way: str, size: int, width: int, threads: int) -> Answer:
 
 def one_pair(model: torch.nn.Module, w: Tree, views: Tensor) -> Tensor:
     """The clipped gradient of one similarity, by its own forward and backward pass over two views."""
-    leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
-    units = unit(functional_call(model, leaves, (views,)))
-    g = torch.cat([t.reshape(-1) for t in torch.autograd.grad(units[0] @ units[1], list(leaves.values()))])
+    with held(model, w.views) as own:
+        units = unit(model(views))
+        g = torch.cat([t.reshape(-1) for t in torch.autograd.grad(units[0] @ units[1], list(own.values()))])
     return g * (1 / g.norm()).clamp(max=1)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -22,11 +21,10 @@ from harness.data.source import (
     DatasetMismatch,
     DatasetMissing,
     Places,
-    cache_root,
     files_stamp,
     found_at,
-    write_whole,
 )
+from harness.dp import cache
 from harness.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -219,7 +217,7 @@ class Timm:
     def _places(self) -> list[Path]:
         if self.checkpoint is not None:
             return found_at(self.checkpoint, self.root)
-        return [cache_root() / "backbones" / f"{self.name}.safetensors"]
+        return [cache.root() / "backbones" / f"{self.name}.safetensors"]
 
     def _file(self) -> Path | None:
         return next((place for place in self._places() if place.is_file()), None)
@@ -237,13 +235,12 @@ class Timm:
 
     def card(self) -> Card:
         stamp = f"{self.name}\ntimm {version('timm')}\n{files_stamp([self._present()])}"
-        kept = cache_root() / "backbones" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.json"
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads(kept.read_text())
+        kept = cache.root() / "backbones" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.json"
+        with suppress(KeyError, TypeError):
+            found = cache.load(kept)
             return Card(**found | {"mean": tuple(found["mean"]), "std": tuple(found["std"])})
         card = self._examine()
-        with suppress(OSError):
-            write_whole(kept, lambda file: file.write(json.dumps(asdict(card)).encode()))
+        cache.dump(kept, asdict(card))
         return card
 
     def build(self) -> Network:
@@ -261,10 +258,12 @@ class Timm:
         if file is None:
             from safetensors.torch import save
 
-            [file] = self._places()
-            state = self._net(pretrained=True).state_dict()
-            whole = save({name: t.contiguous().clone() for name, t in state.items()})
-            write_whole(file, lambda out: out.write(whole))
+            [place] = self._places()
+            file = cache.usable(place.parent) / place.name
+            if not file.is_file():
+                state = self._net(pretrained=True).state_dict()
+                whole = save({name: t.contiguous().clone() for name, t in state.items()})
+                cache.write_whole(file, lambda out: out.write(whole))
         return file
 
     def _net(self, pretrained: bool) -> Any:

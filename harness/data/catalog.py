@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
-import zipfile
+import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,13 +22,12 @@ from harness.data.source import (
     DatasetMissing,
     Derived,
     Source,
-    cache_root,
     places,
-    write_whole,
 )
+from harness.dp import cache
 
 # Part of every cache key: raise it when reading, ordering or digests change.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -253,7 +251,7 @@ def _key(opened: _Opened) -> str:
 
 
 def _cache_file(key: str, suffix: str) -> Path:
-    return cache_root() / "datasets" / f"{key}{suffix}"
+    return cache.root() / "datasets" / f"{key}{suffix}"
 
 
 def _remembered(key: str) -> Facts | None:
@@ -263,21 +261,27 @@ def _remembered(key: str) -> Facts | None:
 def read_facts(file: Path) -> Facts | None:
     """Facts kept as JSON; None where the file is absent or damaged, to be made again."""
     try:
-        found = json.loads(file.read_text())
+        found = cache.load(file)
         for field in ("mean", "std", "input_shape", "sources"):
             found[field] = tuple(found[field])
-        return Facts(**found)
-    except (OSError, ValueError, KeyError, TypeError):
+        facts = Facts(**found)
+        counts = (*facts.input_shape, facts.classes, facts.n_train, facts.n_test)
+        sound = isinstance(facts.digest, str) and all(type(count) is int for count in counts)
+        return facts if sound else None
+    except (KeyError, TypeError):
         return None
 
 
 def _kept(key: str) -> Raw | None:
+    held = cache.read(_cache_file(key, ".npz"))
+    if held is None:
+        return None
     try:
-        with np.load(_cache_file(key, ".npz"), allow_pickle=False) as file:
+        with np.load(io.BytesIO(held), allow_pickle=False) as file:
             x_train, y_train, x_test, y_test = (file[key] for key in KEYS)
             return Raw(x_train, y_train, x_test, y_test, str(file["source"]), int(file["classes"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent or damaged: it is made again
+    except Exception:  # damaged, in whatever way: it is made again
+        return None
 
 
 def _remember(key: str, facts: Facts, raw: Raw | None) -> None:
@@ -287,9 +291,6 @@ def _remember(key: str, facts: Facts, raw: Raw | None) -> None:
         assert raw is not None
         np.savez(file, **vars(raw))
 
-    try:
-        if raw is not None:
-            write_whole(_cache_file(key, ".npz"), arrays)
-        write_whole(_cache_file(key, ".json"), lambda file: file.write(json.dumps(asdict(facts)).encode()))
-    except OSError:
-        return
+    if raw is not None:
+        cache.keep(_cache_file(key, ".npz"), arrays)
+    cache.dump(_cache_file(key, ".json"), asdict(facts))

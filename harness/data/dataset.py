@@ -79,6 +79,25 @@ class Dataset:
         """Shape of one example, ``(C, H, W)`` for images."""
         return tuple(self.x_train.shape[1:])
 
+    @cached_property
+    def tokens(self) -> int | None:
+        """One more than the largest input, where all inputs are whole numbers from 0 on; None otherwise.
+
+        What models are given counts: normalised inputs are no tokens. Whoever looks inputs up in a table needs so
+        many entries.
+        """
+        if self.x_train.is_floating_point() and (any(self.mean) or any(s != 1 for s in self.std)):
+            return None
+        if self.x_train.dtype.itemsize == 1:  # images
+            return None
+        most = 0
+        for x in (self.x_train, self.x_test):
+            for part in x.split(4096):  # features are seen to be none at once
+                if len(part) and (part != part.round()).any() | (part < 0).any() | (part.abs() > 2**24).any():
+                    return None
+                most = max(most, int(part.max()) if part.numel() else 0)
+        return most + 1
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
         """The same data on ``device``. :meth:`batch` then returns ``dtype``; images stay uint8 in memory."""
         return replace(

@@ -16,7 +16,7 @@ import numpy as np
 
 from harness.data.canonical import Array
 from harness.data.dataset import Split
-from harness.data.source import write_whole
+from harness.dp.cache import load, own, write_whole
 
 CHUNK = 256  # rows between two notes of progress; chunks always start at a multiple
 SPEAK = 30.0  # seconds between two lines where there is no terminal
@@ -92,15 +92,15 @@ def _note(folder: Path, done: Mapping[Split, int], width: int) -> None:
 
 def _done(folder: Path, sizes: Mapping[Split, int], width: int) -> dict[Split, int]:
     """How many rows of each split are safely there: noted, and in a file that is long enough."""
-    try:
-        noted = json.loads((folder / "progress.json").read_text())
-        rows = noted["rows"] if noted["width"] == width else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        rows = {}
+    noted = load(folder / "progress.json")
+    fits = isinstance(noted, dict) and noted.get("width") == width
+    rows = noted.get("rows") if fits else None
+    rows = rows if isinstance(rows, dict) else {}
     found: dict[Split, int] = {}
     for split, n in sizes.items():
-        file, count = folder / f"{split}.npy", int(rows.get(split, 0))
-        long = file.stat().st_size if file.exists() else 0
+        file, count = folder / f"{split}.npy", rows.get(split, 0)
+        count = count if type(count) is int and count >= 0 else 0
+        long = file.stat().st_size if own(file) else 0
         found[split] = count if len(_header(n, width)) + 4 * width * count <= long and count <= n else 0
     return found
 

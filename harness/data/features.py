@@ -20,10 +20,11 @@ import numpy as np
 from harness.data.backbones import Backbone, Network
 from harness.data.backbones import backbone as found_backbone
 from harness.data.dataset import Dataset, Facts, Split
-from harness.data.extract import Rows, fill, mapped
+from harness.data.extract import Rows, fill, finished, mapped
 from harness.data.pictures import Base
 from harness.data.pictures import base as found_base
-from harness.data.source import DatasetError, DatasetMissing, Derived, Places, cache_root, write_whole
+from harness.data.source import DatasetError, DatasetMismatch, DatasetMissing, Derived, Places
+from harness.dp import cache
 from harness.registry import dataset
 
 if TYPE_CHECKING:
@@ -120,8 +121,10 @@ class Features:
         import torch
 
         facts = self.facts()
-        folder = cache_root() / "features" / facts.digest
+        folder = cache.root() / "features" / facts.digest
         sizes: dict[Split, int] = {"train": facts.n_train, "test": facts.n_test}
+        if not finished(folder, sizes, facts.input_shape[0]):
+            folder = cache.usable(folder)
         fill(folder, sizes, facts.input_shape[0], lambda: self._rows(folder), facts.name)
 
         def tensor(name: str) -> Tensor:
@@ -157,9 +160,14 @@ class Features:
         absent = self.missing()
         if absent is not None:
             raise absent
-        card, pictures = self.backbone.card(), self.base.open()
+        card, pictures, planned = self.backbone.card(), self.base.open(), self.base.facts().digest
+        if pictures.digest != planned:
+            raise DatasetMismatch(
+                f"{pictures.source}: its pictures have changed (digest {pictures.digest}, not {planned}); plan the "
+                "suite again: runs on other pictures are other runs"
+            )
         for name, labels in (("train", pictures.labels("train")), ("test", pictures.labels("test"))):
-            write_whole(folder / f"{name}-labels.npy", partial(np.save, arr=labels))
+            cache.write_whole(folder / f"{name}-labels.npy", partial(np.save, arr=labels))
         compute = extractor(self.backbone.build(), card.mean, card.std, self.norm)
         side = self.size or card.side
 

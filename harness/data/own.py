@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+NOTES = frozenset({".txt", ".md", ".csv", ".json", ".xml", ".yaml", ".yml"})  # beside pictures, and none
+SYSTEM = frozenset({"thumbs.db", "desktop.ini", "__macosx"})  # what other systems leave behind
 # What is public about any picture: its pixels lie in 0..1.
 DEFAULT_IMAGE = ((0.5,), (0.25,), "default for images: mean 0.5, deviation 0.25")
 DEFAULT_OTHER = ((0.0,), (1.0,), "default for other inputs: used as they are")
@@ -34,14 +36,21 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...], str]
 
 
 @dataset("npz")
-def npz(path: str, root: Places, mean: str | None = None, std: str | None = None) -> Source:
+def npz(
+    path: str,
+    root: Places,
+    mean: str | None = None,
+    std: str | None = None,
+    layout: Literal["nchw", "nhwc"] | None = None,
+) -> Source:
     """A .npz file with x_train y_train x_test y_test: uint8 images, or float inputs of any shape.
 
     ``mean`` and ``std`` are one number or one per channel ("0.49,0.48,0.45"), of pixels in 0..1; take them
     from public knowledge, not from this data. Default: 0.5 and 0.25 for images, 0 and 1 otherwise. A
-    relative path is looked for in the working directory, then in the data root.
+    relative path is looked for in the working directory, then in the data root. ``layout`` says where the channels of
+    four axes are, for shapes that do not tell.
     """
-    candidates = [_npz_at(place) for place in found_at(path, root)]
+    candidates = [_npz_at(place, layout) for place in found_at(path, root)]
     found = first_of(f"npz:{path}", candidates, [f'write the path of an existing .npz, as in "npz:{path}"'])
     return Source(found.read, found.stamp, _Statistics(mean, std))
 
@@ -57,9 +66,11 @@ def imagefolder(
 ) -> Source:
     """A folder with train/CLASS/*.png and test/CLASS/*.png.
 
-    Classes are the folders of train, in order of names. All pictures must have one size, or ``size=32``
-    resizes each to 32x32 (bilinear). ``channels`` is 3 (colour) or 1 (grey). ``mean`` and ``std`` as for
-    npz.
+    Classes are the folders of train, in order of names; links are followed. Hidden files and folders, Thumbs.db and
+    notes (.txt, .csv, .json, ...) are passed over; anything else that is no picture is refused by name. All pictures
+    must have one size, or ``size=32`` resizes each to 32x32 (bilinear). ``channels`` is 3 (colour) or 1 (grey).
+    Orientation (EXIF) is applied, transparency ignored, grey of 12 or 16 bits scaled to 8. ``mean`` and ``std`` as
+    for npz.
     """
     if channels not in (1, 3):
         raise DatasetError(f"imagefolder:{path}?channels={channels}: write 3 (colour) or 1 (grey)")
@@ -86,8 +97,8 @@ def picture_folder(path: str, root: Places) -> Path:
     )
 
 
-def _npz_at(file: Path) -> Candidate:
-    return Candidate(".npz", (file,), lambda: read_npz(file))
+def _npz_at(file: Path, layout: str | None) -> Candidate:
+    return Candidate(".npz", (file,), lambda: read_npz(file, layout))
 
 
 class _Statistics:
@@ -133,23 +144,62 @@ def _spread(key: str, numbers: tuple[float, ...], raw: Raw, width: int) -> tuple
 
 def class_names(folder: Path) -> list[str]:
     """The classes of a folder of pictures: the folders of ``train/``, in order of names."""
-    classes = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
+    classes = _classes_in(folder / "train")
     if len(classes) < 2:
         raise DatasetError(f"{folder / 'train'}: {len(classes)} class folders; there must be two or more")
-    unknown = sorted(p.name for p in (folder / "test").iterdir() if p.is_dir() and p.name not in classes)
+    unknown = [name for name in _classes_in(folder / "test") if name not in classes]
     if unknown:
         raise DatasetError(f"{folder / 'test' / unknown[0]}: train/ has no class of that name")
     return classes
 
 
-def labelled_files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """Every picture in the class folders of ``folder`` with its class; at least one."""
-    files = [
-        (file, label)
-        for label, name in enumerate(classes)
-        for file in sorted((folder / name).glob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
+def _classes_in(folder: Path) -> list[str]:
+    """The names of the class folders; refuses pictures that lie beside them."""
+    found = _entries(folder)
+    for one in found:
+        if not one.is_dir():
+            raise DatasetError(f"{one}: is in no class folder; move it into one, or out of {folder.name}/")
+    return [one.name for one in found]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder in order of names, without what is hidden, of the system, or a note."""
+    try:
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        raise DatasetError(f"{folder}: cannot be read ({error.strerror or error})") from error
+    return [
+        one
+        for one in found
+        if not one.name.startswith(".") and one.name.lower() not in SYSTEM
+        if one.suffix.lower() not in NOTES or one.is_dir()
     ]
+
+
+def labelled_files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """Every picture in the class folders of ``folder`` with its class; at least one of each that is there.
+
+    ``test/`` may lack classes. Raises :class:`DatasetError` naming what would be left out otherwise.
+    """
+    files: list[tuple[Path, int]] = []
+    for label, name in enumerate(classes):
+        place = folder / name
+        if folder.name != "train" and not place.exists():
+            continue
+        found = _entries(place)
+        for one in found:
+            if one.is_dir():
+                raise DatasetError(
+                    f"{one}: a folder in a class folder; move its pictures up into {name}/, or remove it"
+                )
+            if one.suffix.lower() not in IMAGE_SUFFIXES:
+                kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+                raise DatasetError(
+                    f"{one}: not a picture of a kind that is read ({kinds}); convert it, to .png say, or remove it"
+                )
+        if not found:
+            raise DatasetError(f"{place}: no pictures; put some there, or remove the folder")
+        files += [(one, label) for one in found]
     if not files:
         raise DatasetError(f"{folder}: no pictures in class folders ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
@@ -193,12 +243,44 @@ def _read_image(file: Path, size: int | None, channels: int) -> Array:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1) if channels == 3 else pixels[None])
 
 
-def open_picture(file: Path, mode: str) -> Picture:
-    """The picture in ``file`` in PIL's ``mode``. Raises :class:`DatasetError` naming the file."""
-    from PIL import Image, UnidentifiedImageError
+def open_picture(file: Path, mode: Literal["RGB", "L"]) -> Picture:
+    """The picture in ``file`` in colour or grey of 8 bits, upright. Raises :class:`DatasetError` naming the file.
+
+    Grey of 12 or 16 bits is scaled, 65535 to 255. Transparency is ignored: the colours are those stored.
+    """
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as opened:
-            return opened.convert(mode)
-    except (UnidentifiedImageError, OSError) as error:
+            # The second picture of an MPO is the camera's preview.
+            if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
+                raise DatasetError(
+                    f"{file}: holds {opened.n_frames} pictures; save each in a file of its own"
+                )
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
+            deep = upright.mode.startswith(("I", "F"))
+            return (_eight_bits(file, opened, upright) if deep else upright).convert(mode)
+    except (DatasetError, MemoryError):
+        raise
+    except Exception as error:  # damaged files make Pillow raise all sorts of things
         raise DatasetError(f"{file}: not a readable picture ({error})") from error
+
+
+def _eight_bits(file: Path, opened: Any, picture: Picture) -> Picture:
+    """Grey of 12 or 16 bits as 8 bits. Refuses numbers whose white nobody can tell."""
+    from PIL import Image
+
+    tags = getattr(opened, "tag_v2", {})  # of a TIFF
+    bits = int(tags.get(258, (16,))[0])
+    sixteen = picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format in ("PNG", "PPM"))
+    if not sixteen or bits not in (12, 16):
+        what = "floats" if picture.mode == "F" else f"whole numbers of mode {picture.mode}"
+        raise DatasetError(
+            f"{file}: its pixels are {what}, of which no white is known; save it with 8 bits, or 16 (65535 is white)"
+        )
+    white = 2**bits - 1
+    pixels = np.asarray(picture).astype(np.float64) * (255 / white)
+    if tags.get(262) == 0:  # white is zero
+        pixels = 255 - pixels
+    return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -23,22 +22,24 @@ from harness.data.source import (
     DatasetError,
     DatasetMissing,
     Places,
-    cache_root,
     files_stamp,
-    write_whole,
 )
+from harness.dp import cache
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Part of the cache key: raise it when the digest or the order of a folder changes.
-FORMAT = 1
+FORMAT = 2
+# Part of the digest of a folder, which covers the files: raise it when the same files give other pixels.
+DECODING = "pixels 2"
 
 
 class Pictures(Protocol):
     """Pictures in canonical order, to be read a few at a time."""
 
     source: str
+    digest: str
 
     def labels(self, split: Split) -> Array:
         """int64 ``[N]``."""
@@ -110,7 +111,7 @@ class _Held:
         import torch
 
         self._data = catalog.load(spec, root.root, download=root.download)
-        self.source = self._data.source
+        self.source, self.digest = self._data.source, self._data.digest
         if self._data.x_train.dtype != torch.uint8:
             raise DatasetError(
                 f"features:{spec}: its examples are {self._data.x_train.dtype}; pictures are uint8"
@@ -145,7 +146,7 @@ def _folder(path: str, root: Places) -> Base:
         return None
 
     def facts() -> Facts:
-        return _known(picture_folder(path, root))[0]
+        return _known(picture_folder(path, root))
 
     return Base(facts, lambda: _Folder(picture_folder(path, root)), missing)
 
@@ -155,7 +156,9 @@ class _Folder:
 
     def __init__(self, folder: Path) -> None:
         self.source = f"image folder {folder.name}"
-        self._folder, self._files = folder, _known(folder)[1]()
+        facts, self._files = _hashed(folder)  # as it is now, whatever was kept of it
+        cache.dump(_kept(folder), asdict(facts))
+        self._folder, self.digest = folder, facts.digest
 
     def labels(self, split: Split) -> Array:
         return np.array([label for _, label in getattr(self._files, split)], dtype=np.int64)
@@ -172,30 +175,26 @@ class _Folder:
             return torch.cat(list(pool.map(one, names)))
 
 
-def _known(folder: Path) -> tuple[Facts, Callable[[], _Files]]:
-    """Facts and files of a folder: every file is read once, then again only when the folder has changed."""
+def _known(folder: Path) -> Facts:
+    """Facts of a folder: every file is read once, then again only when the folder has changed."""
+    place = _kept(folder)
+    known = catalog.read_facts(place)
+    if known is None:
+        known = _hashed(folder)[0]
+        cache.dump(place, asdict(known))
+    return known
+
+
+def _kept(folder: Path) -> Path:
     stamp = f"{FORMAT}\n{files_stamp([folder / 'train', folder / 'test'])}"
-    place = cache_root() / "folders" / hashlib.sha256(stamp.encode()).hexdigest()[:24]
-    short, long = place.with_suffix(".json"), place.with_suffix(".files.json")
-
-    def files() -> _Files:
-        return _Files(**json.loads(long.read_text()))
-
-    known = catalog.read_facts(short)
-    if known is not None and long.exists():
-        return known, files
-    facts, made = _hashed(folder)
-    with suppress(OSError):  # without a writable cache everything works, only slower
-        write_whole(long, lambda file: file.write(json.dumps(asdict(made)).encode()))
-        write_whole(short, lambda file: file.write(json.dumps(asdict(facts)).encode()))
-    return facts, lambda: made
+    return cache.root() / "folders" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.json"
 
 
 def _hashed(folder: Path) -> tuple[Facts, _Files]:
     """Read every file. The order and the digest depend on the bytes and classes of files, not on their names."""
     classes = class_names(folder)
     splits: list[list[tuple[str, int]]] = []
-    total = hashlib.sha256()
+    total = hashlib.sha256(DECODING.encode())
     for part in ("train", "test"):
         listed = labelled_files(folder / part, classes)
         with ThreadPoolExecutor(os.cpu_count()) as pool:

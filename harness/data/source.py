@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from harness.data.canonical import Raw
 from harness.data.dataset import Dataset, Facts
+from harness.dp import cache
 
 DOWNLOAD = "EPSBENCH_DOWNLOAD"
 DATA = "EPSBENCH_DATA"
-CACHE = "EPSBENCH_CACHE"
 
 
 class DatasetError(ValueError):
@@ -49,34 +48,24 @@ def places(root: Path | None = None, download: bool | None = None) -> Places:
     Downloads only if ``download``, or where that is None if ``EPSBENCH_DOWNLOAD=1``.
     """
     if root is None:
-        root = Path(os.environ.get(DATA) or "~/.cache/epsbench/data")
+        root = Path(os.environ.get(DATA) or cache.home() / "data")
     if download is None:
         download = os.environ.get(DOWNLOAD, "").strip().lower() in ("1", "true", "yes")
-    return Places(Path(root).expanduser(), download)
+    return Places(expanded(root), download)
 
 
-def cache_root() -> Path:
-    """``$EPSBENCH_CACHE``, else ``~/.cache/epsbench``. What is in it may be deleted at any time."""
-    return Path(os.environ.get(CACHE) or "~/.cache/epsbench").expanduser()
+def expanded(path: str | Path) -> Path:
+    """A path with its ``~`` replaced, or as it is where nobody knows that home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def found_at(path: str, root: Places) -> list[Path]:
     """Where a path given by the user may lead: the working directory, then the data root."""
-    given = Path(path).expanduser()
+    given = expanded(path)
     return [given] if given.is_absolute() else [Path.cwd() / given, root.root / given]
-
-
-def write_whole(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Whole or not at all, also with several processes writing the same file and a kill at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            fill(file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 @dataclass(frozen=True)
@@ -123,14 +112,31 @@ class Candidate:
 
 
 def files_stamp(files: Iterable[Path]) -> str:
-    """Absolute path, size and modification time of each file (of a folder: of the files in it)."""
-    parts = []
+    """Absolute path, size and times of each file; of a folder its name, and the same of all that is in it.
+
+    Links are followed, each folder once.
+    """
+    lines: list[str] = []
+    seen: set[str] = set()
+
+    def add(place: Path) -> None:
+        real = os.path.realpath(place)
+        try:
+            status = place.stat()
+        except OSError:  # a link that leads nowhere
+            status = place.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            lines.append(f"{place}|{real}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}")
+            return
+        lines.append(f"{place}|{real}")
+        if real not in seen:
+            seen.add(real)
+            for member in sorted(place.iterdir()):
+                add(member)
+
     for file in files:
-        members = sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]
-        for member in members:
-            status = member.stat()
-            parts.append(f"{member.resolve()}|{status.st_size}|{status.st_mtime_ns}")
-    return "\n".join(parts)
+        add(Path(os.path.abspath(file)))
+    return "\n".join(lines)
 
 
 def first_of(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,9 +18,12 @@ from dp_accounting.mechanism_calibration import (
     calibrate_dp_mechanism,
 )
 
+from harness.dp import cache as kept
 from harness.dp.account import ACCOUNTANTS, Ledger, epsilon, quiet
 from harness.dp.clip import Flat
 from harness.dp.method import Method, Stage, plan
+
+LEAST = 0.05  # noise multipliers below are not looked for
 
 
 def calibrate(
@@ -53,7 +54,7 @@ def calibrate_stages(
     """The smallest noise multiplier, to 1e-4 relative, at which all stages together cost at most `target` at `delta`.
 
     `accountant` is used where it knows every planned event, else the first one that does. Results are kept as small
-    files under `cache`. Raises ValueError where no accountant can bound the plan, or no multiplier will do.
+    files under `cache`, at best. Raises ValueError where no accountant can bound the plan, or no multiplier will do.
     """
     relations = {stage.method.sampler.relation for stage in stages}
     if len(relations) > 1:
@@ -86,9 +87,16 @@ def calibrate_stages(
         raise ValueError(f"no accountant knows the events of this plan: {some.composed()}")
     trials = [ledger(min(s, ceiling / 2)).to_json() for s in (1.0, 2.0)]
     key = json.dumps([*trials, known, relation.value, target, delta, _version()])
-    file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json" if cache else None
-    if file and file.exists():
-        return float(json.loads(file.read_text())["noise_multiplier"])
+    name = hashlib.sha256(key.encode()).hexdigest()
+    file = cache / f"{name[:24]}.json" if cache else None
+    known_before = _remembered(file, name) if file else None
+    if known_before is not None:
+        return known_before
+    if epsilon(ledger(LEAST), delta, relation, "rdp") <= target:
+        raise ValueError(
+            f"epsilon = {target:g} at delta = {delta:g} is met with less noise than a multiplier of {LEAST}, the"
+            " smallest that is looked for: write a smaller epsilon, or train without privacy"
+        )
 
     def event(sigma: float) -> DpEvent:
         return ledger(sigma).total()
@@ -106,14 +114,14 @@ def calibrate_stages(
         # RDP's epsilon is quick to compute and never below PLD's, so its multiplier brackets PLD's from above. From
         # below we go down by steps: at a multiplier far too small PLD's grid is so wide that it takes minutes.
         if math.isinf(ceiling):
-            upper = solve("rdp", LowerEndpointAndGuess(0.05, 1.0), 1e-4 if known == "rdp" else 1e-2)
+            upper = solve("rdp", LowerEndpointAndGuess(LEAST, 1.0), 1e-4 if known == "rdp" else 1e-2)
         elif tight:
             upper = ceiling
         else:
-            upper = solve("rdp", ExplicitBracketInterval(0.05, ceiling), 1e-4 if known == "rdp" else 1e-2)
+            upper = solve("rdp", ExplicitBracketInterval(LEAST, ceiling), 1e-4 if known == "rdp" else 1e-2)
     except mechanism_calibration.NoBracketIntervalFoundError as error:
         raise ValueError(
-            f"no noise multiplier from 0.05 up meets epsilon = {target} at delta = {delta}: take fewer steps or a"
+            f"no noise multiplier from {LEAST} up meets epsilon = {target} at delta = {delta}: take fewer steps or a"
             " smaller batch"
         ) from error
     sigma = upper
@@ -123,7 +131,8 @@ def calibrate_stages(
             lower, upper = 0.85 * lower, lower
         sigma = solve(known, ExplicitBracketInterval(lower, upper), 1e-4 * min(1.0, upper))
     if file:
-        _write(file, {"noise_multiplier": sigma, "epsilon": target, "delta": delta, "accountant": known})
+        found = {"noise_multiplier": sigma, "epsilon": target, "delta": delta, "accountant": known}
+        kept.dump(file, found | {"key": name})
     return sigma
 
 
@@ -131,8 +140,9 @@ def _version() -> str:
     return version("dp-accounting")
 
 
-def _write(file: Path, value: dict[str, object]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
-        json.dump(value, temporary)
-    os.replace(temporary.name, file)
+def _remembered(file: Path, key: str) -> float | None:
+    """The noise multiplier in a file, if it is one and of this key."""
+    held = kept.load(file)
+    sigma = held.get("noise_multiplier") if isinstance(held, dict) and held.get("key") == key else None
+    sound = isinstance(sigma, float) and math.isfinite(sigma) and sigma >= LEAST
+    return sigma if sound else None

@@ -71,6 +71,10 @@ class Tree:
         if not tensors:
             return cls(Layout((), ()), torch.empty(0))
         kinds = {(t.dtype, t.device) for t in tensors.values()}
+        if complex_ := [name for name, t in tensors.items() if t.is_complex()]:
+            raise ValueError(
+                f"{', '.join(complex_)}: a tree holds real numbers; give torch.view_as_real of them"
+            )
         if len(kinds) > 1:
             raise ValueError(f"a tree holds one dtype on one device, not {sorted(map(str, kinds))}")
         return cls(Layout.of(tensors), torch.cat([t.detach().reshape(-1) for t in tensors.values()]))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from harness.dp.clip import Clip, Flat, State
 from harness.dp.engines.engine import Clipped, PerExample, group_norms
 from harness.dp.engines.loop import Loop
-from harness.dp.engines.plan import untouched
 from harness.dp.engines.rows import squared_norms
+from harness.dp.engines.survey import untouched
 from harness.dp.engines.vmap import chunk_within, refusal
 from harness.dp.loss import Batch, Loss
 from harness.dp.release import Bounded, Relation

@@ -109,10 +109,10 @@ def _unreachable(
     method: Method, n: int, batch: int, steps: int, epsilon: float, privacy: Privacy
 ) -> str | None:
     """Why no noise multiplier meets a target, or None. What is calibrated is kept for the run."""
-    from harness.data.source import cache_root
+    from harness.dp import cache
     from harness.dp.calibrate import calibrate
 
-    folder = cache_root() / "calibration"
+    folder = cache.root() / "calibration"
     try:
         calibrate(method, n, batch, steps, epsilon, privacy.delta, privacy.accountant, folder)
     except ValueError as error:

@@ -137,9 +137,9 @@ def _absent(spec: str, known: Facts) -> Exception | None:
     from harness import data
     from harness.data.dataset import Split
     from harness.data.extract import finished
-    from harness.data.source import cache_root
+    from harness.dp import cache
 
     absent = data.missing(spec)
-    kept, width = cache_root() / "features" / str(known["digest"]), int(known["input_shape"][0])
+    kept, width = cache.root() / "features" / str(known["digest"]), int(known["input_shape"][0])
     rows: dict[Split, int] = {"train": known["n_train"], "test": known["n_test"]}
     return None if absent is not None and kept.is_dir() and finished(kept, rows, width) else absent

@@ -81,7 +81,8 @@ class Task:
             raise Refused(f'task "{name}": write DATA/MODEL, as in mnist-5k/tanh-cnn-28, or {OWN}')
         loaded = data.load(dataset)
         x, y = loaded.batch(slice(examples or None))
-        body = models.build(model, loaded.input_shape, loaded.classes, seed % 2**63)
+        shape, classes = loaded.input_shape, loaded.classes
+        body = models.build(model, shape, classes, seed % 2**63, loaded.tokens)
         return cls(name, x, y, loaded.classes, body, loaded.digest, model)
 
 

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from dp_accounting import PoissonSampledDpEvent
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from harness.dp import (
     SGD,
@@ -41,9 +40,10 @@ from harness.dp import (
 )
 from harness.dp.clip import Clip, State
 from harness.dp.contrast import InfoNCE
-from harness.dp.engines.engine import Clipped, PerExample, group_norms
+from harness.dp.engines.engine import Clipped, PerExample, group_norms, losses_of
 from harness.dp.engines.pairs import Pairs
 from harness.dp.engines.vmap import per_example_gradients
+from harness.dp.engines.weights import held
 from harness.dp.loss import Loss
 from harness.dp.random import Stream
 from harness.measure import Clock
@@ -131,10 +131,10 @@ class InBatchStatistics(Naive):
     def gradients(
         self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
     ) -> tuple[dict[str, Tensor], Tensor]:
-        leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
-        losses = loss.of(lambda x: functional_call(model, leaves, (x,)), batch)
-        rows = [torch.autograd.grad(one, list(leaves.values()), retain_graph=True) for one in losses]
-        return {name: torch.stack(g) for name, g in zip(leaves, zip(*rows, strict=True), strict=True)}, losses
+        with held(model, w.views) as own:
+            losses = losses_of(loss, model, batch)
+            rows = [torch.autograd.grad(one, list(own.values()), retain_graph=True) for one in losses]
+        return {name: torch.stack(g) for name, g in zip(own, zip(*rows, strict=True), strict=True)}, losses
 
 
 @dataclass(frozen=True)

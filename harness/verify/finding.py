@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
+from harness.dp import cache
 from harness.dp.account import ACCOUNTANTS, Ledger
 from harness.dp.account import epsilon as cost
 from harness.dp.calibrate import calibrate
@@ -56,11 +55,6 @@ class Verdict:
         return self.audited > self.claimed
 
 
-def cache_folder() -> Path:
-    """Where runs keep results of calibration too (`harness.run.cache_folder`, which this room may not import)."""
-    return Path(os.environ.get("EPSBENCH_CACHE") or Path.home() / ".cache" / "epsbench")
-
-
 def claim(
     method: Method, n: int, batch: int, steps: int, target: float, delta: float, sigma: float | None = None
 ) -> tuple[float, str, Callable[[float], float]]:
@@ -71,7 +65,7 @@ def claim(
     relation = method.sampler.relation
     try:
         if sigma is None:
-            sigma = calibrate(method, n, batch, steps, target, delta, cache=cache_folder() / "calibration")
+            sigma = calibrate(method, n, batch, steps, target, delta, cache=cache.root() / "calibration")
         plan = method.plan(sigma, n, batch, steps)
     except ValueError as error:
         raise Refused(str(error)) from error

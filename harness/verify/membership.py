@@ -21,13 +21,12 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from harness.dp.method import Method, describe
 from harness.dp.random import Stream
 from harness.dp.tree import Tree
 from harness.seeds import derive
-from harness.train import Diverged, Schedule, start, train
+from harness.train import Diverged, Schedule, evaluating, start, train
 from harness.verify.audit_bounds import CHOOSING, Sample, guessed, upper
 from harness.verify.canary import Refused, Task
 
@@ -164,11 +163,10 @@ def trained(method: Method, task: Task, pool: Pool, sigma: float, schedule: Sche
     return evaluated(model, method.path.kept(progress.w, progress.parts.path), task.x)
 
 
-@torch.no_grad()
 def evaluated(model: nn.Module, w: Tree, x: Tensor) -> Tensor:
     """The outputs of a model with weights `w` in evaluation mode."""
-    model.eval()
-    return torch.cat([functional_call(model, w.views, (part,)) for part in x.split(1024)])
+    with evaluating(model, w):
+        return torch.cat([model(part) for part in x.split(1024)])
 
 
 def confidence(outputs: Tensor, y: Tensor) -> Tensor:

@@ -86,6 +86,9 @@ class Stacked(Gradient):
             part.weighted(v, block)
         return out
 
+    def some(self, chosen: Tensor) -> Gradient:
+        return Stacked(tuple(part.some(chosen) for part in self.parts))
+
     def __add__(self, other: Gradient) -> Gradient:
         if isinstance(other, Stacked) and self.heights == other.heights:
             return Stacked(tuple(a + b for a, b in zip(self.parts, other.parts, strict=True)))

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
-import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from harness.dp import cache
 from harness.dp.clip import Clip, State
+from harness.dp.engines.audit import unaudited
 from harness.dp.engines.bookkeeping import BookKeeping
 from harness.dp.engines.engine import Engine, PerExample
 from harness.dp.engines.ghost import Ghost
-from harness.dp.engines.plan import modes, untouched
-from harness.dp.engines.taped import unaudited
+from harness.dp.engines.survey import modes, untouched
 from harness.dp.engines.vmap import Vmap
 from harness.dp.loss import Batch, Loss
 from harness.dp.native import describe
@@ -106,8 +104,8 @@ class Auto(PerExample):
         if key not in known:
             file = _file(key)
             arguments = (loss, clip, model, w, _sized(batch), state, sigma, relation, step)
-            known[key] = _read(file) or _fastest(able, arguments)
-            _write(file, known[key])
+            known[key] = _read(file, able) or _fastest(able, arguments)
+            cache.dump(file, {"engine": known[key]})
         return CANDIDATES[known[key]]
 
 
@@ -151,23 +149,13 @@ def _fastest(engines: Mapping[str, Engine], arguments: tuple[Any, ...]) -> str:
 
 
 def _file(key: str) -> Path:
-    folder = Path(os.environ.get("EPSBENCH_CACHE") or Path.home() / ".cache" / "epsbench") / "engines"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     machine = (platform.machine(), platform.processor(), os.cpu_count(), gpu, torch.__version__, describe())
-    return folder / f"{hashlib.sha256(repr((key, machine)).encode()).hexdigest()[:16]}.json"
+    return cache.root() / "engines" / f"{hashlib.sha256(repr((key, machine)).encode()).hexdigest()[:16]}.json"
 
 
-def _read(file: Path) -> str | None:
-    try:
-        name = json.loads(file.read_text())["engine"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return name if name in CANDIDATES else None
-
-
-def _write(file: Path, name: str) -> None:
-    with suppress(OSError):  # a cache that cannot be written costs another trial, no more
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as out:
-            out.write(json.dumps({"engine": name}) + "\n")
-        os.replace(out.name, file)
+def _read(file: Path, able: Container[str]) -> str | None:
+    """The engine in a file, if it is one that can serve."""
+    held = cache.load(file)
+    name = held.get("engine") if isinstance(held, dict) else None
+    return name if isinstance(name, str) and name in able else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.dp.clip import Clip, State
+from harness.dp.engines.draws import generators, rewind
 from harness.dp.loss import Batch, Loss
 from harness.dp.native.memory import keep_freed_memory
 from harness.dp.release import Bounded, Observed, Relation, Release
@@ -25,6 +26,21 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 class Unserved(ValueError):
     """An engine finds out, from a model at work and before it sees any data, that it cannot serve it."""
+
+
+def losses_of(loss: Loss, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+    """The losses [B] of a prepared batch. Raises Unserved where `loss` gives anything but one number for each example.
+
+    A column [B, 1], a mean over the batch or a square [B, B] would broadcast against weights [B], and the sum that is
+    released would not be the one whose norms were measured.
+    """
+    losses = loss.of(model, batch)
+    if losses.shape != (len(batch),):
+        raise Unserved(
+            f"{type(loss).__name__} gives losses of shape {list(losses.shape)} for {len(batch)} examples; it must give"
+            f' [{len(batch)}], one for each (write reduction="none", and no axis of length one)'
+        )
+    return losses
 
 
 @dataclass(frozen=True)
@@ -64,17 +80,15 @@ class Engine:
 
 
 def laid_out(w: Tree, batch: Batch, channels_last: bool) -> tuple[dict[str, Tensor], Batch]:
-    """A pass's weights, as leaves that require gradients, and batch; both with channels last if asked for."""
+    """The weights that the model holds in a pass, and the batch; both with channels last if asked for."""
     if not channels_last:
-        return {name: t.detach().requires_grad_() for name, t in w.items()}, batch
+        return w.views, batch
 
-    def last(
-        t: Tensor,
-    ) -> Tensor:  # `contiguous` would leave a single channel's strides, by which operators choose
+    # `contiguous` would leave a single channel's strides, by which operators choose.
+    def last(t: Tensor) -> Tensor:
         return t.to(memory_format=torch.channels_last) if t.ndim == 4 else t
 
-    leaves = {name: last(t.detach()).detach().requires_grad_() for name, t in w.items()}
-    return leaves, Batch(last(batch.x), batch.y)
+    return {name: last(t) for name, t in w.items()}, Batch(last(batch.x), batch.y)
 
 
 class Clipped(NamedTuple):
@@ -84,6 +98,21 @@ class Clipped(NamedTuple):
     norms: Tensor | None
     weights: Tensor | None
     losses: Tensor
+
+
+class Used(NamedTuple):
+    """What a step was made of: its norms [B, G], its microbatch, and the generators' states before it."""
+
+    loss: Loss
+    clip: Clip
+    groups: Mapping[str, int]
+    model: nn.Module
+    w: Tree
+    batch: Batch
+    state: State
+    norms: Tensor
+    chunk: int
+    draws: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -146,6 +175,7 @@ class PerExample(Engine):
         keep_freed_memory()
         groups = clip.groups(w.layout)
         chunk = self.chunk(loss, model, w, batch) if len(batch) else 1
+        draws = generators(batch.x.device)
         while True:
             try:
                 total, parts = self._summed(chunk, loss, clip, groups, model, w, batch, state)
@@ -154,12 +184,18 @@ class PerExample(Engine):
                 if chunk == 1:
                     raise
                 chunk //= 2
+                rewind(batch.x.device, draws)
         norms, observed = observe(parts, w, 1 + max(groups.values(), default=0))
+        if norms is not None and len(batch):
+            self.inspect(Used(loss, clip, groups, model, w, batch, state, norms, chunk, draws))
         bound, multiplier = clip.sensitivity(state, relation), clip.split(sigma)["grad"]
         releases = {"grad": Release(w.with_flat(total), bound, multiplier, clip.scale(w.layout, state))}
         if norms is not None:
             releases |= clip.side(norms, state, relation, sigma)
         return Bounded(releases, replace(observed, engine=self.label, microbatch=chunk))
+
+    def inspect(self, used: Used) -> None:
+        """Audit a step that was made, before anything is released. Raises Unserved for a fault."""
 
     def _summed(
         self,

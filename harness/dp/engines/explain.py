@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.dp.engines.plan import gradients, plan_for
+from harness.dp.engines.plan import gradients
+from harness.dp.engines.trial import plan_for
+from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
 
@@ -19,8 +21,7 @@ def explain(loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> list[dict[st
     beyond those of an ordinary weight gradient.
     """
     plan = plan_for(loss, model, w.views, batch)
-    leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
-    with torch.enable_grad():
+    with torch.enable_grad(), held(model, w.views) as leaves:
         found = gradients(plan, model, w.views, plan.run(loss, model, leaves, batch), loss, batch)
     by_vmap = {name for names in plan.modules.values() for name in names.values()} | set(plan.whole)
     rows = []

@@ -13,16 +13,17 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.grad import conv1d_weight, conv2d_weight
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import CheckpointError
 
 from harness.dp.clip import Clip, State, Unclipped
 from harness.dp.clip.flat import shortened
 from harness.dp.clip.rule import positive
-from harness.dp.engines.engine import SPEED, Engine, Unserved, joined, trainable
-from harness.dp.engines.plan import modes, moved, probe_batch, refuse_mixing, untouched, watching
+from harness.dp.engines.engine import SPEED, Engine, Unserved, joined, losses_of, trainable
 from harness.dp.engines.rows import full_precision
+from harness.dp.engines.survey import modes, moved, probe_batch, refuse_mixing, untouched, watching
+from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.native.memory import keep_freed_memory
 from harness.dp.random import Stream
@@ -144,16 +145,16 @@ class Feedback(Engine):
         batch: Batch,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Add a microbatch's contributions to `total`; losses [B], and whether each was shortened or not finite [B]."""
-        with torch.enable_grad():
+        with torch.enable_grad(), held(model, w.views):
             with cut(layers) as tape:
                 outputs: list[Tensor] = []
 
                 def forward(x: Tensor) -> Tensor:
-                    tape.close(functional_call(model, {name: t.detach() for name, t in w.items()}, (x,)))
+                    tape.close(model(x))
                     outputs.append(tape.ends[-1].detach().requires_grad_())
                     return outputs[-1]
 
-                losses = loss.of(forward, batch)
+                losses = losses_of(loss, forward, batch)
             if tuple(call.layer.path for call in tape.calls) != order or len(outputs) != 1:
                 raise RuntimeError("the model calls other layers than in the pass that it was accepted for")
             (error,) = torch.autograd.grad(losses.sum(), outputs)
@@ -431,27 +432,33 @@ def survey(layers: Mapping[str, Layer], model: nn.Module, w: Tree, x: Tensor) ->
     if given.is_floating_point():
         given.normal_(generator=torch.Generator().manual_seed(0))
     given = given.to(x.device).requires_grad_(given.is_floating_point())
-    leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
     training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False  # no dropout: the two passes are compared
-        tapes: list[Tape] = []
-        for size in PROBES:
-            with torch.enable_grad(), cut(layers) as tape:
-                tape.close(functional_call(model, leaves, (given[:size].clone(),)))
-            tapes.append(tape)
-    finally:
-        for module in training:
-            module.training = True
-    order = tuple(call.layer.path for call in tapes[0].calls)
-    for path in layers:
-        if order.count(path) != 1:
+    with held(model, w.views) as own:
+        try:
+            for module in training:
+                module.training = False  # no dropout: the two passes are compared
+            tapes: list[Tape] = []
+            for size in PROBES:
+                with torch.enable_grad(), cut(layers) as tape:
+                    tape.close(model(given[:size].clone()))
+                tapes.append(tape)
+        finally:
+            for module in training:
+                module.training = True
+        order = tuple(call.layer.path for call in tapes[0].calls)
+        for path in layers:
+            if order.count(path) != 1:
+                raise Unserved(
+                    f"{path} is called {order.count(path)} times, and feedback alignment serves one call"
+                )
+        try:
+            refuse_branches(tapes[0], given, own)
+        except CheckpointError as error:
             raise Unserved(
-                f"{path} is called {order.count(path)} times, and feedback alignment serves one call"
-            )
-    refuse_branches(tapes[0], given, leaves)
-    refuse_uneven(*tapes)
+                "feedback alignment cannot cut a network between layers that are computed once more in the backward"
+                " pass: leave activation checkpointing out"
+            ) from error
+        refuse_uneven(*tapes)
     return order
 
 
@@ -473,8 +480,8 @@ def refuse_mixed_examples(loss: Loss, model: nn.Module, w: Tree, batch: Batch) -
     """
     few = probe_batch(batch)
     random: set[str] = set()
-    with watching(model, random), torch.no_grad():
-        functional_call(model, dict(w.items()), (few.x,))
+    with watching(model, random), torch.no_grad(), held(model, w.views):
+        model(few.x)
     for distance in (0.0, 1.0):
         state = {name: t.requires_grad_() for name, t in moved(w.views, distance).items()}
         try:

@@ -13,9 +13,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from harness.dp.engines.audit import audit
+from harness.dp.engines.bookkeeping import BookKeeping
+from harness.dp.engines.draws import rewind
+from harness.dp.engines.engine import Unserved, Used
 from harness.dp.engines.gradients import Gradient
+from harness.dp.engines.survey import untouched
 from harness.dp.engines.tape import Run
 from harness.dp.engines.taped import Taped
+from harness.dp.loss import Batch
 from harness.dp.tree import Tree
 
 
@@ -31,19 +37,24 @@ class Ghost(Taped):
 
     second_pass: ClassVar[bool] = True
 
+    def inspect(self, used: Used) -> None:
+        plan = self.planned(used.loss, used.model, used.w, used.batch)
+        if plan is not None and audit(self, used, bool(plan.random)):
+            passes_agree(self, used)
+
     def weighted_sum(
         self,
         w: Tree,
         groups: Mapping[str, int],
         weights: Tensor,
-        taped: Run,
+        taped: Run | None,
         leaves: Mapping[str, Tensor],
         found: Mapping[str, Gradient],
     ) -> Tensor:
         again = [n for n in w.names if weights.shape[1] == 1 and n in found and found[n].whole]
         rest = {name: gradient for name, gradient in found.items() if name not in again}
         total = super().weighted_sum(w, groups, weights, taped, leaves, rest)
-        if again:
+        if again and taped is not None:
             # A scalar, not a vector of losses with `weights` as its gradient, which would import all of sympy.
             reweighted = (weights[:, 0].to(taped.losses.dtype) * taped.losses).sum()
             views = w.layout.views(total)
@@ -52,3 +63,32 @@ class Ghost(Taped):
             ):
                 views[name].copy_(part)
         return total
+
+
+UNLIKE = 1e-3  # times the sum of all contributions' norms by which the two sums of a step may differ
+
+
+def passes_agree(engine: Ghost, used: Used) -> None:
+    """Compare the sum of the second pass with that of the tape which gave the norms, on a step's first microbatch.
+
+    Raises Unserved where they differ: gradients are then changed on their way, and what is summed is not what was
+    measured. The trial compares them on tame examples; here they are those of the run.
+    """
+    part = Batch(*(t[: used.chunk] for t in used.batch))
+    given = (used.loss, used.clip, used.groups, used.model, used.w, part, used.state)
+    with untouched(used.model, part.x.device):
+        sums = []
+        for one in (engine, BookKeeping(channels_last=engine.channels_last)):
+            rewind(part.x.device, used.draws)
+            sums.append(one.clipped_sum(*given))
+    ours, theirs = sums
+    assert theirs.norms is not None
+    assert theirs.weights is not None
+    finite = theirs.norms.isfinite().all(1)
+    size = float((theirs.norms * theirs.weights)[finite].sum())
+    unlike = max(UNLIKE, 10 * torch.finfo(theirs.total.flat.dtype).eps)
+    if float((ours.total - theirs.total).norm()) > unlike * size:
+        raise Unserved(
+            f"{type(engine).__name__} sums other gradients in its second backward pass than it measured in its first: a"
+            ' hook or a function of the model\'s own changes gradients on the way. Use engine = "bookkeeping"'
+        )

@@ -95,6 +95,10 @@ class Gradient:
         """The sum over examples of v[i] times gradient i, of the parameter's shape; into `out` if given. `v` is [B]."""
         return weighted_rows(v, self.rows, out)
 
+    def some(self, chosen: Tensor) -> Gradient:
+        """The gradients of the examples of these numbers."""
+        raise NotImplementedError
+
     def __add__(self, other: Gradient) -> Gradient:
         """The gradients of a parameter used in two places: the rows add, and their squared norms do not."""
         return Rows(self.rows + other.rows)
@@ -120,6 +124,9 @@ class Rows(Gradient):
     @property
     def footprint(self) -> int:
         return self.shape.numel() * self.value.element_size()
+
+    def some(self, chosen: Tensor) -> Gradient:
+        return Rows(self.value[chosen])
 
 
 class Product(Gradient):
@@ -163,7 +170,7 @@ class Product(Gradient):
         total, bound = self._gram()
         cancelled = (~(CANCELLED * total >= bound)).nonzero().squeeze(1)  # or not a number
         if len(cancelled):
-            self.apart = cancelled, self._some(cancelled)
+            self.apart = cancelled, self.some(cancelled)
             total[cancelled] = self.apart[1].made[1]
         return total
 
@@ -174,8 +181,7 @@ class Product(Gradient):
         """
         raise NotImplementedError
 
-    def _some(self, chosen: Tensor) -> Product:
-        """The gradients of the examples of these numbers."""
+    def some(self, chosen: Tensor) -> Product:
         raise NotImplementedError
 
     def weighted(self, v: Tensor, out: Tensor | None = None) -> Tensor:
@@ -252,7 +258,7 @@ class Outer(Product):
         total = factor_squares(a[:, 0]) * factor_squares(g[:, 0])
         return total, total
 
-    def _some(self, chosen: Tensor) -> Product:
+    def some(self, chosen: Tensor) -> Product:
         return Outer(self.a[chosen], self.g[chosen])
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
@@ -311,6 +317,9 @@ class Lookup(Gradient):
         total = sums.new_zeros(self.shape)
         total.index_add_(0, keys % self.entries, scaled(v[keys // self.entries], sums))
         return placed(total, out)
+
+    def some(self, chosen: Tensor) -> Gradient:
+        return Lookup(self.index[chosen], self.g[chosen], self.entries)
 
     def __add__(self, other: Gradient) -> Gradient:
         if isinstance(other, Lookup):
@@ -413,7 +422,7 @@ class Patches(Product):
             1
         ).square()
 
-    def _some(self, chosen: Tensor) -> Product:
+    def some(self, chosen: Tensor) -> Product:
         return Patches(self.x[chosen], self.g[chosen], self.geometry)
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:

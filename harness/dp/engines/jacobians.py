@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from harness.dp.contrast import unit
-from harness.dp.engines.engine import Unserved
+from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.gradients import Gradient, Outer, Patches
-from harness.dp.engines.plan import Plan, gradients, plan_for, watching
+from harness.dp.engines.plan import Plan, gradients
 from harness.dp.engines.rows import factor_squares, squared_norms, wide
+from harness.dp.engines.survey import watching
 from harness.dp.engines.tape import Run, Tape, repeated, taping
+from harness.dp.engines.trial import plan_for
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
 
@@ -53,7 +55,10 @@ class Pass(NamedTuple):
 
 
 def forward(model: nn.Module, w: Tree, rows: Tensor) -> Pass:
-    """Run `model` at `w` on R > 0 rows. Raises `Unserved` where the rows do not have Jacobians of their own."""
+    """Run `model`, which holds `w` until all is read off, on R > 0 rows.
+
+    Raises `Unserved` where the rows do not have Jacobians of their own.
+    """
     batch = Batch(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
     try:
         plan = plan_for(Coordinate(), model, w.views, batch)
@@ -64,11 +69,12 @@ def forward(model: nn.Module, w: Tree, rows: Tensor) -> Pass:
 
 
 def _taped(model: nn.Module, w: Tree, rows: Tensor, plan: Plan, copy: bool) -> Pass:
-    leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
-    copies = {name: repeated(leaves[name].detach(), len(rows)).requires_grad_() for name in plan.free}
+    parameters = trainable(model)
+    leaves = {name: parameters[name] for name in w}
+    copies = {name: repeated(w[name].detach(), len(rows)).requires_grad_() for name in plan.free}
     random: set[str] = set()
     with taping(model, plan.paths, copy, plan.spread, len(rows)) as tape, watching(model, random):
-        outputs = functional_call(model, {**leaves, **copies}, (rows,))
+        outputs = functional_call(model, copies, (rows,)) if copies else model(rows)
     if random:  # where a row is not finite, the others are passed again: new draws would move all of them
         raise Unserved(f"{', '.join(sorted(random))} draws random numbers: leave dropout and the like out")
     return Pass(unit(outputs), {**leaves, **copies}, frozenset(copies), tape, plan)

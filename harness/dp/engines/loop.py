@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from harness.dp.clip import Clip, State
-from harness.dp.engines.engine import Clipped, PerExample, group_norms
+from harness.dp.engines.engine import Clipped, PerExample, Unserved, group_norms, losses_of
+from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
 
@@ -36,23 +36,33 @@ class Loop(PerExample):
         batch: Batch,
         state: State,
     ) -> Clipped:
-        leaves = {name: t.detach().clone().requires_grad_() for name, t in w.items()}
         total = torch.zeros_like(w.flat)
         norms, weights, losses = [], [], []
-        for x, y in zip(batch.x.split(1), batch.y.split(1), strict=True):
-            value = loss.of(lambda rows: functional_call(model, leaves, (rows,)), Batch(x, y))
-            grads = torch.autograd.grad(
-                value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
-            squares = {name: g.double().square().sum()[None] for name, g in zip(leaves, grads, strict=True)}
-            norm = group_norms(squares, groups, value.detach())
-            weight = clip.weights(norm, state)
-            limit = clip.limit(norm, state)
-            if norm.isfinite().all():  # weight 0 would not do: 0 * inf is not a number
-                cut = grads if limit is None else [g.clamp(-float(limit), float(limit)) for g in grads]
-                grad = [g * weight[0, groups[name]].to(g.dtype) for name, g in zip(leaves, cut, strict=True)]
-                total += torch.cat([g.reshape(-1) for g in grad])
-            norms.append(norm)
-            weights.append(weight)
-            losses.append(value.detach())
+        # A clone: whatever a model writes to its own weights must not reach those of the run.
+        with held(model, w.clone().views) as leaves:
+            for x, y in zip(batch.x.split(1), batch.y.split(1), strict=True):
+                before = [p._version for p in leaves.values()]
+                value = losses_of(loss, model, Batch(x, y))
+                if [p._version for p in leaves.values()] != before:
+                    raise Unserved(
+                        "the model writes to its own weights in a forward pass: examples leave traces"
+                    )
+                grads = torch.autograd.grad(
+                    value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
+                squares = {
+                    name: g.double().square().sum()[None] for name, g in zip(leaves, grads, strict=True)
+                }
+                norm = group_norms(squares, groups, value.detach())
+                weight = clip.weights(norm, state)
+                limit = clip.limit(norm, state)
+                if norm.isfinite().all():  # weight 0 would not do: 0 * inf is not a number
+                    cut = grads if limit is None else [g.clamp(-float(limit), float(limit)) for g in grads]
+                    grad = [
+                        g * weight[0, groups[name]].to(g.dtype) for name, g in zip(leaves, cut, strict=True)
+                    ]
+                    total += torch.cat([g.reshape(-1) for g in grad])
+                norms.append(norm)
+                weights.append(weight)
+                losses.append(value.detach())
         return Clipped(w.with_flat(total), torch.cat(norms), torch.cat(weights), torch.cat(losses))

@@ -23,14 +23,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from harness.dp.clip import Clip, State, Unclipped
 from harness.dp.clip.flat import shortened
 from harness.dp.clip.rule import positive
 from harness.dp.engines.bookkeeping import BookKeeping
-from harness.dp.engines.engine import SPEED, Engine, Unserved, trainable
+from harness.dp.engines.engine import SPEED, Engine, Unserved, losses_of, trainable
 from harness.dp.engines.rows import factor_squares, full_precision
+from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.release import Bounded, Observed, Relation, Release
 from harness.dp.solve import head_of, rows
@@ -142,14 +142,12 @@ class Moments(Engine):
         own = zero.new_zeros(classes, width * (width + 1) // 2)
         losses = zero.new_zeros(len(batch))
         counts = torch.zeros(2, dtype=torch.long, device=zero.device)
-        with torch.no_grad(), full_precision(zero.device):
+        with torch.no_grad(), full_precision(zero.device), held(model, w.views):
             for label in range(classes):
                 total = torch.zeros_like(gram)
                 for members in pieces((batch.y == label).nonzero().squeeze(1), chunk):
                     part = Batch(batch.x[members], batch.y[members])
-                    losses[members] = loss.of(lambda x: functional_call(model, w.views, (x,)), part).to(
-                        zero.dtype
-                    )
+                    losses[members] = losses_of(loss, model, part).to(zero.dtype)
                     f, cut = features(part.x, self.radius, width)
                     counts += cut
                     first[label] -= f.sum(0)

@@ -15,6 +15,7 @@ from harness.dp.contrast import InfoNCE
 from harness.dp.engines.engine import Engine, Unserved
 from harness.dp.engines.jacobians import Block, Factors, Pass, energies, forward, pieces, pull
 from harness.dp.engines.rows import full_precision, product, squared_norms
+from harness.dp.engines.weights import held
 from harness.dp.engines.whole import refusal
 from harness.dp.loss import Batch, Loss
 from harness.dp.native.memory import keep_freed_memory
@@ -117,20 +118,21 @@ class Pairs(Engine):
         present = torch.arange(taken, device=x.device)
         while len(present):
             rows = x[present].flatten(0, 1)
-            done = forward(model, w, rows)
-            good = examples(done.units.isfinite().all(1))
-            if good.all():
-                with full_precision(rows.device):
-                    squares, energy = pair_squares(done, model, w, rows, loss.temperature)
-                good = examples(energy <= LARGEST**2)
-            if good.all():
-                norms = safe_norms(squares, energy, w.flat.dtype)
-                weights = clip.weights(norms.view(-1, 1), state).view_as(norms)
-                with full_precision(rows.device):
-                    total = pull(done, cotangents(loss, done.units.detach(), weights), w)
-                losses[present] = loss.of_units(done.units.detach())
-                clipped = (weights < 1).sum() // len(present)
-                break
+            with held(model, w.views):
+                done = forward(model, w, rows)
+                good = examples(done.units.isfinite().all(1))
+                if good.all():
+                    with full_precision(rows.device):
+                        squares, energy = pair_squares(done, model, w, rows, loss.temperature)
+                    good = examples(energy <= LARGEST**2)
+                if good.all():
+                    norms = safe_norms(squares, energy, w.flat.dtype)
+                    weights = clip.weights(norms.view(-1, 1), state).view_as(norms)
+                    with full_precision(rows.device):
+                        total = pull(done, cotangents(loss, done.units.detach(), weights), w)
+                    losses[present] = loss.of_units(done.units.detach())
+                    clipped = (weights < 1).sum() // len(present)
+                    break
             present = present[good]  # the rest is looked at anew, as if the others had never been drawn
         release = Release(w.with_flat(total), bound, clip.split(sigma)["grad"])
         absent = torch.tensor(taken - len(present), device=x.device)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from harness.dp.clip import Clip, State
-from harness.dp.engines.engine import SPEED, Clipped, PerExample, laid_out
+from harness.dp.engines.engine import SPEED, Clipped, PerExample, laid_out, losses_of
+from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
 
@@ -44,10 +44,11 @@ class Plain(PerExample):
         batch: Batch,
         state: State,
     ) -> Clipped:
-        leaves, batch = laid_out(w, batch, self.channels_last)
-        losses = loss.of(lambda x: functional_call(model, leaves, (x,)), batch)
-        grads = torch.autograd.grad(
-            losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
-        )
+        values, batch = laid_out(w, batch, self.channels_last)
+        with held(model, values) as leaves:
+            losses = losses_of(loss, model, batch)
+            grads = torch.autograd.grad(
+                losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
         total = torch.cat([g.reshape(-1) for g in grads])
         return Clipped(w.with_flat(total), None, None, losses.detach())

@@ -18,6 +18,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from harness.dp.engines.draws import generators, rewind
+from harness.dp.engines.engine import losses_of
 from harness.dp.loss import Batch, Loss
 
 ANSWERING = (
@@ -139,7 +141,7 @@ def taping(
 class Run(NamedTuple):
     """A taped pass: losses [B], the gradient of their sum at each output of each call, and at each free parameter.
 
-    `copied`: whether the tape holds copies.
+    `copied`: whether the tape holds copies. `woken`: which of the parameters that were to have no gradient have one.
     """
 
     losses: Tensor
@@ -147,36 +149,48 @@ class Run(NamedTuple):
     cotangents: list[list[Tensor | None]]
     free: dict[str, Tensor]
     copied: bool
+    woken: frozenset[str] = frozenset()
 
 
 def run(
     loss: Loss,
     model: nn.Module,
-    state: Mapping[str, Tensor],
+    leaves: Mapping[str, Tensor],
     batch: Batch,
     paths: Collection[str] | None = None,
     free: Collection[str] = (),
     spread: Collection[str] = (),
+    idle: Collection[str] = (),
     copy: bool = False,
     retain: bool = True,
 ) -> Run:
     """Forward, then backward to the outputs of the modules at `paths` (None: of all).
 
-    Each example gets a copy of the parameters in `free`, and of the outputs of the modules in `spread`. `retain`:
-    whether the graph is needed again.
+    The model holds its weights, `leaves`. Each example gets a copy of the parameters in `free`, and of the outputs of
+    the modules in `spread`. Those in `idle` should have no gradient. `retain`: whether the graph is needed again.
     """
-    copies = {name: repeated(state[name].detach(), len(batch)).requires_grad_() for name in free}
+    copies = {name: repeated(leaves[name].detach(), len(batch)).requires_grad_() for name in free}
+    before = None if copy else generators(batch.x.device)
     with taping(model, paths, copy, spread, len(batch)) as tape:
-        losses = loss.of(lambda x: functional_call(model, {**state, **copies}, (x,)), batch)
-    if tape.disturbed and not copy:
-        return run(loss, model, state, batch, paths, free, spread, True, retain)
+        called = partial(_with_copies, model, copies) if copies else model
+        losses = losses_of(loss, called, batch)
+    if before is not None and tape.disturbed:
+        # The same random numbers again: others would make an example's dropout depend on what others make necessary.
+        rewind(batch.x.device, before)
+        return run(loss, model, leaves, batch, paths, free, spread, idle, True, retain)
     ends = [edge for call in tape.calls for edge in call.edges if edge is not None]
-    ends += [get_gradient_edge(t) for t in copies.values()]
+    ends += [get_gradient_edge(t) for t in (*copies.values(), *(leaves[name] for name in idle))]
     found = iter(
         torch.autograd.grad(losses.sum(), ends, retain_graph=retain, allow_unused=True) if ends else ()
     )
     cotangents = [[None if edge is None else next(found) for edge in call.edges] for call in tape.calls]
     for call in tape.calls:
         call.outputs, call.edges = [], []
-    rows = {name: g.unflatten(0, (-1, *state[name].shape[:1])) for name, g in zip(copies, found, strict=True)}
-    return Run(losses, tape.calls, cotangents, rows, copy)
+    given = {name: next(found) for name in copies}
+    rows = {name: g.unflatten(0, (-1, *leaves[name].shape[:1])) for name, g in given.items() if g is not None}
+    woken = frozenset(name for name in idle if next(found) is not None)
+    return Run(losses, tape.calls, cotangents, rows, copy, woken)
+
+
+def _with_copies(model: nn.Module, copies: Mapping[str, Tensor], x: Tensor) -> Any:
+    return functional_call(model, dict(copies), (x,))

@@ -1,33 +1,29 @@
-"""What the engines that read gradients off a tape share: the pass, the norms, the weights, and an audit."""
+"""What the engines that read a tape share: the pass, the norms, the weights, and the sum from the same tape."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from harness.dp.clip import Clip, Flat, State
-from harness.dp.engines.engine import SPEED, Clipped, PerExample, group_norms, laid_out
+from harness.dp.clip import Clip, State
+from harness.dp.engines.audit import audit
+from harness.dp.engines.engine import SPEED, Clipped, PerExample, Unserved, Used, group_norms, laid_out
 from harness.dp.engines.gradients import Gradient
 from harness.dp.engines.loop import Loop
-from harness.dp.engines.plan import gradients, plan_for, untouched, watching
+from harness.dp.engines.plan import Plan, gradients
 from harness.dp.engines.rows import full_precision
+from harness.dp.engines.survey import NoProbe
 from harness.dp.engines.tape import Run
+from harness.dp.engines.trial import plan_for
 from harness.dp.engines.vmap import Vmap, chunk_within, plain_sum, refusal
+from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.release import Bounded, Relation
 from harness.dp.tree import Tree
-
-AUDITED = 4  # examples taken together in an audit
-SLACK = 0.02  # by how much a norm may read low before it is a fault: kinks alone make float32 norms differ by 0.5 %
-FAINT = 1e-12  # the squares of shorter gradients vanish in float32: they read low, and no rule weighs them up
-AUDIT_EVERY = 128  # logical batches, for each model; more often at first
-_batches: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,15 @@ class Taped(PerExample):
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         return super().accepts(loss, clip, model) or refusal(model)
 
+    def planned(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> Plan | None:
+        """The plan for a batch; None where none of its examples has a finite gradient, so that nothing can be tried."""
+        try:
+            return plan_for(loss, model, w.views, batch)
+        except NoProbe:
+            return None
+
     def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:
-        plan = plan_for(loss, model, w.views, batch)  # the best microbatch depends on what the plan keeps
+        plan = self.planned(loss, model, w, batch) or Plan()  # the best microbatch depends on what it keeps
         within = chunk_within(len(batch), batch.x.device, plan.footprints, plan.activations)
         return self.microbatch or within
 
@@ -65,15 +68,16 @@ class Taped(PerExample):
         relation: Relation,
         step: int = 0,
     ) -> Bounded:
-        if (
-            clip.cuts_coordinates or loss.rows > 1
-        ):  # needs each example's own gradient; tapes hold rows and layers
+        # Cutting coordinates, and several rows, need each example's own gradient; tapes hold rows and layers.
+        if clip.cuts_coordinates or loss.rows > 1:
             rows = Vmap(self.microbatch)
             return rows.bounded(loss, clip, model, w, batch, state, sigma, relation, step)
-        if clip.needs_norms and len(batch) and _due(model):
-            with untouched(model, batch.x.device):
-                audit(self, loss, model, w, batch)
         return super().bounded(loss, clip, model, w, batch, state, sigma, relation, step)
+
+    def inspect(self, used: Used) -> None:
+        plan = self.planned(used.loss, used.model, used.w, used.batch)
+        if plan is not None:
+            audit(self, used, bool(plan.random))
 
     def clipped_sum(
         self,
@@ -89,38 +93,65 @@ class Taped(PerExample):
             total, losses = plain_sum(loss, model, w, batch)
             if total.isfinite().all():
                 return Clipped(w.with_flat(total), None, None, losses)
-        plan = plan_for(loss, model, w.views, batch)
-        leaves, batch = laid_out(w, batch, self.channels_last)
+        plan = self.planned(loss, model, w, batch)
+        if plan is None:
+            return Loop().clipped_sum(loss, clip, groups, model, w, batch, state)
+        if self.second_pass and not plan.linear:
+            raise Unserved(
+                f"{type(self).__name__} weighs losses in a second backward pass, and here the gradient of a weighted"
+                " loss is not the weighted gradient: a hook or a function of the model's own changes gradients on the"
+                ' way. Use engine = "bookkeeping"'
+            )
+        values, batch = laid_out(w, batch, self.channels_last)
         device = batch.x.device
-        with full_precision(device, self.second_pass):  # two passes must agree to the last bit that counts
-            taped = plan.run(loss, model, leaves, batch, self.second_pass)
-        losses, again = taped.losses.detach(), self.second_pass and max(groups.values()) == 0
-        with full_precision(device):
-            found = gradients(plan, model, w.views, taped, loss, batch)
-            norms = group_norms({n: found[n].squares(again) for n in w.names if n in found}, groups, losses)
-            weights = clip.weights(norms, state)
-            total = self.weighted_sum(w, groups, weights, taped, leaves, found)
-        finite = norms.isfinite()
-        if not finite.all():  # weight 0 does not do: 0 * inf is not a number
-            total, good = torch.zeros_like(w.flat), finite.all(1)
-            if good.any():
-                rest = Batch(batch.x[good], batch.y[good])
-                part = self.clipped_sum(loss, clip, groups, model, w, rest, state)
-                total = part.total.flat
-                if (
-                    part.norms is not None and part.weights is not None
-                ):  # others, if the model draws random numbers
-                    norms[good], weights[good] = part.norms, part.weights
+        with held(model, values) as leaves:
+            with full_precision(
+                device, self.second_pass
+            ):  # two passes must agree to the last bit that counts
+                taped = plan.run(loss, model, leaves, batch, self.second_pass)
+            losses, again = taped.losses.detach(), self.second_pass and max(groups.values()) == 0
+            with full_precision(device):
+                found = gradients(plan, model, w.views, taped, loss, batch)
+                norms = group_norms(
+                    {n: found[n].squares(again) for n in w.names if n in found}, groups, losses
+                )
+                weights = clip.weights(norms, state)
+                finite = norms.isfinite().all(1)
+                if finite.all():
+                    total = self.weighted_sum(w, groups, weights, taped, leaves, found)
+                else:
+                    total = self.finite_sum(w, groups, weights, found, finite)
         if not clip.needs_norms:
             return Clipped(w.with_flat(total), None, None, losses)
         return Clipped(w.with_flat(total), norms, weights, losses)
+
+    def finite_sum(
+        self,
+        w: Tree,
+        groups: Mapping[str, int],
+        weights: Tensor,
+        found: Mapping[str, Gradient],
+        finite: Tensor,
+    ) -> Tensor:
+        """The flat weighted sum over the examples that are `finite` [B]. Weight 0 would not do: 0 * inf is no number.
+
+        From the same tape. Another pass would draw other random numbers, and one example would move all others.
+        """
+        chosen = finite.nonzero().squeeze(1)
+        if not len(chosen):
+            return torch.zeros_like(w.flat)
+        rest = {name: gradient.some(chosen) for name, gradient in found.items()}
+        for gradient in rest.values():
+            # Settles which examples are added as they are.
+            gradient.squares()
+        return Taped.weighted_sum(self, w, groups, weights[chosen], None, {}, rest)
 
     def weighted_sum(
         self,
         w: Tree,
         groups: Mapping[str, int],
         weights: Tensor,
-        taped: Run,
+        taped: Run | None,
         leaves: Mapping[str, Tensor],
         found: Mapping[str, Gradient],
     ) -> Tensor:
@@ -133,51 +164,3 @@ class Taped(PerExample):
             else:
                 out.zero_()
         return total
-
-
-def _due(model: nn.Module) -> bool:
-    """Whether this logical batch is audited: a model's first, second, fourth and so on, and then every 128th.
-
-    An audit costs three small passes: at every sixteenth batch they would be a quarter of a small network's time.
-    """
-    seen = _batches.get(model, 0)
-    _batches[model] = seen + 1
-    return seen % AUDIT_EVERY == 0 or (seen < AUDIT_EVERY and seen & (seen - 1) == 0)
-
-
-@contextmanager
-def unaudited(model: nn.Module) -> Iterator[None]:
-    """Batches that do not count among those that audits are spread over."""
-    seen = _batches.get(model, 0)
-    _batches[model] = AUDIT_EVERY + 1  # the next audit is far
-    try:
-        yield
-    finally:
-        _batches[model] = seen
-
-
-def audit(engine: Taped, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> None:
-    """Compare norms that the engine reads inside a batch with those of the same examples by themselves.
-
-    Takes a few examples of the batch together, and then one of them alone by the loop. Raises RuntimeError if the norm
-    reads low, for then the example could contribute more than its bound. Models that draw random numbers cannot be
-    compared and are let through.
-    """
-    few = Batch(batch.x[:AUDITED], batch.y[:AUDITED])
-    rule, groups = Flat(), dict.fromkeys(w.names, 0)
-    read = engine.clipped_sum(loss, rule, groups, model, w, few, None).norms
-    seen = _batches[model]
-    chosen = (seen.bit_length() + seen // AUDIT_EVERY) % len(few)  # another one each time
-    one = Batch(few.x[chosen : chosen + 1], few.y[chosen : chosen + 1])
-    random: set[str] = set()
-    with watching(model, random):
-        true = Loop().clipped_sum(loss, rule, groups, model, w, one, None).norms
-    if random or read is None or true is None:
-        return
-    if not true.isfinite().all() or not read[chosen].isfinite().all():
-        return
-    if float(true) > FAINT and float(read[chosen]) < float(true) * (1 - SLACK):
-        raise RuntimeError(
-            f"a gradient of norm {float(true):.6g} reads {float(read[chosen]):.6g} inside a batch: the model regroups"
-            " its examples by their content, or uses parameters where no layer shows it. Use the engine Vmap or Loop"
-        )

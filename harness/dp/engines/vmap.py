@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,26 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.dp.clip import Clip, State
-from harness.dp.engines.engine import Clipped, PerExample, group_norms
+from harness.dp.engines.audit import audit
+from harness.dp.engines.engine import Clipped, PerExample, Unserved, Used, group_norms, losses_of
+from harness.dp.engines.loop import Loop
 from harness.dp.engines.rows import full_precision, squared_norms, weighted_rows
+from harness.dp.engines.survey import (
+    NoProbe,
+    drawing,
+    finite_probe,
+    moved,
+    refuse_coupling,
+    refuse_traces,
+    rounding,
+    row_by_row,
+    served,
+    signature,
+    silenced,
+    singles,
+    squares_of,
+)
+from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.native.memory import keep_freed_memory
 from harness.dp.tree import Tree
@@ -23,19 +42,21 @@ from harness.dp.tree import Tree
 def per_example_gradients(
     loss: Loss, model: nn.Module, w: Mapping[str, Tensor], names: Iterable[str], batch: Batch
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients [B, *shape] of each example's loss for the parameters in `names`, at `w`, and the losses [B]."""
+    """Gradients [B, *shape] of each example's loss for the parameters in `names`, and the losses [B].
+
+    The model holds `w`.
+    """
     chosen = set(names)
-    fixed = {name: t for name, t in w.items() if name not in chosen}
 
     def one(free: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss.of(
-            lambda rows: functional_call(model, {**fixed, **free}, (rows,)), Batch(x[None], y[None])
-        ).sum()
+        own = Batch(x[None], y[None])
+        return losses_of(loss, lambda rows: functional_call(model, free, (rows,)), own).sum()
 
     each = vmap(grad_and_value(one), in_dims=(None, 0, 0), randomness="different")
     # The fused attention of a CPU has no rule for vmap, and would be called example by example.
-    with explicit_states(model), sdpa_kernel(SDPBackend.MATH):
-        return each({name: t for name, t in w.items() if name in chosen}, batch.x, batch.y)
+    # The model's other parameters require gradients, and nobody asks for theirs.
+    with explicit_states(model), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        return each({name: t.detach() for name, t in w.items() if name in chosen}, batch.x, batch.y)
 
 
 @contextmanager
@@ -69,13 +90,67 @@ def explicit_states(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+_tried: WeakKeyDictionary[nn.Module, dict[Any, frozenset[str]]] = WeakKeyDictionary()
+
+
+def tried(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -> frozenset[str]:
+    """The modules of `model` that draw random numbers, once its gradients by vmap have stood a trial.
+
+    Raises Unserved where they are not those of single examples: a function of one's own may bring a rule for vmap that
+    looks along the batch, and a parameter held in a closure has no gradient. `NoProbe` where this batch shows nothing.
+    """
+    known, key = _tried.setdefault(model, {}), signature(loss, model, w, batch)
+    if key not in known:
+        known[key] = served(compare, loss, model, w, batch)
+    return known[key]
+
+
+def compare(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -> frozenset[str]:
+    """The trial: a few examples by vmap and one by one, at moved weights, modules silenced that draw random numbers."""
+    with held(model, w):
+        refuse_coupling(loss, model, batch)
+        batch = finite_probe(loss, model, batch)
+        random, _ = drawing(model, batch)
+    with silenced(model, random):
+        with held(model, w):
+            steady = refuse_traces(loss, model, batch) is not None
+        for distance in (1.0, 0.0):
+            values = moved(w, distance)
+            with held(model, values) as leaves:
+                rows = [row_by_row(losses_of(loss, model, one), leaves)[0] for one in singles(batch)]
+            if all(g is None or g.isfinite().all() for row in rows for g in row):
+                break
+        else:
+            raise NoProbe("the model's gradients are not finite even on tame inputs, so vmap cannot be tried")
+        with held(model, values):
+            found = per_example_gradients(loss, model, values, values, batch)[0]
+    if random:
+        # Whether vmap knows what to do with what is drawn shows only here.
+        with held(model, w):
+            per_example_gradients(loss, model, w, w, batch)
+    if not steady:  # even silenced: other numbers have other gradients, and there is nothing to compare
+        return random
+    squares = squares_of(rows, values)
+    everything = torch.stack(list(squares.values())).sum(0) if squares else torch.zeros(len(batch))
+    for name, column in zip(values, zip(*rows, strict=True), strict=True):
+        pairs = zip(found[name], column, strict=True)
+        off = torch.cat([squared_norms((g if own is None else g - own)[None]) for g, own in pairs])
+        if not (off <= rounding(found[name].dtype) * everything.to(off)).all():
+            raise Unserved(
+                f"by vmap the gradient of {name} is not that of a single example: a function of the model's own has a"
+                " vmap rule that looks along the batch, or the parameter is used where vmap does not see it. Use engine"
+                ' = "bookkeeping" or "loop"'
+            )
+    return random
+
+
 def plain_sum(loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
     """The unweighted sum of gradients, flat, and the losses [B]: one backward pass."""
-    leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
-    losses = loss.of(lambda x: functional_call(model, leaves, (x,)), batch)
-    grads = torch.autograd.grad(
-        losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
-    )
+    with held(model, w.views) as leaves:
+        losses = losses_of(loss, model, batch)
+        grads = torch.autograd.grad(
+            losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
     return torch.cat([g.reshape(-1) for g in grads]), losses.detach()
 
 
@@ -121,6 +196,10 @@ class Vmap(PerExample):
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         return super().accepts(loss, clip, model) or refusal(model)
 
+    def inspect(self, used: Used) -> None:
+        with suppress(NoProbe):
+            audit(self, used, bool(tried(used.loss, used.model, used.w.views, used.batch)))
+
     def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:
         sizes = [t.numel() * t.element_size() for t in w.views.values()]
         return self.microbatch or chunk_within(len(batch), batch.x.device, sizes)
@@ -139,7 +218,12 @@ class Vmap(PerExample):
             total, losses = plain_sum(loss, model, w, batch)
             if total.isfinite().all():
                 return Clipped(w.with_flat(total), None, None, losses)
-        grads, losses = per_example_gradients(loss, model, w.views, w.names, batch)
+        try:
+            tried(loss, model, w.views, batch)
+        except NoProbe:
+            return Loop().clipped_sum(loss, clip, groups, model, w, batch, state)
+        with held(model, w.views):
+            grads, losses = per_example_gradients(loss, model, w.views, w.names, batch)
         with full_precision(batch.x.device):
             return self._weighed(clip, groups, w, state, grads, losses)
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from harness.dp.clip import Clip, State
-from harness.dp.engines.engine import Engine, trainable
+from harness.dp.engines.engine import Engine, losses_of, trainable
 from harness.dp.engines.rows import squared_norms
+from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.release import Bounded, Observed, Relation, Release
 from harness.dp.tree import Layout, Tree
@@ -56,11 +56,11 @@ class Whole(Engine):
         total, losses = torch.zeros_like(w.flat), w.flat.new_zeros(0)
         clipped = bad = torch.zeros((), dtype=torch.long, device=w.flat.device)
         if len(batch):
-            leaves = {name: t.detach().requires_grad_() for name, t in w.items()}
-            losses = loss.of(lambda x: functional_call(model, leaves, (x,)), batch)
-            grads = torch.autograd.grad(
-                losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
+            with held(model, w.views) as own:
+                losses = losses_of(loss, model, batch)
+                grads = torch.autograd.grad(
+                    losses.sum(), list(own.values()), allow_unused=True, materialize_grads=True
+                )
             g, losses = torch.cat([g.reshape(-1) for g in grads]), losses.detach()
             norm = squared_norms(g[None]).sqrt()
             if norm.isfinite():  # else nothing is released: 0 * inf is not a number
