@@ -41,7 +41,7 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness import draw, measure, registry, store
+from harness import draw, measure, registry, screen, store
 from harness.cell import Cell
 from harness.private import opened
 
@@ -283,7 +283,7 @@ class Lines:
     def say(self, text: str) -> None:
         """Print the line."""
         self._quiet_since = time.monotonic()
-        self._write(text)
+        self._write(screen.plain(text))
 
     def finished(self, outcome: Outcome, progress: Progress) -> None:
         """Print the run's line with its place in the order, the rate and the time left."""
@@ -307,6 +307,7 @@ class Bar:
     """A progress bar over all runs, with a line for each that is finished above it."""
 
     def __init__(self) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
         from rich.table import Column
@@ -319,13 +320,14 @@ class Bar:
             TextColumn("{task.fields[pace]}", table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[running]}", markup=False, style="dim", table_column=narrow),
             expand=True,
+            console=Console(file=screen.raw(sys.stdout)),
         )
         self._task = self._bar.add_task("runs", total=None, pace="", running="")
         self._bar.start()
 
     def say(self, text: str) -> None:
         """Print above the bar."""
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(screen.plain(text), markup=False, highlight=False)
 
     def finished(self, outcome: Outcome, progress: Progress) -> None:
         """Print the run's line above the bar."""
@@ -339,7 +341,7 @@ class Bar:
             total=progress.total,
             completed=progress.done,
             pace=progress.pace,
-            running=progress.running[0] if progress.running else "",
+            running=screen.plain(progress.running[0]) if progress.running else "",
         )
 
     def close(self) -> None:
@@ -351,9 +353,10 @@ def describe(cell: Mapping[str, Any]) -> str:
     """A cell in a few words: method, task, epsilon, seed."""
     method, task, privacy = (cell.get(key) or {} for key in ("method", "task", "privacy"))
     epsilon = privacy.get("epsilon")
-    name = method.get("label") or method.get("name") or "?"
+    names = (method.get("label") or method.get("name") or "?", task.get("name", "?"))
+    name, place = (" ".join(str(one).splitlines()) for one in names)
     return (
-        f"{name}  {task.get('name', '?')}  eps={'inf' if epsilon is None else format(epsilon, 'g')}"
+        f"{name}  {place}  eps={'inf' if epsilon is None else format(epsilon, 'g')}"
         f"  seed={cell.get('seed', '?')}"
     )
 

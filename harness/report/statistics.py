@@ -98,7 +98,9 @@ def counted_on(accuracies: Iterable[float]) -> int | None:
     least = 1
     for accuracy in accuracies:
         near = Fraction(accuracy).limit_denominator(10**6)
-        if float(near) != accuracy:  # a quotient of whole numbers is rounded to this float, and few others are
+        if (
+            float(near) != accuracy
+        ):  # a quotient of whole numbers is rounded to this float, and few others are
             return None
         least = math.lcm(least, near.denominator)
         if least > MOST_EXAMPLES:
