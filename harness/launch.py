@@ -82,6 +82,7 @@ _POLL = 0.25  # seconds between two looks at budgets and memory
 _ELSEWHERE = 1.0  # seconds between two looks at a run of another launcher
 _SERIAL = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _OUTPUT = "output.txt"
+_TRAINING = ("train.py", "train")  # file and function below which examples are looked at
 _STACK = re.compile(r'\s*File "| {4}|Traceback |Thread 0x|Current thread|Extension modules')
 _PR_SET_PDEATHSIG = 1
 
@@ -999,7 +1000,7 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
             cell,
             task["suite"],
             status,
-            _reason(error),
+            _reason(error, cell.private),
             folder=folder,
             started=started,
             seconds=time.monotonic() - since,
@@ -1061,11 +1062,21 @@ def _unwritable(error: Exception, folder: Path) -> bool:
     return error.errno in _FULL or (inside and error.errno in _NO_PLACE)
 
 
-def _reason(error: BaseException) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
+def _reason(error: BaseException, private: bool) -> str:
+    """What to say of a crash, and where it was.
+
+    What an exception says that was raised over examples of private data may be their labels, their norms or the size of
+    a batch. A record is passed on, so it names the exception alone; error.txt, which stays here, has all of it.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1]
+    where = f"at {Path(last.filename).name}:{last.lineno}"
+    if private and any(_TRAINING == (Path(frame.filename).name, frame.name) for frame in frames):
+        hidden = "what it says may tell of private data, and is in error.txt"
+        return f"{type(error).__name__} in training ({where}; {hidden})"
     text = "".join(traceback.format_exception_only(error)).strip()
     text = text.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
-    return f"{text[-800:]} (at {Path(last.filename).name}:{last.lineno}; the traceback is in error.txt)"
+    return f"{text[-800:]} ({where}; the traceback is in error.txt)"
 
 
 def _redirect(path: Path) -> None:

@@ -124,7 +124,7 @@ def test_no_command_prints_what_a_terminal_would_obey(home: Path, capsys: pytest
         put(Path("there"), record | {"reason": HOSTILE * 2}, 2)
     broken = Path("results/core/0123456789ab")
     broken.mkdir()
-    (broken / "record.json").write_text(f'{{"schema": 1, "status": "\\u001b[2J"}}')
+    (broken / "record.json").write_text(json.dumps({"schema": 1, "status": HOSTILE}))
     told = ""
     for request in (
         ["show", f"core/{record['id']}"], ["show", f"core/{record['id']}", "--json"], ["status"], ["status", "core"],
