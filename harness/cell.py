@@ -39,8 +39,8 @@ class Cell:
     them. All values are JSON values. ``then`` is a second stage, of another method: ``name parameters parts trains
     schedule`` and, where it trains on public data, ``task``; {} for runs of one stage.
 
-    Each field says here where a record holds it. :meth:`canonical` and :meth:`from_canonical` both read these places, so
-    that neither can know of a field that the other forgets; what has no place is not in a record's cell.
+    Each field says here where a record holds it. :meth:`canonical` and :meth:`from_canonical` both read these places,
+    so that neither can know of a field that the other forgets; what has no place is not in a record's cell.
     """
 
     suite: str

@@ -3,8 +3,8 @@
 Of a record that was not made here its privacy is recomputed rather than believed: the ledger is the plan of its cell at
 its noise multiplier, its epsilons are those of its ledger, they meet the target, and every other field that follows
 from the cell is what it must be. The first that is not refuses the record by name. What a run alone can know, its
-accuracy first of all, is the word of who made it, and so is what nobody can compute here because its method is not known:
-that is said, and stays beside the record.
+accuracy first of all, is the word of who made it, and so is what nobody can compute here because its method is not
+known: that is said, and stays beside the record.
 """
 
 from __future__ import annotations
@@ -124,6 +124,9 @@ def _plain(record: store.Record, cell: Cell) -> None:
     accuracy, loss = (record["metrics"].get(name) for name in ("accuracy", "loss"))
     if accuracy is not None and not 0 <= accuracy <= 1:
         raise _Refused(f"metrics.accuracy is {_short(accuracy)}, which is no fraction")
+    examples = record["metrics"].get("examples")
+    if accuracy is not None and examples is not None and not 0 < examples < math.inf:
+        raise _Refused(f"metrics.examples is {_short(examples)}, which is no number of them")
     if ok and (accuracy is None or loss is None):
         raise _Refused("metrics have no accuracy or no loss, and its status is ok")
     clipped = (record.get("diagnostics") or {}).get("clipped_fraction")
@@ -179,6 +182,10 @@ def _data(record: store.Record, cell: Cell) -> None:
         for name in ("mean", "std"):
             _demand(f"{where}.{name}", task[name], list(known[name]))
         made_of.append(known["public_data"])
+        judged = record["metrics"].get("examples")
+        if judged is not None and task is tasks[-1][1]:  # the last stage's data judge it
+            rest = n - data.validation_size(n)
+            _demand("metrics.examples", judged, rest if task["evaluate"] == "validation" else known["n_test"])
     told = record["privacy"].get("public_data")
     if told is not None or record["status"] == "ok":
         _demand("privacy.public_data", told, run.public_data(made_of[0], cell))
@@ -286,7 +293,7 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
     if not ledger.entries and not privacy["planned"] and not ok:
         return  # nothing was released, or nobody could say
     whole = plan(private, sigma or 0.0, n)
-    if ok and ledger != whole or not ok and not _begins(ledger, whole):
+    if (ok and ledger != whole) or (not ok and not _begins(ledger, whole)):
         raise _Refused(
             f"privacy.ledger is {_short(privacy['ledger'])}, and the plan of its cell at its noise multiplier is "
             f"{_short(whole.to_json())}"

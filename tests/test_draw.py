@@ -188,3 +188,25 @@ def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.Captu
         draw.begin(half, two, "a" * 12)
     assert draw.begun(half) is not None  # and it is kept
     assert not store.merge([there], tmp_path / "half").added
+
+
+def test_a_crash_in_training_tells_nothing_of_private_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception may quote a label or a norm: its text stays in error.txt, which is for its owner alone."""
+
+    def step(*args: Any, **options: Any) -> None:
+        raise RuntimeError("Target 13 is out of bounds, norm 3.14159")
+
+    monkeypatch.setattr("harness.train.step", step)
+    private = cell()
+    free = suite.parse(SUITE.replace('"dp-sgd"', '"non-private"'), "draws.toml").cells()[0]
+    for one in (private, free):
+        folder = tmp_path / "draws" / one.id
+        folder.mkdir(parents=True)
+        task = {"cell": one.to_json(), "suite": "draws", "jobs": 1, "target": launch.TARGET, "code": None}
+        found = launch._execute(task, folder)
+        assert found["status"] == "crashed" and "RuntimeError" in found["reason"]
+        assert ("3.14159" in json.dumps(found)) == (one is free)
+        assert "3.14159" in (folder / "error.txt").read_text()
+        assert (folder / "error.txt").stat().st_mode & 0o077 == 0

@@ -1,4 +1,4 @@
-"""Records from elsewhere: what follows from a cell and a ledger is computed again, and nothing sent outranks what is here."""
+"""Records from elsewhere: what follows from a cell is computed again, and nothing sent outranks what is here."""
 
 from __future__ import annotations
 
@@ -142,7 +142,8 @@ FORGED: dict[str, tuple[Callable[[], store.Record], Callable[[store.Record], obj
         "cell.task.n_train is 1000000",
     ),
     "other data": (
-        genuine, lambda r: r.update(named(r | {"cell": r["cell"] | {"task": r["cell"]["task"] | {"digest": "0" * 16}}})),
+        genuine,
+        lambda r: r.update(named(r | {"cell": r["cell"] | {"task": r["cell"]["task"] | {"digest": "0" * 16}}})),
         "cell.task.digest is",
     ),
     "a looser target": (

@@ -30,6 +30,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from harness import screen
 from harness.cli.errors import FAILED, INTERRUPTED, OK, USER_ERROR, UserError, hint, message_of
 from harness.cli.parser import VERBS, build_parser
 
@@ -40,6 +41,11 @@ OWN_METHOD = "A method in a file of your own is named by --method FILE."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    with screen.clean():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given and not given[0].startswith("-") and given[0] not in VERBS:

@@ -73,8 +73,9 @@ class Run:
 
     `changes` are the parts that the suite gave the method, slot and spec. `spent` and `planned` are epsilons by
     accountant; those that do not apply are in `refused`, each with its reason. `cores` are those that the run and the
-    ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the packages. `attempt` is whose random numbers
-    were drawn; `origin` says of a run that was merged from where, and what of it is its sender's word.
+    ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the packages.
+    `attempt` is whose random numbers were drawn; `origin` says of a run that was merged from where, and what of it is
+    its sender's word.
     """
 
     id: str
@@ -143,6 +144,12 @@ class Run:
     def accuracy(self) -> float | None:
         """Accuracy at the last step on the split that `setting` names, a fraction."""
         return self.metrics.get("accuracy")
+
+    @property
+    def examples(self) -> int | None:
+        """How many examples the accuracy is counted on, where the record says so."""
+        found = self.metrics.get("examples")
+        return int(found) if found and found >= 1 else None
 
     @property
     def judged(self) -> tuple[Point, ...]:

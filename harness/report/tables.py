@@ -28,7 +28,7 @@ from .read import (
     scalar,
     visible,
 )
-from .statistics import Entrant, Interval, Place, mean_interval, rank
+from .statistics import Entrant, Interval, Place, counted_on, mean_interval, rank, rounding
 
 BASELINE = "dp-sgd"
 REFERENCE = "non-private"
@@ -70,7 +70,7 @@ class Row:
 
     @cached_property
     def counted(self) -> tuple[Run, ...]:
-        """The runs that count: status ok, one for each seed (ours before merged, fresh before stale, then the latest)."""
+        """The runs that count: status ok, one a seed (ours before merged, fresh before stale, then the latest)."""
         best: dict[int, Run] = {}
         for run in sorted(self.runs, key=lambda r: (not r.origin, not r.stale, r.finished, r.order)):
             if run.ok and run.seed is not None:
@@ -89,7 +89,12 @@ class Row:
     @cached_property
     def accuracy(self) -> Interval | None:
         """Mean accuracy over the seeds that count."""
-        return mean_interval(self.scores.values())
+        return mean_interval(self.scores.values(), rounding(self.examples))
+
+    @cached_property
+    def examples(self) -> int | None:
+        """How many examples its accuracies are counted on."""
+        return examples(self.counted)
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -496,6 +501,8 @@ def _table(
     baseline, alternatives = _baseline(members)
     twins = [row for row in members if baseline and row.first.group == baseline.first.group]
 
+    judged_on = examples([run for row in members for run in row.counted])
+
     def paired(row: Row) -> dict[int, float] | None:
         """The baseline's scores, those of the row's own device before those of another one of the kind."""
         own = (twin for twin in twins if twin.device.fingerprint == row.device.fingerprint)
@@ -508,7 +515,7 @@ def _table(
         return speeds.get(_speed_key(row, method), (None, False))
 
     def entries(rows: Sequence[Row]) -> list[Entry]:
-        order, places = rank([Entrant(row.scores, paired(row), _barred(row)) for row in rows])
+        order, places = rank([Entrant(row.scores, paired(row), _barred(row), judged_on) for row in rows])
         return [
             Entry(
                 row=rows[i],
@@ -598,7 +605,10 @@ def _verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> l
     here = [row for row in there if row.setting.split == "test" and _same_target(row.setting.epsilon, target)]
     out = []
     for row in here:
-        measured = mean_interval(v for v in (_metric(run, metric) for run in row.counted) if v is not None)
+        measured = mean_interval(
+            (v for v in (_metric(run, metric) for run in row.counted) if v is not None),
+            rounding(row.examples) if metric == "accuracy" else 0.0,
+        )
         if measured is None or value is None or not math.isfinite(measured.mean):
             continue
         why = _obstacles(row, metric, measured, text("accountant"), reduced)
@@ -734,6 +744,14 @@ def count(value: float | None) -> str:
 def ratio(value: float | None) -> str:
     """A ratio such as ``0.41×``."""
     return "–" if value is None else f"{value:.2f}×"
+
+
+def examples(runs: Iterable[Run]) -> int | None:
+    """How many examples the accuracies of runs on one split are counted on: the fewest that one says, else the fewest
+    on which they can be counts; None where they are none."""
+    runs = [run for run in runs if run.accuracy is not None]
+    told = [run.examples for run in runs if run.examples]
+    return min(told) if told else counted_on(run.accuracy for run in runs if run.accuracy is not None)
 
 
 def interval(value: Interval | None, signed: bool = False) -> str:
