@@ -222,7 +222,8 @@ class _Session:
         self.target, self.stages = Target.of(cell), stages_of(cell)
         self.data = _load(self.task, self.device, dtype)
         seeds = Seeds(cell)
-        model = models.build(self.task["model"], self.data.input_shape, self.data.classes, seeds.init)
+        shape, classes = self.data.input_shape, self.data.classes
+        model = models.build(self.task["model"], shape, classes, seeds.init, self.data.integers)
         self.model = model.to(self.device, dtype)
         methods, then = methods_of(cell), cell.then
         schedules = [_schedule(one, save_seconds) for one in (cell.schedule, then.get("schedule")) if one]

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "seeds": {"cell"},
     "data": {"registry", "dp"},
     "models": {"registry"},
-    "suite": {"registry", "cell", "lines", "data", "dp", "parts"},
+    "suite": {"registry", "cell", "lines", "data", "dp", "parts", "models"},
     "train": {"dp", "measure"},
     "run": {"train", "dp", "measure", "data", "models", "registry", "seeds", "cell", "codehash", "parts"},
     "store": {"cell"},

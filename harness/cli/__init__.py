@@ -27,6 +27,7 @@ Rooms, each of which uses only those above it::
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -35,7 +36,7 @@ from harness.cli.parser import VERBS, build_parser
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "USER_ERROR", "UserError", "main"]
 
-OWN_METHOD = "A method in a file of your own is named by --method FILE."
+OWN_FILE = "What is in a file of your own, methods, models and data sets, is found by --method FILE."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         print(message, file=sys.stderr)
-        if "no method is called" in message and "--method" not in given:
-            print(OWN_METHOD, file=sys.stderr)
+        if re.search("no (method|model|dataset) is called", message) and "--method" not in given:
+            print(OWN_FILE, file=sys.stderr)
         return USER_ERROR
 
 

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 
 def add_files(files: Iterable[str]) -> None:
-    """Register the methods of a user's files. Raises UserError where there is no such file."""
+    """Register the methods, models and data sets of a user's files. Raises UserError where there is no such file."""
     from harness import registry
 
     for file in files:
         if not Path(file).is_file():
-            raise UserError(f"{file}: no such file; name a Python file with an @method function in it.")
+            raise UserError(
+                f"{file}: no such file; name a Python file with an @method, @model or @dataset function in it."
+            )
         registry.add_file(file)
 
 
@@ -52,8 +54,8 @@ def find(text: str) -> Path:
     raise UserError(f"{text}: no such suite; there are {there}.{near}")
 
 
-def load(options: argparse.Namespace, present: bool = False) -> Suite:
-    """The suite that is named; `present` as in :func:`harness.suite.load`."""
+def load(options: argparse.Namespace, thorough: bool = False) -> Suite:
+    """The suite that is named; `thorough` as in :func:`harness.suite.load`."""
     named = find(getattr(options, "suite", None) or options.subject)
     if file_kind(named) == "claims":
         raise UserError(
@@ -65,7 +67,7 @@ def load(options: argparse.Namespace, present: bool = False) -> Suite:
         raise UserError(f"{named}: times engines and trains nothing; epsbench bench --suite {named} runs it.")
     from harness import suite
 
-    return suite.load(named, options.method, reduced=options.reduced, present=present)
+    return suite.load(named, options.method, reduced=options.reduced, thorough=thorough)
 
 
 def again(options: argparse.Namespace, verb: str) -> str:

@@ -12,11 +12,14 @@ from harness import registry
 from harness.models.check import check
 
 
-def build(spec: str, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
+def build(
+    spec: str, input_shape: tuple[int, ...], classes: int, seed: int, integers: int | None = None
+) -> nn.Module:
     """The network ``"name"``, ``"name?key=value&..."`` or ``"timm:NAME?..."`` in training mode, on the CPU.
 
     Weights depend on the spec, the shape, the classes and ``seed`` alone; the global generators are left as
-    they were. ``input_shape`` is that of one example, ``(C, H, W)`` for images.
+    they were. ``input_shape`` is that of one example, ``(C, H, W)`` for images. With ``integers`` inputs are whole
+    numbers below it, such as tokens, and the network is tried with such.
 
     Raises :class:`CrossExampleLayer` for a network whose output for an example depends on others,
     ``ValueError`` where the network does not take this shape, and the registry's errors for a misspelt name
@@ -33,5 +36,8 @@ def build(spec: str, input_shape: tuple[int, ...], classes: int, seed: int) -> n
         model: nn.Module = function(**arguments)
     model.train()
     # An embedding has a width of its own.
-    check(model, tuple(input_shape), None if entry.meta.get("embedding") else classes)
+    known: dict[str, Any] = (
+        {"integers": integers} if "integers" in inspect.signature(check).parameters else {}
+    )
+    check(model, tuple(input_shape), None if entry.meta.get("embedding") else classes, **known)
     return model

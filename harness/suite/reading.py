@@ -51,7 +51,7 @@ class SuiteReader(Reader):
         else:
             super().refuse(path, error, spec)
 
-    def suite(self, small: bool, present: bool) -> Suite:
+    def suite(self, small: bool, thorough: bool) -> Suite:
         """The suite, or its reduced profile where ``small``; the tables of both are checked.
 
         Raises :class:`SuiteError` with all that is wrong, also with what only building the methods and asking for the
@@ -97,7 +97,7 @@ class SuiteReader(Reader):
             seeds=seeds, privacy=self._privacy(privacy, aims), tasks=tuple(chosen.values()), variants=tuple(variants),
             budget=budget or Budget(), tuning=tuning, devices=tuple(devices.values()) or (Device(),),
             published=tuple(rows.values()), reduced=None, names=self.names, lines=self.lines, files=self.files.named,
-            present=present,
+            thorough=thorough,
         )  # fmt: skip
         if self.problems:
             one = replace(suite, seeds=(0,), devices=(Device(),), tuning=None)
