@@ -422,7 +422,7 @@ class _Session:
         if self.target.delta is not None:
             spent = self.private_ledger(p)
             line["epsilon"] = _finite(epsilon(spent, self.target.delta, self.method.sampler.relation, "rdp"))
-        with open(self.trace, "a") as file:
+        with open(self.trace, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             p.trace = file.tell()

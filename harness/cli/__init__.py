@@ -26,6 +26,7 @@ Rooms, each of which uses only those above it::
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -42,6 +43,9 @@ OWN_FILE = "What is in a file of your own, methods, models and data sets, is fou
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
     try:
         if given and not given[0].startswith("-") and given[0] not in VERBS:
             raise UserError(f'there is no command "{given[0]}"; there are {", ".join(VERBS)}.'

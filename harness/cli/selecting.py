@@ -35,7 +35,7 @@ def add_files(files: Iterable[str]) -> None:
 def file_kind(file: Path) -> str:
     """The kind that a TOML file says it is; "suite" where it says nothing, or cannot be read."""
     try:
-        return str(tomllib.loads(file.read_text("utf-8")).get("kind", "suite"))
+        return str(tomllib.loads(file.read_text("utf-8-sig")).get("kind", "suite"))
     except (OSError, ValueError, RecursionError):
         return "suite"
 
@@ -175,7 +175,7 @@ def suite_file(name: str) -> tuple[Path | None, bool]:
             with contextlib.suppress(
                 OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError
             ):
-                tables = tomllib.loads(file.read_text("utf-8"))
+                tables = tomllib.loads(file.read_text("utf-8-sig"))
                 called = tables["suite"].get("name", file.stem)
                 if called == full and (not reduced or (full != name and "reduced" in tables)):
                     return file, reduced
