@@ -30,6 +30,7 @@ from harness.dp import (
     Unclipped,
     Whole,
 )
+from harness.dp.clip.flat import shortened
 from harness.dp.contrast import probe, unit
 from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.jacobians import Factors, energies, forward
@@ -222,7 +223,7 @@ def test_what_is_left_of_a_gradient_that_cancels_keeps_within_the_bound(d: int) 
         left = (jacobian * u).cumsum(1)[:, -1] - (jacobian * u)[:, order].cumsum(1)[:, -1]
         energy = jacobian.double().square().sum().expand(2)
         read = safe_norms(torch.zeros(1, 1, dtype=torch.float64), energy, torch.float32)
-        assert float(left.double().norm() * Flat(1e-12).weights(read, None)) <= 1e-12
+        assert float(left.double().norm() * shortened(read, 1e-12)) <= 1e-12
         assert float(read) <= 1e-6 * float(energy.sum().sqrt())
     assert read > 2 * safe_norms(torch.zeros(1, 1, dtype=torch.float64), energy, torch.float64)
 

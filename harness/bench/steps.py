@@ -39,7 +39,8 @@ def build(workload: Workload, size: int, dtype: torch.dtype, device: str) -> tup
     else:
         x = torch.randint(workload.tokens, shape, generator=rng)
     y = torch.randint(workload.classes, (size,), generator=rng)
-    model = models.build(workload.model, workload.shape, workload.classes, seed=0).to(device, dtype)
+    named = (workload.model, workload.shape, workload.classes)
+    model = models.build(*named, seed=0, tokens=workload.tokens).to(device, dtype)
     return model, Batch(x.to(device), y.to(device))
 
 

@@ -142,7 +142,7 @@ class WholeBatch(Vmap):
     """Clips the gradient of the whole batch to C and declares C: it can turn round."""
 
     def bounded(self, loss: Loss, clip: Clip, model: nn.Module, w: Tree, batch: Batch, *rest: Any) -> Bounded:
-        out = super().bounded(loss, Flat(1e30), model, w, batch, *rest)
+        out = super().bounded(loss, Flat(1e6), model, w, batch, *rest)
         grad = out.releases["grad"]
         state, _, relation, *_ = rest
         bound = clip.sensitivity(state, relation)

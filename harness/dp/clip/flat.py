@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from harness.dp.clip.rule import Clip, State, positive, usable
+from harness.dp.clip.rule import Clip, State, usable, within_reach
 from harness.dp.release import Relation
 
 
@@ -37,7 +37,7 @@ class Flat(Clip):
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        positive(clipping_norm=self.clip)
+        within_reach(clipping_norm=self.clip)
 
     def weights(self, norms: Tensor, state: State) -> Tensor:
         return shortened(norms, self.clip)

@@ -23,7 +23,7 @@ from typing import Literal
 from torch import Tensor
 
 from harness.dp.clip.flat import shortened
-from harness.dp.clip.rule import Clip, State, positive
+from harness.dp.clip.rule import LARGEST, SMALLEST, Clip, State, positive, within_reach
 from harness.dp.release import Relation, Release
 from harness.dp.tree import Layout, Tree
 
@@ -34,7 +34,6 @@ SCALES: dict[str, Callable[[float, int], float]] = {
     "dimension": lambda c, d: c / math.sqrt(d),
     "optimal": lambda c, d: math.sqrt(c / math.sqrt(d)),
 }
-SMALLEST, LARGEST = 1e-10, 1e10  # between which thresholds adapt
 FURTHEST = 700.0  # exponents of a step of theirs: exp(710) is more than a float holds
 
 
@@ -119,9 +118,9 @@ class GroupWise(Clip):
     thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        positive(clipping_norm=self.clip)
+        within_reach(clipping_norm=self.clip)
         for threshold in self.thresholds or ():
-            positive(threshold=threshold)
+            within_reach(threshold=threshold)
         if self.allocation not in SCALES:
             raise ValueError(f'allocation must be one of {", ".join(SCALES)}, not "{self.allocation}"')
 
@@ -166,7 +165,8 @@ class Quantile(GroupWise):
     vector, which an example moves by at most sqrt(K) / 2. Its noise comes out of the same budget: sigma^-2 is the sum
     of both multipliers' ^-2. `count_noise` is the standard deviation of the noise on a count for K = 1 (the paper takes
     a twentieth of the batch), sqrt(K) times that for K groups and twice it under replace-one; None gives the counts the
-    share `budget` of sigma^-2 (He et al.). The threshold is multiplied by exp(-rate * (fraction below - quantile)).
+    share `budget` of sigma^-2 (He et al.). The threshold is multiplied by exp(-rate * (fraction below - quantile)), and
+    kept between the smallest and the largest clipping norm that float32 serves.
     """
 
     quantile: float = 0.5

@@ -94,6 +94,30 @@ def usable(weights: Tensor) -> Tensor:
     return weights.nan_to_num_(0.0).masked_fill_(weights < FAINTEST, 0.0)
 
 
+SMALLEST, LARGEST = 1e-6, 1e6  # clipping norms that float32 can keep
+
+
+def within_reach(**values: float) -> None:
+    """Raise ValueError for the first of `values` that is no clipping norm from `SMALLEST` to `LARGEST`.
+
+    Squares lose digits in float32 below 1e-38, those of entries below 1e-19: in a gradient as long as `SMALLEST` a
+    million million of these make up less than a millionth of its length. And a sum of a million gradients as long as
+    `LARGEST` is far from the largest float32.
+    """
+    positive(**values)
+    for name, value in values.items():
+        if not SMALLEST <= value <= LARGEST:
+            remedy = (
+                f"write {SMALLEST:g} or more"
+                if value < SMALLEST
+                else f"write {LARGEST:g} or less, or Unclipped() where nothing is to be clipped"
+            )
+            raise ValueError(
+                f"{name.replace('_', ' ')} {value:g} lies outside {SMALLEST:g} to {LARGEST:g}, where float32 keeps"
+                f" gradients within their bound: {remedy}"
+            )
+
+
 def positive(**values: float) -> None:
     """Raise ValueError for the first of `values` that is not positive and finite."""
     for name, value in values.items():

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from harness.dp.clip.rule import Clip, State, positive, usable
+from harness.dp.clip.rule import Clip, State, positive, usable, within_reach
 from harness.dp.release import Relation
 
 SHORTEST = 1e-12  # norms below count as this where the weight is their inverse
@@ -30,7 +30,8 @@ class Automatic(Clip):
     form: Literal["stable", "vanilla"] = "stable"
 
     def __post_init__(self) -> None:
-        positive(clipping_norm=self.clip, gamma=self.gamma)
+        within_reach(clipping_norm=self.clip)
+        positive(gamma=self.gamma)
         if self.form not in ("stable", "vanilla"):
             raise ValueError(f'form must be "stable" or "vanilla", not "{self.form}"')
 
@@ -48,14 +49,15 @@ class PSAC(Clip):
     """DP-PSAC, Xia et al. 2023 (arXiv:2212.00328): weight C / (x + r / (x + r)), sensitivity C.
 
     The contribution C x / (x + r / (x + r)) is below C. Short gradients weigh about C, not C / gamma as in AUTO-S; the
-    weight is largest in between.
+    weight is largest in between, where it is taken to be at most that of a gradient of length 1e-12.
     """
 
     clip: float = 1.0
     r: float = 0.1
 
     def __post_init__(self) -> None:
-        positive(clipping_norm=self.clip, r=self.r)
+        within_reach(clipping_norm=self.clip)
+        positive(r=self.r)
 
     @property
     def slope(self) -> float:
@@ -63,7 +65,8 @@ class PSAC(Clip):
         return 1.0
 
     def weights(self, norms: Tensor, state: State) -> Tensor:
-        return usable(self.clip / (self.slope * norms + self.r / (norms + self.r)))
+        size = self.slope * norms + self.r / (norms + self.r)
+        return usable(self.clip / size.clamp(min=self.slope * SHORTEST))
 
     def sensitivity(self, state: State, relation: Relation) -> float:
         return self.clip / self.slope * relation.moves
@@ -82,6 +85,7 @@ class PSASC(PSAC):
         super().__post_init__()
         if not 0 < self.s <= 1:
             raise ValueError(f"s must lie in (0, 1], and is {self.s}")
+        within_reach(clipping_norm_over_s=self.clip / self.s)
 
     @property
     def slope(self) -> float:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from harness.dp.clip import Clip, State, Unclipped
 from harness.dp.clip.flat import shortened
-from harness.dp.clip.rule import positive
+from harness.dp.clip.rule import within_reach
 from harness.dp.engines.engine import SPEED, Engine, Unserved, joined, losses_of, trainable
 from harness.dp.engines.rows import full_precision
 from harness.dp.engines.survey import modes, moved, probe_batch, refuse_mixing, untouched, watching
@@ -65,7 +65,7 @@ class Feedback(Engine):
     microbatch: int | None = field(default=None, metadata=SPEED)
 
     def __post_init__(self) -> None:
-        positive(error=self.error, activation=self.activation)
+        within_reach(error=self.error, activation=self.activation)
         if self.microbatch is not None and self.microbatch < 1:
             raise ValueError(f"a microbatch holds at least one example, not {self.microbatch}")
 

@@ -56,15 +56,19 @@ class Ghost(Taped):
         total = super().weighted_sum(w, groups, weights, taped, leaves, rest)
         if again and taped is not None:
             # A scalar, not a vector of losses with `weights` as its gradient, which would import all of sympy.
-            reweighted = (weights[:, 0].to(taped.losses.dtype) * taped.losses).sum()
+            reweighted = ((weights[:, 0] * LIFT).to(taped.losses.dtype) * taped.losses).sum()
+            parts = torch.autograd.grad(reweighted, [leaves[n] for n in again])
+            if not all(part.sum().isfinite() for part in parts):
+                return super().weighted_sum(w, groups, weights, taped, leaves, found)
             views = w.layout.views(total)
-            for name, part in zip(
-                again, torch.autograd.grad(reweighted, [leaves[n] for n in again]), strict=True
-            ):
-                views[name].copy_(part)
+            for name, part in zip(again, parts, strict=True):
+                torch.div(part, LIFT, out=views[name])
         return total
 
 
+# A power of two, which changes no digit: what a small weight leaves of a gradient may be too small for float32 on its
+# way back through the layers. Where it then overflows, the sum is taken from the tape.
+LIFT = 2.0**64
 UNLIKE = 1e-3  # times the sum of all contributions' norms by which the two sums of a step may differ
 
 

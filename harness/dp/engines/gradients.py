@@ -14,6 +14,7 @@ Shapes: B examples, T positions of a layer within one example, fan-in d, outputs
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -33,6 +34,10 @@ CANCELLED = (
 def scaled(v: Tensor, g: Tensor) -> Tensor:
     """Row i of `g` [B, ...] times v[i]."""
     return g * v.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
+
+
+UNSEEN = 1e-7  # times a contribution's length, by which rounding may lengthen it
+HUGE = 1e36  # the length of a weighted output gradient, from which float32 is not sure to hold it
 
 
 def placed(value: Tensor, out: Tensor | None) -> Tensor:
@@ -141,6 +146,7 @@ class Product(Gradient):
 
     channels_last = False
     apart: tuple[Tensor, Product] | None = None
+    measured: Tensor | None = None  # squared norms [B], where they were read off Gram matrices
 
     @cached_property
     def made(self) -> tuple[Tensor, Tensor]:
@@ -170,9 +176,24 @@ class Product(Gradient):
         total, bound = self._gram()
         cancelled = (~(CANCELLED * total >= bound)).nonzero().squeeze(1)  # or not a number
         if len(cancelled):
-            self.apart = cancelled, self.some(cancelled)
+            self.set_apart(cancelled)
+            assert self.apart is not None
             total[cancelled] = self.apart[1].made[1]
+        self.measured = total
         return total
+
+    def set_apart(self, chosen: Tensor) -> None:
+        """Make the gradients of the examples of these numbers after all, beside those that are made already."""
+        if self.apart is not None:
+            chosen = torch.cat([self.apart[0], chosen]).unique()
+            if len(chosen) == len(self.apart[0]):
+                return
+        if len(chosen) and not self.held:
+            self.apart = chosen, self.some(chosen)
+
+    def factors(self) -> Factors:
+        """Of the two whose product the gradients are; most often the output gradients are weighed."""
+        raise NotImplementedError
 
     def _gram(self) -> tuple[Tensor, Tensor]:
         """Squared norms [B] without the products, and (sum_t |g_t| |a_t|)^2 [B], to which rounding is relative.
@@ -190,7 +211,14 @@ class Product(Gradient):
                 return self._weighted(v, out)
             chosen, gradients = self.apart
             total = self._weighted(v.index_fill(0, chosen, 0), out)
-            return total.add_(gradients.weighted(v[chosen].contiguous()))
+            weights, squares = v[chosen], gradients.made[1]
+            good = squares.isfinite()  # what float32 cannot hold contributes nothing
+            if not good.all():
+                if not good.any():
+                    return total
+                gradients, weights = gradients.some(good.nonzero().squeeze(1)), weights[good]
+                assert gradients.made
+            return total.add_(gradients.weighted(weights.contiguous()))
         if self.channels_last:
             return kernels.weighted_rows(v, self.made[0], out, swap=True)
         return weighted_rows(v, self.made[0], out)
@@ -232,6 +260,7 @@ class Outer(Product):
 
     a: Tensor
     g: Tensor
+    lengths: tuple[Tensor, Tensor] | None = None  # squares [B] of both, where they make the norm
 
     def __post_init__(self) -> None:
         self.shape = torch.Size((self.g.shape[2], self.a.shape[2]))
@@ -255,8 +284,13 @@ class Outer(Product):
         a, g = wide(self.a), wide(self.g)
         if a.shape[1] > 1:
             return gram_squares(a, g)
-        total = factor_squares(a[:, 0]) * factor_squares(g[:, 0])
+        self.lengths = factor_squares(a[:, 0]), factor_squares(g[:, 0])
+        total = self.lengths[0] * self.lengths[1]
         return total, total
+
+    def factors(self) -> Factors:
+        a, g = self.lengths or (factor_squares(wide(self.a)), factor_squares(wide(self.g)))
+        return Factors(g, a, self.g.shape[1] * self.g.shape[2])
 
     def some(self, chosen: Tensor) -> Product:
         return Outer(self.a[chosen], self.g[chosen])
@@ -269,6 +303,43 @@ class Outer(Product):
         if isinstance(other, Outer) and not (self.held or other.held):
             return Outer(torch.cat([self.a, other.a], 1), torch.cat([self.g, other.g], 1))
         return super().__add__(other)
+
+
+def settle(weighed: Iterable[tuple[Gradient, Tensor]], dtype: torch.dtype) -> None:
+    """Set apart, in each gradient, the examples of which no factor can be multiplied by their weights [B].
+
+    The weighted sum of a product is formed from weighted output gradients. In `dtype` these may be too small to keep
+    their digits, which inputs of 1e37 make large again, or too large, which inputs of 1e-37 make small again. The
+    gradients of such examples are made first and weighed then.
+    """
+    given = [(g, v, g.measured) for g, v in weighed if isinstance(g, Product) and g.measured is not None]
+    if not given:
+        return
+    narrow = torch.finfo(torch.float32 if dtype.itemsize < 4 else dtype)
+    lost = (narrow.tiny * narrow.eps / UNSEEN) ** 2
+    factors = [g.factors() for g, *_ in given]
+    all_of = [
+        t for (_, v, measured), f in zip(given, factors, strict=True) for t in (v, measured, f.other, f.own)
+    ]
+    least, most = (t.unflatten(0, (-1, 4)).tolist() for t in torch.stack(all_of).aminmax(dim=1))
+    for (g, v, measured), f, low, high in zip(given, factors, least, most, strict=True):
+        if f.spread * high[2] * lost <= low[0] ** 2 * low[1] and high[0] ** 2 * high[3] <= HUGE**2:
+            continue
+        squares = v.square()
+        bad = (f.other * (f.spread * lost) > squares * measured) & (measured > 0)
+        bad = (bad | (squares * f.own > HUGE**2)) & (v > 0)
+        g.set_apart(bad.nonzero().squeeze(1))
+
+
+class Factors(NamedTuple):
+    """Squared lengths [B], in float64, of the factor that is weighed and of the other, by what its entries count.
+
+    An error of one in each entry of the weighed factor moves the gradient by at most (other * spread)^(1/2).
+    """
+
+    own: Tensor
+    other: Tensor
+    spread: float
 
 
 @dataclass
@@ -421,6 +492,11 @@ class Patches(Product):
         return total.unflatten(0, (-1, groups)).sum(1), bound.sqrt().unflatten(0, (-1, groups)).sum(
             1
         ).square()
+
+    def factors(self) -> Factors:
+        # An input lies in at most as many windows as a kernel has entries.
+        spread = self.g[0].numel() * math.prod(self.geometry.kernel)
+        return Factors(factor_squares(wide(self.g)), factor_squares(wide(self.x)), spread)
 
     def some(self, chosen: Tensor) -> Product:
         return Patches(self.x[chosen], self.g[chosen], self.geometry)

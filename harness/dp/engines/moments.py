@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from harness.dp.clip import Clip, State, Unclipped
 from harness.dp.clip.flat import shortened
-from harness.dp.clip.rule import positive
+from harness.dp.clip.rule import positive, within_reach
 from harness.dp.engines.bookkeeping import BookKeeping
 from harness.dp.engines.engine import SPEED, Engine, Unserved, losses_of, trainable
 from harness.dp.engines.rows import factor_squares, full_precision
@@ -54,7 +54,8 @@ class WithGram(Engine):
     noise: float = 1.0
 
     def __post_init__(self) -> None:
-        positive(radius=self.radius, noise=self.noise)
+        within_reach(radius=self.radius)
+        positive(noise=self.noise)
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         return unserved(loss, model) or self.engine.accepts(loss, clip, model)
@@ -105,7 +106,7 @@ class Moments(Engine):
     microbatch: int | None = field(default=None, metadata=SPEED)
 
     def __post_init__(self) -> None:
-        positive(radius=self.radius)
+        within_reach(radius=self.radius)
         if self.microbatch is not None and self.microbatch < 1:
             raise ValueError(f"a microbatch holds at least one example, not {self.microbatch}")
 

@@ -21,14 +21,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from harness.dp.engines.gradients import Gradient, Outer, Rows, placed
-from harness.dp.engines.rows import product, wide
+from harness.dp.engines.gradients import Factors, Gradient, Outer, Rows, placed
+from harness.dp.engines.rows import factor_squares, product, wide
 from harness.dp.native import kernels
 
 
 @dataclass
 class Steps(Outer):
     """The `Outer` of a weight read at every step, from views [B, T, .] of tensors that lie in memory time first."""
+
+    def factors(self) -> Factors:
+        return Factors(factor_squares(self.a), factor_squares(self.g), self.a.shape[1] * self.a.shape[2])
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
         a, g = self.a.transpose(0, 1), self.g.transpose(0, 1)

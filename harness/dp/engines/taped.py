@@ -13,7 +13,7 @@ from harness.dp.clip import Clip, State
 from harness.dp.engines.audit import audit
 from harness.dp.engines.audit import unaudited as unaudited
 from harness.dp.engines.engine import SPEED, Clipped, PerExample, Unserved, Used, group_norms, laid_out
-from harness.dp.engines.gradients import Gradient
+from harness.dp.engines.gradients import Gradient, settle
 from harness.dp.engines.loop import Loop
 from harness.dp.engines.plan import Plan, gradients
 from harness.dp.engines.rows import full_precision
@@ -119,6 +119,7 @@ class Taped(PerExample):
                 weights = clip.weights(norms, state)
                 finite = norms.isfinite().all(1)
                 if finite.all():
+                    settle(((g, weights[:, groups[n]]) for n, g in found.items()), w.flat.dtype)
                     total = self.weighted_sum(w, groups, weights, taped, leaves, found)
                 else:
                     total = self.finite_sum(w, groups, weights, found, finite)
@@ -145,6 +146,7 @@ class Taped(PerExample):
         for gradient in rest.values():
             # Settles which examples are added as they are.
             gradient.squares()
+        settle(((g, weights[chosen][:, groups[n]]) for n, g in rest.items()), w.flat.dtype)
         return Taped.weighted_sum(self, w, groups, weights[chosen], None, {}, rest)
 
     def weighted_sum(
