@@ -1071,7 +1071,7 @@ def _reason(error: BaseException, private: bool) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1]
     where = f"at {Path(last.filename).name}:{last.lineno}"
-    if private and any(_TRAINING == (Path(frame.filename).name, frame.name) for frame in frames):
+    if private and any((Path(frame.filename).name, frame.name) == _TRAINING for frame in frames):
         hidden = "what it says may tell of private data, and is in error.txt"
         return f"{type(error).__name__} in training ({where}; {hidden})"
     text = "".join(traceback.format_exception_only(error)).strip()

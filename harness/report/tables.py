@@ -544,8 +544,10 @@ def _table(
 
 
 def _barred(row: Row) -> str:
-    n = row.counts.get("diverged", 0)
-    return f"{n} of {len(row.runs)} runs diverged" if n else ""
+    if n := row.counts.get("diverged", 0):
+        return f"{n} of {len(row.runs)} runs diverged"
+    n = sum(run.believed for run in row.counted)
+    return f"the privacy of {n} of {len(row.counted)} runs is their sender's word" if n else ""
 
 
 def _baseline(rows: Sequence[Row]) -> tuple[Row | None, int]:
