@@ -367,13 +367,16 @@ def _stages(
 
 
 def _bounded(where: str, told: Mapping[str, Any], stage: Stage) -> None:
-    """The sensitivity of the clipped sum, where it is that of a rule without a state."""
+    """The sensitivity of the clipped sum, where the rule has no state: its own, or more by an engine's."""
     method = stage.method
     clip, relation = method.clip, method.sampler.relation
     if type(clip).init is Clip.init and not method.engine.note(method.loss, clip, stage.batch, relation):
         bound = clip.sensitivity(None, relation)
-        found = (told["sensitivity"] or {}).get("grad")
-        _demand(f"{where}.sensitivity.grad", found, bound if math.isfinite(bound) else None)
+        found = (told["sensitivity"] or {}).get("grad", 0.0)
+        if found is not None and found < bound:
+            raise _Refused(
+                f"{where}.sensitivity.grad is {_short(found)}, and its clipping rule bounds by {bound:g}"
+            )
 
 
 def _spent(
