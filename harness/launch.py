@@ -23,6 +23,7 @@ import ctypes
 import errno
 import faulthandler
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -753,7 +754,7 @@ def _cause_of_death(run: _Running) -> tuple[str, str]:
 def _tail(path: Path) -> str:
     """The last lines that a run printed, without stacks: those are in the file, and name places here."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     told = [line.strip() for line in lines if line.strip() and not _STACK.match(line)]
@@ -1083,6 +1084,9 @@ def _redirect(path: Path) -> None:
     """Send what the run prints to a file: the terminal belongs to the launcher's progress."""
     sys.stdout.flush()
     sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # the file is UTF-8 whatever the terminal was
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     with opened(path, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

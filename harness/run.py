@@ -231,7 +231,7 @@ class _Session:
         drawn = self.draw.to_json()
         seeds = Seeds(cell, **drawn)
         data = self.data
-        model = models.build(self.task["model"], data.input_shape, data.classes, seeds.init, data.tokens)
+        model = models.build(self.task["model"], data.input_shape, data.classes, seeds.init, data.integers)
         self.model = model.to(self.device, dtype)
         methods, then = methods_of(cell), cell.then
         schedules = [_schedule(one, save_seconds) for one in (cell.schedule, then.get("schedule")) if one]
@@ -426,7 +426,7 @@ class _Session:
         if self.target.delta is not None:
             spent = self.private_ledger(p)
             line["epsilon"] = _finite(epsilon(spent, self.target.delta, self.method.sampler.relation, "rdp"))
-        with opened(self.trace, "a") as file:
+        with opened(self.trace, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             p.trace = file.tell()

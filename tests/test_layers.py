@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "seeds": {"cell"},
     "data": {"registry", "dp", "screen"},
     "models": {"registry", "dp"},
-    "suite": {"registry", "cell", "lines", "data", "dp", "parts"},
+    "suite": {"registry", "cell", "lines", "data", "dp", "parts", "models"},
     "private": set(),
     "screen": set(),
     "train": {"dp", "measure", "private"},

@@ -154,7 +154,7 @@ def norms_of(engine: PerExample, used: Used, batch: Batch) -> Tensor:
 
 
 def confirmed(engine: PerExample, used: Used, number: int, random: bool) -> bool:
-    """Whether the norms differ in float64 too, where rounding makes no difference. Yes, if the model refuses float64."""
+    """Whether the norms differ in float64 too, where rounding makes no difference. Yes, if float64 is refused."""
     x = used.batch.x.double() if used.batch.x.is_floating_point() else used.batch.x
     wide = used._replace(w=Tree(used.w.layout, used.w.flat.double()), batch=Batch(x, used.batch.y))
     start = number // used.chunk * used.chunk

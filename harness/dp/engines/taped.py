@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.audit import audit
+from harness.dp.engines.audit import unaudited as unaudited
 from harness.dp.engines.engine import SPEED, Clipped, PerExample, Unserved, Used, group_norms, laid_out
 from harness.dp.engines.gradients import Gradient
 from harness.dp.engines.loop import Loop
