@@ -20,6 +20,7 @@ from typing import Any
 from harness import data, registry, run, store
 from harness.cell import Cell, canonical_json
 from harness.dp.account import ACCOUNTANTS, Ledger, epsilon, ranking
+from harness.dp.clip import Clip
 from harness.dp.method import Method, Stage, describe, plan
 from harness.dp.path import Path as Straight
 from harness.dp.release import Relation
@@ -29,6 +30,8 @@ __all__ = ["WORD", "Verdict", "examine"]
 
 TOLERANCE = 1e-3
 """Relative: by how much an epsilon may differ from that of the same ledger by another version of its accountant."""
+LEAST = 0.98
+"""The share of its target that a run spends at the least: noise is calibrated to 1e-4, and meets it to a thousandth."""
 MOST_STEPS = 10**6
 MOST_EPSILON = 200.0
 """By RDP. Above it the other accountants take minutes and gigabytes, which a stranger's record is not worth."""
@@ -117,6 +120,9 @@ def _plain(record: store.Record, cell: Cell) -> None:
     privacy, asked = record["privacy"], cell.privacy
     for name in ("unit", "delta"):
         _demand(f"privacy.{name}", privacy.get(name), asked[name])
+    _demand("cell.privacy.unit", asked["unit"], "example")
+    _demand("cell.task.evaluate", cell.task["evaluate"], "test", "validation")
+    _demand("cell.numerics.dtype", cell.numerics["dtype"], *run.DTYPES)
     ok = record["status"] == "ok"
     _model(cell.task)
     if ok and cell.private:
@@ -165,7 +171,7 @@ def _data(record: store.Record, cell: Cell) -> None:
         ("cell.task", cell.task),
         *([("cell.then.task", cell.then["task"])] if "task" in cell.then else []),
     ]
-    made_of = []
+    made_of, digests = [], []
     for where, task in tasks:
         spec = task["dataset"]
         known = _facts(spec) if _NAMED.fullmatch(spec) else None
@@ -182,10 +188,15 @@ def _data(record: store.Record, cell: Cell) -> None:
         for name in ("mean", "std"):
             _demand(f"{where}.{name}", task[name], list(known[name]))
         made_of.append(known["public_data"])
+        digests.append({known["digest"], *known["sources"]})
         judged = record["metrics"].get("examples")
         if judged is not None and task is tasks[-1][1]:  # the last stage's data judge it
             rest = n - data.validation_size(n)
             _demand("metrics.examples", judged, rest if task["evaluate"] == "validation" else known["n_test"])
+    if len(digests) > 1 and digests[0] & digests[1]:
+        raise _Refused(
+            f"cell.then.task is {_short(tasks[1][1]['dataset'])}, which is the private data and not public"
+        )
     told = record["privacy"].get("public_data")
     if told is not None or record["status"] == "ok":
         _demand("privacy.public_data", told, run.public_data(made_of[0], cell))
@@ -222,6 +233,13 @@ def _privacy(record: store.Record, cell: Cell) -> None:
             raise _Refused(f"privacy.spent lacks {target.accountant}, which its noise was calibrated by")
         if over := run.excess(target, privacy):
             raise _Refused(f"{over}, and its status is ok: its noise multiplier is too small")
+        used = privacy["spent"][target.accountant]
+        used = privacy["epsilon"] if used is None else used
+        if used < LEAST * target.epsilon:
+            raise _Refused(
+                f"it spent {used:g} of its target {target.epsilon:g}: its noise multiplier is not the one that is "
+                "calibrated for it, which is the smallest"
+            )
         _demand("privacy.planned", privacy["planned"], privacy["spent"])
     if (tuned := privacy.get("epsilon_with_tuning")) is not None and relation is not None:
         _searched(tuned, cell, ledger, relation, complete=ok)
@@ -286,6 +304,10 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
         raise _Refused(f"privacy.noise_multiplier is {_short(sigma)}, which is none")
     if ok and cell.private and sigma is None:
         raise _Refused("privacy.noise_multiplier is null, and its status is ok")
+    if sigma is not None and not cell.private:
+        raise _Refused(f"privacy.noise_multiplier is {_short(sigma)}, and it trains without privacy")
+    if ok and not cell.then:
+        _bounded("privacy", privacy, stages[0])
     if (claimed := privacy.get("claimed")) is not None:
         silent = type(methods[0].path).claim is Straight.claim
         if silent or cell.then or not cell.private:
@@ -338,6 +360,23 @@ def _stages(
                 _demand(f"{where}.{name}", one[name], value)
         if ok:
             _spent(where, one, "spent", plan(private[: k + 1], sigma, n), cell, relation)
+        if ok and "sensitivity" in one and public:
+            _demand(f"{where}.sensitivity", one["sensitivity"], None)
+        elif ok and "sensitivity" in one:
+            _bounded(where, one, stage)
+
+
+def _bounded(where: str, told: Mapping[str, Any], stage: Stage) -> None:
+    """The sensitivity of the clipped sum, where the rule has no state: its own, or more by an engine's."""
+    method = stage.method
+    clip, relation = method.clip, method.sampler.relation
+    if type(clip).init is Clip.init and not method.engine.note(method.loss, clip, stage.batch, relation):
+        bound = clip.sensitivity(None, relation)
+        found = (told["sensitivity"] or {}).get("grad", 0.0)
+        if found is not None and found < bound:
+            raise _Refused(
+                f"{where}.sensitivity.grad is {_short(found)}, and its clipping rule bounds by {bound:g}"
+            )
 
 
 def _spent(

@@ -12,7 +12,7 @@ import pytest
 from harness import cli, draw, launch, pack, store, suite
 from harness import run as running
 from harness.cell import Cell
-from harness.report import read, recipe
+from harness.report import board, read, recipe
 from harness.seeds import Seeds
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +178,11 @@ def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.Captu
         pack.pack(mixed, tmp_path / "mixed.zip")
     assert cli.main(["show", one.id[:6], "--results", str(mixed)]) == 2
     assert "two cells with the same id" in capsys.readouterr().err
+
+    rows = board(
+        "fashion", "?", [record_of(x) | {"group": one.group, "path": "a/b/c"} for x in (one, two)]
+    ).rows
+    assert len(rows) == 2  # a group's digits may be shared as well
 
     half = tmp_path / "half" / "fashion" / one.id
     half.mkdir(parents=True)

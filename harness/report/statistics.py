@@ -30,6 +30,7 @@ RULE = (
     "common seeds contains 0; otherwise its place in the order is its rank, and it leads in turn. Only runs "
     "with status ok count. A row is unranked (–) with fewer than two seeds in common with the baseline or "
     "with the leader, and when one of its seeds diverged: leaving that seed out would flatter the rest. "
+    "So is one with merged runs whose privacy could not be computed again here. "
     "An interval is never narrower than rounding to whole test examples leaves it. "
     "Intervals are not corrected for the number of rows."
 )

@@ -405,9 +405,16 @@ def board(
 
 def _rows(runs: Sequence[Run]) -> list[Row]:
     """Group runs by (group, device). A run that never reached a device joins its group's first row."""
-    groups: dict[tuple[Setting, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[Any, ...], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        groups[run.setting, run.group][run.device.fingerprint].append(run)
+        same = (
+            run.group,
+            run.parameters,
+            run.parts,
+            run.batch,
+            run.steps,
+        )  # two settings may share a group's digits
+        groups[run.setting, same][run.device.fingerprint].append(run)
     rows = []
     for places in groups.values():
         homeless = places.pop("", [])
@@ -544,8 +551,10 @@ def _table(
 
 
 def _barred(row: Row) -> str:
-    n = row.counts.get("diverged", 0)
-    return f"{n} of {len(row.runs)} runs diverged" if n else ""
+    if n := row.counts.get("diverged", 0):
+        return f"{n} of {len(row.runs)} runs diverged"
+    n = sum(run.believed for run in row.counted)
+    return f"the privacy of {n} of {len(row.counted)} runs is their sender's word" if n else ""
 
 
 def _baseline(rows: Sequence[Row]) -> tuple[Row | None, int]:

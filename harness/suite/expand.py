@@ -195,4 +195,6 @@ def _refuse_twins(suite: Suite, cells: Iterable[Cell], report: Report) -> None:
         if other is not cell:
             here, there = (f'"{one.label}" on task "{one.task["name"]}"' for one in (cell, other))
             place = next(t.path for t in suite.tasks if t.name == cell.task["name"])
-            report.bad(place, f"{here} is the same run as {there}; remove one.")
+            same = f"{here} is the same run as {there}; remove one."
+            shared = f"{here} has the id of {there}, which is another run: change a hyper-parameter of one."
+            report.bad(place, same if cell.digest == other.digest else shared)
