@@ -151,11 +151,11 @@ def test_models_of_a_users_file_are_tried_too(tmp_path: Path, monkeypatch: pytes
     assert [one.line for one in caught.value.problems] == [16, 19, 22]
     for problem, pattern in zip(caught.value.problems, words.values(), strict=True):
         assert re.search(pattern, problem.message), problem.message
-    Path("own.py").write_text("import nowhere_at_all\n" + OWN.replace("careless", "careless-two", 1))
+    Path("other.py").write_text("import nowhere_at_all\n" + OWN.replace("careless", "careless-two", 1))
     Path("s.toml").write_text(HEAD + tasks[0].replace("careless-one", "careless-two") + METHOD)
     with pytest.raises(SuiteError) as caught:
-        suite.load("s.toml", files=["own.py"], thorough=True).cells()
-    assert [(one.file, one.line) for one in caught.value.problems] == [("own.py", 1)]
+        suite.load("s.toml", files=["other.py"], thorough=True).cells()
+    assert [(one.file, one.line) for one in caught.value.problems] == [("other.py", 1)]
 
 
 def test_the_documented_model_and_data_work_in_every_command(tmp_path: Path) -> None:
