@@ -348,6 +348,7 @@ def test_any_folder_can_be_a_merge_source(tmp_path: Path, capsys: pytest.Capture
         result = store.merge([there], here)
     after = tree(here)
     assert result.added == [f"core/{ids[0]}"]
+    assert after.pop(f"core/{ids[0]}/origin.json")
     assert {one.path.parent.name for one in result.conflicts} == {ids[n] for n in (10, 11, 12, 13)}
     refused = Counter(one.path.parent.name for one in result.refused)
     assert refused == Counter(
