@@ -247,6 +247,8 @@ def test_numbers_that_would_become_others_are_refused(
 ) -> None:
     with pytest.raises(DatasetError, match=rf"bad\.npz: {message}"):
         data.load(archive(tmp_path / "bad.npz", x, y))
+    with pytest.raises(DatasetError, match="layout=nchw is for four axes"):
+        data.load(archive(tmp_path / "bad.npz", x, y) + "?layout=nchw")
 
 
 def test_named_classes_may_lack_examples(tmp_path: Path) -> None:

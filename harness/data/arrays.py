@@ -75,6 +75,10 @@ def _arrays(path: Path) -> dict[str, Array]:
 
 def _inputs(x: Array, where: str, layout: str | None) -> Array:
     """Images to uint8 ``[N, C, H, W]``, anything else to float32."""
+    if layout is not None and x.ndim != 4:
+        raise DatasetError(
+            f"{where} has shape {list(x.shape)}; layout={layout} is for four axes, leave it out"
+        )
     if x.dtype == np.uint8:
         if x.ndim not in (3, 4):
             raise DatasetError(
