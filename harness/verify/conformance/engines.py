@@ -16,7 +16,7 @@ SCALES = (1.0, 1e4)  # of inputs: norms below the bound and far above it
 
 
 def other_engines(s: Subject) -> None:
-    """so it is with every engine that a suite or auto may take instead: loop, vmap, ghost, bookkeeping, channels last"""
+    """so it is with every engine that a suite or auto may take instead"""
     s.noises()
     if not isinstance(s.method.engine, PerExample):
         raise Inapplicable(
