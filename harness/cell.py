@@ -34,13 +34,13 @@ class Cell:
     ``privacy`` holds ``epsilon delta relation unit accountant``, None (but the unit) for training without
     privacy, and ``tuning`` where a search on private data is charged. ``device`` holds
     ``device threads engine microbatch``, ``budget`` ``seconds memory_mib``.
-    ``method_files`` are the user's own files that register its methods, none for installed ones. ``changes`` are the
+    ``method_files`` are the user's own files that register its methods, its model and its data. ``changes`` are the
     parts that the suite gives the method (slot to spec, see :mod:`harness.parts`); ``parts`` describes the method with
     them. All values are JSON values. ``then`` is a second stage, of another method: ``name parameters parts trains
     schedule`` and, where it trains on public data, ``task``; {} for runs of one stage.
 
-    Each field says here where a record holds it. :meth:`canonical` and :meth:`from_canonical` both read these places, so
-    that neither can know of a field that the other forgets; what has no place is not in a record's cell.
+    Each field says here where a record holds it. :meth:`canonical` and :meth:`from_canonical` both read these places,
+    so that neither can know of a field that the other forgets; what has no place is not in a record's cell.
     """
 
     suite: str

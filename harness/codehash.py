@@ -218,7 +218,9 @@ def _digest(file: Path) -> str:
     if file.suffix == ".py":
         text = _meaning(str(file), file.read_bytes())
     else:
-        lines = re.sub(r"/\*.*?\*/|//[^\n]*", " ", file.read_text(), flags=re.DOTALL).splitlines()
+        lines = re.sub(
+            r"/\*.*?\*/|//[^\n]*", " ", file.read_text(encoding="utf-8"), flags=re.DOTALL
+        ).splitlines()
         text = "\n".join(" ".join(line.split()) for line in lines if line.strip())
     return hashlib.sha256(text.encode()).hexdigest()
 

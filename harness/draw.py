@@ -72,7 +72,7 @@ def note(folder: Path, cell: Cell, draw: Draw) -> None:
 
 
 def begun(folder: Path) -> dict[str, Any] | None:
-    """``cell`` (its digest) and ``draw`` of the half-done run in `folder`; None where there is no note, or a damaged one."""
+    """``cell`` (its digest) and ``draw`` of the half-done run in `folder`; None without a note that can be read."""
     try:
         note = json.loads((folder / CHECKPOINT / NOTE).read_bytes())
         cell, attempt, code = note["cell"], note["attempt"], note["code"]

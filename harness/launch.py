@@ -23,6 +23,7 @@ import ctypes
 import errno
 import faulthandler
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -41,7 +42,7 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness import draw, measure, registry, store
+from harness import draw, measure, registry, screen, store
 from harness.cell import Cell
 from harness.private import opened
 
@@ -82,6 +83,7 @@ _POLL = 0.25  # seconds between two looks at budgets and memory
 _ELSEWHERE = 1.0  # seconds between two looks at a run of another launcher
 _SERIAL = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _OUTPUT = "output.txt"
+_TRAINING = ("train.py", "train")  # file and function below which examples are looked at
 _STACK = re.compile(r'\s*File "| {4}|Traceback |Thread 0x|Current thread|Extension modules')
 _PR_SET_PDEATHSIG = 1
 
@@ -283,7 +285,7 @@ class Lines:
     def say(self, text: str) -> None:
         """Print the line."""
         self._quiet_since = time.monotonic()
-        self._write(text)
+        self._write(screen.plain(text))
 
     def finished(self, outcome: Outcome, progress: Progress) -> None:
         """Print the run's line with its place in the order, the rate and the time left."""
@@ -307,6 +309,7 @@ class Bar:
     """A progress bar over all runs, with a line for each that is finished above it."""
 
     def __init__(self) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
         from rich.table import Column
@@ -319,13 +322,14 @@ class Bar:
             TextColumn("{task.fields[pace]}", table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[running]}", markup=False, style="dim", table_column=narrow),
             expand=True,
+            console=Console(file=screen.raw(sys.stdout)),
         )
         self._task = self._bar.add_task("runs", total=None, pace="", running="")
         self._bar.start()
 
     def say(self, text: str) -> None:
         """Print above the bar."""
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(screen.plain(text), markup=False, highlight=False)
 
     def finished(self, outcome: Outcome, progress: Progress) -> None:
         """Print the run's line above the bar."""
@@ -339,7 +343,7 @@ class Bar:
             total=progress.total,
             completed=progress.done,
             pace=progress.pace,
-            running=progress.running[0] if progress.running else "",
+            running=screen.plain(progress.running[0]) if progress.running else "",
         )
 
     def close(self) -> None:
@@ -351,9 +355,10 @@ def describe(cell: Mapping[str, Any]) -> str:
     """A cell in a few words: method, task, epsilon, seed."""
     method, task, privacy = (cell.get(key) or {} for key in ("method", "task", "privacy"))
     epsilon = privacy.get("epsilon")
-    name = method.get("label") or method.get("name") or "?"
+    names = (method.get("label") or method.get("name") or "?", task.get("name", "?"))
+    name, place = (" ".join(str(one).splitlines()) for one in names)
     return (
-        f"{name}  {task.get('name', '?')}  eps={'inf' if epsilon is None else format(epsilon, 'g')}"
+        f"{name}  {place}  eps={'inf' if epsilon is None else format(epsilon, 'g')}"
         f"  seed={cell.get('seed', '?')}"
     )
 
@@ -749,7 +754,7 @@ def _cause_of_death(run: _Running) -> tuple[str, str]:
 def _tail(path: Path) -> str:
     """The last lines that a run printed, without stacks: those are in the file, and name places here."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     told = [line.strip() for line in lines if line.strip() and not _STACK.match(line)]
@@ -987,8 +992,8 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
         if _unwritable(error, folder):
             traceback.print_exc()
             raise
-        with opened(folder / "error.txt", "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(traceback.format_exc())
+        with opened(folder / "error.txt", "w", encoding="utf-8", errors="backslashreplace") as out:
+            out.write(traceback.format_exc())
         status = "oom" if _is_out_of_memory(error) else "crashed"
         if status == "crashed":  # at the same step it would crash again, and corrected code starts anew
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
@@ -996,7 +1001,7 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
             cell,
             task["suite"],
             status,
-            _reason(error),
+            _reason(error, cell.private),
             folder=folder,
             started=started,
             seconds=time.monotonic() - since,
@@ -1058,17 +1063,30 @@ def _unwritable(error: Exception, folder: Path) -> bool:
     return error.errno in _FULL or (inside and error.errno in _NO_PLACE)
 
 
-def _reason(error: BaseException) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
+def _reason(error: BaseException, private: bool) -> str:
+    """What to say of a crash, and where it was.
+
+    What an exception says that was raised over examples of private data may be their labels, their norms or the size of
+    a batch. A record is passed on, so it names the exception alone; error.txt, which stays here, has all of it.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1]
+    where = f"at {Path(last.filename).name}:{last.lineno}"
+    if private and any((Path(frame.filename).name, frame.name) == _TRAINING for frame in frames):
+        hidden = "what it says may tell of private data, and is in error.txt"
+        return f"{type(error).__name__} in training ({where}; {hidden})"
     text = "".join(traceback.format_exception_only(error)).strip()
     text = text.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
-    return f"{text[-800:]} (at {Path(last.filename).name}:{last.lineno}; the traceback is in error.txt)"
+    return f"{text[-800:]} ({where}; the traceback is in error.txt)"
 
 
 def _redirect(path: Path) -> None:
     """Send what the run prints to a file: the terminal belongs to the launcher's progress."""
     sys.stdout.flush()
     sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # the file is UTF-8 whatever the terminal was
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     with opened(path, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -232,4 +232,6 @@ def show(value: object) -> str:
         shown = f'"{value}"' if isinstance(value, str) else repr(value)
     except (ValueError, RecursionError):  # Python refuses to print integers of thousands of digits
         return f"this {type(value).__name__}"
+    # A terminal obeys control characters; here they are only shown.
+    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in shown)
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -13,8 +13,9 @@ leaves out, by name, what is no valid record and what names a place or a machine
 
 Whoever takes a bundle in trusts nothing in it: every name must be one of the above, every size is bounded while it is
 read, every file must have the checksum of the manifest, every record must fit the published schema and have the id of
-its cell. A bundle with any fault is refused whole, and each fault is named by its file. Of a sound one each record is then examined: what
-it says of its privacy is computed again (:mod:`harness.trust`), and one that lies is refused by name.
+its cell. A bundle with any fault is refused whole, and each fault is named by its file. Of a sound one each record is
+then examined: what it says of its privacy is computed again (:mod:`harness.trust`), and one that lies is refused by
+name.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def _values(name: str, data: bytes) -> Iterator[Any]:
 def _schema_flaw(record: store.Record) -> str:
     from jsonschema.exceptions import best_match
 
-    error = best_match(_validator().iter_errors({k: v for k, v in store.written(record).items()}))
+    error = best_match(_validator().iter_errors(store.written(record)))
     if error is None:
         return ""
     message = error.message if len(error.message) <= 200 else error.message[:197] + "..."
@@ -246,8 +247,8 @@ def _texts(value: object, where: str) -> Iterator[tuple[str, str]]:
 def merge(sources: Sequence[Path], into: Path) -> store.MergeResult:
     """As :func:`harness.store.merge`, where a source may also be a bundle, and no record is believed.
 
-    What can be computed again of a record is (:mod:`harness.trust`), and one that says otherwise is refused by name. Every
-    bundle is checked before anything is added. Raises BundleError.
+    What can be computed again of a record is (:mod:`harness.trust`), and one that says otherwise is refused by name.
+    Every bundle is checked before anything is added. Raises BundleError.
     """
     from harness import trust
 
@@ -430,12 +431,12 @@ def _obstacle(record: store.Record, code: Mapping[str, Any] | str | None, seeds:
     if made.get("dirty") or not made.get("commit") or not made.get("hash"):
         what = "with uncommitted changes" if made.get("dirty") else "by code whose commit is not known"
         return f"unverified: it was made {what}"
-    if (record.get("origin") or {}).get("unknown"):
-        return "unverified: its epsilon could not be computed again here, or its data are not here"
     if not isinstance(code, Mapping):
         return f"unverified: {code or 'its code cannot be compared with the code here'}"
     if store.stale(record, code):
         return f"stale: it was made by code {made['hash']}, here that is {code.get('hash')}"
+    if unknown := (record.get("origin") or {}).get("unknown"):
+        return f"unverified: {unknown[0]}"
     if len(seeds) < LEAST_SEEDS:
         return f"missing interval: {len(seeds)} finished seed, at least {LEAST_SEEDS} are needed"
     return ""

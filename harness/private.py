@@ -14,6 +14,6 @@ def opened(path: Path, mode: str = "wb", **options: Any) -> IO[Any]:
 
     Also where there is a file of this name already, left by a killed run or an older version.
     """
-    file = open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600), **options)
+    file = open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600), **options)  # noqa: SIM115
     os.fchmod(file.fileno(), 0o600)
     return file

@@ -435,7 +435,7 @@ class Registry:
         file = Path(path).expanduser().resolve()
         if not file.is_file():
             raise FileNotFoundError(
-                f"{path}: no such file; name a Python file with an @method function in it"
+                f"{path}: no such file; name a Python file with an @method, @model or @dataset function in it"
             )
         if file not in self._files:
             self._files.append(file)

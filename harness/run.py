@@ -137,11 +137,11 @@ def _bounds(name: str, ledger: Ledger, target: Target, method: Method) -> dict[s
 def execute(cell: Cell, out: Path, suite: str, jobs: int = 1, save_seconds: float = 20.0) -> dict[str, Any]:
     """Train `cell`, continuing from `out`/checkpoint if there is one, and return its record (docs/record-schema.md).
 
-    Appends to `out`/trace.jsonl, and saves a checkpoint at the first log point `save_seconds` after the last one. Noise,
-    batches and path are those of the attempt that `out` is (``<id>.2`` is the second, any other name the first) by
-    today's code; a checkpoint of other code is not continued. Raises `harness.draw.OtherCell` where `out` holds the
-    checkpoint of another cell.
-    Whatever is wrong with the cell itself ends in a status (diverged, over_budget, skipped); all else raises.
+    Appends to `out`/trace.jsonl, and saves a checkpoint at the first log point `save_seconds` after the last one.
+    Noise, batches and path are those of the attempt that `out` is (``<id>.2`` is the second, any other name the first)
+    by today's code; a checkpoint of other code is not continued. Raises `harness.draw.OtherCell` where `out` holds the
+    checkpoint of another cell. Whatever is wrong with the cell itself ends in a status (diverged, over_budget,
+    skipped); all else raises.
     """
     started, begun = datetime.now(UTC), measure.Clock().now()
     out.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ class _Session:
         drawn = self.draw.to_json()
         seeds = Seeds(cell, **drawn)
         data = self.data
-        model = models.build(self.task["model"], data.input_shape, data.classes, seeds.init, data.tokens)
+        model = models.build(self.task["model"], data.input_shape, data.classes, seeds.init, data.integers)
         self.model = model.to(self.device, dtype)
         methods, then = methods_of(cell), cell.then
         schedules = [_schedule(one, save_seconds) for one in (cell.schedule, then.get("schedule")) if one]
@@ -266,7 +266,8 @@ class _Session:
                 "claimed": None, "ledger": [],
             },
             "metrics": {}, **self.told(), "measured": {}, "diagnostics": {}, "weights_sha256": None,
-            "randomness": self.draw.to_json(), "code": self.code | {key: environment.pop(key) for key in ("commit", "dirty")},
+            "randomness": self.draw.to_json(),
+            "code": self.code | {key: environment.pop(key) for key in ("commit", "dirty")},
             "device": measure.device_info(str(self.device), self.threads), "environment": environment,
             "started": started.isoformat(timespec="seconds"),
         }  # fmt: skip
@@ -302,7 +303,9 @@ class _Session:
             if spent != planned:
                 raise RuntimeError(f"the ledger differs from the plan: {spent} is not {planned}")
             weights = kept(self.legs[-1], self.progress)
-            record["metrics"] = evaluate(self.model, weights, self.legs[-1].method.loss, self.legs[-1].data)
+            judged = self.legs[-1]
+            scores = evaluate(self.model, weights, judged.method.loss, judged.data)
+            record["metrics"] = scores | {"examples": judged.data.n_test}
             record["weights_sha256"] = digest(weights)
         except Unserved as error:
             status, reason = "skipped", str(error)
@@ -423,7 +426,7 @@ class _Session:
         if self.target.delta is not None:
             spent = self.private_ledger(p)
             line["epsilon"] = _finite(epsilon(spent, self.target.delta, self.method.sampler.relation, "rdp"))
-        with opened(self.trace, "a") as file:
+        with opened(self.trace, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             p.trace = file.tell()

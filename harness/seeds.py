@@ -1,10 +1,10 @@
 """Seeds derived by role, so that runs which differ only in the method are paired.
 
 ``init`` depends on the data, the model and the seed of the cell: every method of a task starts from the same
-weights. ``sampling``, ``noise`` and ``path`` depend on the whole cell as well, on the attempt at it and on its code: two
-releases must not share the randomness that protects the data. Each is a hash of all that it depends on, in full: of a
-cell that is its digest, not its id, which is short enough to be found twice. No two cells, and no two roles, share one
-by accident or by having seeds close together.
+weights. ``sampling``, ``noise`` and ``path`` depend on the whole cell as well, on the attempt at it and on its code:
+two releases must not share the randomness that protects the data. Each is a hash of all that it depends on, in full: of
+a cell that is its digest, not its id, which is short enough to be found twice. No two cells, and no two roles, share
+one by accident or by having seeds close together.
 """
 
 from __future__ import annotations

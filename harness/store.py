@@ -530,7 +530,8 @@ def _parse_here(path: Path, data: bytes) -> tuple[Record | None, str]:
 def load(results: Path, suite: str | None = None) -> Records:
     """All records under `results` (of one suite where named), in order of suite and folder.
 
-    Each gains ``"path"``, and ``"origin"`` where it was merged: what :mod:`harness.origin` knows of it. Files that cannot be used are in ``.broken``. A missing folder holds no records.
+    Each gains ``"path"``, and ``"origin"`` where it was merged: what :mod:`harness.origin` knows of it. Files that
+    cannot be used are in ``.broken``. A missing folder holds no records.
     """
     found = Records()
     for path in _record_files(results, suite, found.broken):
@@ -644,9 +645,9 @@ def current(
 
     Those that were made here come before all that were merged, and of these those that came first: what somebody sends
     never takes the place of what is here, whatever its folder is called. Then preferred are, in turn: final ones of
-    today's code, final ones that are stale, failures; among equals the newest attempt. ok is *not* preferred to diverged, else a second attempt could hide a bad result. `codes`
-    gives today's code by id; where it does, the result has ``"stale"`` (bool). The records given are not
-    changed.
+    today's code, final ones that are stale, failures; among equals the newest attempt. ok is *not* preferred to
+    diverged, else a second attempt could hide a bad result. `codes` gives today's code by id; where it does, the result
+    has ``"stale"`` (bool). The records given are not changed.
     """
     families: dict[tuple[str, str], list[Record]] = {}
     for record in records:

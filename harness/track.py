@@ -266,7 +266,7 @@ class _Index:
         self.path = (root or Path.cwd()) / ".epsbench" / "tracked" / f"{name}.json"
         self.records: dict[str, str] = {}
         try:
-            held = json.loads(self.path.read_text())
+            held = json.loads(self.path.read_text(encoding="utf-8"))
             if held["store"] == self._store():
                 self.records = {str(key): str(digest) for key, digest in held["records"].items()}
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
@@ -282,7 +282,7 @@ class _Index:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         held = {"uri": _shown(self.uri), "store": self._store(), "records": self.records}
         fresh = self.path.with_suffix(f".{os.getpid()}.tmp")
-        fresh.write_text(json.dumps(held, indent=1, sort_keys=True))
+        fresh.write_text(json.dumps(held, indent=1, sort_keys=True), encoding="utf-8")
         fresh.replace(self.path)
 
 

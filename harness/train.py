@@ -168,16 +168,18 @@ def train(
 ) -> Progress:
     """Run `method` from `progress` to the end of `schedule`.
 
-    **Two calls with the same `seeds` draw the same batches and the same noise.** That is what makes a run repeatable,
-    and what two releases must never do: where anything differs between them, method, code, data or model, their
-    difference has no noise in it. Whoever releases what comes out draws new seeds for every call. The harness's own runs
-    derive them from the cell, the attempt and the code (`harness.seeds`).
+    **Two calls with the same `seeds` and engine draw the same batches and the same noise.** That is what makes a run
+    repeatable, and what two releases must never do: where anything differs between them, method, code, data or model,
+    their difference has no noise in it. Whoever releases what comes out draws new seeds for every call. The harness's
+    own runs derive them from the cell, the attempt and the code (`harness.seeds`). Engines of different names draw
+    different noise even so: the difference of two that should be equal would show what one of them sums.
 
     Every random draw is a function of (seed, step), so a run continued from a checkpoint is the run that was never
     interrupted. Raises Diverged as soon as a log point sees weights that are not finite.
     """
     n, device = data.n_train, progress.w.flat.device
     denominator = method.sampler.denominator(n, schedule.batch)
+    engine = type(method.engine).__qualname__
     clock = Clock(device)
     losses: list[Tensor] = []
     counts: list[Tensor] = []
@@ -191,7 +193,7 @@ def train(
         views = Stream(seeds.path, "views", p.step)
         batch = method.loss.prepare(Batch(*data.batch(indices)), views)
         seed_globally(Stream(seeds.path, "dropout", p.step).seed64(), device)
-        streams = Streams(Stream(seeds.noise, "noise", p.step), Stream(seeds.path, "path", p.step))
+        streams = Streams(Stream(seeds.noise, f"noise of {engine}", p.step), Stream(seeds.path, "path", p.step))
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams, p.step)
         p.ledger.add(bill(method, done.sigmas, n, schedule.batch, p.step))
         p.w, p.parts, p.step = done.w, done.parts, p.step + 1

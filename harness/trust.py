@@ -3,8 +3,8 @@
 Of a record that was not made here its privacy is recomputed rather than believed: the ledger is the plan of its cell at
 its noise multiplier, its epsilons are those of its ledger, they meet the target, and every other field that follows
 from the cell is what it must be. The first that is not refuses the record by name. What a run alone can know, its
-accuracy first of all, is the word of who made it, and so is what nobody can compute here because its method is not known:
-that is said, and stays beside the record.
+accuracy first of all, is the word of who made it, and so is what nobody can compute here because its method is not
+known: that is said, and stays beside the record.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from harness import data, registry, run, store
 from harness.cell import Cell, canonical_json
 from harness.dp.account import ACCOUNTANTS, Ledger, epsilon, ranking
+from harness.dp.clip import Clip
 from harness.dp.method import Method, Stage, describe, plan
 from harness.dp.path import Path as Straight
 from harness.dp.release import Relation
@@ -29,6 +30,8 @@ __all__ = ["WORD", "Verdict", "examine"]
 
 TOLERANCE = 1e-3
 """Relative: by how much an epsilon may differ from that of the same ledger by another version of its accountant."""
+LEAST = 0.98
+"""The share of its target that a run spends at the least: noise is calibrated to 1e-4, and meets it to a thousandth."""
 MOST_STEPS = 10**6
 MOST_EPSILON = 200.0
 """By RDP. Above it the other accountants take minutes and gigabytes, which a stranger's record is not worth."""
@@ -117,6 +120,9 @@ def _plain(record: store.Record, cell: Cell) -> None:
     privacy, asked = record["privacy"], cell.privacy
     for name in ("unit", "delta"):
         _demand(f"privacy.{name}", privacy.get(name), asked[name])
+    _demand("cell.privacy.unit", asked["unit"], "example")
+    _demand("cell.task.evaluate", cell.task["evaluate"], "test", "validation")
+    _demand("cell.numerics.dtype", cell.numerics["dtype"], *run.DTYPES)
     ok = record["status"] == "ok"
     _model(cell.task)
     if ok and cell.private:
@@ -124,6 +130,9 @@ def _plain(record: store.Record, cell: Cell) -> None:
     accuracy, loss = (record["metrics"].get(name) for name in ("accuracy", "loss"))
     if accuracy is not None and not 0 <= accuracy <= 1:
         raise _Refused(f"metrics.accuracy is {_short(accuracy)}, which is no fraction")
+    examples = record["metrics"].get("examples")
+    if accuracy is not None and examples is not None and not 0 < examples < math.inf:
+        raise _Refused(f"metrics.examples is {_short(examples)}, which is no number of them")
     if ok and (accuracy is None or loss is None):
         raise _Refused("metrics have no accuracy or no loss, and its status is ok")
     clipped = (record.get("diagnostics") or {}).get("clipped_fraction")
@@ -162,7 +171,7 @@ def _data(record: store.Record, cell: Cell) -> None:
         ("cell.task", cell.task),
         *([("cell.then.task", cell.then["task"])] if "task" in cell.then else []),
     ]
-    made_of = []
+    made_of, digests = [], []
     for where, task in tasks:
         spec = task["dataset"]
         known = _facts(spec) if _NAMED.fullmatch(spec) else None
@@ -179,6 +188,15 @@ def _data(record: store.Record, cell: Cell) -> None:
         for name in ("mean", "std"):
             _demand(f"{where}.{name}", task[name], list(known[name]))
         made_of.append(known["public_data"])
+        digests.append({known["digest"], *known["sources"]})
+        judged = record["metrics"].get("examples")
+        if judged is not None and task is tasks[-1][1]:  # the last stage's data judge it
+            rest = n - data.validation_size(n)
+            _demand("metrics.examples", judged, rest if task["evaluate"] == "validation" else known["n_test"])
+    if len(digests) > 1 and digests[0] & digests[1]:
+        raise _Refused(
+            f"cell.then.task is {_short(tasks[1][1]['dataset'])}, which is the private data and not public"
+        )
     told = record["privacy"].get("public_data")
     if told is not None or record["status"] == "ok":
         _demand("privacy.public_data", told, run.public_data(made_of[0], cell))
@@ -215,6 +233,13 @@ def _privacy(record: store.Record, cell: Cell) -> None:
             raise _Refused(f"privacy.spent lacks {target.accountant}, which its noise was calibrated by")
         if over := run.excess(target, privacy):
             raise _Refused(f"{over}, and its status is ok: its noise multiplier is too small")
+        used = privacy["spent"][target.accountant]
+        used = privacy["epsilon"] if used is None else used
+        if used < LEAST * target.epsilon:
+            raise _Refused(
+                f"it spent {used:g} of its target {target.epsilon:g}: its noise multiplier is not the one that is "
+                "calibrated for it, which is the smallest"
+            )
         _demand("privacy.planned", privacy["planned"], privacy["spent"])
     if (tuned := privacy.get("epsilon_with_tuning")) is not None and relation is not None:
         _searched(tuned, cell, ledger, relation, complete=ok)
@@ -279,6 +304,10 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
         raise _Refused(f"privacy.noise_multiplier is {_short(sigma)}, which is none")
     if ok and cell.private and sigma is None:
         raise _Refused("privacy.noise_multiplier is null, and its status is ok")
+    if sigma is not None and not cell.private:
+        raise _Refused(f"privacy.noise_multiplier is {_short(sigma)}, and it trains without privacy")
+    if ok and not cell.then:
+        _bounded("privacy", privacy, stages[0])
     if (claimed := privacy.get("claimed")) is not None:
         silent = type(methods[0].path).claim is Straight.claim
         if silent or cell.then or not cell.private:
@@ -286,7 +315,7 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
     if not ledger.entries and not privacy["planned"] and not ok:
         return  # nothing was released, or nobody could say
     whole = plan(private, sigma or 0.0, n)
-    if ok and ledger != whole or not ok and not _begins(ledger, whole):
+    if (ok and ledger != whole) or (not ok and not _begins(ledger, whole)):
         raise _Refused(
             f"privacy.ledger is {_short(privacy['ledger'])}, and the plan of its cell at its noise multiplier is "
             f"{_short(whole.to_json())}"
@@ -331,6 +360,23 @@ def _stages(
                 _demand(f"{where}.{name}", one[name], value)
         if ok:
             _spent(where, one, "spent", plan(private[: k + 1], sigma, n), cell, relation)
+        if ok and "sensitivity" in one and public:
+            _demand(f"{where}.sensitivity", one["sensitivity"], None)
+        elif ok and "sensitivity" in one:
+            _bounded(where, one, stage)
+
+
+def _bounded(where: str, told: Mapping[str, Any], stage: Stage) -> None:
+    """The sensitivity of the clipped sum, where the rule has no state: its own, or more by an engine's."""
+    method = stage.method
+    clip, relation = method.clip, method.sampler.relation
+    if type(clip).init is Clip.init and not method.engine.note(method.loss, clip, stage.batch, relation):
+        bound = clip.sensitivity(None, relation)
+        found = (told["sensitivity"] or {}).get("grad", 0.0)
+        if found is not None and found < bound:
+            raise _Refused(
+                f"{where}.sensitivity.grad is {_short(found)}, and its clipping rule bounds by {bound:g}"
+            )
 
 
 def _spent(

@@ -12,7 +12,7 @@ import pytest
 from harness import cli, draw, launch, pack, store, suite
 from harness import run as running
 from harness.cell import Cell
-from harness.report import read, recipe
+from harness.report import board, read, recipe
 from harness.seeds import Seeds
 
 ROOT = Path(__file__).parent.parent
@@ -179,6 +179,11 @@ def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     assert cli.main(["show", one.id[:6], "--results", str(mixed)]) == 2
     assert "two cells with the same id" in capsys.readouterr().err
 
+    rows = board(
+        "fashion", "?", [record_of(x) | {"group": one.group, "path": "a/b/c"} for x in (one, two)]
+    ).rows
+    assert len(rows) == 2  # a group's digits may be shared as well
+
     half = tmp_path / "half" / "fashion" / one.id
     half.mkdir(parents=True)
     draw.note(half, one, draw.Draw(1, "a" * 12))
@@ -188,3 +193,25 @@ def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.Captu
         draw.begin(half, two, "a" * 12)
     assert draw.begun(half) is not None  # and it is kept
     assert not store.merge([there], tmp_path / "half").added
+
+
+def test_a_crash_in_training_tells_nothing_of_private_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception may quote a label or a norm: its text stays in error.txt, which is for its owner alone."""
+
+    def step(*args: Any, **options: Any) -> None:
+        raise RuntimeError("Target 13 is out of bounds, norm 3.14159")
+
+    monkeypatch.setattr("harness.train.step", step)
+    private = cell()
+    free = suite.parse(SUITE.replace('"dp-sgd"', '"non-private"'), "draws.toml").cells()[0]
+    for one in (private, free):
+        folder = tmp_path / "draws" / one.id
+        folder.mkdir(parents=True)
+        task = {"cell": one.to_json(), "suite": "draws", "jobs": 1, "target": launch.TARGET, "code": None}
+        found = launch._execute(task, folder)
+        assert found["status"] == "crashed" and "RuntimeError" in found["reason"]
+        assert ("3.14159" in json.dumps(found)) == (one is free)
+        assert "3.14159" in (folder / "error.txt").read_text()
+        assert (folder / "error.txt").stat().st_mode & 0o077 == 0

@@ -856,5 +856,5 @@ def test_a_model_that_regroups_its_examples_is_stopped():
     cases.append((Packed(), tokens))
     for model, x in cases:
         batch, w = Batch(x, torch.arange(8) % 3), Tree.of(dict(model.named_parameters()))
-        with pytest.raises(Unserved, match="regroups them|another number of rows"):
+        with pytest.raises(Unserved, match=r"regroups them|another number of rows"):
             Ghost().bounded(CrossEntropy(), Flat(1.0), model, w, batch, None, 1.0, Relation.ADD_OR_REMOVE)

@@ -20,10 +20,11 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"options"},
     "parts": {"options", "registry", "dp"},
     "seeds": {"cell"},
-    "data": {"registry", "dp"},
+    "data": {"registry", "dp", "screen"},
     "models": {"registry", "dp"},
-    "suite": {"registry", "cell", "lines", "data", "dp", "parts"},
+    "suite": {"registry", "cell", "lines", "data", "dp", "parts", "models"},
     "private": set(),
+    "screen": set(),
     "train": {"dp", "measure", "private"},
     "draw": {"cell", "private"},
     "run": {
@@ -41,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "checks": {"shelf", "codehash", "registry"},
     "stages": set(),
     "report": {"store", "registry", "stages", "origin"},
-    "launch": {"run", "store", "track", "measure", "registry", "cell", "draw", "private"},
+    "launch": {"run", "store", "track", "measure", "registry", "cell", "draw", "private", "screen"},
     "verify": {
         "train", "dp", "data", "models", "registry", "measure", "suite", "lines", "store", "codehash", "parts", "cell",
         "audits", "checks", "options", "seeds",
@@ -52,8 +53,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "methods": {"dp", "registry"},
     "cli": {
-        "audits", "bench", "cell", "checks", "data", "launch", "measure", "models", "pack", "parts", "origin", "registry",
-        "report", "run", "stages", "store", "suite", "track", "verify",
+        "audits", "bench", "cell", "checks", "data", "launch", "measure", "models", "pack", "origin", "parts",
+        "registry", "report", "run", "screen", "stages", "store", "suite", "track", "verify",
     },
 }  # fmt: skip
 MATHEMATICS = {

@@ -12,7 +12,6 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from harness import registry
-from harness.data import Dataset
 from harness.dp import Batch, BookKeeping, CrossEntropy, Flat, Loop, Relation, Tree
 from harness.dp.engines.vmap import explicit_states
 from harness.models import CrossExampleLayer, WSConv2d, build, check, to_groupnorm
@@ -534,15 +533,3 @@ def test_what_a_pass_changes_in_a_network_is_refused():
     normed = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
     with pytest.raises(CrossExampleLayer, match="in every pass"):
         check(normed, (4,), 2)
-
-
-def test_data_of_whole_numbers_are_tokens() -> None:
-    def data(x: Tensor, mean: float = 0.0) -> Dataset:
-        y = torch.zeros(len(x), dtype=torch.long)
-        return Dataset("d", 2, x, y, x[:1], y[:1], (mean,), (1.0,), "digest", "made", "none")
-
-    whole = torch.tensor([[0.0, 7.0], [3.0, 1.0]])
-    assert data(whole).tokens == 8 and data(whole.long()).tokens == 8
-    for other in (whole + 0.5, -whole, whole.to(torch.uint8)):
-        assert data(other).tokens is None
-    assert data(whole, mean=1.0).tokens is None

@@ -15,6 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -34,7 +35,7 @@ from harness.report import (
 )
 from harness.report import pages as below
 from harness.report.read import visible
-from harness.report.statistics import Entrant, mean_interval, paired_interval, rank
+from harness.report.statistics import Entrant, counted_on, mean_interval, paired_interval, rank
 from harness.report.tables import Board, Table, epsilon, place
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -248,6 +249,40 @@ def test_paired_interval_is_scipys_on_a_worked_example() -> None:
     assert found.half == pytest.approx(3.182446305284263 * 0.008185352771872449 / 2, rel=1e-9)
     single = mean_interval([0.5])
     assert single is not None and single.low is None and mean_interval([]) is None
+
+
+@pytest.mark.parametrize("n", [100, 150, 250, 500, 1000])
+@pytest.mark.parametrize("right", [0.5, 0.8, 0.9, 0.97, 0.99])
+def test_two_seeds_tell_equal_methods_apart_in_five_percent_at_most(n: int, right: float) -> None:
+    """Summed over all outcomes: each seed counts how many of n examples each of two equal methods gets right."""
+    from scipy.stats import binom
+
+    chances = binom.pmf(range(n + 1), n, right)
+    gaps = numpy.convolve(chances, chances[::-1])  # of the difference of two counts, from -n to n
+    likely = [i for i, chance in enumerate(gaps) if chance > 1e-9]
+    apart = 0.0
+    for i in likely:
+        for j in likely[: likely.index(i) + 1]:
+            found = paired_interval({0: (i - n) / n, 1: (j - n) / n}, {0: 0.0, 1: 0.0}, n)
+            assert found is not None
+            if found.contains(0.0) is False:
+                apart += gaps[i] * gaps[j] * (1 + (i != j))
+    assert apart <= 0.05
+
+
+def test_examples_are_told_or_the_fewest_on_which_accuracies_are_counts() -> None:
+    assert counted_on([0.871, 0.5]) == 1000 and counted_on([321 / 364, 7 / 364]) == 364
+    assert counted_on([math.pi / 4]) is None and counted_on([]) is None and counted_on([1.0, 0.0]) is None
+    two = [record(seed=0), record(seed=1)]
+    for one in two:
+        one["metrics"]["accuracy"] = 0.9  # the same in both, and not known to more than one example
+    (row,) = make(two).rows
+    assert row.accuracy is not None and row.examples == 10 and row.accuracy.half > 0
+    for one in two:
+        one["metrics"]["examples"] = 10_000
+    (finer,) = make(two).rows
+    assert finer.examples == 10_000 and finer.accuracy is not None
+    assert finer.accuracy.half == pytest.approx(12.706204736 * math.sqrt(1 / 12 / 2) / 10_000)
 
 
 def test_ranks_share_where_the_difference_may_be_zero() -> None:

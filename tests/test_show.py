@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from test_store import make_record, put
 
-from harness import cli
+from harness import cli, screen
+from harness.cell import Cell
 from harness.cli import checking, parser, selecting
 
 REST = """
@@ -99,3 +101,51 @@ def test_ls_parts_lists_every_slot(capsys: pytest.CaptureFixture[str]) -> None:
     shown = said(capsys, "ls", "parts")
     for expected in ('clip: with = { clip = "NAME?OPTION=VALUE" }', "automatic", "views", "cosine", "warmup"):
         assert expected in shown
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202ecba\u2028\r"
+
+
+def test_no_command_prints_what_a_terminal_would_obey(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every text of a record may hold anything; whatever a command says of it or writes, none of that is raw."""
+    for seed, status in ((0, "ok"), (1, "crashed"), (2, "diverged")):
+        record = make_record(seed, status, reason=HOSTILE, card={"summary": HOSTILE})
+        record["cell"]["method"]["label"] = record["cell"]["task"]["name"] = f"dp {HOSTILE}"
+        record["cell"]["method"]["parameters"]["lr"] = HOSTILE
+        record["privacy"] |= {"sampling": HOSTILE, "public_data": HOSTILE, "planned": {HOSTILE: 1.0}}
+        record["privacy"]["accounting"] = {HOSTILE: HOSTILE}
+        record["device"] |= {"name": HOSTILE, "kind": HOSTILE}
+        record["code"] |= {"commit": HOSTILE}
+        record["measured"] |= {"engine": HOSTILE}
+        record["metrics"][HOSTILE] = 1.0
+        cell = Cell.from_canonical(record["cell"], suite="core")
+        record |= {"id": cell.id, "group": cell.group}
+        put(Path("results"), record)
+        put(Path("there"), record | {"reason": HOSTILE * 2}, 2)
+    broken = Path("results/core/0123456789ab")
+    broken.mkdir()
+    (broken / "record.json").write_text(json.dumps({"schema": 1, "status": HOSTILE}))
+    told = ""
+    for request in (
+        ["show", f"core/{record['id']}"], ["show", f"core/{record['id']}", "--json"], ["status"], ["status", "core"],
+        ["merge", "there"], ["pack", "results", "-o", "all.zip"], ["report"],
+        ["compare", "results", "there", "--markdown", "c.md", "--json", "c.json"],
+    ):  # fmt: skip
+        cli.main(request)
+        found = capsys.readouterr()
+        told += found.out + found.err
+        if "--json" in request and request[0] == "show":
+            assert json.loads(found.out)["reason"] == HOSTILE
+    written = [file for folder in ("reports", ".") for file in Path(folder).rglob("*") if file.suffix in
+               (".md", ".csv", ".html", ".tex", ".svg")]  # fmt: skip
+    assert any(file.suffix == ".html" for file in written) and any(file.suffix == ".csv" for file in written)
+    for text in (told, *(file.read_text("utf-8") for file in written)):
+        assert not set(text) & set("\x1b\x07\x9b\u202e\u2028\r")
+    assert "\\u001b]0;owned\\u0007" in told
+
+
+def test_what_a_terminal_draws_with_is_not_written_out() -> None:
+    """Letters of every script, ends of lines and tabs are as they were."""
+    kept = "Grüße, ε = 3\t日本語 ± 0.41 – 1\u00a0000\n"
+    assert screen.plain(kept) == kept
+    assert screen.plain("\U000e0041\x7f") == "\\udb40\\udc41\\u007f"  # as JSON has them

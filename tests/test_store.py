@@ -196,7 +196,7 @@ def test_a_merged_record_supersedes_a_half_done_run_but_not_a_running_one(tmp_pa
     store.unlock(folder, held)
     assert not store.locked(folder)
     assert store.merge([there], here).added == [f"core/{make_cell(0).id}"]
-    assert sorted(path.name for path in folder.iterdir()) == ["record.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["origin.json", "record.json"]
 
 
 def _hold(folder: str, ready: Any) -> None:

@@ -224,12 +224,12 @@ def test_files_that_are_not_here_are_wrong_where_they_are_asked_for(
     Path("s.toml").write_text(text)
     assert len(suite.load("s.toml").cells()) == 6
     with pytest.raises(SuiteError) as caught:
-        suite.load("s.toml", present=True).cells()
+        suite.load("s.toml", thorough=True).cells()
     (one,) = caught.value.problems
     assert one.line == 14 and one.message.startswith('data set "cifar10" was not found')
     Path("s.toml").write_text(text.replace('"dp-sgd"', '"dp-sdg"'))
     with pytest.raises(SuiteError) as caught:
-        suite.load("s.toml", present=True)
+        suite.load("s.toml", thorough=True)
     assert [one.line for one in caught.value.problems] == [14, 23]
 
 

@@ -1,9 +1,10 @@
-"""Records from elsewhere: what follows from a cell and a ledger is computed again, and nothing sent outranks what is here."""
+"""Records from elsewhere: what follows from a cell is computed again, and nothing sent outranks what is here."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,18 @@ def test_the_cell_of_every_record_is_read_as_it_was_written() -> None:
         assert store.mismatch(record) == ""
 
 
+def test_every_record_of_this_repository_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By RDP alone, which is quick; by every accountant it takes a minute."""
+    by_rdp = trust.epsilon
+    monkeypatch.setattr(
+        trust, "epsilon", lambda ledger, *terms: by_rdp(ledger, *terms) if terms[-1] == "rdp" else math.nan
+    )
+    for path in RECORDS:
+        verdict = trust.examine(read(path))
+        assert not verdict.refused, path
+        assert all("has another engine here" in one or "is not here" in one for one in verdict.unknown), path
+
+
 def _ledger(record: store.Record, **changes: Any) -> None:
     for event, _ in record["privacy"]["ledger"]:
         for name, value in changes.items():
@@ -89,6 +102,19 @@ def _quiet(record: store.Record) -> None:
     record["privacy"]["noise_multiplier"] *= 0.8
     _ledger(record, noise_multiplier=record["privacy"]["noise_multiplier"])
     respent(record, Ledger.from_json(record["privacy"]["ledger"]))
+
+
+def _noisier(record: store.Record) -> None:
+    """A noise multiplier that was never calibrated, to show off a small epsilon; honest about all that follows."""
+    record["privacy"]["noise_multiplier"] *= 50
+    _ledger(record, noise_multiplier=record["privacy"]["noise_multiplier"])
+    respent(record, Ledger.from_json(record["privacy"]["ledger"]))
+
+
+def _published(record: store.Record) -> None:
+    """A second stage on the private data that is passed off as one on public data, and so spends nothing."""
+    record["cell"]["then"]["task"] = record["cell"]["task"]
+    record |= named(record)
 
 
 def _shorter(record: store.Record) -> None:
@@ -142,13 +168,31 @@ FORGED: dict[str, tuple[Callable[[], store.Record], Callable[[store.Record], obj
         "cell.task.n_train is 1000000",
     ),
     "other data": (
-        genuine, lambda r: r.update(named(r | {"cell": r["cell"] | {"task": r["cell"]["task"] | {"digest": "0" * 16}}})),
+        genuine,
+        lambda r: r.update(named(r | {"cell": r["cell"] | {"task": r["cell"]["task"] | {"digest": "0" * 16}}})),
         "cell.task.digest is",
     ),
     "a looser target": (
         genuine,
         lambda r: r.update(named(r | {"cell": r["cell"] | {"privacy": r["cell"]["privacy"] | {"epsilon": 0.1}}})),
         "its noise multiplier is too small",
+    ),
+    "more noise than the target asks for": (genuine, lambda r: _noisier(r), "is not the one that is calibrated"),
+    "sensitivity": (genuine, _set("privacy.sensitivity.grad", 1e-6), "privacy.sensitivity.grad is 1e-06"),
+    "another unit": (
+        genuine, lambda r: (_set("cell.privacy.unit", "user")(r), _set("privacy.unit", "user")(r), r.update(named(r))),
+        'cell.privacy.unit is "user"',
+    ),
+    "judged on training data": (
+        genuine, lambda r: (_set("cell.task.evaluate", "train")(r), r.update(named(r))), 'cell.task.evaluate is "train"'
+    ),
+    "examples": (genuine, _set("metrics.examples", 5), "metrics.examples is 5"),
+    "another model's name": (
+        genuine, _set("cell.task.model", "logistic"), "cell.task.architecture.name is"
+    ),
+    "the private data as public": (staged, lambda r: _published(r), "which is the private data and not public"),
+    "a stage's sensitivity": (
+        staged, lambda r: r["stages"][0].update(sensitivity={"grad": 1e-9}), "stages.1.sensitivity"
     ),
     "a stage's epsilon": (staged, _set("stages.0.epsilon", 0.1), "stages.1.epsilon is 0.1"),
     "a stage's steps": (staged, _set("stages.1.steps", 1), "stages.2.steps is 1"),

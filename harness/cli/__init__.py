@@ -26,21 +26,32 @@ Rooms, each of which uses only those above it::
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 
+from harness import screen
 from harness.cli.errors import FAILED, INTERRUPTED, OK, USER_ERROR, UserError, hint, message_of
 from harness.cli.parser import VERBS, build_parser
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "USER_ERROR", "UserError", "main"]
 
-OWN_METHOD = "A method in a file of your own is named by --method FILE."
+OWN_FILE = "What is in a file of your own, methods, models and data sets, is found by --method FILE."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    with screen.clean():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
     try:
         if given and not given[0].startswith("-") and given[0] not in VERBS:
             raise UserError(f'there is no command "{given[0]}"; there are {", ".join(VERBS)}.'
@@ -69,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         print(message, file=sys.stderr)
-        if "no method is called" in message and "--method" not in given:
-            print(OWN_METHOD, file=sys.stderr)
+        if re.search("no (method|model|dataset) is called", message) and "--method" not in given:
+            print(OWN_FILE, file=sys.stderr)
         return USER_ERROR
 
 

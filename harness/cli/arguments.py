@@ -58,4 +58,4 @@ def reports_option(parser: argparse.ArgumentParser) -> None:
 def method_option(parser: argparse.ArgumentParser) -> None:
     """``--method FILE``, as often as one likes."""
     parser.add_argument("--method", action="append", default=[], metavar="FILE",
-                        help="a Python file with methods of your own; may be repeated")  # fmt: skip
+                        help="a Python file with methods, models or data of your own; may be repeated")  # fmt: skip

@@ -57,7 +57,7 @@ def _checked(options: argparse.Namespace) -> int:
             timed = plan.load(file)
             print(f"{file}: {len(timed.workloads)} workloads for epsbench bench; nothing is wrong.")
             return OK
-        suite = load(options, present=True)
+        suite = load(options, thorough=True)
         cells = suite.cells()
         print(
             f"{suite.file}: {len(cells)} runs of {len({c.group for c in cells})} settings; nothing is wrong."

@@ -77,7 +77,7 @@ def _suite_rows() -> list[list[str]]:
     rows = []
     for path in sorted(Path("suites").glob("*.toml")):
         try:
-            tables = tomllib.loads(path.read_text())
+            tables = tomllib.loads(path.read_text("utf-8-sig"))
             header = tables[_HEADERS[tables.get("kind", "suite")]]
             rows.append([str(path), str(header["question"])])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):

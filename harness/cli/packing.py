@@ -35,7 +35,7 @@ def pack(options: argparse.Namespace) -> int:
 def _name_in(file: Path) -> str:
     """The name that a suite's file gives it; that of the file where it gives none."""
     try:
-        return str(tomllib.loads(file.read_text("utf-8"))["suite"]["name"])
+        return str(tomllib.loads(file.read_text("utf-8-sig"))["suite"]["name"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return file.stem
 

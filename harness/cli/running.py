@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     for spec in dict.fromkeys(str(job.cell.device.get("device") or "cpu") for job in selection.todo):
         need_device(spec)
+    suite.try_models([job.cell for job in selection.todo])
     at_once = launch.slots([job.cell for job in selection.todo], options.jobs)
     _say_selection(options, suite, cells, selection, at_once)
     on_terminal = sys.stdout.isatty() and bool(selection.todo)

@@ -21,19 +21,21 @@ if TYPE_CHECKING:
 
 
 def add_files(files: Iterable[str]) -> None:
-    """Register the methods of a user's files. Raises UserError where there is no such file."""
+    """Register the methods, models and data sets of a user's files. Raises UserError where there is no such file."""
     from harness import registry
 
     for file in files:
         if not Path(file).is_file():
-            raise UserError(f"{file}: no such file; name a Python file with an @method function in it.")
+            raise UserError(
+                f"{file}: no such file; name a Python file with an @method, @model or @dataset function in it."
+            )
         registry.add_file(file)
 
 
 def file_kind(file: Path) -> str:
     """The kind that a TOML file says it is; "suite" where it says nothing, or cannot be read."""
     try:
-        return str(tomllib.loads(file.read_text("utf-8")).get("kind", "suite"))
+        return str(tomllib.loads(file.read_text("utf-8-sig")).get("kind", "suite"))
     except (OSError, ValueError, RecursionError):
         return "suite"
 
@@ -52,8 +54,8 @@ def find(text: str) -> Path:
     raise UserError(f"{text}: no such suite; there are {there}.{near}")
 
 
-def load(options: argparse.Namespace, present: bool = False) -> Suite:
-    """The suite that is named; `present` as in :func:`harness.suite.load`."""
+def load(options: argparse.Namespace, thorough: bool = False) -> Suite:
+    """The suite that is named; `thorough` as in :func:`harness.suite.load`."""
     named = find(getattr(options, "suite", None) or options.subject)
     if file_kind(named) == "claims":
         raise UserError(
@@ -65,7 +67,7 @@ def load(options: argparse.Namespace, present: bool = False) -> Suite:
         raise UserError(f"{named}: times engines and trains nothing; epsbench bench --suite {named} runs it.")
     from harness import suite
 
-    return suite.load(named, options.method, reduced=options.reduced, present=present)
+    return suite.load(named, options.method, reduced=options.reduced, thorough=thorough)
 
 
 def again(options: argparse.Namespace, verb: str) -> str:
@@ -173,7 +175,7 @@ def suite_file(name: str) -> tuple[Path | None, bool]:
             with contextlib.suppress(
                 OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError
             ):
-                tables = tomllib.loads(file.read_text("utf-8"))
+                tables = tomllib.loads(file.read_text("utf-8-sig"))
                 called = tables["suite"].get("name", file.stem)
                 if called == full and (not reduced or (full != name and "reduced" in tables)):
                     return file, reduced

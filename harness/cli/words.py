@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), indent: str = "") -> str:
-    """Columns aligned by their widest entry; the last is not padded."""
-    lines = [header, *rows] if header else list(rows)
+    """Columns aligned by their widest entry; the last is not padded. An entry of several lines becomes one."""
+    lines = [[" ".join(text.splitlines()) for text in line] for line in ([header, *rows] if header else rows)]
     if not lines:
         return ""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

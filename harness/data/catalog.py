@@ -14,7 +14,7 @@ import numpy as np
 
 from harness import registry
 from harness.data.arrays import KEYS
-from harness.data.canonical import Raw, canonical
+from harness.data.canonical import Array, Raw, canonical
 from harness.data.dataset import Dataset, Facts
 from harness.data.source import (
     DatasetError,
@@ -199,7 +199,16 @@ def _canonical(opened: _Opened, raw: Raw) -> tuple[Raw, Facts]:
         classes=raw.classes,
         n_train=len(raw.x_train),
         n_test=len(raw.x_test),
+        integers=None if any(mean) or any(one != 1 for one in std) else _integers(raw.x_train, raw.x_test),
     )
+
+
+def _integers(*inputs: Array) -> int | None:
+    """A number above all inputs, where they are whole numbers from 0, of two values or more."""
+    if any(x.dtype == np.uint8 or (x < 0).any() or (x != np.floor(x)).any() for x in inputs):
+        return None
+    highest = int(max(x.max() for x in inputs))
+    return highest + 1 if 1 <= highest < 2**31 else None
 
 
 def _check(opened: _Opened, facts: Facts, constants: Facts, source: str) -> None:
@@ -238,6 +247,7 @@ def _tensors(raw: Raw, facts: Facts) -> Dataset:
         source=raw.source,
         statistics=facts.statistics,
         public_data=facts.public_data,
+        integers=facts.integers,
     )
 
 

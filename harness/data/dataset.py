@@ -23,7 +23,8 @@ def validation_size(n_train: int) -> int:
 class Facts:
     """What is known of a data set without its arrays. ``digest`` is empty where only loading can tell.
 
-    ``sources`` are the digests of the data that it was made of, where it was made of other data.
+    ``sources`` are the digests of the data that it was made of, where it was made of other data. ``integers`` is given
+    where all inputs are whole numbers from 0 that are used as they are, such as tokens: all are below it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Facts:
     n_test: int
     public_data: str = "none"
     sources: tuple[str, ...] = ()
+    integers: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +48,8 @@ class Dataset:
     Images are uint8 ``[N, C, H, W]``, everything else float32 ``[N, ...]``; labels are int64 ``[N]``.
     ``mean`` and ``std`` (one number per channel, or one for all) are constants that do not come from these
     examples; ``statistics`` says from where. For images they apply to pixels divided by 255. ``digest``
-    names the content, whatever file it was read from; ``source`` says which. ``dtype`` is what
-    :meth:`batch` returns, float32 when None.
+    names the content, whatever file it was read from; ``source`` says which. ``integers`` is as in :class:`Facts`.
+    ``dtype`` is what :meth:`batch` returns, float32 when None.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Dataset:
     source: str
     statistics: str
     public_data: str = "none"
+    integers: int | None = None
     dtype: torch.dtype | None = None
 
     @property
@@ -78,25 +81,6 @@ class Dataset:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one example, ``(C, H, W)`` for images."""
         return tuple(self.x_train.shape[1:])
-
-    @cached_property
-    def tokens(self) -> int | None:
-        """One more than the largest input, where all inputs are whole numbers from 0 on; None otherwise.
-
-        What models are given counts: normalised inputs are no tokens. Whoever looks inputs up in a table needs so
-        many entries.
-        """
-        if self.x_train.is_floating_point() and (any(self.mean) or any(s != 1 for s in self.std)):
-            return None
-        if self.x_train.dtype.itemsize == 1:  # images
-            return None
-        most = 0
-        for x in (self.x_train, self.x_test):
-            for part in x.split(4096):  # features are seen to be none at once
-                if len(part) and (part != part.round()).any() | (part < 0).any() | (part.abs() > 2**24).any():
-                    return None
-                most = max(most, int(part.max()) if part.numel() else 0)
-        return most + 1
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
         """The same data on ``device``. :meth:`batch` then returns ``dtype``; images stay uint8 in memory."""

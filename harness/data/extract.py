@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from harness import screen
 from harness.data.canonical import Array
 from harness.data.dataset import Split
 from harness.dp.cache import load, own, write_whole
@@ -124,8 +125,8 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total)
+        with Progress(console=Console(file=screen.raw(sys.stderr))) as bar:
+            task = bar.add_task(screen.plain(what), total=total)
             yield lambda done: bar.update(task, completed=done)
         return
     spoken = time.monotonic()

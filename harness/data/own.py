@@ -253,10 +253,9 @@ def open_picture(file: Path, mode: Literal["RGB", "L"]) -> Picture:
     try:
         with Image.open(file) as opened:
             # The second picture of an MPO is the camera's preview.
-            if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
-                raise DatasetError(
-                    f"{file}: holds {opened.n_frames} pictures; save each in a file of its own"
-                )
+            frames = getattr(opened, "n_frames", 1)
+            if frames > 1 and opened.format != "MPO":
+                raise DatasetError(f"{file}: holds {frames} pictures; save each in a file of its own")
             opened.load()
             upright = ImageOps.exif_transpose(opened)
             deep = upright.mode.startswith(("I", "F"))

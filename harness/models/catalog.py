@@ -19,7 +19,7 @@ def build(
 
     Weights depend on the spec, the shape, the classes and ``seed`` alone; the global generators are left as
     they were. ``input_shape`` is that of one example, ``(C, H, W)`` for images; ``tokens`` says that inputs are
-    whole numbers below it, as `harness.data.Dataset.tokens` does.
+    whole numbers below it, as `harness.data.Dataset.integers` does.
 
     Raises :class:`CrossExampleLayer` for a network whose output for an example depends on others,
     ``ValueError`` where the network does not take this shape, and the registry's errors for a misspelt name

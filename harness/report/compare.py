@@ -3,7 +3,7 @@
 A *pairing* is two sets of runs that differ in one thing, method or folder. Its runs are paired by seed, since runs of
 one seed share their initial weights. What is compared is ``B - A`` for an accuracy (a fraction) and ``B / A - 1`` for a
 speed or a size, where a difference means nothing across tasks. Speeds and sizes are paired only within one device.
-Intervals are those of `statistics`: 95 % Student t over seeds.
+Intervals are those of `statistics`: 95 % Student t over seeds, of an accuracy never narrower than counting allows.
 
 Several pairings may be put on one line. Then the differences of a seed are averaged over them first, and the interval
 is again over seeds. A pairing that lacks a seed of the line's fullest one is left out, so that every seed is averaged
@@ -21,8 +21,8 @@ from typing import Any
 
 from . import text
 from .read import RecordLike, Run, Setting, natural
-from .statistics import LEVEL, Interval, mean_interval
-from .tables import Row, board, bounds, count, epsilon, percent, tally
+from .statistics import LEVEL, Interval, mean_interval, rounding
+from .tables import Row, board, bounds, count, epsilon, examples, percent, tally
 
 __all__ = ["BY", "METRICS", "CompareError", "Comparison", "Line", "Metric", "Pairing", "folders", "methods"]
 
@@ -359,7 +359,14 @@ def _line(
     seeds = _fullest(every)
     paired = [pairs for pairs in every if pairs.keys() >= set(seeds)]
     means = [[math.fsum(one[s][i] for one in paired) / len(paired) for s in seeds] for i in range(3)]
-    a, b, difference = map(mean_interval, means)
+    rounded = [
+        0.0 if metric.relative else rounding(examples([*one.a.finished.values(), *one.b.finished.values()]))
+        for one, pairs in zip(pairings, every, strict=True)
+        if pairs.keys() >= set(seeds)
+    ]
+    least = math.fsum(rounded) / len(paired) ** 2  # of a mean over pairings
+    a, b = (mean_interval(values, least) for values in means[:2])
+    difference = mean_interval(means[2], 2 * least)
     alone = [
         sum(
             len(getattr(p, side).finished.keys() - pairs.keys())

@@ -16,7 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .read import natural
-from .statistics import Interval, mean_interval
+from .statistics import Interval, mean_interval, rounding
 from .tables import BASELINE, BUSY, REFERENCE, Board, Row, _device, epsilon, heading, quietest
 
 if TYPE_CHECKING:
@@ -217,6 +217,7 @@ def curves_data(board: Board, what: str = "accuracy") -> list[Curves]:
         series = {}
         for entry in table.entries:
             steps: dict[int, list[tuple[float, float]]] = defaultdict(list)
+            least = rounding(entry.row.examples) if what == "accuracy" else 0.0
             for run in entry.row.counted:
                 for point in run.judged:
                     value = getattr(point, what)
@@ -225,7 +226,7 @@ def curves_data(board: Board, what: str = "accuracy") -> list[Curves]:
             points = [
                 (median(e for e, _ in found), interval)
                 for _, found in sorted(steps.items())
-                if (interval := mean_interval(v for _, v in found))
+                if (interval := mean_interval((v for _, v in found), least))
             ]
             if points:
                 series[entry.row.title] = points

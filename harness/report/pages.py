@@ -116,7 +116,9 @@ def _numbers(entry: Entry, table: Table, audit: Audit | None, check: Mark) -> li
         (f"to {100 * REACH:g} % of dp-sgd's accuracy",
          "" if reach is None else timing(entry, "reach", "never" if math.isinf(reach) else f"{count(reach)} s")),
         (BUSY, "timed while other work ran on the machine: not to be compared" if entry.doubted else ""),
-        ("Runs", statuses(row) + (f", {row.stale} stale" if row.stale else "") + (f", {row.merged} merged" if row.merged else "")),
+        ("Runs", ", ".join(
+            [statuses(row), *(f"{n} {word}" for n, word in ((row.stale, "stale"), (row.merged, "merged")) if n)]
+        )),
     ]  # fmt: skip
     return [(name, text) for name, text in pairs if text and text != "–"]
 

@@ -73,8 +73,9 @@ class Run:
 
     `changes` are the parts that the suite gave the method, slot and spec. `spent` and `planned` are epsilons by
     accountant; those that do not apply are in `refused`, each with its reason. `cores` are those that the run and the
-    ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the packages. `attempt` is whose random numbers
-    were drawn; `origin` says of a run that was merged from where, and what of it is its sender's word.
+    ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the packages.
+    `attempt` is whose random numbers were drawn; `origin` says of a run that was merged from where, and what of it is
+    its sender's word; `believed` says that its privacy is, too.
     """
 
     id: str
@@ -121,6 +122,7 @@ class Run:
     cores: int | None
     stale: bool
     origin: str
+    believed: bool
     path: str
     started: str
     finished: str
@@ -143,6 +145,12 @@ class Run:
     def accuracy(self) -> float | None:
         """Accuracy at the last step on the split that `setting` names, a fraction."""
         return self.metrics.get("accuracy")
+
+    @property
+    def examples(self) -> int | None:
+        """How many examples the accuracy is counted on, where the record says so."""
+        found = self.metrics.get("examples")
+        return int(found) if found and found >= 1 else None
 
     @property
     def judged(self) -> tuple[Point, ...]:
@@ -408,6 +416,7 @@ def _run(record: RecordLike) -> Run:
         load=f.number("measured.load_average"),
         cores=_cores(f),
         stale=f.any("stale") is True,
+        believed=bool((f.any("origin") or {}).get("unknown")),
         origin="; ".join(map(visible, origin.words(f.any("origin")))),
         path=record_path(f.any("path")),
         started=f.text("started"),

@@ -39,7 +39,8 @@ REACH = 0.99
 FIELDS = (
     "table", "role", "rank", "tied", "why", "title", "method", "family", "public", "device", "status",
     "accuracy", "difference", "planned", "spent", "rdp", "claimed", "claim", "audited", "checked", "tuned", "rate",
-    "reference", "baseline", "memory", "seconds", "reach", "busy", "seeds", "runs", "stale", "merged", "failures", "href", "more",
+    "reference", "baseline", "memory", "seconds", "reach", "busy", "seeds", "runs", "stale", "merged",
+    "failures", "href", "more",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from .read import (
     scalar,
     visible,
 )
-from .statistics import Entrant, Interval, Place, mean_interval, rank
+from .statistics import Entrant, Interval, Place, counted_on, mean_interval, rank, rounding
 
 BASELINE = "dp-sgd"
 REFERENCE = "non-private"
@@ -70,7 +70,7 @@ class Row:
 
     @cached_property
     def counted(self) -> tuple[Run, ...]:
-        """The runs that count: status ok, one for each seed (ours before merged, fresh before stale, then the latest)."""
+        """The runs that count: status ok, one a seed (ours before merged, fresh before stale, then the latest)."""
         best: dict[int, Run] = {}
         for run in sorted(self.runs, key=lambda r: (not r.origin, not r.stale, r.finished, r.order)):
             if run.ok and run.seed is not None:
@@ -89,7 +89,12 @@ class Row:
     @cached_property
     def accuracy(self) -> Interval | None:
         """Mean accuracy over the seeds that count."""
-        return mean_interval(self.scores.values())
+        return mean_interval(self.scores.values(), rounding(self.examples))
+
+    @cached_property
+    def examples(self) -> int | None:
+        """How many examples its accuracies are counted on."""
+        return examples(self.counted)
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -400,9 +405,16 @@ def board(
 
 def _rows(runs: Sequence[Run]) -> list[Row]:
     """Group runs by (group, device). A run that never reached a device joins its group's first row."""
-    groups: dict[tuple[Setting, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[Any, ...], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        groups[run.setting, run.group][run.device.fingerprint].append(run)
+        same = (
+            run.group,
+            run.parameters,
+            run.parts,
+            run.batch,
+            run.steps,
+        )  # two settings may share a group's digits
+        groups[run.setting, same][run.device.fingerprint].append(run)
     rows = []
     for places in groups.values():
         homeless = places.pop("", [])
@@ -496,6 +508,8 @@ def _table(
     baseline, alternatives = _baseline(members)
     twins = [row for row in members if baseline and row.first.group == baseline.first.group]
 
+    judged_on = examples([run for row in members for run in row.counted])
+
     def paired(row: Row) -> dict[int, float] | None:
         """The baseline's scores, those of the row's own device before those of another one of the kind."""
         own = (twin for twin in twins if twin.device.fingerprint == row.device.fingerprint)
@@ -508,7 +522,7 @@ def _table(
         return speeds.get(_speed_key(row, method), (None, False))
 
     def entries(rows: Sequence[Row]) -> list[Entry]:
-        order, places = rank([Entrant(row.scores, paired(row), _barred(row)) for row in rows])
+        order, places = rank([Entrant(row.scores, paired(row), _barred(row), judged_on) for row in rows])
         return [
             Entry(
                 row=rows[i],
@@ -537,8 +551,10 @@ def _table(
 
 
 def _barred(row: Row) -> str:
-    n = row.counts.get("diverged", 0)
-    return f"{n} of {len(row.runs)} runs diverged" if n else ""
+    if n := row.counts.get("diverged", 0):
+        return f"{n} of {len(row.runs)} runs diverged"
+    n = sum(run.believed for run in row.counted)
+    return f"the privacy of {n} of {len(row.counted)} runs is their sender's word" if n else ""
 
 
 def _baseline(rows: Sequence[Row]) -> tuple[Row | None, int]:
@@ -598,7 +614,10 @@ def _verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> l
     here = [row for row in there if row.setting.split == "test" and _same_target(row.setting.epsilon, target)]
     out = []
     for row in here:
-        measured = mean_interval(v for v in (_metric(run, metric) for run in row.counted) if v is not None)
+        measured = mean_interval(
+            (v for v in (_metric(run, metric) for run in row.counted) if v is not None),
+            rounding(row.examples) if metric == "accuracy" else 0.0,
+        )
         if measured is None or value is None or not math.isfinite(measured.mean):
             continue
         why = _obstacles(row, metric, measured, text("accountant"), reduced)
@@ -734,6 +753,14 @@ def count(value: float | None) -> str:
 def ratio(value: float | None) -> str:
     """A ratio such as ``0.41×``."""
     return "–" if value is None else f"{value:.2f}×"
+
+
+def examples(runs: Iterable[Run]) -> int | None:
+    """How many examples the accuracies of runs on one split are counted on: the fewest that one says, else the fewest
+    on which they can be counts; None where they are none."""
+    runs = [run for run in runs if run.accuracy is not None]
+    told = [run.examples for run in runs if run.examples]
+    return min(told) if told else counted_on(run.accuracy for run in runs if run.accuracy is not None)
 
 
 def interval(value: Interval | None, signed: bool = False) -> str:

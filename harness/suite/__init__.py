@@ -23,6 +23,7 @@ Rooms, in the order in which a file goes through them::
     values      what a suite is once it is read
     build       methods with their parts
     lengths     data, and steps
+    trial       models, built and tried
     expand      cells
 """
 
@@ -86,16 +87,18 @@ def load(
     *,
     names: Registry | None = None,
     reduced: bool = False,
-    present: bool = False,
+    thorough: bool = False,
 ) -> Suite:
-    """Read and check a suite, or its reduced profile; ``files`` are Python files with methods of the user.
+    """Read and check a suite, or its reduced profile; ``files`` are Python files with methods, models
+    and data sets of the user.
 
-    ``names`` is the registry to look names up in, by default the installation's. With ``present`` files of data that
-    are not here are a problem even where all is known of the data. Raises :class:`SuiteError` with every problem,
+    ``names`` is the registry to look names up in, by default the installation's. With ``thorough``
+    files of data that are not here are a problem even where all is known of the data, and every model is built and
+    tried. Raises :class:`SuiteError` with every problem,
     whatever the file holds.
     """
     own = Files.admit(files, names or registry.installed())
-    return _read(source(path, own.problems), str(path), own, reduced, present)
+    return _read(source(path, own.problems), str(path), own, reduced, thorough)
 
 
 def parse(
@@ -105,6 +108,6 @@ def parse(
     return _read(text, file, Files.admit((), names or registry.installed()), reduced, False)
 
 
-def _read(text: str, file: str, own: Files, reduced: bool, present: bool) -> Suite:
+def _read(text: str, file: str, own: Files, reduced: bool, thorough: bool) -> Suite:
     data = document(text, file, own.problems)
-    return SuiteReader(file, data, Lines(text), own).suite(reduced, present)
+    return SuiteReader(file, data, Lines(text), own).suite(reduced, thorough)

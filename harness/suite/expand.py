@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from harness import registry
 from harness.cell import Cell, canonical_json
+from harness.registry import Entry
 from harness.suite.build import Builder, Built
 from harness.suite.files import unimportable
 from harness.suite.lengths import Facts, Lengths, Size
 from harness.suite.problems import Problem, Report, SuiteError
 from harness.suite.tables import Device, Privacy
+from harness.suite.trial import refuse_models
 from harness.suite.values import Suite, Variant
 
 if TYPE_CHECKING:
     from harness.dp import Method
     from harness.lines import Path as KeyPath
 
-__all__ = ["expand", "problems"]
+__all__ = ["expand", "problems", "try_models"]
 
 
 class _Run(NamedTuple):
@@ -47,7 +50,7 @@ def problems(suite: Suite) -> list[Problem]:
 def _expanded(suite: Suite) -> tuple[list[Cell], list[Problem]]:
     report = Report(suite.file, suite.lines, [])
     refused = unimportable(suite.files, suite.names)
-    builder, lengths = Builder(suite.names, report, refused), Lengths(report, suite.present)
+    builder, lengths = Builder(suite.names, report, refused), Lengths(report, suite.thorough)
     facts = {
         task.index: lengths.facts(task.dataset, (*task.path, "dataset"), task.evaluate)
         if task.dataset
@@ -74,7 +77,17 @@ def _expanded(suite: Suite) -> tuple[list[Cell], list[Problem]]:
         for device in suite.devices
     ]
     _refuse_twins(suite, cells, report)
+    if suite.thorough:
+        refuse_models(suite.variants, report, refused)
     return cells, [*refused.values(), *report.problems]
+
+
+def try_models(suite: Suite, cells: Iterable[Cell]) -> None:
+    """Try the models of some of a suite's cells. Raises :class:`SuiteError`."""
+    report, wanted = Report(suite.file, suite.lines, []), {(c.label, c.task["name"]) for c in cells}
+    refuse_models([v for v in suite.variants if (v.label, v.task.name) in wanted], report)
+    if report.problems:
+        raise SuiteError(report.problems)
 
 
 def _targets(privacy: Privacy, variant: Variant) -> tuple[float, ...]:
@@ -126,8 +139,6 @@ def _cell(
 ) -> Cell:  # fmt: skip
     task, privacy, tuning, then = variant.task, suite.privacy, suite.tuning, variant.then
     private = epsilon is not None
-    named = [variant.name, *([then.name] if then else [])]
-    entries = [suite.names.resolve("method", name) for name in named]
     return Cell(
         suite=suite.name,
         method=variant.name,
@@ -156,8 +167,24 @@ def _cell(
         seed=seed,
         device=device.model_dump(include={"device", "threads", "engine", "microbatch"}),
         budget={"seconds": suite.budget.seconds, "memory_mib": suite.budget.memory_mib},
-        method_files=sorted({str(entry.file) for entry in entries if not entry.module}),
+        method_files=sorted({str(entry.file) for entry in _named(suite, variant) if not entry.module}),
     )  # fmt: skip
+
+
+def _named(suite: Suite, variant: Variant) -> Iterator[Entry]:
+    """Everything that a run is made of by name: methods, its model, its data and what that is made of."""
+    task, then = variant.task, variant.then
+    named = [("method", variant.name), ("model", registry.parse_spec(task.model)[0])]
+    named += [("method", then.name)] if then else []
+    for spec in (task.dataset, then.dataset if then else None):
+        name = registry.parse_spec(spec)[0] if spec else ""
+        while name:
+            named.append(("dataset", name))
+            name = registry.split_name(name)[1] or ""
+            if registry.split_name(name)[0] not in suite.names.index("dataset"):  # then it is a path
+                name = ""
+    for kind, name in named:
+        yield suite.names.resolve(kind, name)
 
 
 def _refuse_twins(suite: Suite, cells: Iterable[Cell], report: Report) -> None:
@@ -168,4 +195,6 @@ def _refuse_twins(suite: Suite, cells: Iterable[Cell], report: Report) -> None:
         if other is not cell:
             here, there = (f'"{one.label}" on task "{one.task["name"]}"' for one in (cell, other))
             place = next(t.path for t in suite.tasks if t.name == cell.task["name"])
-            report.bad(place, f"{here} is the same run as {there}; remove one.")
+            same = f"{here} is the same run as {there}; remove one."
+            shared = f"{here} has the id of {there}, which is another run: change a hyper-parameter of one."
+            report.bad(place, same if cell.digest == other.digest else shared)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.registry import Broken, Entry, LoadError, Registry, RegistryError
+from harness.registry import KINDS, Broken, Entry, LoadError, Registry, RegistryError
 from harness.suite.problems import Problem
 
 __all__ = ["Files", "unimportable"]
@@ -40,7 +40,11 @@ class Files:
         there = {file: Path(file).expanduser().resolve() for file in named}
         absent = [file for file in named if not there[file].is_file()]
         problems = [
-            Problem(file, 0, "no such file; name a Python file with an @method function in it.")
+            Problem(
+                file,
+                0,
+                "no such file; name a Python file with an @method, @model or @dataset function in it.",
+            )
             for file in absent
         ]
         found = [file for file in named if file not in absent]
@@ -86,7 +90,8 @@ def unimportable(files: Iterable[str], names: Registry) -> dict[Path, Problem]:
     found: dict[Path, Problem] = {}
     for file in files:
         path = Path(file).expanduser().resolve()
-        entry = next((one for one in names.index("method").values() if one.file == path), None)
+        entries = [one for kind in KINDS for one in names.index(kind).values() if one.file == path]
+        entry = min(entries, key=lambda one: one.line, default=None)
         if entry is None:
             continue
         try:

@@ -21,11 +21,11 @@ Size = dict[str, int]
 class Lengths:
     """Data sets and schedules; reports what only a look at the data can tell.
 
-    ``present`` says that files which are not here are a problem, even where what is asked of the data is known.
+    ``thorough`` says that files which are not here are a problem, even where what is asked of the data is known.
     """
 
     report: Report
-    present: bool
+    thorough: bool
     _private: set[KeyPath] = field(default_factory=set)
 
     def facts(self, spec: str, place: KeyPath, evaluate: str) -> Facts | None:
@@ -34,7 +34,7 @@ class Lengths:
 
         try:
             known = data.describe(spec)
-            absent = _absent(spec, known) if self.present else None
+            absent = _absent(spec, known) if self.thorough else None
             if absent is not None:
                 raise absent
         except DuplicateName:  # which is told of elsewhere

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from harness.registry import did_you_mean
 from harness.suite.reader import Reader
@@ -12,12 +12,15 @@ from harness.suite.values import Variant
 
 __all__ = ["check"]
 
+# Those that every record has; a loss of one's own may have others.
+METRICS = ("accuracy", "loss", "examples_per_second", "train_seconds", "wall_seconds", "peak_memory_mib")
+
 
 def check(
     reader: Reader, rows: Mapping[int, Published], methods: Mapping[int, MethodTable], tasks: Tasks,
-    variants: Iterable[Variant],
+    variants: Iterable[Variant], targets: Collection[float],
 ) -> None:  # fmt: skip
-    """Report rows that name a method or a task which the suite does not have.
+    """Report rows that name a method, a task or a target which the suite does not have, and misspelt metrics.
 
     What a misspelt name of the suite, or one without its parts, may mean is passed over.
     """
@@ -31,6 +34,14 @@ def check(
             _known(reader, index, "method", row.method, known)
         if tasks.complete:
             _known(reader, index, "task", row.task, tasks.names())
+        if row.epsilon is not None and targets and row.epsilon not in targets:
+            there = ", ".join(f"{one:g}" for one in targets)
+            text = f"[[published]] epsilon {row.epsilon:g} is no target of this suite; [privacy] has {there}."
+            reader.bad(("published", index, "epsilon"), text)
+        near = did_you_mean(row.metric, METRICS) if row.metric else None
+        if near is not None and row.metric not in METRICS:
+            text = f'[[published]] metric "{row.metric}": no run has a value of this name.'
+            reader.bad(("published", index, "metric"), text, near)
 
 
 def _known(reader: Reader, index: int, key: str, value: str | None, known: list[str]) -> None:

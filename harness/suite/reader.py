@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
 import re
 import tomllib
@@ -29,9 +30,9 @@ _PATTERNS = {
 
 
 def source(path: str | Path, problems: Iterable[Problem] = ()) -> str:
-    """The text of a file. Raises :class:`SuiteError` where it cannot be read."""
+    """The text of a file, without a byte order mark. Raises :class:`SuiteError` where it cannot be read."""
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        return Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise SuiteError([*problems, _unreadable(Path(path), error)]) from None
 
@@ -48,7 +49,11 @@ def document(text: str, file: str, problems: Iterable[Problem] = ()) -> dict[str
 
 def _unreadable(path: Path, error: Exception) -> Problem:
     if isinstance(error, UnicodeDecodeError):
-        return Problem(str(path), 1, "is not UTF-8 text; save it as UTF-8.")
+        line = error.object[: error.start].count(b"\n") + 1
+        wide = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return Problem(
+            str(path), line, f"is {'UTF-16, not' if wide else 'not'} UTF-8 text; save it as UTF-8."
+        )
     if isinstance(error, FileNotFoundError):
         near = {p.name: p for folder in (Path("suites"), path.parent) for p in folder.glob("*.toml")}
         word = did_you_mean(path.name, near) or did_you_mean(f"{path.name}.toml", near)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from harness.registry import RegistryError, did_you_mean
 
@@ -34,6 +36,8 @@ __all__ = [
 
 MOST_CELLS = 100_000
 MOST_SEEDS = 10_000
+LONGEST_NAME = 100
+FOLDERS = ("audits", "checks", "throughput")  # in results/, beside those of suites
 
 
 def _one_or_many(value: object) -> object:
@@ -67,9 +71,35 @@ def _batch(value: object) -> object:
     raise RegistryError('should be a whole number from 1, without quotes, or "full", all examples', near)
 
 
+def _name(value: str) -> str:
+    """The name of a folder, on any system, which is that of nothing else there."""
+    if len(value) > LONGEST_NAME:
+        raise ValueError(f"has {len(value)} letters; a folder is called so, write {LONGEST_NAME} at most")
+    if value in FOLDERS:
+        raise ValueError(
+            f"is a folder of results/ for other things ({', '.join(FOLDERS)}); write another name"
+        )
+    if value.endswith("-reduced"):
+        raise ValueError('would be taken for a reduced profile; write a name that does not end in "-reduced"')
+    if re.fullmatch(r"con|prn|aux|nul|(com|lpt)[0-9]", value):
+        raise ValueError("is no name of a folder on Windows; write another")
+    return value
+
+
+def _line(value: str) -> str:
+    """Text that a terminal and a table can show."""
+    odd = next((one for one in value if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp")), None)
+    if odd is not None:
+        raise ValueError(f"holds the control character {odd!a}; write one line of plain text")
+    if not value.strip():
+        raise ValueError("is blank; write a name")
+    return value
+
+
 Size = Annotated[int, Field(ge=1, lt=2**53)]
 Positive = Annotated[float, Field(gt=0, le=1e15)]
 Text = Annotated[str, Field(min_length=1)]
+Line = Annotated[str, Field(min_length=1), AfterValidator(_line)]
 Many = BeforeValidator(_one_or_many)
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**53)], ...], BeforeValidator(_seeds)]
 Batch = Annotated[int | Literal["full"], PlainValidator(_batch)]
@@ -85,7 +115,7 @@ class Table(BaseModel):
 class Header(Table):
     """``[suite]``: its name, the question it answers, and the seeds of each run (a count or a list)."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$"), AfterValidator(_name)]
     question: Text
     seeds: Seeds = (0,)
 
@@ -113,7 +143,7 @@ class Task(Table):
     dataset: Text
     model: Text
     evaluate: Literal["test", "validation"] = "test"
-    name: Text | None = None
+    name: Line | None = None
     batch: Batch | None = None
     epochs: Positive | None = None
     steps: Size | None = None
@@ -126,7 +156,7 @@ class MethodTable(Table):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
     name: Text
-    label: Text | None = None
+    label: Line | None = None
     tasks: Annotated[tuple[Text, ...], Many] = ("*",)
     epsilon: Epsilons | None = None
     on: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,8 @@ class Suite:
     """A checked suite. ``file`` is as the user named it, the rest in order of the file.
 
     ``reduced`` says what is reduced where this is the reduced profile of the suite, and is None where it is all of it.
-    ``files`` are the user's own with methods; ``present`` says that data which is not here is something wrong.
+    ``files`` are the user's own; ``thorough`` says that data which is not here and models that do not fit it are
+    something wrong.
     """
 
     file: str
@@ -107,7 +108,7 @@ class Suite:
     names: Registry = field(repr=False)
     lines: Lines = field(repr=False)
     files: tuple[str, ...] = ()
-    present: bool = False
+    thorough: bool = False
 
     def cells(self) -> list[Cell]:
         """Every run of the suite, all methods of the first seed first.
@@ -119,3 +120,12 @@ class Suite:
         from harness.suite.expand import expand
 
         return expand(self)
+
+    def try_models(self, cells: Iterable[Cell]) -> None:
+        """Build the models of these cells, each once, and try them on examples of their data's shape.
+
+        Raises :class:`SuiteError` with every one that cannot be built, does not fit its data, or mixes examples.
+        """
+        from harness.suite.expand import try_models
+
+        try_models(self, cells)

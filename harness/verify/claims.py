@@ -57,7 +57,7 @@ class Claims:
 def is_claims(path: Path) -> bool:
     """Whether a TOML file says that it is one of these; False where it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8")).get("kind") == KIND
+        return tomllib.loads(path.read_text(encoding="utf-8-sig")).get("kind") == KIND
     except (OSError, ValueError, RecursionError):
         return False
 

@@ -630,5 +630,5 @@ def main(arguments: Sequence[str] = ()) -> int:
         print(f"not caught: {', '.join(missed)}")
         return 1
     if options.docs:
-        options.docs.write_text(inserted(options.docs.read_text(), made))
+        options.docs.write_text(inserted(options.docs.read_text(encoding="utf-8"), made), encoding="utf-8")
     return 0

@@ -194,8 +194,8 @@ def write_tables(folder: Path, docs: Path | None) -> str:
 
     made = tables(folder)
     if docs is not None:
-        text = docs.read_text()
+        text = docs.read_text(encoding="utf-8")
         for name in TABLES:
             text = inserted(text, made[name], f"<!-- {name} -->", f"<!-- end of {name} -->")
-        docs.write_text(text)
+        docs.write_text(text, encoding="utf-8")
     return "\n\n".join(made[name] for name in TABLES)

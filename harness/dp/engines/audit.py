@@ -32,7 +32,11 @@ GROWN = 1.1  # times the largest microbatch that was audited
 
 @dataclass
 class Seen:
-    """What audits have seen of a model at work in an engine: batches, the largest microbatch, the furthest input, batches with NaN."""
+    """What audits have seen of a model at work in an engine.
+
+    The number of batches, the largest microbatch and furthest input audited, the number of batches with a gradient that
+    is not finite.
+    """
 
     batches: int = 0
     largest: int = 0
@@ -72,6 +76,16 @@ def due(seen: Seen, used: Used) -> bool:
     return regular or unusual
 
 
+def audited(seen: Seen, used: Used, random: bool) -> set[int]:
+    """The examples of a step that are audited: the one with the furthest finite input, and another one each time."""
+    within = min(used.chunk, len(used.batch)) if random else len(used.batch)
+    x, number = used.batch.x[:within], seen.batches * 2654435761 % within
+    if not x.is_floating_point() or not x.numel():
+        return {number}
+    furthest = int(x.abs().nan_to_num(0, 0, 0).flatten(1).amax(1).argmax())
+    return {furthest, (number + (number == furthest)) % within}
+
+
 def power_of_two(number: int) -> bool:
     """Whether `number` is 0, 1, 2, 4, 8, ..."""
     return number & (number - 1) == 0
@@ -86,10 +100,10 @@ def reach(x: Tensor) -> float:
 
 
 def audit(engine: PerExample, used: Used, random: bool) -> bool:
-    """Compare the norms that a step used for one of its examples with those of the example by itself.
+    """Compare the norms that a step used for some of its examples with those of each by itself.
 
     By itself means by the loop. Where the model draws random numbers (`random`) it means in a microbatch of copies of
-    the example, with the same numbers: then its own place has the same masks, and nobody else is there. Returns
+    the example, with the same numbers: its own place has the same masks then, and nobody else is there. Returns
     whether the step was audited. Raises Unserved if the norms differ: then what the example adds depends on others, or
     is not what was measured. The error names no value of the data.
     """
@@ -100,11 +114,10 @@ def audit(engine: PerExample, used: Used, random: bool) -> bool:
     if not due(seen, used):
         return False
     with untouched(used.model, used.batch.x.device):
-        within = min(used.chunk, len(used.batch)) if random else len(used.batch)
-        number = seen.batches * 2654435761 % within
-        if unlike(used.norms[number], by_itself(engine, used, number, random), SLACK) and confirmed(
-            engine, used, number, random
-        ):
+        for number in audited(seen, used, random):
+            alone = by_itself(engine, used, number, random)
+            if not unlike(used.norms[number], alone, SLACK) or not confirmed(engine, used, number, random):
+                continue
             # Not seen: the next such batch is audited as well.
             _seen[used.model][engine.label] = before
             raise Unserved(
@@ -150,7 +163,7 @@ def norms_of(engine: PerExample, used: Used, batch: Batch) -> Tensor:
 
 
 def confirmed(engine: PerExample, used: Used, number: int, random: bool) -> bool:
-    """Whether the norms differ in float64 too, where rounding makes no difference; so it is taken to be if that fails."""
+    """Whether the norms differ in float64 too, where rounding makes no difference. Yes, if float64 is refused."""
     x = used.batch.x.double() if used.batch.x.is_floating_point() else used.batch.x
     wide = used._replace(w=Tree(used.w.layout, used.w.flat.double()), batch=Batch(x, used.batch.y))
     start = number // used.chunk * used.chunk

@@ -1,4 +1,4 @@
-"""What a model does with a few examples: where they lie in its tensors, where it draws random numbers, what it mixes."""
+"""What a model does with a few examples: where they lie in its tensors, where it draws numbers, what it mixes."""
 
 from __future__ import annotations
 
@@ -236,17 +236,21 @@ def silenced(model: nn.Module, paths: Collection[str]) -> Iterator[None]:
             module.training = mode
 
 
-def survey(model: nn.Module, batch: Batch) -> tuple[dict[str, tuple[Layout, ...]], set[str]]:
-    """Where the examples lie in every call, and the modules that draw random numbers.
+Calls = Counter[str]  # how often each module is called in a pass
+
+
+def survey(model: nn.Module, batch: Batch) -> tuple[dict[str, tuple[Layout, ...]], Calls | None]:
+    """Where the examples lie in every call, and how often each module is called; None if that differs by pass.
 
     Found by comparing the shapes of two passes, over two and over three examples: what grows holds examples. A module
     whose calls cannot be told apart this way is left out.
     """
     passes = []
-    random: set[str] = set()
+    counts = []
     for count in (PROBE - 1, PROBE):
-        with taping(model) as tape, watching(model, random):
+        with taping(model) as tape:
             model(batch.x[:count])
+        counts.append(Counter(call.path for call in tape.calls))
         shapes: dict[str, list[list[list[torch.Size | None]]]] = {
             path: [] for path, _ in model.named_modules()
         }
@@ -271,28 +275,32 @@ def survey(model: nn.Module, batch: Batch) -> tuple[dict[str, tuple[Layout, ...]
             )
         except ValueError:  # another number of calls or tensors, or a shape that grows in no simple way
             continue
-    return layouts, random
+    return layouts, counts[0] if counts[0] == counts[1] else None
 
 
 PASSES = 4  # that are compared to see whether chance decides which layers are called
 
 
-def drawing(model: nn.Module, batch: Batch) -> tuple[frozenset[str], bool]:
-    """The modules that draw random numbers, and whether layers are only sure to be called where these are silenced."""
+def drawing(model: nn.Module, batch: Batch) -> tuple[frozenset[str], Calls | None]:
+    """The modules that draw random numbers, and how often each module is called in every pass.
+
+    None where chance decides which layers are called: then all are sure to be called only where these are silenced.
+    """
     random: set[str] = set()
 
-    def calls() -> Counter[str]:
+    def calls() -> Calls:
         with taping(model) as tape, watching(model, random):
             model(batch.x)
         return Counter(call.path for call in tape.calls)
 
     first = calls()
     if not random:
-        return frozenset(), False
+        return frozenset(), first
     others = [calls() for _ in range(PASSES - 1)]
     with silenced(model, random):
         steady = calls()
-    return frozenset(random), any(other != first for other in others) or steady > first
+    unsteady = any(other != first for other in others) or steady > first
+    return frozenset(random), None if unsteady else first
 
 
 def place(few: torch.Size | None, many: torch.Size | None) -> Place | None:
@@ -365,7 +373,7 @@ def modes(model: nn.Module) -> tuple[Any, ...]:
 def served(
     make: Callable[..., Made], loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch
 ) -> Made:
-    """What `make` makes of these, without a trace. Raises Unserved where it fails and the model serves single examples."""
+    """What `make` makes of these, without a trace. Raises Unserved where it fails and the loop does not."""
     try:
         with untouched(model, batch.x.device), torch.enable_grad():
             return make(loss, model, w, batch)
@@ -378,7 +386,7 @@ def served(
             torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
         raise Unserved(
             f"{type(model).__name__} works on single examples, and this engine cannot take it apart in a batch"
-            f' ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Use engine = "loop"'
+            f' ({(str(error) or type(error).__name__).splitlines()[0][:160]}). Use engine = "loop"'
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What the engines that read a tape share: the pass, the norms, the weights, and a sum from what the norms were made of."""
+"""What the engines that read a tape share: the pass, the norms, the weights, and the sum from the same tape."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.audit import audit
+from harness.dp.engines.audit import unaudited as unaudited
 from harness.dp.engines.engine import SPEED, Clipped, PerExample, Unserved, Used, group_norms, laid_out
 from harness.dp.engines.gradients import Gradient, settle
 from harness.dp.engines.loop import Loop
@@ -134,7 +135,7 @@ class Taped(PerExample):
         found: Mapping[str, Gradient],
         finite: Tensor,
     ) -> Tensor:
-        """The flat weighted sum over the examples that are `finite` [B]: weight 0 would not do, 0 * inf is not a number.
+        """The flat weighted sum over the examples that are `finite` [B]. Weight 0 would not do: 0 * inf is no number.
 
         From the same tape. Another pass would draw other random numbers, and one example would move all others.
         """

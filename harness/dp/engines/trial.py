@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,6 +23,7 @@ from harness.dp.engines.plan import Plan, gradients
 from harness.dp.engines.rules import call_rule_for, rule_for
 from harness.dp.engines.survey import (
     PROBE,
+    Calls,
     Layout,
     NoProbe,
     agree,
@@ -74,25 +76,54 @@ def plan_for(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch
 
 
 def make_plan(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -> Plan:
-    """Try the rules, and hand what they get wrong to the enclosing modules until every norm is right."""
+    """Try the rules, and hand what they get wrong to the enclosing modules until every norm is right.
+
+    In training mode, as in the run. Where chance skips layers, with the modules silenced that draw random numbers.
+    """
     with held(model, w):
         refuse_coupling(loss, model, batch)
         batch = finite_probe(loss, model, batch)
-        random, unsteady = drawing(model, batch)
-    with silenced(model, random if unsteady else ()):
-        for distance in (1.0, 0.0):
-            values = moved(w, distance)
-            with held(model, values) as leaves:
-                rows = row_by_row(losses_of(loss, model, batch), leaves)
-            if any(g is not None and not g.isfinite().all() for row in rows for g in row):
-                continue
-            refuse_mixing(loss, model, values, batch, random)
-            with held(model, values) as leaves:
-                taped = run(loss, model, leaves, batch)
-                rows = row_by_row(taped.losses, leaves)
-                truth = squares_of(rows, leaves)
-                if all(t.isfinite().all() for t in truth.values()):
-                    return tried(loss, model, values, leaves, batch, taped, random, rows, truth)
+        random, calls = drawing(model, batch)
+    for quiet in (frozenset(), random) if random else (random,):
+        if calls is None and not quiet:
+            continue
+        with silenced(model, quiet), suppress(Unsteady):
+            return tame(loss, model, w, batch, random, None if quiet else calls)
+    raise Unserved(
+        "which layers are called changes from pass to pass, also where no random numbers are drawn"
+    )
+
+
+class Unsteady(Exception):
+    """A layer was called another number of times than in the passes before."""
+
+
+def tame(
+    loss: Loss,
+    model: nn.Module,
+    w: Mapping[str, Tensor],
+    batch: Batch,
+    random: frozenset[str],
+    calls: Calls | None,
+) -> Plan:
+    """The plan, made at weights near `w` where all gradients are finite. `calls`: what each pass calls, if known."""
+    for distance in (1.0, 0.0):
+        values = moved(w, distance)
+        with held(model, values) as leaves:
+            rows = row_by_row(losses_of(loss, model, batch), leaves)
+        if any(g is not None and not g.isfinite().all() for row in rows for g in row):
+            continue
+        refuse_mixing(loss, model, values, batch, random)
+        with held(model, values) as leaves:
+            taped = run(loss, model, leaves, batch)
+            layouts, counts = survey(model, batch)
+            made = Counter(call.path for call in taped.calls)
+            if random and (made != counts or (calls is not None and made != calls)):
+                raise Unsteady
+            rows = row_by_row(taped.losses, leaves)
+            truth = squares_of(rows, leaves)
+            if all(t.isfinite().all() for t in truth.values()):
+                return tried(loss, model, values, leaves, batch, taped, layouts, random, rows, truth)
     raise NoProbe("the model's gradients are not finite even on tame inputs, so no plan can be verified")
 
 
@@ -103,12 +134,12 @@ def tried(
     leaves: dict[str, Tensor],
     batch: Batch,
     taped: Run,
+    layouts: dict[str, tuple[Layout, ...]],
     random: frozenset[str],
     rows: Sequence[Sequence[Tensor | None]],
     truth: dict[str, Tensor],
 ) -> Plan:
     """The plan whose norms are right, for a model that holds `values`, its parameters being `leaves`."""
-    layouts, _ = survey(model, batch)
     trial = Trial(loss, model, leaves, values, batch, taped, layouts, random, truth)
     free, spread = trial.copies()
     sources = first_sources(model, truth)

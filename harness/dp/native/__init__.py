@@ -75,7 +75,7 @@ def _run(*command: str) -> None:
 
 def _own_flags(file: Path) -> list[str]:
     """What a C file adds to the flags."""
-    found = re.search(r"^#define FLAGS (.*)", file.read_text(), re.MULTILINE)
+    found = re.search(r"^#define FLAGS (.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
     return found[1].split() if found else []
 
 
