@@ -176,7 +176,7 @@ def planted() -> list[Planted]:
         ),
         Planted(
             "a rule for vmap that moves gradients to other examples", "custom functions",
-            TRIAL, step(Vmap(), lambda: Net(Mixed.apply)), "",
+            TRIAL, step(Vmap(), lambda: Net(Mixed.apply)), "vmap rule",
         ),
         Planted(
             "losses [B, 1] against weights [B]", "losses of users",

@@ -101,10 +101,7 @@ def refuse_nonlinear(done: Pass, plan: Plan, w: Tree) -> None:
     units = done.units.detach()
     if units.shape[1] == 1:  # of length one, so 1 or -1: all gradients are rounding
         return
-    one = [
-        torch.zeros_like(units).index_fill_(1, torch.tensor([k], device=units.device), 1.0)
-        for k in range(units.shape[1])
-    ]
+    one = [row.expand_as(units) for row in torch.eye(units.shape[1]).to(units)]
     each = torch.stack([pull(done, cotangent, w).double() for cotangent in one])
     rng = torch.Generator().manual_seed(0)
     for size in (1.0, 1e-3, 1e-6, 1e3):
