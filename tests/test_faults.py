@@ -38,6 +38,12 @@ def test_the_same_method_without_its_fault_passes_that_check(name):
     assert not faults.by_check(sound).caught
 
 
+@pytest.mark.parametrize("one", faults.planted(), ids=lambda one: one.name)
+def test_what_cannot_be_trained_is_refused(one):
+    (line,) = faults.refused([one])
+    assert line.caught, line.evidence
+
+
 def test_faults_are_distinct_and_none_is_registered():
     assert len({fault.name for fault in GALLERY}) == len(GALLERY) >= 16
     assert all(fault.caught in checks.CHECKS for fault in GALLERY)

@@ -49,6 +49,7 @@ from harness.dp.random import Stream
 from harness.measure import Clock
 from harness.verify import conformance as checks
 from harness.verify.audit import Setting, audit
+from harness.verify.refusals import Planted, planted
 
 EXAMPLES = """\
 examples:
@@ -57,6 +58,7 @@ examples:
 
 exit codes: 0 all are caught; 1 one is missed, and nothing is written; 2 the request is wrong
 """
+SHOWN = 80  # letters of a refusal in the table
 BEGIN, END = "<!-- faults -->", "<!-- end of faults -->"
 DOCS = File(__file__).resolve().parents[2] / "docs" / "verification.md"
 
@@ -366,6 +368,34 @@ class Counting(Vmap):
         return super().bounded(loss, clip, model, w, batch, *rest)
 
 
+@dataclass(frozen=True)
+class PassedAgain(Naive):
+    """Where an example is not finite, passes the others once more, and draws their dropout anew."""
+
+    def gradients(
+        self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        found, losses = super().gradients(loss, model, w, batch)
+        good = torch.stack([g.flatten(1).isfinite().all(1) for g in found.values()]).all(0)
+        if not good.all() and good.any():
+            again, _ = super().gradients(loss, model, w, Batch(batch.x[good], batch.y[good]))
+            for name, g in found.items():
+                g[good] = again[name]
+        return found, losses
+
+
+@dataclass(frozen=True)
+class LeftOut(Naive):
+    """A plan of one random pass, in which the first layer was skipped: it gets no gradient."""
+
+    def gradients(
+        self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        found, losses = super().gradients(loss, model, w, batch)
+        first = w.names[0]
+        return found | {first: torch.zeros_like(found[first])}, losses
+
+
 # The gallery ----------------------------------------------------------------------------------------------
 
 
@@ -486,6 +516,14 @@ def gallery() -> list[Fault]:
             "sampling amplified twice", "one q in the loader's accountant, one in the planner's",
             lambda: Method(sampler=AmplifiedTwice()), checks.sampled, ONE_EPOCH, 0.5,
         ),
+        Fault(
+            "masks drawn anew beside a non-finite example", "engines that pass the others again",
+            lambda: Method(engine=PassedAgain(), clip=Flat(0.1)), checks.steady_draws,
+        ),
+        Fault(
+            "a layer that one random pass skipped", "plans made of one pass (LayerDrop)",
+            lambda: Method(engine=LeftOut()), checks.equals_loop,
+        ),
     ]  # fmt: skip
 
 
@@ -536,6 +574,23 @@ def caught(faults: Iterable[Fault]) -> list[Caught]:
     return lines
 
 
+def refused(planted: Iterable[Planted]) -> list[Caught]:
+    """Every model or loss by the instrument that refuses it."""
+    lines = []
+    for one in planted:
+        clock = Clock("cpu")
+        begun = clock.now()
+        said = "nothing"
+        try:
+            one.refuse()
+        except ValueError as error:
+            said = str(error)
+        evidence = said if len(said) <= SHOWN else said[: SHOWN - 1] + "…"
+        caught = said != "nothing" and one.words in said
+        lines.append(Caught(one.name, one.found, one.instrument, evidence, clock.since(begun), caught))
+    return lines
+
+
 def table(lines: Sequence[Caught]) -> str:
     """The table in Markdown. The first line of a fault names it."""
     head = ["| fault | found in | caught by | evidence | s |", "|---|---|---|---|---|"]
@@ -567,7 +622,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         help=f"the text to put the table in, between {BEGIN} and {END}; the manual of this checkout, if there is one",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    lines = caught(gallery())
+    lines = caught(gallery()) + refused(planted())
     made = table(lines)
     print(made)
     missed = [line.fault for line in lines if not line.caught]

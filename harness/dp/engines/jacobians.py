@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,17 @@ from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.gradients import Gradient, Outer, Patches
 from harness.dp.engines.plan import Plan, gradients
 from harness.dp.engines.rows import factor_squares, squared_norms, wide
-from harness.dp.engines.survey import watching
+from harness.dp.engines.survey import probe_batch, signature, untouched, watching
 from harness.dp.engines.tape import Run, Tape, repeated, taping
 from harness.dp.engines.trial import plan_for
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
 
 HELD = 64 << 20  # bytes of a block
+UNLIKE = (
+    1e-2  # times their size by which sums may differ from what is due: float32 of a few rows differs by 1e-5
+)
+_tried: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,11 @@ def forward(model: nn.Module, w: Tree, rows: Tensor) -> Pass:
         plan = plan_for(Coordinate(), model, w.views, batch)
     except ValueError as error:
         raise Unserved(str(error)) from error
+    key = signature(Coordinate(), model, w.views, batch)
+    if key not in _tried.setdefault(model, set()):
+        with untouched(model, rows.device):
+            refuse_nonlinear(_taped(model, w, probe_batch(batch).x, plan, plan.copy), plan, w)
+        _tried[model].add(key)
     done = _taped(model, w, rows, plan, plan.copy)
     return _taped(model, w, rows, plan, True) if done.tape.disturbed and not plan.copy else done
 
@@ -78,6 +88,32 @@ def _taped(model: nn.Module, w: Tree, rows: Tensor, plan: Plan, copy: bool) -> P
     if random:  # where a row is not finite, the others are passed again: new draws would move all of them
         raise Unserved(f"{', '.join(sorted(random))} draws random numbers: leave dropout and the like out")
     return Pass(unit(outputs), {**leaves, **copies}, frozenset(copies), tape, plan)
+
+
+def refuse_nonlinear(done: Pass, plan: Plan, w: Tree) -> None:
+    """Raise `Unserved` where a weighted pass back does not give the weighted sum of the rows' Jacobians.
+
+    Norms are read off one pass for each coordinate, and the sum is that of another pass. A hook that clamps, normalises
+    or replaces gradients on their way would change what is summed and not what was measured. Of a few made-up rows,
+    coordinates weighed by numbers of either sign and of all sizes are compared with the sum over single coordinates;
+    that rows add up, the plan's trial has seen.
+    """
+    units = done.units.detach()
+    if units.shape[1] == 1:  # of length one, so 1 or -1: all gradients are rounding
+        return
+    one = [row.expand_as(units) for row in torch.eye(units.shape[1]).to(units)]
+    each = torch.stack([pull(done, cotangent, w).double() for cotangent in one])
+    rng = torch.Generator().manual_seed(0)
+    for size in (1.0, 1e-3, 1e-6, 1e3):
+        v = size * torch.randn(len(each), generator=rng, dtype=torch.float64).to(units)
+        due, found = v.double() @ each, pull(done, v.expand_as(units), w).double()
+        scale = (v.double()[:, None] * each).square().sum().sqrt()
+        if not plan.linear or float((found - due).norm()) > UNLIKE * float(scale):
+            raise Unserved(
+                "the gradient of weighted similarities is not the weighted sum of their gradients: a hook or a function"
+                " of the model's own changes gradients on their way back, and what is summed would not be what was"
+                " measured. Take it out"
+            )
 
 
 def pull(done: Pass, cotangents: Tensor, w: Tree) -> Tensor:

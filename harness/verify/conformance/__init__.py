@@ -19,6 +19,8 @@ from harness import registry
 from harness.dp.method import Method
 from harness.measure import Clock
 from harness.verify.conformance.adversary import adversarial
+from harness.verify.conformance.draws import steady_draws
+from harness.verify.conformance.engines import other_engines
 from harness.verify.conformance.identity import identified
 from harness.verify.conformance.later import within_sensitivity_much_later
 from harness.verify.conformance.ledger import amended, billed, calibrated
@@ -63,9 +65,9 @@ __all__ = [
     "CHECKS", "STATISTICAL", "Check", "Contrast", "Inapplicable", "Subject", "Toy", "Violation",
     "adversarial", "amended", "billed", "calibrated", "check", "clip_rule", "described", "empty_step",
     "equals_loop", "examine", "forgetful", "identified", "independent", "microbatch_free", "named",
-    "noise_billed", "noised", "other_models", "other_options", "other_sizes", "poisoned", "rehearsed",
+    "noise_billed", "noised", "other_engines", "other_models", "other_options", "other_sizes", "poisoned", "rehearsed",
     "repeated", "replaced", "resumed", "sampled", "sampled_at_large", "separately", "statistics_refused",
-    "still", "subject", "thread_free", "toy_model", "twins", "twins_later", "within_sensitivity",
+    "steady_draws", "still", "subject", "thread_free", "toy_model", "twins", "twins_later", "within_sensitivity",
     "within_sensitivity_float32", "within_sensitivity_later", "within_sensitivity_much_later",
     "within_sensitivity_sequence",
 ]  # fmt: skip
@@ -76,8 +78,8 @@ CHECKS: tuple[Checking, ...] = (
     described, identified, equals_loop, microbatch_free, thread_free, within_sensitivity, within_sensitivity_later,
     within_sensitivity_float32, within_sensitivity_sequence, replaced, adversarial, statistics_refused, clip_rule,
     noised, independent, noise_billed, amended, sampled, billed, calibrated, still, empty_step, twins, poisoned,
-    resumed, within_sensitivity_much_later, twins_later, forgetful, separately, other_models, other_sizes,
-    other_options, sampled_at_large,
+    resumed, within_sensitivity_much_later, twins_later, forgetful, separately, steady_draws, other_engines,
+    other_models, other_sizes, other_options, sampled_at_large,
 )  # fmt: skip
 STATISTICAL: tuple[Checking, ...] = (
     noised,
@@ -100,7 +102,9 @@ WHERE: Mapping[Checking, str] = {
     billed: "Engine.split, Clip.split", calibrated: "Engine.split, Clip.split, Noise.event, Sampler.wrap",
     still: "Path, Optimizer.update", empty_step: "Engine.bounded, Noise.add", twins: _STATE,
     poisoned: "Clip.update, Optimizer.receive, Path", resumed: _STATE, within_sensitivity_much_later: _BOUND,
-    twins_later: _STATE, forgetful: _STATE, separately: "Loss.prepare", other_models: "Engine.bounded",
+    twins_later: _STATE, forgetful: _STATE, separately: "Loss.prepare", steady_draws: "Engine.bounded",
+    other_engines: "Loss.per_example, Clip.weights",
+    other_models: "Engine.bounded",
     other_sizes: "Engine.bounded", other_options: "Clip.sensitivity, Engine.split",
     sampled_at_large: "Sampler.draw, Sampler.wrap, Sampler.relation",
 }  # fmt: skip
