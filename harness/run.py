@@ -231,7 +231,7 @@ class _Session:
         drawn = self.draw.to_json()
         seeds = Seeds(cell, **drawn)
         data = self.data
-        model = models.build(self.task["model"], data.input_shape, data.classes, seeds.init, data.integers)
+        model = models.build(self.task["model"], data.input_shape, data.classes, seeds.init, data.tokens)
         self.model = model.to(self.device, dtype)
         methods, then = methods_of(cell), cell.then
         schedules = [_schedule(one, save_seconds) for one in (cell.schedule, then.get("schedule")) if one]

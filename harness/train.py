@@ -193,7 +193,9 @@ def train(
         views = Stream(seeds.path, "views", p.step)
         batch = method.loss.prepare(Batch(*data.batch(indices)), views)
         seed_globally(Stream(seeds.path, "dropout", p.step).seed64(), device)
-        streams = Streams(Stream(seeds.noise, f"noise of {engine}", p.step), Stream(seeds.path, "path", p.step))
+        streams = Streams(
+            Stream(seeds.noise, f"noise of {engine}", p.step), Stream(seeds.path, "path", p.step)
+        )
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams, p.step)
         p.ledger.add(bill(method, done.sigmas, n, schedule.batch, p.step))
         p.w, p.parts, p.step = done.w, done.parts, p.step + 1
@@ -253,7 +255,7 @@ def bill(method: Method, sigmas: tuple[float, ...], n: int, batch: int, step: in
 def evaluating(model: nn.Module, w: Tree) -> Iterator[None]:
     """Inside the block `model` is in evaluation mode with weights `w`; afterwards it is as before, to the bit.
 
-    Its mode is changed while it holds `w`: what runs in `eval()` and `train()` may fold parameters into one another, as
+    Its mode is changed while it holds `w`: what runs when it changes may fold parameters into one another, as
     LoRA layers do, and folds those of the run. It writes into a copy.
     """
     training = model.training

@@ -383,13 +383,3 @@ def test_every_data_set_is_indexed() -> None:
         "features",
     }
     assert not registry.broken("dataset")
-
-
-@pytest.mark.parametrize(
-    ("x", "integers"),
-    [([[0.0, 7.0], [3.0, 1.0]], 8), ([[0.5, 7.0], [3.0, 1.0]], None), ([[-1.0, 7.0], [3.0, 1.0]], None)],
-)
-def test_whole_numbers_from_zero_are_known_as_such(tmp_path, x, integers):
-    x, y = np.array(x), np.array([0, 1])
-    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    assert data.load(f"npz:{tmp_path}/d.npz").integers == integers

@@ -196,7 +196,7 @@ def test_the_documented_model_and_data_work_in_every_command(tmp_path: Path) -> 
 
 def test_tokens_are_known_as_such() -> None:
     """Whole numbers from 0 that are used as they are: what says so is handed to the check of models."""
-    assert load("digits").integers is None and load("mnist1d?n=100").integers is None
+    assert load("digits").tokens is None and load("mnist1d?n=100").tokens is None
 
 
 def test_tokens_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,10 +207,10 @@ def test_tokens_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     tokens = np.random.default_rng(0).integers(0, 500, (20, 7)).astype(np.float32)
     tokens[3, 2] = 499
 
-    def integers(x: np.ndarray, options: str = "") -> int | None:
+    def known(x: np.ndarray, options: str = "") -> int | None:
         np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-        return load(f"npz:{tmp_path / 'a.npz'}{options}").integers
+        return load(f"npz:{tmp_path / 'a.npz'}{options}").tokens
 
-    assert integers(tokens) == 500 and integers(tokens, "?mean=1") is None
+    assert known(tokens) == 500 and known(tokens, "?mean=1") is None
     tokens[3, 2] = 0
-    assert integers(tokens - 1) is None and integers(tokens + 0.5) is None and integers(tokens * 0) is None
+    assert known(tokens - 1) is None and known(tokens + 0.5) is None and known(tokens * 0) is None

@@ -199,11 +199,11 @@ def _canonical(opened: _Opened, raw: Raw) -> tuple[Raw, Facts]:
         classes=raw.classes,
         n_train=len(raw.x_train),
         n_test=len(raw.x_test),
-        integers=None if any(mean) or any(one != 1 for one in std) else _integers(raw.x_train, raw.x_test),
+        tokens=None if any(mean) or any(one != 1 for one in std) else _tokens(raw.x_train, raw.x_test),
     )
 
 
-def _integers(*inputs: Array) -> int | None:
+def _tokens(*inputs: Array) -> int | None:
     """A number above all inputs, where they are whole numbers from 0, of two values or more."""
     if any(x.dtype == np.uint8 or (x < 0).any() or (x != np.floor(x)).any() for x in inputs):
         return None
@@ -247,7 +247,7 @@ def _tensors(raw: Raw, facts: Facts) -> Dataset:
         source=raw.source,
         statistics=facts.statistics,
         public_data=facts.public_data,
-        integers=facts.integers,
+        tokens=facts.tokens,
     )
 
 

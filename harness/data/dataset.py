@@ -23,7 +23,7 @@ def validation_size(n_train: int) -> int:
 class Facts:
     """What is known of a data set without its arrays. ``digest`` is empty where only loading can tell.
 
-    ``sources`` are the digests of the data that it was made of, where it was made of other data. ``integers`` is given
+    ``sources`` are the digests of the data that it was made of, where it was made of other data. ``tokens`` is given
     where all inputs are whole numbers from 0 that are used as they are, such as tokens: all are below it.
     """
 
@@ -38,7 +38,7 @@ class Facts:
     n_test: int
     public_data: str = "none"
     sources: tuple[str, ...] = ()
-    integers: int | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Dataset:
     Images are uint8 ``[N, C, H, W]``, everything else float32 ``[N, ...]``; labels are int64 ``[N]``.
     ``mean`` and ``std`` (one number per channel, or one for all) are constants that do not come from these
     examples; ``statistics`` says from where. For images they apply to pixels divided by 255. ``digest``
-    names the content, whatever file it was read from; ``source`` says which. ``integers`` is as in :class:`Facts`.
+    names the content, whatever file it was read from; ``source`` says which. ``tokens`` is as in :class:`Facts`.
     ``dtype`` is what :meth:`batch` returns, float32 when None.
     """
 
@@ -64,7 +64,7 @@ class Dataset:
     source: str
     statistics: str
     public_data: str = "none"
-    integers: int | None = None
+    tokens: int | None = None
     dtype: torch.dtype | None = None
 
     @property

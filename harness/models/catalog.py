@@ -19,7 +19,7 @@ def build(
 
     Weights depend on the spec, the shape, the classes and ``seed`` alone; the global generators are left as
     they were. ``input_shape`` is that of one example, ``(C, H, W)`` for images; ``tokens`` says that inputs are
-    whole numbers below it, as `harness.data.Dataset.integers` does.
+    whole numbers below it, as `harness.data.Dataset.tokens` does.
 
     Raises :class:`CrossExampleLayer` for a network whose output for an example depends on others,
     ``ValueError`` where the network does not take this shape, and the registry's errors for a misspelt name
@@ -35,6 +35,12 @@ def build(
         torch.default_generator.manual_seed(seed)
         model: nn.Module = function(**arguments)
     model.train()
+    made = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"})
+    if made:
+        raise ValueError(
+            f'model "{spec}" has parameters in {", ".join(made)}, and a run turns all into the dtype of its suite: make'
+            " them in float32, and write dtype in the suite's [numerics]"
+        )
     # An embedding has a width of its own.
     check(model, tuple(input_shape), None if entry.meta.get("embedding") else classes, tokens)
     return model

@@ -53,7 +53,7 @@ def _facts(spec: str | None) -> dict[str, Any] | None:
         known = data.describe(spec) if spec else {}
     except (ValueError, OSError, ImportError):  # which is reported where its digest is asked for
         return None
-    wanted = ("input_shape", "classes", "integers")
+    wanted = ("input_shape", "classes", "tokens")
     return {key: known[key] for key in wanted} if known else None
 
 
@@ -62,7 +62,7 @@ def _fault(model: str, seen: dict[str, Any], refused: Collection[Path]) -> str |
     from harness import models, registry
 
     try:
-        models.build(model, tuple(seen["input_shape"]), seen["classes"], 0, seen["integers"])
+        models.build(model, tuple(seen["input_shape"]), seen["classes"], 0, seen["tokens"])
     except LoadError as error:
         file = registry.resolve("model", registry.parse_spec(model)[0]).file
         return None if file in refused else str(error)
@@ -79,7 +79,7 @@ def _second(model: str, seen: dict[str, Any], other: dict[str, Any], then: Secon
 
     shape, classes = tuple(other["input_shape"]), other["classes"]
     try:
-        body = models.build(model, tuple(seen["input_shape"]), seen["classes"], 0, seen["integers"])
+        body = models.build(model, tuple(seen["input_shape"]), seen["classes"], 0, seen["tokens"])
         models.Headed(body, shape, classes, then.table.trains == "head")
     except Exception as error:
         return (

@@ -82,7 +82,7 @@ class Task:
         loaded = data.load(dataset)
         x, y = loaded.batch(slice(examples or None))
         shape, classes = loaded.input_shape, loaded.classes
-        body = models.build(model, shape, classes, seed % 2**63, loaded.integers)
+        body = models.build(model, shape, classes, seed % 2**63, loaded.tokens)
         return cls(name, x, y, loaded.classes, body, loaded.digest, model)
 
 

@@ -66,12 +66,12 @@ def probe_batch(batch: Batch, chosen: Tensor | None = None) -> Batch:
     """A few examples, no two alike even where the batch holds a single one, so that mixed-up rows show.
 
     They are the first of the batch, or of those `chosen` by number; their inputs are noise where these are not finite
-    or far from unit scale.
+    or far from unit scale. Whole numbers may be tokens, and stay.
     """
     numbers = torch.arange(len(batch), device=batch.x.device) if chosen is None else chosen
     pick = numbers[torch.arange(PROBE, device=batch.x.device) % len(numbers)]
     x = batch.x[pick].clone()
-    if x.is_floating_point():
+    if not whole(x):
         rng = torch.Generator().manual_seed(0)
         noise = torch.randn(x.shape, generator=rng).to(x)
         scale = x.float().square().mean().sqrt().item()
@@ -82,6 +82,13 @@ def probe_batch(batch: Batch, chosen: Tensor | None = None) -> Batch:
     return Batch(x, batch.y[pick])
 
 
+def whole(x: Tensor) -> bool:
+    """Whether inputs are whole numbers from 0, not all of them 0: token numbers, whatever their type."""
+    if not x.is_floating_point():
+        return True
+    return bool((x == x.round()).all() and (x >= 0).all() and (x > 0).any() and x.isfinite().all())
+
+
 SOUGHT = 256  # examples among which those for a trial are sought
 
 
@@ -89,7 +96,7 @@ def finite_probe(loss: Loss, model: nn.Module, batch: Batch) -> Batch:
     """A `probe_batch` of examples with finite losses, where the batch has any: a label may make a loss 0 / 0."""
     few = Batch(batch.x[:SOUGHT], batch.y[:SOUGHT])
     tame = few.x
-    if tame.is_floating_point():
+    if not whole(tame):
         tame = torch.randn(tame.shape, generator=torch.Generator().manual_seed(0)).to(tame)
     with torch.no_grad():
         finite = (
