@@ -179,7 +179,6 @@ def train(
     """
     n, device = data.n_train, progress.w.flat.device
     denominator = method.sampler.denominator(n, schedule.batch)
-    engine = type(method.engine).__qualname__
     clock = Clock(device)
     losses: list[Tensor] = []
     counts: list[Tensor] = []
@@ -194,7 +193,7 @@ def train(
         batch = method.loss.prepare(Batch(*data.batch(indices)), views)
         seed_globally(Stream(seeds.path, "dropout", p.step).seed64(), device)
         streams = Streams(
-            Stream(seeds.noise, f"noise of {engine}", p.step), Stream(seeds.path, "path", p.step)
+            Stream(seeds.noise, f"noise of {method.engine.role}", p.step), Stream(seeds.path, "path", p.step)
         )
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams, p.step)
         p.ledger.add(bill(method, done.sigmas, n, schedule.batch, p.step))

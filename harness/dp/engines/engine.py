@@ -47,6 +47,15 @@ def losses_of(loss: Loss, model: Callable[[Tensor], Tensor], batch: Batch) -> Te
 class Engine:
     """Turns a logical batch into bounded releases."""
 
+    @property
+    def role(self) -> str:
+        """Names the noise that is drawn for what this engine releases. Engines of different roles share none.
+
+        Two engines of one mechanism should release the same sums; where one is wrong, the difference of two runs with
+        the same noise would be what it sums wrongly, in the clear.
+        """
+        return type(self).__qualname__
+
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         """None, or the reason why this engine cannot serve them: the run is then skipped with that reason."""
         return None

@@ -216,10 +216,15 @@ def refuse_coupling(loss: Loss, model: nn.Module, batch: Batch) -> None:
     The model holds its weights. Some of the batch's examples are taken, each twice, so that equal labels come together.
     """
     batch = Batch(*(torch.cat([t[:COUPLED]] * 2) for t in batch))
+    outputs: list[Tensor] = []
+
+    def remembered(x: Tensor) -> Tensor:
+        outputs.append(model(x))
+        return outputs[-1]
+
     with torch.no_grad():
-        outputs = model(batch.x)
-        together = losses_of(loss, lambda x: outputs, batch)
-        each = zip(outputs.split(1), singles(batch), strict=True)
+        together = losses_of(loss, remembered, batch)
+        each = zip(outputs[-1].split(loss.rows), singles(batch), strict=True)
         alone = torch.cat([losses_of(loss, lambda x, own=own: own, one) for own, one in each])  # type: ignore[misc]
     if not torch.allclose(together, alone, rtol=1e-3, atol=1e-6, equal_nan=True):
         raise Unserved(
@@ -288,7 +293,7 @@ def survey(model: nn.Module, batch: Batch) -> tuple[dict[str, tuple[Layout, ...]
 PASSES = 4  # that are compared to see whether chance decides which layers are called
 
 
-def drawing(model: nn.Module, batch: Batch) -> tuple[frozenset[str], Calls | None]:
+def drawing(loss: Loss, model: nn.Module, batch: Batch) -> tuple[frozenset[str], Calls | None]:
     """The modules that draw random numbers, and how often each module is called in every pass.
 
     None where chance decides which layers are called: then all are sure to be called only where these are silenced.
@@ -297,7 +302,7 @@ def drawing(model: nn.Module, batch: Batch) -> tuple[frozenset[str], Calls | Non
 
     def calls() -> Calls:
         with taping(model) as tape, watching(model, random):
-            model(batch.x)
+            losses_of(loss, model, batch)
         return Counter(call.path for call in tape.calls)
 
     first = calls()

@@ -83,7 +83,7 @@ def make_plan(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batc
     with held(model, w):
         refuse_coupling(loss, model, batch)
         batch = finite_probe(loss, model, batch)
-        random, calls = drawing(model, batch)
+        random, calls = drawing(loss, model, batch)
     for quiet in (frozenset(), random) if random else (random,):
         if calls is None and not quiet:
             continue

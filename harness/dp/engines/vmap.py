@@ -110,7 +110,7 @@ def compare(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch)
     with held(model, w):
         refuse_coupling(loss, model, batch)
         batch = finite_probe(loss, model, batch)
-        random, _ = drawing(model, batch)
+        random, _ = drawing(loss, model, batch)
     with silenced(model, random):
         with held(model, w):
             steady = refuse_traces(loss, model, batch) is not None

@@ -109,6 +109,10 @@ class _Poison(Engine):
 
     engine: Engine
 
+    @property
+    def role(self) -> str:
+        return self.engine.role
+
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         return self.engine.accepts(loss, clip, model)
 
