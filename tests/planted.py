@@ -919,7 +919,7 @@ FAULTS = [
     (Method(engine=Leaky(), optimizer=Uses()), checks.twins),
     (Method(engine=Leaky(), optimizer=Remembers()), checks.twins),
     (Method(clip=OnlyIfAny()), checks.empty_step),
-    (Method(clip=Coarsely(1e-8)), checks.clip_rule),
+    (Method(clip=Coarsely(1e-6)), checks.clip_rule),
     (Method(clip=SumsOfNorms()), checks.within_sensitivity),
     (Method(clip=SumsOfNorms()), checks.clip_rule),
     (Method(clip=WholeCounts()), checks.clip_rule),

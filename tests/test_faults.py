@@ -58,7 +58,7 @@ def test_the_table_stands_between_its_markers(tmp_path, monkeypatch, capsys):
     assert text.startswith(f"before\n{faults.BEGIN}\n| fault |") and text.endswith(
         f"|\n{faults.END}\nafter\n"
     )
-    assert "the count of adaptive clipping not billed" in text and "old" not in text
+    assert "the count of adaptive clipping not billed" in text and "\nold\n" not in text
     assert "the ledger is the plan" in capsys.readouterr().out
     with pytest.raises(ValueError, match="each once"):
         faults.inserted(text + faults.BEGIN, "")

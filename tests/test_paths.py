@@ -113,7 +113,7 @@ def gradient(flat: torch.Tensor, step: int, clip: float, cut: float = math.inf) 
         (g,) = torch.autograd.grad(nn.functional.cross_entropy(outputs, data.y[i : i + 1]), leaf)
         longest = cut * max(float(g.norm()), clip)
         total += g.clamp(-longest, longest) * min(1.0, clip / float(g.norm()))
-    return Stream(SEEDS.noise, "noise", step).noised(total, SIGMA * clip) / BATCH
+    return Stream(SEEDS.noise, f"noise of {Vmap().role}", step).noised(total, SIGMA * clip) / BATCH
 
 
 def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
