@@ -119,7 +119,7 @@ def test_a_trial_uses_no_random_number_up() -> None:
 
 def test_generators_that_no_run_seeds_are_named() -> None:
     with pytest.raises(ValueError, match=r"numpy\.random"):
-        check(Mixup(lambda: np.random.rand() < 1e-9), (8,), 3)
+        check(Mixup(lambda: np.random.rand() < 1e-9), (8,), 3)  # noqa: NPY002
 
 
 def test_a_model_without_trained_parameters_is_named() -> None:

@@ -132,19 +132,20 @@ def _chance(model: nn.Module, x: Tensor, others: Tensor) -> None:
 @contextmanager
 def _drawn_by_torch(model: nn.Module) -> Iterator[None]:
     """Refuse a network that draws from generators that no run seeds: it could not be repeated nor continued."""
-    before = (random.getstate(), np.random.get_state(legacy=False))
+    before = _unseeded()
     yield
-    for name, state, now in zip(
-        ("Python's random", "numpy.random"),
-        before,
-        (random.getstate(), np.random.get_state(legacy=False)),
-        strict=True,
-    ):
-        if repr(state) != repr(now):
+    for name, state in _unseeded().items():
+        if state != before[name]:
             raise ValueError(
                 f"{type(model).__name__} draws random numbers from {name} in a forward pass, which a run does not seed:"
                 " it could not be repeated. Draw them by torch.rand"
             )
+
+
+def _unseeded() -> dict[str, str]:
+    """The states of the generators that models draw from and runs do not seed."""
+    arrays = np.random.get_state(legacy=False)  # noqa: NPY002 (it is the legacy generator that models draw from)
+    return {"Python's random": repr(random.getstate()), "numpy.random": repr(arrays)}
 
 
 def size(base: Pass, inputs: int) -> int:

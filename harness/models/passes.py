@@ -32,7 +32,10 @@ class CrossExampleLayer(ValueError):
 
 @dataclass
 class Pass:
-    """One forward pass: the output, the buffers after it, whether random numbers were drawn and, if recorded, each module's output in turn."""
+    """One forward pass: the output, the buffers after it, whether random numbers were drawn.
+
+    And, if recorded, each module's output in turn.
+    """
 
     output: Tensor
     buffers: dict[str, Tensor]
