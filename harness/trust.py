@@ -94,6 +94,8 @@ def _close(name: str, told: Any, found: float) -> None:
     if (
         isinstance(told, bool)
         or not isinstance(told, int | float)
+        # Nothing differs from infinity by more than a share of it.
+        or not math.isfinite(found)
         or abs(told - found) > TOLERANCE * found + 1e-9
     ):
         raise _Refused(f"{name} is {_short(told)}, and its ledger gives {found:.6g}")
@@ -365,7 +367,7 @@ def _bounded(where: str, told: Mapping[str, Any], stage: Stage) -> None:
     if type(clip).init is Clip.init and not method.engine.note(method.loss, clip, stage.batch, relation):
         bound = clip.sensitivity(None, relation)
         found = (told["sensitivity"] or {}).get("grad", 0.0)
-        if found is not None and found < bound:
+        if not isinstance(found, int | float) or found < bound:
             raise _Refused(
                 f"{where}.sensitivity.grad is {_short(found)}, and its clipping rule bounds by {bound:g}"
             )
