@@ -367,7 +367,7 @@ def _bounded(where: str, told: Mapping[str, Any], stage: Stage) -> None:
     if type(clip).init is Clip.init and not method.engine.note(method.loss, clip, stage.batch, relation):
         bound = clip.sensitivity(None, relation)
         found = (told["sensitivity"] or {}).get("grad", 0.0)
-        if not isinstance(found, int | float) or found < bound:
+        if found is not None and found < bound:
             raise _Refused(
                 f"{where}.sensitivity.grad is {_short(found)}, and its clipping rule bounds by {bound:g}"
             )
