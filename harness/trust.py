@@ -94,6 +94,8 @@ def _close(name: str, told: Any, found: float) -> None:
     if (
         isinstance(told, bool)
         or not isinstance(told, int | float)
+        # Nothing differs from infinity by more than a share of it.
+        or math.isinf(found)
         or abs(told - found) > TOLERANCE * found + 1e-9
     ):
         raise _Refused(f"{name} is {_short(told)}, and its ledger gives {found:.6g}")

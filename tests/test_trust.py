@@ -194,6 +194,9 @@ FORGED: dict[str, tuple[Callable[[], store.Record], Callable[[store.Record], obj
     "a stage's sensitivity": (
         staged, lambda r: r["stages"][0].update(sensitivity={"grad": 1e-9}), "stages.1.sensitivity"
     ),
+    "an epsilon where none is finite": (
+        genuine, lambda r: [r["privacy"][n].update(gdp=0.01) for n in ("planned", "spent")], "ledger gives inf"
+    ),
     "a stage's epsilon": (staged, _set("stages.0.epsilon", 0.1), "stages.1.epsilon is 0.1"),
     "a stage's steps": (staged, _set("stages.1.steps", 1), "stages.2.steps is 1"),
     "a public stage": (staged, _set("stages.1.public", True), "stages.2.public is true"),

@@ -43,6 +43,10 @@ def check(
         if reason:
             raise CrossExampleLayer(path or WHOLE, type(module).__name__, reason, remedy)
     _real(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that is trained: all of them are frozen, or there are none"
+        )
     if input_shape is None:
         return
     device, _ = kind(model)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harness.dp.engines.draws import SEEDS, Loaded
 from harness.models.passes import REMEDY, WHOLE, CrossExampleLayer, Pass, forward, kind, same
 
 # Five examples: few, and unlikely to be the length of another leading dimension.
@@ -17,6 +21,11 @@ UNEVEN = (
     "draws random numbers, and how many depends on what an example holds, so that it moves what others draw",
     "Draw one for every entry, whatever it holds, as nn.Dropout does.",
 )
+BY_CHANCE = (
+    "mixes the examples of a batch now and then, by a random number that it draws",
+    "Mix nothing across a batch, neither inputs (mixup, cutmix) nor what layers make of them.",
+)
+SPREAD = 2654435761  # apart from each other, seeds give numbers that are
 CHEAP, DEAR = 4e9, 4e10  # multiply-adds that a pass over MANY and over SOME may take
 INFINITE, NOT = float("inf"), float("nan")
 FAR = ((1e2, 1e4), (1e6, 1e9), (INFINITE,), (NOT,))  # factors: whoever rescues far examples may rescale all
@@ -69,7 +78,8 @@ def probe(model: nn.Module, classes: int | None, draw: Draw) -> None:
     """
     x = draw(PROBE)
     before = {name: tensor.clone() for name, tensor in model.state_dict(keep_vars=False).items()}
-    base = forward(model, x, record=True)
+    with _drawn_by_torch(model):
+        base = forward(model, x, record=True)
     _same_state(before, {**model.state_dict(), **base.buffers}, model)
     expected = [PROBE] if classes is None else [PROBE, classes]
     got = list(base.output.shape)
@@ -89,6 +99,8 @@ def probe(model: nn.Module, classes: int | None, draw: Draw) -> None:
         )  # fmt: skip
     for others in draw.others():
         _changed(model, base, x, others)
+    if base.drew:
+        _chance(model, x, draw(1))
     many = torch.cat([draw(size(base, x[0].numel())), x])
     if not deterministic:
         _changed(model, forward(model, many), many, draw(1))
@@ -98,6 +110,42 @@ def probe(model: nn.Module, classes: int | None, draw: Draw) -> None:
         right = base if part is x else forward(model, part)
         if not same(left.output[-len(part) :], right.output[-len(part) :]):
             raise culprit(model, whole, part, "is left out")
+
+
+def _chance(model: nn.Module, x: Tensor, others: Tensor) -> None:
+    """What a network does by chance, and rarely (mixup of a batch in fifty), it must not do to several examples."""
+    changed = torch.cat([others, x[len(others) :]])
+    with Loaded() as chance:
+        for seed in range(SEEDS):
+            # A distribution may have no number to give at the ends.
+            with suppress(ValueError):
+                a, b = (forward(model, t, seed * SPREAD % 2**31).output for t in (x, changed))
+                if not same(a[len(others) :], b[len(others) :]):
+                    break
+            if not chance.single:
+                return
+        else:
+            return
+    raise CrossExampleLayer(WHOLE, type(model).__name__, *BY_CHANCE)
+
+
+@contextmanager
+def _drawn_by_torch(model: nn.Module) -> Iterator[None]:
+    """Refuse a network that draws from generators that no run seeds: it could not be repeated nor continued."""
+    before = _unseeded()
+    yield
+    for name, state in _unseeded().items():
+        if state != before[name]:
+            raise ValueError(
+                f"{type(model).__name__} draws random numbers from {name} in a forward pass, which a run does not seed:"
+                " it could not be repeated. Draw them by torch.rand"
+            )
+
+
+def _unseeded() -> dict[str, str]:
+    """The states of the generators that models draw from and runs do not seed."""
+    arrays = np.random.get_state(legacy=False)  # noqa: NPY002 (it is the legacy generator that models draw from)
+    return {"Python's random": repr(random.getstate()), "numpy.random": repr(arrays)}
 
 
 def size(base: Pass, inputs: int) -> int:

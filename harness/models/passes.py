@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.dp.engines.draws import generators
+
 REMEDY = (
     "Clipping bounds what one example adds only if its output depends on no other example. Use GroupNorm: "
     'for timm "timm:NAME?norm_layer=groupnorm" or "timm:NAME?groupnorm=true", '
@@ -30,10 +32,14 @@ class CrossExampleLayer(ValueError):
 
 @dataclass
 class Pass:
-    """One forward pass: the output, the buffers after it and, if recorded, each module's output in turn."""
+    """One forward pass: the output, the buffers after it, whether random numbers were drawn.
+
+    And, if recorded, each module's output in turn.
+    """
 
     output: Tensor
     buffers: dict[str, Tensor]
+    drew: bool
     modules: list[tuple[str, nn.Module, list[Tensor]]]
 
 
@@ -91,7 +97,9 @@ def forward(model: nn.Module, x: Tensor, seed: int = 0, record: bool = False) ->
     handles = [m.register_forward_hook(_recorder(modules, path)) for path, m in named if record]
     try:
         with seeded(x.device, seed), torch.no_grad():
+            draws = generators(x.device)
             output = called(model, x.clone())
+            drew = any(not torch.equal(a, b) for a, b in zip(draws, generators(x.device), strict=True))
     finally:
         for handle in handles:
             handle.remove()
@@ -100,7 +108,7 @@ def forward(model: nn.Module, x: Tensor, seed: int = 0, record: bool = False) ->
         for name, buffer in model.named_buffers():
             if name in before and not torch.equal(buffer, before[name]):
                 buffer.copy_(before[name])
-    return Pass(output, after, modules)
+    return Pass(output, after, drew, modules)
 
 
 def _recorder(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from harness.dp.clip import Clip, State
-from harness.dp.engines.engine import Clipped, PerExample, Unserved, group_norms, losses_of
+from harness.dp.engines.engine import Clipped, PerExample, Unserved, Used, group_norms, losses_of
+from harness.dp.engines.survey import probe_batch, refuse_traces
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
+
+_tried: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,12 @@ class Loop(PerExample):
                 what = f"{path or 'the model'} ({type(module).__name__})"
                 return f"{what} rewrites the rows that it looks up: leave max_norm out"
         return super().accepts(loss, clip, model)
+
+    def inspect(self, used: Used) -> None:
+        if used.model not in _tried:
+            with held(used.model, used.w.clone().views):
+                refuse_traces(used.loss, used.model, probe_batch(used.batch))
+            _tried.add(used.model)
 
     def clipped_sum(
         self,

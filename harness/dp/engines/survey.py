@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from harness.dp.engines.draws import SEEDS, Loaded, generators, rewind
 from harness.dp.engines.engine import Unserved, losses_of
 from harness.dp.engines.rows import squared_norms
 from harness.dp.engines.tape import taping
@@ -18,6 +19,7 @@ from harness.dp.engines.weights import held, in_float64
 from harness.dp.loss import Batch, Loss
 
 PROBE = 3  # examples on which a plan is tried
+FAR = 1e4  # times the inputs of a trial: what keeps their largest, say, is sure to keep these
 
 
 class Place(NamedTuple):
@@ -191,15 +193,54 @@ def apart_and_together(
 
 
 def refuse_traces(loss: Loss, model: nn.Module, batch: Batch) -> Tensor | None:
-    """The losses [B] of a batch, or None where random numbers are drawn. Raises Unserved if another pass has others."""
+    """The losses [B] of a batch, or None where random numbers are drawn.
+
+    Raises Unserved if another pass has others, after one over far examples and from the same random numbers. Buffers
+    end as they were; attributes that are no tensors stay as the model leaves them.
+    """
     drawn: set[str] = set()
-    with watching(model, drawn):
-        first, again = losses_of(loss, model, batch), losses_of(loss, model, batch)
-    if drawn:
-        return None
+    device = batch.x.device
+    with untouched(model, device):
+        draws = generators(device)
+        with watching(model, drawn):
+            first = losses_of(loss, model, batch)
+        # An example that the model does not take shows by itself.
+        with suppress(RuntimeError, ValueError, IndexError), torch.no_grad():
+            losses_of(loss, model, Batch(batch.x * (0 if whole(batch.x) else FAR), batch.y))
+        rewind(device, draws)
+        again = losses_of(loss, model, batch)
     if not torch.equal(first, again) and not first.isnan().any():
-        raise Unserved("a forward pass changes a buffer that the next one depends on: examples leave traces")
-    return first
+        raise Unserved(
+            "a forward pass changes a buffer or an attribute that the next one depends on, or draws random numbers that"
+            " torch.manual_seed does not seed: examples leave traces"
+        )
+    return None if drawn else first
+
+
+def refuse_chance(loss: Loss, model: nn.Module, batch: Batch) -> None:
+    """Raise Unserved where a model mixes its examples now and then, by a random number (mixup, say).
+
+    The model holds its weights. An example beside others must have the loss that it has beside copies of itself, from
+    the same random numbers, `Loaded`.
+    """
+    device = batch.x.device
+    with untouched(model, device), torch.no_grad(), Loaded() as chance:
+        for _ in range(SEEDS):
+            draws = generators(device)
+            together = losses_of(loss, model, batch)
+            after = generators(device)
+            for i, one in enumerate(singles(batch)):
+                rewind(device, draws)
+                copies = Batch(*(t.expand(len(batch), *t.shape[1:]).clone() for t in one))
+                own = losses_of(loss, model, copies)[i]
+                if not torch.allclose(together[i], own, rtol=1e-2, atol=1e-4, equal_nan=True):
+                    raise Unserved(
+                        "by some random numbers that the model draws an example has another loss beside others than by"
+                        ' itself: it mixes examples, and only engine = "loop" gives it a meaning'
+                    )
+            if not chance.single:
+                break
+            rewind(device, after)
 
 
 def singles(batch: Batch) -> list[Batch]:

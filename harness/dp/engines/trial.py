@@ -30,6 +30,7 @@ from harness.dp.engines.survey import (
     drawing,
     finite_probe,
     moved,
+    refuse_chance,
     refuse_coupling,
     refuse_mixing,
     row_by_row,
@@ -84,6 +85,8 @@ def make_plan(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batc
         refuse_coupling(loss, model, batch)
         batch = finite_probe(loss, model, batch)
         random, calls = drawing(loss, model, batch)
+        if random:
+            refuse_chance(loss, model, batch)
     for quiet in (frozenset(), random) if random else (random,):
         if calls is None and not quiet:
             continue

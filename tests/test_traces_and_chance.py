@@ -1,0 +1,127 @@
+"""Models that leave something for the next batch, or mix their examples by a rare chance, are refused before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.dp.clip import Flat
+from harness.dp.engines.bookkeeping import BookKeeping
+from harness.dp.engines.engine import PerExample, Unserved, trainable
+from harness.dp.engines.ghost import Ghost
+from harness.dp.engines.loop import Loop
+from harness.dp.loss import Batch, CrossEntropy
+from harness.dp.release import Relation
+from harness.dp.tree import Tree
+from harness.models.check import CrossExampleLayer, check
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(torch.tanh(self.a(x)))
+        return out
+
+
+class RunningMaximum(Net):
+    largest = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.largest = max(self.largest, x.abs().max().item())
+        return super().forward(x / self.largest)
+
+
+class Memory(Net):
+    """The mean of the last batch is a context for the next one, behind dropout."""
+
+    bank: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.dropout(torch.tanh(self.a(x)), 0.1)
+        context = 0.0 if self.bank is None else self.bank
+        self.bank = h.detach().mean(0)
+        out: Tensor = self.b(h + context)
+        return out
+
+
+class Mixup(Net):
+    def __init__(self, now: Callable[[], object]) -> None:
+        super().__init__()
+        self.now = now
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.now():
+            share = torch.rand(())
+            x = share * x + (1 - share) * x[torch.randperm(len(x))]
+        return super().forward(x)
+
+
+class Branch(Net):
+    """Skips a layer by chance, for the whole batch: no example has to do with another one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if torch.rand(()) < 0.3 else torch.tanh(x))
+
+
+RARE: dict[str, Callable[[], object]] = {
+    "below": lambda: torch.rand(()) < 0.001,
+    "above": lambda: torch.rand(1).item() > 0.999,
+    "bernoulli": lambda: torch.bernoulli(torch.tensor(0.001)) > 0,
+    "in place": lambda: torch.empty(1).uniform_() < 0.001,
+}
+
+
+def release(engine: PerExample, model: nn.Module) -> None:
+    torch.manual_seed(0)
+    w = Tree.of(trainable(model.train()))
+    batch = Batch(torch.randn(6, 8), torch.arange(6) % 3)
+    clip = Flat(1.0)
+    engine.bounded(CrossEntropy(), clip, model, w, batch, clip.init(w.layout), 1.0, Relation.ADD_OR_REMOVE)
+
+
+@pytest.mark.parametrize("engine", [Loop(), BookKeeping(), Ghost()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("model", [RunningMaximum, Memory])
+def test_no_engine_serves_a_model_that_keeps_something_of_a_batch(
+    engine: PerExample, model: type[nn.Module]
+) -> None:
+    with pytest.raises(Unserved, match=r"traces|beside others"):
+        release(engine, model())
+
+
+@pytest.mark.parametrize("how", RARE)
+def test_mixing_by_a_rare_chance_is_found_before_it_happens(how: str) -> None:
+    with pytest.raises(CrossExampleLayer, match="now and then"):
+        check(Mixup(RARE[how]), (8,), 3)
+    for engine in (BookKeeping(), Ghost()):
+        with pytest.raises(Unserved, match="mixes examples"):
+            release(engine, Mixup(RARE[how]))
+
+
+def test_chance_that_mixes_nothing_is_served() -> None:
+    check(Branch(), (8,), 3)
+    for engine in (Loop(), BookKeeping(), Ghost()):
+        release(engine, Branch())
+
+
+def test_a_trial_uses_no_random_number_up() -> None:
+    model = Branch()
+    before = torch.get_rng_state()
+    check(model, (8,), 3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_generators_that_no_run_seeds_are_named() -> None:
+    with pytest.raises(ValueError, match=r"numpy\.random"):
+        check(Mixup(lambda: np.random.rand() < 1e-9), (8,), 3)  # noqa: NPY002
+
+
+def test_a_model_without_trained_parameters_is_named() -> None:
+    with pytest.raises(ValueError, match="no parameter that is trained"):
+        check(Net().requires_grad_(False), (8,), 3)
