@@ -21,6 +21,7 @@ from harness import data, registry, run, store
 from harness.cell import Cell, canonical_json
 from harness.dp.account import ACCOUNTANTS, Ledger, epsilon, ranking
 from harness.dp.clip import Clip
+from harness.dp.engines.engine import PerExample
 from harness.dp.method import Method, Stage, describe, plan
 from harness.dp.path import Path as Straight
 from harness.dp.release import Relation
@@ -95,7 +96,7 @@ def _close(name: str, told: Any, found: float) -> None:
         isinstance(told, bool)
         or not isinstance(told, int | float)
         # Nothing differs from infinity by more than a share of it.
-        or math.isinf(found)
+        or not math.isfinite(found)
         or abs(told - found) > TOLERANCE * found + 1e-9
     ):
         raise _Refused(f"{name} is {_short(told)}, and its ledger gives {found:.6g}")
@@ -109,9 +110,38 @@ def _short(value: Any) -> str:
 # What needs no computing ----------------------------------------------------------------------------------
 
 
+KEYS: Mapping[str, tuple[set[str], set[str]]] = {
+    "schedule": ({"batch", "steps"}, set()),
+    "numerics": ({"dtype", "tf32"}, set()),
+    "privacy": ({"accountant", "delta", "epsilon", "relation", "unit"}, {"tuning"}),
+    "task": (
+        {"architecture", "dataset", "digest", "evaluate", "mean", "model", "n_train", "name", "std"},
+        set(),
+    ),
+    "then": ({"name", "parameters", "parts", "schedule", "trains"}, {"task", "with"}),
+}
+"""The keys that each part of a cell has, and may have. One more would make another id of the same run."""
+
+
+def _keys(cell: Cell) -> None:
+    parts = {"schedule": cell.schedule, "numerics": cell.numerics, "privacy": cell.privacy, "task": cell.task}
+    if cell.then:
+        parts |= {"then": cell.then, "then.schedule": cell.then["schedule"]}
+        parts |= {"then.task": cell.then["task"]} if "task" in cell.then else {}
+    for where, part in parts.items():
+        needed, allowed = KEYS[where.rpartition(".")[2]]
+        for name in sorted(part.keys() - needed - allowed):
+            raise _Refused(f"cell.{where}.{name} is {_short(part[name])}, and no cell has such a key")
+
+
 def _plain(record: store.Record, cell: Cell) -> None:
     """The terms, which are the cell's, and results that are none."""
     privacy, asked = record["privacy"], cell.privacy
+    _keys(cell)
+    if type(cell.seed) is not int or cell.seed < 0:
+        raise _Refused(f"cell.seed is {_short(cell.seed)}, and seeds are whole numbers from 0 on")
+    if cell.private:
+        _demand("cell.privacy.accountant", asked["accountant"], "pld", "rdp")
     for name in ("unit", "delta"):
         _demand(f"privacy.{name}", privacy.get(name), asked[name])
     _demand("cell.privacy.unit", asked["unit"], "example")
@@ -367,7 +397,10 @@ def _bounded(where: str, told: Mapping[str, Any], stage: Stage) -> None:
     if type(clip).init is Clip.init and not method.engine.note(method.loss, clip, stage.batch, relation):
         bound = clip.sensitivity(None, relation)
         found = (told["sensitivity"] or {}).get("grad", 0.0)
-        if found is not None and found < bound:
+        exact = isinstance(method.engine, PerExample) and math.isfinite(bound)
+        if found is None and math.isfinite(bound):
+            raise _Refused(f"{where}.sensitivity.grad is null, and its clipping rule bounds by {bound:g}")
+        if found is not None and (found < bound or (exact and found > bound * (1 + 1e-9))):
             raise _Refused(
                 f"{where}.sensitivity.grad is {_short(found)}, and its clipping rule bounds by {bound:g}"
             )

@@ -125,6 +125,10 @@ def careless(input_shape: tuple[int, ...], classes: int, fault: str = "none") ->
         raise KeyError("width")
     if fault == "shape":
         return nn.Sequential(nn.Flatten(), nn.Linear(64, classes + 1))
+    if fault == "nothing":
+        return None
+    if fault == "half":
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, classes)).bfloat16()
     if fault == "mixes":
         return nn.Sequential(nn.Flatten(), Mixes(), nn.Linear(64, classes))
     return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
@@ -140,7 +144,8 @@ def test_models_of_a_users_file_are_tried_too(tmp_path: Path, monkeypatch: pytes
     Path("own.py").write_text(OWN.replace("careless", "careless-one", 1))
     words = {
         "raises": "KeyError: 'width'", "shape": r"it should give one row per example, \[5, 10\]",
-        "mixes": r"\(Mixes\) gives another output",
+        "mixes": r"\(Mixes\) gives another output", "nothing": "gives NoneType: its function must return",
+        "half": "has parameters in torch.bfloat16",
     }  # fmt: skip
     tasks = [
         f'[[task]]\ndataset = "digits"\nmodel = "careless-one?fault={one}"\n' for one in ("none", *words)
@@ -148,7 +153,7 @@ def test_models_of_a_users_file_are_tried_too(tmp_path: Path, monkeypatch: pytes
     Path("s.toml").write_text(HEAD + "".join(tasks) + METHOD)
     with pytest.raises(SuiteError) as caught:
         suite.load("s.toml", files=["own.py"], thorough=True).cells()
-    assert [one.line for one in caught.value.problems] == [16, 19, 22]
+    assert [one.line for one in caught.value.problems] == [16, 19, 22, 25, 28]
     for problem, pattern in zip(caught.value.problems, words.values(), strict=True):
         assert re.search(pattern, problem.message), problem.message
     Path("other.py").write_text("import nowhere_at_all\n" + OWN.replace("careless", "careless-two", 1))

@@ -75,9 +75,12 @@ def test_the_cell_of_every_record_is_read_as_it_was_written() -> None:
 
 def test_every_record_of_this_repository_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     """By RDP alone, which is quick; by every accountant it takes a minute."""
-    by_rdp = trust.epsilon
+    by_rdp, close = trust.epsilon, trust._close
     monkeypatch.setattr(
-        trust, "epsilon", lambda ledger, *terms: by_rdp(ledger, *terms) if terms[-1] == "rdp" else math.nan
+        trust, "epsilon", lambda ledger, *terms: by_rdp(ledger, *terms) if terms[-1] == "rdp" else math.inf
+    )
+    monkeypatch.setattr(
+        trust, "_close", lambda name, *of: close(name, *of) if name.endswith(".rdp") else None
     )
     for path in RECORDS:
         verdict = trust.examine(read(path))
@@ -133,7 +136,16 @@ def _set(where: str, value: Any) -> Callable[[store.Record], None]:
     return change
 
 
+def _with(record: store.Record, part: str) -> store.Record:
+    cell = record["cell"]
+    return record | {"cell": cell | {part: cell[part] | {"x": 1}}}
+
+
 FORGED: dict[str, tuple[Callable[[], store.Record], Callable[[store.Record], object], str]] = {
+    "a key of the schedule": (genuine, lambda r: r.update(named(_with(r, "schedule"))), "cell.schedule.x is"),
+    "a key of the task": (genuine, lambda r: r.update(named(_with(r, "task"))), "cell.task.x is"),
+    "no sensitivity": (genuine, _set("privacy.sensitivity.grad", None), "privacy.sensitivity.grad is null"),
+    "too much sensitivity": (genuine, _set("privacy.sensitivity.grad", 1e9), "privacy.sensitivity.grad is 1"),
     "epsilon alone": (genuine, _set("privacy.epsilon", 0.001), "privacy.epsilon is 0.001"),
     "every epsilon": (genuine, lambda r: _epsilons(r, 0.001), "privacy.planned.pld is 0.001"),
     "one accountant": (genuine, _set("privacy.spent.rdp", 0.5), "privacy.spent.rdp is 0.5"),

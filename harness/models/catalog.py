@@ -34,6 +34,8 @@ def build(
         # torch.manual_seed would also seed every GPU, and fork_rng restores only the CPU's generator here.
         torch.default_generator.manual_seed(seed)
         model: nn.Module = function(**arguments)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'model "{spec}" gives {type(model).__name__}: its function must return an nn.Module')
     model.train()
     made = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"})
     if made:

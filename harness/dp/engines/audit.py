@@ -26,7 +26,7 @@ EVERY = 128  # logical batches between two audits; fewer at first
 SLACK = 0.02  # by how much two float32 norms may differ before float64 decides: kinks alone make 0.5 %
 SURE = 1e-3  # by how much two float64 norms may differ
 FAINT = 1e-12  # shorter gradients vanish when they are squared in float32
-REACH = 2.0  # times the furthest input of any audited batch: further, and the batch is audited
+REACH = 1.1  # times the furthest input of any audited batch: further, and the batch is audited
 GROWN = 1.1  # times the largest microbatch that was audited
 
 
