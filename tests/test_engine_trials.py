@@ -366,7 +366,19 @@ class Closed(Net):
         return self.o(self.a(self.back(self.a(x).tanh())).tanh())
 
 
-@pytest.mark.parametrize("build", [Checkpointed, Listed, Closed])
+class Doubled(Net):
+    """A layer that is registered under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.d = nn.Linear(8, 8)
+        self.e = self.d
+
+    def between(self, h: Tensor) -> Tensor:
+        return self.e(self.d(h).tanh())
+
+
+@pytest.mark.parametrize("build", [Checkpointed, Listed, Closed, Doubled])
 @pytest.mark.parametrize("kind", ALL)
 def test_weights_of_the_step_are_what_every_way_to_them_reads(build, kind):
     model, (x, y) = build(), data(5)
@@ -389,6 +401,7 @@ def test_weights_of_the_step_are_what_every_way_to_them_reads(build, kind):
         assert kind is Vmap or build is not Checkpointed
     else:
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-6)
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 

@@ -43,15 +43,15 @@ OWN_FILE = "What is in a file of your own, methods, models and data sets, is fou
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
     with screen.clean():
         return _main(arguments)
 
 
 def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show ends no command
-            stream.reconfigure(errors="backslashreplace")
     try:
         if given and not given[0].startswith("-") and given[0] not in VERBS:
             raise UserError(f'there is no command "{given[0]}"; there are {", ".join(VERBS)}.'

@@ -35,7 +35,9 @@ def build(
         torch.default_generator.manual_seed(seed)
         model: nn.Module = function(**arguments)
     if not isinstance(model, nn.Module):
-        raise ValueError(f'model "{spec}" gives {type(model).__name__}: its function must return an nn.Module')
+        raise ValueError(
+            f'model "{spec}" gives {type(model).__name__}: its function must return an nn.Module'
+        )
     model.train()
     made = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"})
     if made:

@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from harness.dp.contrast import unit
 from harness.dp.engines.engine import Unserved, trainable
@@ -26,6 +25,7 @@ from harness.dp.engines.rows import factor_squares, squared_norms, wide
 from harness.dp.engines.survey import probe_batch, signature, untouched, watching
 from harness.dp.engines.tape import Run, Tape, repeated, taping
 from harness.dp.engines.trial import plan_for
+from harness.dp.engines.weights import replaced
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
 
@@ -83,8 +83,9 @@ def _taped(model: nn.Module, w: Tree, rows: Tensor, plan: Plan, copy: bool) -> P
     leaves = {name: parameters[name] for name in w}
     copies = {name: repeated(w[name].detach(), len(rows)).requires_grad_() for name in plan.free}
     random: set[str] = set()
-    with taping(model, plan.paths, copy, plan.spread, len(rows)) as tape, watching(model, random):
-        outputs = functional_call(model, copies, (rows,)) if copies else model(rows)
+    tapes = taping(model, plan.paths, copy, plan.spread, len(rows))
+    with tapes as tape, watching(model, random), replaced(model, copies):
+        outputs = model(rows)
     if random:  # where a row is not finite, the others are passed again: new draws would move all of them
         raise Unserved(f"{', '.join(sorted(random))} draws random numbers: leave dropout and the like out")
     return Pass(unit(outputs), {**leaves, **copies}, frozenset(copies), tape, plan)

@@ -20,7 +20,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.utils._pytree import tree_flatten
 
 from harness.dp.engines.engine import Unserved
@@ -29,6 +29,7 @@ from harness.dp.engines.rules import call_rule_for, rule_for
 from harness.dp.engines.survey import EACH, Layout, Place
 from harness.dp.engines.tape import Call, Run, repeated, run
 from harness.dp.engines.vmap import explicit_states, per_example_gradients
+from harness.dp.engines.weights import replaced
 from harness.dp.loss import Batch, Loss
 
 
@@ -191,7 +192,8 @@ def by_module(
         for i, x in zip(moving, xs, strict=True):
             leaves[i] = x
         args, kwargs = call.arguments(leaves)
-        outputs = tree_flatten(functional_call(module, free, args, kwargs))[0]
+        with replaced(module, free):
+            outputs = tree_flatten(module(*args, **kwargs))[0]
         return torch.stack([(outputs[i] * c).sum() for i, c in zip(live, cs, strict=True)]).sum()
 
     dims = ([place.dim for place in moving.values()], [layout.outputs[i].dim for i in live])  # type: ignore[union-attr]

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from harness.dp.engines.draws import generators, rewind
 from harness.dp.engines.engine import losses_of
+from harness.dp.engines.weights import replaced
 from harness.dp.loss import Batch, Loss
 
 ANSWERING = (
@@ -171,9 +171,8 @@ def run(
     """
     copies = {name: repeated(leaves[name].detach(), len(batch)).requires_grad_() for name in free}
     before = None if copy else generators(batch.x.device)
-    with taping(model, paths, copy, spread, len(batch)) as tape:
-        called = partial(_with_copies, model, copies) if copies else model
-        losses = losses_of(loss, called, batch)
+    with taping(model, paths, copy, spread, len(batch)) as tape, replaced(model, copies):
+        losses = losses_of(loss, model, batch)
     if before is not None and tape.disturbed:
         # The same random numbers again: others would make an example's dropout depend on what others make necessary.
         rewind(batch.x.device, before)
@@ -190,7 +189,3 @@ def run(
     rows = {name: g.unflatten(0, (-1, *leaves[name].shape[:1])) for name, g in given.items() if g is not None}
     woken = frozenset(name for name in idle if next(found) is not None)
     return Run(losses, tape.calls, cotangents, rows, copy, woken)
-
-
-def _with_copies(model: nn.Module, copies: Mapping[str, Tensor], x: Tensor) -> Any:
-    return functional_call(model, dict(copies), (x,))

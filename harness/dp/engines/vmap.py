@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.dp.clip import Clip, State
@@ -33,7 +33,7 @@ from harness.dp.engines.survey import (
     singles,
     squares_of,
 )
-from harness.dp.engines.weights import held
+from harness.dp.engines.weights import held, replaced
 from harness.dp.loss import Batch, Loss
 from harness.dp.native.memory import keep_freed_memory
 from harness.dp.tree import Tree
@@ -42,20 +42,17 @@ from harness.dp.tree import Tree
 def per_example_gradients(
     loss: Loss, model: nn.Module, w: Mapping[str, Tensor], names: Iterable[str], batch: Batch
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients [B, *shape] of each example's loss for the parameters in `names`, and the losses [B].
-
-    The model holds `w`.
-    """
+    """Gradients [B, *shape] at `w` of each example's loss, for the parameters in `names`, and the losses [B]."""
     chosen = set(names)
 
     def one(free: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        own = Batch(x[None], y[None])
-        return losses_of(loss, lambda rows: functional_call(model, free, (rows,)), own).sum()
+        with replaced(model, free):
+            return losses_of(loss, model, Batch(x[None], y[None])).sum()
 
     each = vmap(grad_and_value(one), in_dims=(None, 0, 0), randomness="different")
     # The fused attention of a CPU has no rule for vmap, and would be called example by example.
     # The model's other parameters require gradients, and nobody asks for theirs.
-    with explicit_states(model), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with held(model, w), explicit_states(model), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         return each({name: t.detach() for name, t in w.items() if name in chosen}, batch.x, batch.y)
 
 
@@ -122,12 +119,10 @@ def compare(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch)
                 break
         else:
             raise NoProbe("the model's gradients are not finite even on tame inputs, so vmap cannot be tried")
-        with held(model, values):
-            found = per_example_gradients(loss, model, values, values, batch)[0]
+        found = per_example_gradients(loss, model, values, values, batch)[0]
     if random:
         # Whether vmap knows what to do with what is drawn shows only here.
-        with held(model, w):
-            per_example_gradients(loss, model, w, w, batch)
+        per_example_gradients(loss, model, w, w, batch)
     if not steady:  # even silenced: other numbers have other gradients, and there is nothing to compare
         return random
     squares = squares_of(rows, values)
@@ -222,8 +217,7 @@ class Vmap(PerExample):
             tried(loss, model, w.views, batch)
         except NoProbe:
             return Loop().clipped_sum(loss, clip, groups, model, w, batch, state)
-        with held(model, w.views):
-            grads, losses = per_example_gradients(loss, model, w.views, w.names, batch)
+        grads, losses = per_example_gradients(loss, model, w.views, w.names, batch)
         with full_precision(batch.x.device):
             return self._weighed(clip, groups, w, state, grads, losses)
 

@@ -31,6 +31,29 @@ def held(model: nn.Module, w: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor
 
 
 @contextmanager
+def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block the parameters named in `tensors` are these tensors, of any shape, wherever they are registered.
+
+    For what cannot be put into a parameter's own memory: a copy for each example, or the tensors of a transformation.
+    (torch.func.functional_call leaves them in a module that is registered under two names.)
+    """
+    chosen = {id(p): tensors[name] for name, p in model.named_parameters() if name in tensors}
+    places = [
+        (module, key, p)
+        for module in model.modules()
+        for key, p in module._parameters.items()
+        if id(p) in chosen
+    ]
+    try:
+        for module, key, p in places:
+            module._parameters[key] = chosen[id(p)]  # type: ignore[assignment]
+        yield
+    finally:
+        for module, key, p in places:
+            module._parameters[key] = p
+
+
+@contextmanager
 def in_float64(model: nn.Module) -> Iterator[None]:
     """Inside the block all floating parameters and buffers of `model` are in float64.
 
