@@ -19,7 +19,7 @@ from harness.dp import BookKeeping
 from harness.dp.engines import audit
 from harness.dp.engines.engine import Used
 
-SECONDS = 30.0
+SECONDS = 10.0
 
 
 @dataclass(frozen=True)
