@@ -62,7 +62,7 @@ def probe(model: nn.Module, x: Tensor, values: Mapping[str, Tensor]) -> None:
     ):
         raise ValueError(
             f"{type(model).__name__} gives other outputs or gradients in training mode after it was in evaluation mode"
-            " for a while: train() must take back whatever eval() does, parameters and attributes alike"
+            " for a while: train() must take back what evaluation mode does, parameters and attributes alike"
         )
 
 
