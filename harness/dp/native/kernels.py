@@ -239,6 +239,7 @@ def gaussian(
         return None
     out = torch.empty(n, dtype=torch.int64 if grid is None else torch.float32)
     at = out.data_ptr()
+    places: tuple[Any, ...]
     if value is None or grid is None:
         places = at, None, 1.0, 1.0, 0, None
     else:
