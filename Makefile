@@ -40,10 +40,10 @@ help:
 setup: $(READY)
 
 reproduce: $(READY)
-	@for suite in $(SUITE); do $(BIN)/epsbench run $$suite --report || exit $$?; done
+	@for suite in $(SUITE); do $(BIN)/epsbench run $$suite --report --with-private-diagnostics || exit $$?; done
 
 report: $(READY)
-	@for suite in $(SUITE); do $(BIN)/epsbench report $$suite || exit $$?; done
+	@for suite in $(SUITE); do $(BIN)/epsbench report $$suite --with-private-diagnostics || exit $$?; done
 
 bench: $(READY)
 	@$(BIN)/epsbench bench

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import store
+from harness import public, store
 
 if TYPE_CHECKING:
     import pandas
@@ -125,10 +125,10 @@ COLUMNS: Mapping[str, tuple[str, _Value]] = {
     "epsilon_rdp": ("float64", _spent("rdp")),
     "epsilon_claimed": ("float64", _number("privacy.claimed.epsilon")),
     "noise_multiplier": ("float64", _number("privacy.noise_multiplier")),
-    "examples_per_second": ("float64", _number("measured.examples_per_second.median")),
-    "peak_memory_mib": ("float64", _number("measured.peak_memory_mib")),
-    "train_seconds": ("float64", _number("measured.train_seconds")),
-    "wall_seconds": ("float64", _number("measured.wall_seconds")),
+    "examples_per_second": ("float64", _number("diagnostics.examples_per_second.median")),
+    "peak_memory_mib": ("float64", _number("diagnostics.peak_memory_mib")),
+    "train_seconds": ("float64", _number("diagnostics.train_seconds")),
+    "wall_seconds": ("float64", _number("diagnostics.wall_seconds")),
     "jobs": ("Int64", _whole("measured.jobs")),
     "device": ("category", _words("device.name")),
     "device_kind": ("category", _words("device.kind")),
@@ -163,11 +163,12 @@ def load_results(folder: str | Path = "results") -> pandas.DataFrame:
             f"{folder}: is the folder of one run; name the results folder, or that of a suite in it"
         )
     records = store.load(*(store.suite_of(place) or (place,)))
+    told = [{**record, "diagnostics": public.diagnostics(record)} for record in records]
     for one in records.broken:
         warnings.warn(f"quarantined: {one}", stacklevel=3)
     columns = {}
     for name, (kind, value) in COLUMNS.items():
-        values = [value(record) for record in records]
+        values = [value(record) for record in told]
         if kind.startswith("datetime64"):
             moments = pd.to_datetime(
                 pd.Series(values, dtype="object"), utc=True, format="ISO8601", errors="coerce"

@@ -42,7 +42,7 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness import draw, measure, registry, screen, store
+from harness import draw, measure, public, registry, screen, store
 from harness.cell import Cell
 from harness.private import opened
 
@@ -366,17 +366,17 @@ def describe(cell: Mapping[str, Any]) -> str:
 def result_line(outcome: Outcome) -> str:
     """One line on a finished run: what it was, accuracy, epsilon spent, throughput, time; or the reason."""
     record = outcome.record
-    measured, spent = record["measured"], record["privacy"].get("epsilon")
+    private, spent = public.diagnostics(record), record["privacy"].get("epsilon")
     parts = [f"{record['status']:<8}", describe(record["cell"])]
     accuracy = record["metrics"].get("accuracy")
     if accuracy is not None:
         parts.append(f"acc {100 * accuracy:.2f} %")
         parts.append(f"eps {'inf' if spent is None else format(spent, '.3f')}")
-    rate = (measured.get("examples_per_second") or {}).get("median")
+    rate = (private.get("examples_per_second") or {}).get("median")
     if rate is not None:
         parts.append(f"{rate:,.0f} ex/s")
-    if measured.get("wall_seconds") is not None:
-        parts.append(duration(measured["wall_seconds"]))
+    if private.get("wall_seconds") is not None:
+        parts.append(duration(private["wall_seconds"]))
     if outcome.elsewhere:
         parts.append("(by another launcher)")
     if record["status"] != "ok" and record.get("reason"):
@@ -879,18 +879,8 @@ def failure(
             "public_data": None,
         },
         "metrics": {},
-        "measured": {
-            "examples_per_second": None,
-            "step_seconds": None,
-            "overhead_seconds": None,
-            "train_seconds": None,
-            "wall_seconds": seconds,
-            "peak_memory_mib": None,
-            "warmup_steps": None,
-            "jobs": jobs,
-            "sessions": None,
-        },
-        "diagnostics": {},
+        "measured": {"jobs": jobs},
+        "diagnostics": {"wall_seconds": seconds},
         "weights_sha256": None,
         "code": {"hash": None, "files": {}, **(code or {}), **commit},
         "device": place.pop("device", None)

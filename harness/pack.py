@@ -3,9 +3,12 @@
 A bundle is a zip file of plain text and nothing else::
 
     manifest.json                    format, schema of the records, size and SHA-256 of every other file
-    <suite>/<id>/record.json         as the store has it, byte for byte
-                 trace.jsonl         where there is one
+    <suite>/<id>/record.json         what may be published of it
+                 trace.jsonl         the same, where there is one
                  env.json            where there is one
+
+What is private of a record and of its trace is left out (:mod:`harness.public`), or all goes along as the store has it,
+byte for byte, where that is asked for.
 
 The same records give the same bytes on every machine: names are sorted, times are fixed, nothing is compressed. Packing
 leaves out, by name, what is no valid record and what names a place or a machine of the sender. Tracebacks
@@ -37,7 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from harness import store
+from harness import public, store
 
 __all__ = ["FORMAT", "BundleError", "Packed", "ineligible", "merge", "pack", "unpack"]
 
@@ -92,8 +95,8 @@ class Packed:
 # Packing --------------------------------------------------------------------------------------------------
 
 
-def pack(results: Path, into: Path, suite: str | None = None) -> Packed:
-    """Write the records under `results` (of one suite where named) as the bundle `into`.
+def pack(results: Path, into: Path, suite: str | None = None, private: bool = False) -> Packed:
+    """Write the records under `results` (of one suite where named) as the bundle `into`, `private`: all of them.
 
     Raises StoreError where there is no record to pack, or where `into` exists and holds something else; Unwritable
     where it cannot be written.
@@ -106,7 +109,7 @@ def pack(results: Path, into: Path, suite: str | None = None) -> Packed:
     for record in found:
         if Path(record["path"]) in {one.path for one in shared}:
             continue
-        files |= _folder(Path(record["path"]).parent, left_out)
+        files |= _folder(record, private, left_out)
     if not files:
         why = "".join(f"\n  {one}" for one in left_out[:20])
         place = results / suite if suite else results
@@ -120,9 +123,10 @@ def pack(results: Path, into: Path, suite: str | None = None) -> Packed:
     return Packed(into, hashlib.sha256(data).hexdigest(), records, left_out)
 
 
-def _folder(folder: Path, left_out: list[store.Broken]) -> dict[str, bytes]:
+def _folder(record: store.Record, private: bool, left_out: list[store.Broken]) -> dict[str, bytes]:
     """The files of one run that travel, by name in the bundle."""
     files: dict[str, bytes] = {}
+    folder = Path(record["path"]).parent
     for name in (RECORD, *SIDES):
         path = folder / name
         try:
@@ -136,7 +140,10 @@ def _folder(folder: Path, left_out: list[store.Broken]) -> dict[str, bytes]:
         except OSError as error:
             left_out.append(store.Broken(path, f"cannot be read: {error.strerror}"))
             data = None
-        reason = "" if data is None else _flaw(path, data) or _gives_away(name, data)
+        reason = "" if data is None else _flaw(path, data)
+        if data is not None and not reason:
+            data = data if private else _published(record, name, data)
+            reason = "" if data is None else _gives_away(name, data)
         if reason:
             left_out.append(store.Broken(path, reason))
         if data is not None and not reason:
@@ -144,6 +151,13 @@ def _folder(folder: Path, left_out: list[store.Broken]) -> dict[str, bytes]:
         elif name == RECORD:
             return {}  # without its record there is nothing to go with
     return files
+
+
+def _published(record: store.Record, name: str, data: bytes) -> bytes | None:
+    """What may be published of a file of a run; None where none of it may."""
+    if name == RECORD:
+        return store.encode(public.view(record), Path(record["path"]).parent.name)
+    return public.trace(record, data) if name == "trace.jsonl" else data
 
 
 def _manifest(files: Mapping[str, bytes]) -> bytes:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness import codehash, data, measure, models, registry
+from harness import codehash, data, measure, models, public, registry
 from harness.dp import cache
 from harness.dp.account import Ledger, epsilon, epsilons, explain, ranking
 from harness.dp.calibrate import calibrate_stages
 from harness.dp.claim import Run
 from harness.dp.engines import per_example
+from harness.dp.engines.draws import secrecy
 from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.method import Method, Stage, parts, plan
 from harness.dp.native import describe as kernels
@@ -148,10 +149,11 @@ def execute(cell: Cell, out: Path, suite: str, jobs: int = 1, save_seconds: floa
     session = _Session(cell, out, save_seconds)
     record = session.blank(suite, started)
     status, reason = session.fill(record)
-    record["measured"] |= {
-        "jobs": jobs, "wall_seconds": measure.Clock(session.device).since(begun),
+    record["measured"] |= {"jobs": jobs}
+    record["diagnostics"] |= {
+        "wall_seconds": measure.Clock(session.device).since(begun),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }  # fmt: skip
+    }
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     return record | {"status": status, "reason": reason, "finished": finished}
 
@@ -256,7 +258,7 @@ class _Session:
         facts, sampler = self.cell.canonical(), self.method.sampler
         environment = measure.environment()
         return {
-            "schema": 1, "id": self.cell.id, "group": self.cell.group, "suite": suite, "cell": facts,
+            "schema": public.SCHEMA, "id": self.cell.id, "group": self.cell.group, "suite": suite, "cell": facts,
             "card": card(self.cell.method),
             "privacy": {
                 "relation": sampler.relation.value, "unit": "example",
@@ -264,11 +266,17 @@ class _Session:
                 "public_data": public_data(self.data.public_data, self.cell), "sensitivity": None,
                 "noise_multiplier": None, "planned": {}, "spent": {}, "accountant": None, "epsilon": None,
                 "claimed": None, "ledger": [],
+                "privately_judged": [
+                    number for number, leg in enumerate(self.legs, 1) if not leg.public
+                    and (leg.method.loss.probes or self.task["evaluate"] == "validation")
+                ],
             },
             "metrics": {}, **self.told(), "measured": {}, "diagnostics": {}, "weights_sha256": None,
-            "randomness": self.draw.to_json(),
+            "randomness": self.draw.to_json() | {"dropout_bits": secrecy(self.device)},
             "code": self.code | {key: environment.pop(key) for key in ("commit", "dirty")},
-            "device": measure.device_info(str(self.device), self.threads), "environment": environment,
+            "device": measure.device_info(str(self.device), self.threads)
+            | {"microbatch": self.cell.device.get("microbatch")},
+            "environment": environment,
             "started": started.isoformat(timespec="seconds"),
         }  # fmt: skip
 
@@ -318,11 +326,12 @@ class _Session:
         record["privacy"]["claimed"] = self.claim(sigma, self.progress)
         record["privacy"]["ledger"] = ledger.to_json()
         record["measured"] |= self.measured(done)
+        record["diagnostics"] |= self.diagnosed(done)
         if self.cell.then:
             record |= self.told(done)
         else:
             record["privacy"]["sensitivity"] = _finite_all(self.progress.sensitivity)
-            record["diagnostics"] = diagnostics(m, self.progress)
+            record["diagnostics"] |= diagnostics(m, self.progress)
         over = excess(self.target, record["privacy"])
         return ("over_budget", over) if over else (status, reason)
 
@@ -405,8 +414,8 @@ class _Session:
         for one, leg, p in zip(told, self.legs, done, strict=False):
             one |= {
                 "sensitivity": None if leg.public else _finite_all(p.sensitivity),
-                **({} if leg.public else noted(leg)),
-                **speed(p), "train_seconds": sum(p.seconds), **diagnostics(leg.method, p),
+                **({} if leg.public else noted(leg)), "engine": p.engine or None,
+                "diagnostics": speed(p) | {"train_seconds": sum(p.seconds)} | diagnostics(leg.method, p),
                 **_bounds("spent", self.private_ledger(p), self.target, self.method),
             }  # fmt: skip
         return {"stages": told}
@@ -451,12 +460,18 @@ class _Session:
         return claim.to_json() if claim else None
 
     def measured(self, done: Sequence[Progress]) -> dict[str, Any]:
-        """Speed and memory. Speed and engine are the first stage's, which the cell's method trains; the rest is of the
-        whole run."""
+        """What was used, whatever the data are. The engine is the first stage's, which the cell's method trains."""
+        return {
+            "engine": done[0].engine or None, "kernels": kernels(),
+            "warmup_steps": max(leg.schedule.untimed for leg in self.legs),
+        }  # fmt: skip
+
+    def diagnosed(self, done: Sequence[Progress]) -> dict[str, Any]:
+        """Speed and memory, which depend on the batches that were drawn. Speed is the first stage's, the rest that of
+        the whole run."""
         return speed(done[0]) | {
             "train_seconds": sum(self.progress.seconds), "peak_memory_mib": self.peak or None,
-            "warmup_steps": max(leg.schedule.untimed for leg in self.legs), "sessions": self.progress.sessions,
-            "kernels": kernels(),
+            "sessions": self.progress.sessions,
         }  # fmt: skip
 
 
@@ -479,11 +494,11 @@ def joined(laws: Sequence[str]) -> str:
 
 
 def speed(progress: Progress) -> dict[str, Any]:
-    """How fast, and what computed the clipped sums."""
+    """How fast, and on how many examples at once."""
     blocks = zip(progress.sizes, progress.seconds, strict=True)
     return {
         "examples_per_second": measure.quartiles([size / seconds for size, seconds in blocks if seconds > 0]),
-        "engine": progress.engine or None, "microbatch": progress.microbatch or None,
+        "microbatch": progress.microbatch or None,
     }  # fmt: skip
 
 

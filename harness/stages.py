@@ -34,7 +34,9 @@ def told(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     for one, found in zip(made, known, strict=False):
         one["relation"] = None if one["public"] else privacy.get("relation")
-        one |= {key: value for key, value in found.items() if key in FACTS}
+        one |= {
+            key: value for key, value in {**found, **_map(found.get("diagnostics"))}.items() if key in FACTS
+        }
     if known[0] and "sampling" not in known[0]:
         _recover(made[0], made[1], record)
     return made

@@ -37,8 +37,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from harness import draw, origin
+from harness import draw, origin, public
 from harness.cell import Cell, canonical_json
+from harness.public import SCHEMA
 
 __all__ = [
     "FAILED",
@@ -75,7 +76,8 @@ __all__ = [
     "written",
 ]
 
-SCHEMA = 1
+READ = (1, SCHEMA)
+"""Versions of records that are read; :mod:`harness.public` knows what older ones have elsewhere."""
 FINAL = ("ok", "diverged", "skipped", "over_budget")
 """Statuses that running again would only repeat."""
 FAILED = ("crashed", "oom", "timeout")
@@ -117,11 +119,25 @@ _REQUIRED: Mapping[str, _Kind] = {
     "code": _MAP,
     "device": _MAP,
 }
+# How fast a run was.
+_SPEED: Mapping[str, _Kind] = {
+    "wall_seconds": (*_NUMBER, _NULL),
+    "peak_memory_mib": (*_NUMBER, _NULL),
+    "examples_per_second": (_MAP, _NULL),
+    "examples_per_second.median": (*_NUMBER, _NULL),
+    "examples_per_second.q1": (*_NUMBER, _NULL),
+    "examples_per_second.q3": (*_NUMBER, _NULL),
+}
 # What need not be there, and what it is where it is.
 _OPTIONAL: Mapping[str, _Kind] = {
     "reason": (_TEXT, _NULL),
     "card": (_MAP, _NULL),
     "diagnostics": (_MAP, _NULL),
+    **{
+        f"{where}.{name}": kind
+        for where in ("diagnostics", "measured")  # of schema 1
+        for name, kind in _SPEED.items()
+    },
     "environment": (_MAP, _NULL),
     "started": (_TEXT, _NULL),
     "finished": (_TEXT, _NULL),
@@ -143,19 +159,23 @@ _OPTIONAL: Mapping[str, _Kind] = {
     "privacy.sensitivity": (_MAP, _NULL),
     "privacy.planned": (_MAP, _NULL),
     "privacy.spent": (_MAP, _NULL),
+    "privacy.privately_judged": _LIST,
     "privacy.claimed": (_MAP, _NULL),
     "privacy.claimed.epsilon": (*_NUMBER, _NULL),
     "privacy.claimed.failed": _LIST,
     "metrics.accuracy": (*_NUMBER, _NULL),
-    "measured.wall_seconds": (*_NUMBER, _NULL),
-    "measured.peak_memory_mib": (*_NUMBER, _NULL),
-    "measured.examples_per_second": (_MAP, _NULL),
-    "measured.examples_per_second.median": (*_NUMBER, _NULL),
-    "measured.examples_per_second.q1": (*_NUMBER, _NULL),
-    "measured.examples_per_second.q3": (*_NUMBER, _NULL),
     "code.hash": (_TEXT, _NULL),
     "code.commit": (_TEXT, _NULL),
     "stages": _LIST,
+}
+_STAGE_DIAGNOSTICS: Mapping[str, _Kind] = {
+    "examples_per_second": _MAP,
+    "examples_per_second.median": (*_NUMBER, _NULL),
+    "examples_per_second.q1": (*_NUMBER, _NULL),
+    "examples_per_second.q3": (*_NUMBER, _NULL),
+    "train_seconds": _NUMBER,
+    "train_loss": (*_NUMBER, _NULL),
+    "clipped_fraction": (*_NUMBER, _NULL),
 }
 # The same of each of the stages.
 _STAGE: Mapping[str, _Kind] = {
@@ -168,13 +188,12 @@ _STAGE: Mapping[str, _Kind] = {
     "steps": int,
     "epochs": _NUMBER,
     "sensitivity": (_MAP, _NULL),
-    "examples_per_second": _MAP,
-    "examples_per_second.median": (*_NUMBER, _NULL),
-    "examples_per_second.q1": (*_NUMBER, _NULL),
-    "examples_per_second.q3": (*_NUMBER, _NULL),
-    "train_seconds": _NUMBER,
-    "train_loss": (*_NUMBER, _NULL),
-    "clipped_fraction": (*_NUMBER, _NULL),
+    "diagnostics": _MAP,
+    **{
+        f"{where}{name}": kind
+        for where in ("diagnostics.", "")  # of schema 1
+        for name, kind in _STAGE_DIAGNOSTICS.items()
+    },
     "spent": _MAP,
     "accountant": (_TEXT, _NULL),
     "epsilon": (*_NUMBER, _NULL),
@@ -380,9 +399,9 @@ def _flaw(record: object, folder: str) -> str | None:
     if not isinstance(record, dict):
         return "not a JSON object"
     schema = record.get("schema")
-    if type(schema) is not int or schema != SCHEMA:
+    if type(schema) is not int or schema not in READ:
         newer = type(schema) is int and schema > SCHEMA
-        return f"schema {_short(schema)}, this version reads {SCHEMA}" + (
+        return f"schema {_short(schema)}, this version reads {' and '.join(map(str, READ))}" + (
             "; update epsbench" if newer else ""
         )
     reason = unreadable(record) or _mistyped(record)
@@ -891,7 +910,7 @@ def _taken(cell: Cell, results: Path) -> str:
 
 
 def _difference(there: Path, data: bytes) -> str:
-    """Why the record that is there is not these bytes; empty where it is."""
+    """Why the record that is there is not these bytes; empty where it is, or they differ by what is private alone."""
     try:
         found = content(there)
     except OSError as error:
@@ -899,6 +918,13 @@ def _difference(there: Path, data: bytes) -> str:
     if found == data:
         return ""
     record, reason = parse_at(there.absolute(), found)
+    other, _ = parse_at(there.absolute(), data)
+    if (
+        record is not None
+        and other is not None
+        and (public.view(record) == other or public.view(other) == record)
+    ):
+        return ""  # one of the two without what is private, and what is here stays
     if record is None:
         return (
             f"differs from {there}, which is kept though it is damaged ({reason}); remove it and merge again"

@@ -1,6 +1,7 @@
 """MLflow as a projection of `results/`: live while runs train, complete when they end, rebuildable.
 
-The records and traces are the truth. This module only reads them, and nothing it does can harm a run: the
+The records and traces are the truth, and what goes out is what may be published of them (`harness.public`), or all
+where that is asked for. This module only reads them, and nothing it does can harm a run: the
 work is done in one daemon thread of the launching process, MLflow is imported there and nowhere else, and the
 first error of a tracking server ends tracking for the session with one line.
 
@@ -11,6 +12,7 @@ in it: that tag is written last, so a run without it is unfinished, whatever els
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,11 +24,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness import store
+from harness import public, store
 
 Say = Callable[[str], None]
 
@@ -108,28 +110,45 @@ def _finite(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Finished:
-    """A record on disk: its directory, content and digest."""
+    """A record on disk: its directory, what goes out of it and of its trace, the record as bytes, and their digest.
+
+    Without what is private all times are the beginning of the day on which the run began.
+    """
 
     run_dir: Path
     record: dict[str, Any]
+    data: bytes
     digest: str
+    private: bool
 
     @classmethod
-    def read(cls, run_dir: Path) -> Finished:
+    def read(cls, run_dir: Path, private: bool) -> Finished:
         """The record in `run_dir`. Raises `StoreError` where it is no valid one."""
-        return cls._of(run_dir, store.read(run_dir / store.RECORD))
+        return cls._of(run_dir, store.read(run_dir / store.RECORD), private)
 
     @classmethod
-    def _of(cls, run_dir: Path, record: dict[str, Any]) -> Finished:
-        digest = hashlib.sha256((run_dir / store.RECORD).read_bytes()).hexdigest()[:16]
-        return cls(run_dir, record, digest)
+    def _of(cls, run_dir: Path, record: dict[str, Any], private: bool) -> Finished:
+        if private:
+            data = (run_dir / store.RECORD).read_bytes()
+        else:
+            record = public.view(record)
+            data = store.encode(record, run_dir.name)
+        return cls(run_dir, record, data, hashlib.sha256(data).hexdigest()[:16], private)
 
     @classmethod
-    def load(cls, results: Path, suites: Iterable[str] | None) -> Iterator[Finished]:
+    def load(cls, results: Path, suites: Iterable[str] | None, private: bool) -> Iterator[Finished]:
         """All valid records under `results`, or those of some suites."""
         for suite in [None] if suites is None else sorted(set(suites)):
             for record in store.load(results, suite):
-                yield cls._of(Path(record["path"]).parent, record)
+                yield cls._of(Path(record["path"]).parent, record, private)
+
+    def points(self) -> list[Point]:
+        """What goes out of the trace."""
+        found = read_points(self.run_dir / "trace.jsonl")[0]
+        if self.private:
+            return found
+        told = public.points(self.record, [point.values for point in found])
+        return [Point(point.step, 0.0, values) for point, values in zip(found, told, strict=False)]
 
     @property
     def key(self) -> str:
@@ -167,7 +186,8 @@ def final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     flat |= {f"planned_epsilon_{name}": value for name, value in (privacy.get("planned") or {}).items()}
     for key, value in (record.get("measured") or {}).items():
         flat[key] = value.get("median") if isinstance(value, dict) else value
-    flat |= record.get("diagnostics") or {}
+    for key, value in public.diagnostics(record).items():
+        flat[key] = value.get("median") if isinstance(value, dict) else value
     return {_name(f"final/{key}"): float(value) for key, value in flat.items() if _finite(value)}
 
 
@@ -227,9 +247,11 @@ def _text(value: Any) -> str:
 
 
 def _milliseconds(moment: Any, otherwise: float) -> int:
-    """An ISO 8601 moment, or seconds since 1970 where there is none, in MLflow's unit."""
-    seconds = datetime.fromisoformat(moment).timestamp() if isinstance(moment, str) else otherwise
-    return int(seconds * 1000)
+    """An ISO 8601 moment, or seconds since 1970 where there is none, in MLflow's unit. A day begins in UTC."""
+    if not isinstance(moment, str):
+        return int(otherwise * 1000)
+    found = datetime.fromisoformat(moment)
+    return int((found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 # --- where it is written ----------------------------------------------------------------------------------
@@ -383,13 +405,14 @@ class _Projection:
     def _finish(self, run: _Run, finished: Finished, params: Mapping[str, str]) -> None:
         """What the record adds to the trace. The tag `epsbench.record` comes last; superseded runs go."""
         record = finished.record
-        end = _milliseconds(record.get("finished"), time.time())
+        end = _milliseconds(record.get("finished") or record.get("started"), time.time())
         step = int((record["cell"].get("schedule") or {}).get("steps") or 0)
         metric = self._entities.Metric
         metrics = [metric(key, value, end, step) for key, value in final_metrics(record).items()]
         self._log(run, metrics=metrics, params=params, tags=tags(finished))
-        for name in (store.RECORD, "env.json"):
-            self._attach(run, finished.run_dir / name)
+        self._attach(run, store.RECORD, finished.data)
+        with contextlib.suppress(FileNotFoundError):
+            self._attach(run, "env.json", (finished.run_dir / "env.json").read_bytes())
         done = record["status"] in ("ok", "skipped")
         self._client.set_terminated(run.run_id, "FINISHED" if done else "FAILED", end)
         self._client.set_tag(run.run_id, "epsbench.record", finished.digest)
@@ -425,15 +448,15 @@ class _Projection:
         self.keep_only(None, finished.run_dir)
         start = _milliseconds(finished.record.get("started"), time.time())
         run = self.create(finished.run_dir, finished.record["cell"], start)
-        self.log_points(run, _new(read_points(finished.run_dir / "trace.jsonl")[0], set()), start / 1000)
+        self.log_points(run, _new(finished.points(), set()), start / 1000)
         self._finish(run, finished, {})
         return True
 
-    def _attach(self, run: _Run, path: Path) -> None:
-        if not (self._artifacts and path.exists()):
+    def _attach(self, run: _Run, name: str, data: bytes) -> None:
+        if not self._artifacts:
             return
         try:
-            self._client.log_artifact(run.run_id, str(path))
+            self._client.log_text(run.run_id, data.decode(errors="replace"), name)
         except Exception as error:
             if self._local:
                 raise
@@ -494,6 +517,9 @@ class _Watch:
 class Tracker:
     """Follows runs while they train and brings them into MLflow; made once, in the launching process.
 
+    Without what is `private` a run comes in when it is over: how fast it comes along is private too, and so is how far,
+    if it fails.
+
     `watch` returns at once and `close` in bounded time, whatever the store does. Nothing is imported or
     contacted before the first `watch`. `say` gets at most a few lines in all: tracking is off and why, or
     what is left at the end.
@@ -506,8 +532,10 @@ class Tracker:
         say: Say | None = None,
         root: Path | None = None,
         interval: float = 1.0,
+        private: bool = False,
     ) -> None:
         self.uri = resolve_uri(uri, root)
+        self._private = private
         self._root = root
         self._say = say or _to_stderr
         self._interval = interval
@@ -569,13 +597,13 @@ class Tracker:
         """One look at one run; True when there is nothing more to do for it."""
         recorded = (watch.run_dir / store.RECORD).exists()  # asked first, so that the trace is whole
         try:
-            finished = Finished.read(watch.run_dir) if recorded else None
+            finished = Finished.read(watch.run_dir, self._private) if recorded else None
         except store.StoreError as error:
             self._say(f"MLflow leaves out a record: {_line(error)}")
             return True
         if finished and watch.run is None:
             into.project(finished)
-        else:
+        elif self._private:
             self._live(into, watch, whole=finished is not None)
             if finished and watch.run:
                 into.complete(watch.run, finished)
@@ -609,10 +637,12 @@ def pending(
     suites: Iterable[str] | None = None,
     *,
     root: Path | None = None,
+    private: bool = False,
 ) -> list[Path]:
-    """The run directories whose record is not known to be tracked; imports no MLflow, contacts nobody."""
+    """The run directories whose record is not known to be tracked as it is to go out; imports no MLflow, contacts
+    nobody."""
     known = _Index(resolve_uri(uri, root), root).records
-    found = Finished.load(Path(results_dir).resolve(), suites)
+    found = Finished.load(Path(results_dir).resolve(), suites, private)
     return [finished.run_dir for finished in found if known.get(finished.key) != finished.digest]
 
 
@@ -623,6 +653,7 @@ def rebuild(
     *,
     root: Path | None = None,
     say: Say | None = None,
+    private: bool = False,
 ) -> int:
     """Makes the projection anew: afterwards every record under `results_dir` is in the store exactly once.
 
@@ -634,7 +665,7 @@ def rebuild(
     added = 0
     try:
         into, index = _Projection(found, root, say or _to_stderr), _Index(found, root)
-        for finished in Finished.load(Path(results_dir).resolve(), suites):
+        for finished in Finished.load(Path(results_dir).resolve(), suites, private):
             added += into.project(finished)
             index.records[finished.key] = finished.digest
         index.save()

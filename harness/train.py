@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from harness.dp.account import Ledger
+from harness.dp.engines.draws import fill
 from harness.dp.engines.engine import trainable
 from harness.dp.engines.weights import held, restored
 from harness.dp.loss import Batch, Data, Loss, Split
@@ -193,7 +194,7 @@ def train(
         indices = method.sampler.draw(n, schedule.batch, p.step, seeds.sampling).to(device)
         views = Stream(seeds.path, "views", p.step)
         batch = method.loss.prepare(Batch(*data.batch(indices)), views)
-        seed_globally(Stream(seeds.path, "dropout", p.step).seed64(), device)
+        fill(device, Stream(seeds.path, "dropout", p.step))
         streams = Streams(
             Stream(seeds.noise, f"noise of {method.engine.role}", p.step), Stream(seeds.path, "path", p.step)
         )
@@ -234,17 +235,6 @@ def train(
                 saved = clock.now()
             lap = clock.now()  # logging and saving are not training
     return p
-
-
-def seed_globally(seed: int, device: torch.device) -> None:
-    """Seed the generator that dropout and the like draw from on `device`.
-
-    On a CPU not by `torch.manual_seed`, which each time notes down a seed for every other device there might be.
-    """
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
 
 
 def bill(method: Method, sigmas: tuple[float, ...], n: int, batch: int, step: int) -> Any:

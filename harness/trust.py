@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from harness import data, registry, run, store
+from harness import data, public, registry, run, store
 from harness.cell import Cell, canonical_json
 from harness.dp.account import ACCOUNTANTS, Ledger, epsilon, ranking
 from harness.dp.clip import Clip
@@ -157,7 +157,8 @@ def _plain(record: store.Record, cell: Cell) -> None:
     examples = record["metrics"].get("examples")
     if accuracy is not None and examples is not None and not 0 < examples < math.inf:
         raise _Refused(f"metrics.examples is {_short(examples)}, which is no number of them")
-    if ok and (accuracy is None or loss is None):
+    judged = (2 if cell.then else 1) not in public.privately_judged(record)
+    if ok and judged and (accuracy is None or loss is None):
         raise _Refused("metrics have no accuracy or no loss, and its status is ok")
     clipped = (record.get("diagnostics") or {}).get("clipped_fraction")
     if clipped is not None and not 0 <= clipped <= 1:

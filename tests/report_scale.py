@@ -75,7 +75,7 @@ def write(n: int, results: Path, suite: str = "scale") -> None:
 def build(results: Path, reports: Path, suite: str = "scale") -> report.Report:
     """The report of what `write` wrote."""
     found = store.current(store.load(results, suite))
-    made = report.build(suite, "How long does a report take?", found, reports, results=results)
+    made = report.build(suite, "How long does a report take?", found, reports, results=results, private=True)
     report.overview(reports)
     return made
 

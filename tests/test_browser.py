@@ -46,9 +46,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reports")
     records = [traced(one, [0.5, 0.7, 0.85]) for one in fixture_records()]
     audits = [one_audit(epsilon_audited=3.5), one_audit(method="dp-adam")]
-    report.build("core", "What wins?", records, folder, audits=audits)
-    report.build("evil", EVIL[0], [r for name in EVIL for r in hostile(name)[-3:]], folder)
-    report.build("tiny", "How small?", seeds("dp-sgd", THREE, device=EVIL[1]), folder)
+    report.build("core", "What wins?", records, folder, audits=audits, private=True)
+    report.build("evil", EVIL[0], [r for name in EVIL for r in hostile(name)[-3:]], folder, private=True)
+    report.build("tiny", "How small?", seeds("dp-sgd", THREE, device=EVIL[1]), folder, private=True)
     report.overview(folder)
     return folder
 

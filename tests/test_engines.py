@@ -29,6 +29,7 @@ from harness.dp import (
     native,
 )
 from harness.dp.clip import Clip
+from harness.dp.engines import auto
 from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.gradients import Geometry, Lookup, Outer, Patches, gram_squares
 from harness.dp.engines.rows import squared_norms
@@ -858,3 +859,16 @@ def test_a_model_that_regroups_its_examples_is_stopped():
         batch, w = Batch(x, torch.arange(8) % 3), Tree.of(dict(model.named_parameters()))
         with pytest.raises(Unserved, match=r"regroups them|another number of rows"):
             Ghost().bounded(CrossEntropy(), Flat(1.0), model, w, batch, None, 1.0, Relation.ADD_OR_REMOVE)
+
+
+def test_auto_is_the_same_engine_whatever_the_examples_are(tmp_path, monkeypatch):
+    """Also for an empty batch, which a record must not tell from others, and its trial looks at no example."""
+    monkeypatch.setenv("EPSBENCH_CACHE", str(tmp_path))
+    tried: list[Batch] = []
+    monkeypatch.setattr(auto, "_fastest", lambda engines, arguments: tried.append(arguments[4]) or "ghost")
+    for x in (torch.randn(6, 5), torch.full((1, 5), 7.0), torch.empty(0, 5)):
+        model = nn.Linear(5, 3)
+        found, observed = release(Auto(), model, x, torch.full((len(x),), 2), Flat(0.1))
+        assert observed.engine == "Ghost" and bool(found.any()) == bool(len(x))
+        next((tmp_path / "engines").iterdir()).unlink()
+    assert all(torch.equal(a, b) for one in tried for a, b in zip(one, tried[0], strict=True))

@@ -127,13 +127,15 @@ def test_every_column_of_numbers_has_a_unit() -> None:
 
 def test_a_report_writes_its_tables_and_removes_those_that_are_no_more(tmp_path: Path) -> None:
     records = [*seeds("dp-sgd", [0.8, 0.82]), *seeds("dp-sgd", [0.9, 0.91], epsilon=8.0)]
-    folder = build("core", "", records, tmp_path).folder / "tables"
+    folder = build("core", "", records, tmp_path, private=True).folder / "tables"
     names = {f"mnist-5k-tanh-cnn-eps-{epsilon}{suffix}" for epsilon in (3, 8) for suffix in export.SUFFIXES}
     assert {path.name for path in folder.iterdir()} == names
-    assert not build("core", "", records, tmp_path).written
+    assert not build("core", "", records, tmp_path, private=True).written
     (folder / "mnist-5k-tanh-cnn-eps-3.tex").unlink()
-    assert build("core", "", records, tmp_path).written  # a report that is not whole is made again
-    build("core", "", records[:2], tmp_path)
+    assert build(
+        "core", "", records, tmp_path, private=True
+    ).written  # a report that is not whole is made again
+    build("core", "", records[:2], tmp_path, private=True)
     assert {path.name for path in folder.iterdir()} == {name for name in names if "eps-3" in name}
 
 

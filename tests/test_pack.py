@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import cli, pack, store
+from harness.public import SWITCH
 
 ROOT = Path(__file__).parent.parent
 TRACE = '{"step": 1, "loss": 0.5}\n'
@@ -101,9 +102,12 @@ def test_packing_and_merging_is_the_identity(runs: list[Any], order: Any) -> Non
                 if trace:
                     put(results, record | {"status": "crashed", "reason": "for the test"}, attempt=2)
             order.shuffle(runs)
-        packed = pack.pack(here, Path(place) / "a.zip")
+        packed = pack.pack(here, Path(place) / "a.zip", private=True)
         assert not packed.left_out
-        assert pack.pack(again, Path(place) / "b.zip").path.read_bytes() == packed.path.read_bytes()
+        assert (
+            pack.pack(again, Path(place) / "b.zip", private=True).path.read_bytes()
+            == packed.path.read_bytes()
+        )
         result = pack.merge([packed.path], into)
         assert sorted(result.added) == packed.records and not result.conflicts and not result.refused
         merged = tree(into)
@@ -246,7 +250,7 @@ def test_what_names_the_sender_or_is_no_record_stays_behind(
     broken = tmp_path / "r" / "smoke" / ("e" * 12)
     broken.mkdir()
     (broken / "record.json").write_text("{")
-    packed = pack.pack(tmp_path / "r", tmp_path / "b.zip")
+    packed = pack.pack(tmp_path / "r", tmp_path / "b.zip", private=True)
     assert len(packed.records) == 2 and len(packed.left_out) == 6
     said = "\n".join(map(str, packed.left_out))
     assert "$.node holds the name of this machine: 'secret-host'" in said and said.count("absolute path") == 3
@@ -300,8 +304,10 @@ def test_the_commands(
     monkeypatch.chdir(tmp_path)
     put(Path("results"), make(0))
     put(Path("results"), make(1, change=lambda r: r["cell"]["method"].update(name="elsewhere")))
-    assert cli.main(["pack", "smoke"]) == cli.OK and "2 records in smoke.zip" in capsys.readouterr().out
-    assert cli.main(["pack", "results/smoke", "-o", "same.zip"]) == cli.OK
+    assert (
+        cli.main(["pack", "smoke", SWITCH]) == cli.OK and "2 records in smoke.zip" in capsys.readouterr().out
+    )
+    assert cli.main(["pack", "results/smoke", "-o", "same.zip", SWITCH]) == cli.OK
     assert Path("same.zip").read_bytes() == Path("smoke.zip").read_bytes()
     capsys.readouterr()
     assert cli.main(["merge", "smoke.zip", "--results", "new"]) == cli.OK
@@ -323,5 +329,8 @@ def test_the_commands(
     assert cli.main(["pack", "nothing"]) == cli.main(["merge", "nothing.zip"]) == cli.USER_ERROR
     left = json.loads(store.dumps(make(2) | {"reason": "/home/me", "status": "crashed"}))
     put(Path("results"), left)
-    assert cli.main(["pack", "results", "-o", "part.zip"]) == cli.FAILED
+    assert (
+        cli.main(["pack", "results", "-o", "told.zip"]) == cli.OK
+    )  # a reason is private, and this one stays here
+    assert cli.main(["pack", "results", "-o", "part.zip", SWITCH]) == cli.FAILED
     assert "left out: results/smoke/" in capsys.readouterr().out

@@ -471,7 +471,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     """In another process, with another hash seed, from another folder, with the records in another order."""
-    options = {"published": PUBLISHED, "tuning": TUNING}
+    options = {"published": PUBLISHED, "tuning": TUNING, "private": True}
     first = build("core", QUESTION, fixture_records(), tmp_path / "here" / "reports", **options)
     script = (
         "import json, random, sys; from pathlib import Path; from harness.report import build\n"
@@ -846,12 +846,12 @@ def test_a_trace_is_read_beside_its_record_whatever_is_in_it(tmp_path: Path) -> 
     trace.write_bytes(
         b"\n".join([b"nonsense", good[0], b"[]", deep, b'{"step": "x"}', good[1], b'{"step": 3'])
     )
-    folder = build("core", QUESTION, [one], tmp_path / "reports").folder
+    folder = build("core", QUESTION, [one], tmp_path / "reports", private=True).folder
     page = (folder / "runs" / f"{one['group']}.html").read_text()
     assert page.count("<circle") == 1 and "step 10, 0.25: 50.00 %" in page
     trace.unlink()
     os.mkfifo(trace)  # reading it would wait for ever
-    assert build("core", QUESTION, [one], tmp_path / "reports").written
+    assert build("core", QUESTION, [one], tmp_path / "reports", private=True).written
     assert "<circle" not in (folder / "runs" / f"{one['group']}.html").read_text()
 
 
@@ -885,15 +885,15 @@ def test_bibtex_is_made_of_the_id_alone() -> None:
 
 
 def test_pages_of_rows_that_are_gone_are_removed_and_the_overview_follows(tmp_path: Path) -> None:
-    folder = build("core", QUESTION, fixture_records(), tmp_path).folder
-    build("other", "Why?", seeds("dp-sgd", THREE), tmp_path)
+    folder = build("core", QUESTION, fixture_records(), tmp_path, private=True).folder
+    build("other", "Why?", seeds("dp-sgd", THREE), tmp_path, private=True)
     every = {p.name for p in (folder / "runs").iterdir()}
     for line in lines(make(fixture_records())):
         assert (folder / line["href"]).is_file()
     mine = folder / "notes.html"
     mine.write_text("kept")
     kept = fixture_records()[:3]
-    build("core", QUESTION, kept, tmp_path)
+    build("core", QUESTION, kept, tmp_path, private=True)
     left = {p.name for p in (folder / "runs").iterdir()}
     assert left == {f"{kept[0]['group']}.html"} and left < every and mine.exists()
     (tmp_path / "stray").mkdir()
@@ -921,7 +921,7 @@ def test_a_larger_folder_makes_more_data_and_no_more_markup() -> None:
 
 @pytest.mark.parametrize("records", [[], [{}], [{"status": "crashed"}], [record(accuracy=None)]])
 def test_a_report_of_next_to_nothing(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    report = build("core", "", records, tmp_path / "reports")
+    report = build("core", "", records, tmp_path / "reports", private=True)
     assert all(path.stat().st_size or path.suffix == ".csv" for path in report.paths)
     assert top_rows(records) == report.top
 

@@ -62,7 +62,7 @@ def test_the_leaderboard_shows_the_intervals_it_is_given(browser: Any, tmp_path:
         *seeds("dp-sgd", [0.51234, 0.52345, 0.53359]),
         *seeds("dp-adam", [0.6123456, 0.6154321, 0.61777]),
     ]
-    page = report.build("core", "", records, tmp_path).index
+    page = report.build("core", "", records, tmp_path, private=True).index
     entry = {e.row.title: e for e in table(make(records)).entries}["dp-adam"]
     with Visit(browser, page) as shown:
         cells = dict(zip(column(shown, "title"), column(shown, "accuracy"), strict=True))
@@ -169,7 +169,7 @@ def test_the_load_is_held_against_the_cores_in_use(kind: str, load: float, busy:
 def test_the_leaderboard_sorts_timings_of_a_busy_machine_last(browser: Any, tmp_path: Path) -> None:  # noqa: F811
     busy = [loaded(one, 9.0) for one in seeds("dp-adam", THREE, rate=9000.0)]
     records = [*seeds("dp-sgd", THREE, rate=4000.0), *busy, *seeds("dp-lamb", THREE, rate=5000.0)]
-    page = report.build("core", "", records, tmp_path).index
+    page = report.build("core", "", records, tmp_path, private=True).index
     with Visit(browser, page, "#?sort=rate.desc") as shown:
         assert column(shown, "rate") == ["5,000", "4,000", "9,000†"]
     with Visit(browser, page, "#?sort=rate") as shown:
@@ -185,7 +185,7 @@ def test_no_column_is_cut_on_a_small_laptop(browser: Any, reports: Path, tmp_pat
     for one in records:
         one["privacy"]["public_data"] = "efficientnet"
         one["privacy"]["claimed"] = {"epsilon": 1.234, "source": "x", "assumptions": []}
-    report.build("cifar10-transfer", "", records, tmp_path)
+    report.build("cifar10-transfer", "", records, tmp_path, private=True)
     path = report.overview(tmp_path)
     assert path is not None
     with Visit(browser, path) as shown:
@@ -246,9 +246,9 @@ def test_the_command_is_the_same_on_a_page_and_from_show() -> None:
 
 def test_a_suite_without_rows_is_listed_with_the_reason(tmp_path: Path) -> None:
     out, results = tmp_path / "reports", tmp_path / "results"
-    report.build("core", "Why?", seeds("dp-sgd", THREE), out)
-    report.build("gone", "Which?", [], out, left_out="1 record of a run that is no more: 0123")
-    old = report.build("old", "What?", seeds("dp-sgd", THREE), out).index
+    report.build("core", "Why?", seeds("dp-sgd", THREE), out, private=True)
+    report.build("gone", "Which?", [], out, left_out="1 record of a run that is no more: 0123", private=True)
+    old = report.build("old", "What?", seeds("dp-sgd", THREE), out, private=True).index
     old.write_text(old.read_text().replace(json.dumps(list(rows.FIELDS), separators=(",", ":")), '["x"]'))
     (out / "stray").mkdir()
     (out / "stray" / "index.html").write_text("not ours")

@@ -214,7 +214,7 @@ def test_a_record_is_used_or_quarantined_and_the_others_are_shown(
         report.top_rows(store.current(found))
         for record in found:
             launch.result_line(launch.Outcome(launch.Job(make_cell(), bad.parent), record))
-            finished = track.Finished.read(Path(record["path"]).parent)
+            finished = track.Finished.read(Path(record["path"]).parent, private=True)
             assert track.tags(finished) and track.parameters(record["cell"]) and track.final_metrics(record)
             track._milliseconds(record.get("started"), 0.0)
     for record in found:

@@ -69,10 +69,11 @@ def other(tmp_path_factory) -> str:
 
 def lasting(record: dict) -> dict:
     """What a kill and a second session must not change."""
-    kept = ("status", "metrics", "privacy", "weights_sha256", "stages", "diagnostics")
+    kept = ("status", "metrics", "privacy", "weights_sha256", "stages")
     copy = json.loads(json.dumps({key: record.get(key) for key in kept}))
     for stage in copy["stages"]:
-        assert stage.pop("train_seconds") > 0 and stage.pop("examples_per_second")["median"] > 0
+        timed = stage["diagnostics"]
+        assert timed.pop("train_seconds") > 0 and timed.pop("examples_per_second")["median"] > 0
     return copy
 
 
@@ -102,12 +103,15 @@ def test_each_stage_tells_of_itself_alone(whole):
         made = run.diagnostics(leg.method, alone) | {
             "sensitivity": alone.sensitivity, "engine": alone.engine, "microbatch": alone.microbatch,
         }  # fmt: skip
-        assert {name: told[name] for name in made} == made
+        every = told | told["diagnostics"]
+        assert {name: every[name] for name in made} == made
         for name, value in run.kept(leg, alone).items():
             model.get_parameter(name).data.copy_(value)
         model = models.Headed(model, session.data.input_shape, session.data.classes, frozen=True)
     first, second = record["stages"]
-    assert first["clipped_fraction"] != second["clipped_fraction"] and first["sensitivity"] == {"grad": 0.5}
+    assert first["diagnostics"]["clipped_fraction"] != second["diagnostics"]["clipped_fraction"] and first[
+        "sensitivity"
+    ] == {"grad": 0.5}
     assert [one["trains"] for one in record["stages"]] == ["all", "head"]
     assert first["epochs"] == 128 * 20 / cell.task["n_train"]
 
@@ -117,18 +121,25 @@ def test_the_stages_add_up_to_the_run_and_are_those_of_its_trace(whole):
     first, second = record["stages"]
     points = trace(folder)
     assert [one["stage"] for one in points] == [1] * 20 + [2] * 30  # a line for each step here
-    for told, number in ((first, 1), (second, 2)):
+    early, late = first["diagnostics"], second["diagnostics"]
+    for told, number in ((early, 1), (late, 2)):
         rates = [one["examples_per_second"] for one in points if one["stage"] == number]
         assert rates[:3] == [None] * 3 and None not in rates[3:]  # which warm up
         assert told["examples_per_second"] == pytest.approx(measure.quartiles(rates[3:]))
         seen = [one["clipped_fraction"] for one in points if one["stage"] == number]
         assert min(seen) <= told["clipped_fraction"] <= max(seen)
         assert told["train_loss"] == [one["loss"] for one in points if one["stage"] == number][-1]
-    measured, privacy = record["measured"], record["privacy"]
-    assert measured["train_seconds"] == pytest.approx(first["train_seconds"] + second["train_seconds"])
-    assert points[19]["seconds"] == pytest.approx(first["train_seconds"], abs=6e-4)
-    assert measured["examples_per_second"] == first["examples_per_second"] != second["examples_per_second"]
-    assert privacy["sensitivity"] is None and record["diagnostics"] == {}
+    measured, privacy = record["diagnostics"], record["privacy"]
+    assert measured["train_seconds"] == pytest.approx(
+        first["diagnostics"]["train_seconds"] + second["diagnostics"]["train_seconds"]
+    )
+    assert points[19]["seconds"] == pytest.approx(first["diagnostics"]["train_seconds"], abs=6e-4)
+    assert (
+        measured["examples_per_second"]
+        == first["diagnostics"]["examples_per_second"]
+        != second["diagnostics"]["examples_per_second"]
+    )
+    assert privacy["sensitivity"] is None and "train_loss" not in measured
     assert privacy["sampling"] == first["sampling"] == second["sampling"]
     (cell,) = cells(HEAD)
     half = plan(run.stages_of(cell)[:1], privacy["noise_multiplier"], cell.task["n_train"])
@@ -151,7 +162,10 @@ def test_a_run_that_diverges_in_the_second_stage_says_what_came_of_the_first(who
     first, second = record["stages"]
     spent = record["privacy"]["epsilon"]
     assert 0 < first["epsilon"] < second["epsilon"] == spent < record["privacy"]["planned"]["pld"]
-    assert first["epsilon"] == whole[0]["stages"][0]["epsilon"] and first["train_loss"] is not None
+    assert (
+        first["epsilon"] == whole[0]["stages"][0]["epsilon"]
+        and first["diagnostics"]["train_loss"] is not None
+    )
     assert second["sensitivity"] == {"grad": 2.0} != first["sensitivity"]
 
 
@@ -161,7 +175,12 @@ def test_an_earlier_record_says_of_each_stage_what_is_known(whole):
     assert [one["batch"] for one in today] == [128, 128] and None not in today[0]["sensitivity"].values()
     first, second = record["stages"]
     record["privacy"]["sensitivity"] = second["sensitivity"]
-    record["diagnostics"] = {"train_loss": second["train_loss"], "clipped_fraction": 0.9, "non_finite": 0}
+    record["diagnostics"] = {
+        "train_loss": second["diagnostics"]["train_loss"],
+        "clipped_fraction": 0.9,
+        "non_finite": 0,
+    }
+    record["measured"]["microbatch"] = second["diagnostics"]["microbatch"]
     record["stages"] = [
         {key: one[key] for key in ("method", "steps", "data", "public", "spent", "accountant", "epsilon")}
         for one in (first, second)
@@ -253,15 +272,15 @@ def test_a_run_killed_in_either_stage_ends_in_the_same_bits(public, tmp_path, mo
             record = run.execute(cell, tmp_path / "killed", "stages", save_seconds=0.0)
         except Killed:
             kills += 1
-    assert kills >= 4 and record["measured"]["sessions"] > 2
+    assert kills >= 4 and record["diagnostics"]["sessions"] > 2
     assert lasting(record) == lasting(once)
     traces = [trace(folder) for folder in (tmp_path / "once" if public else whole[1], tmp_path / "killed")]
     steps = [[(point["stage"], point["step"]) for point in points] for points in traces]
     assert steps[0] == steps[1] == [(1 if step <= 20 else 2, step) for step in range(1, 51)]
     first, second = record["stages"]
-    assert traces[1][19]["seconds"] == pytest.approx(first["train_seconds"], abs=6e-4)
-    total = first["train_seconds"] + second["train_seconds"]
-    assert total == pytest.approx(record["measured"]["train_seconds"])
+    assert traces[1][19]["seconds"] == pytest.approx(first["diagnostics"]["train_seconds"], abs=6e-4)
+    total = first["diagnostics"]["train_seconds"] + second["diagnostics"]["train_seconds"]
+    assert total == pytest.approx(record["diagnostics"]["train_seconds"])
 
 
 def test_a_stage_on_public_data_costs_nothing_and_is_named(tmp_path, other):

@@ -129,7 +129,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def followed(uri: str, root: Path, said: list[str]) -> Iterator[track.Tracker]:
-    tracker = track.Tracker(uri, say=said.append, root=root, interval=0.05)
+    tracker = track.Tracker(uri, say=said.append, root=root, interval=0.05, private=True)
     yield tracker
     tracker.close(120)
 
@@ -163,14 +163,50 @@ def test_live_then_final_then_the_same_rebuilt(tmp_path: Path) -> None:
     assert first["tags"]["epsbench.status"] == "ok" and second["tags"]["epsbench.reason"]
     assert first["artifacts"] == ["env.json", "record.json"]
 
-    assert track.rebuild(results, uri_of(anew), root=anew) == 2
+    assert track.rebuild(results, uri_of(anew), root=anew, private=True) == 2
     assert content(uri_of(anew)) == content(uri_of(live))
+
+
+def test_what_is_private_stays_behind_and_so_does_the_clock(tmp_path: Path) -> None:
+    """Nobody hears of a run before it is over, and all times of it are the beginning of its day."""
+    results, uri = tmp_path / "results", uri_of(tmp_path)
+    half = results / "core" / SECOND
+    half.mkdir(parents=True)
+    (half / "trace.jsonl").write_text(trace_line(10))
+    tracker = track.Tracker(uri, root=tmp_path, interval=0.05)
+    tracker.watch(write_run(results, FIRST), {})
+    tracker.watch(half, {})
+    assert tracker.close(120) == 0
+    (name,) = found = content(uri)
+    assert name == FIRST and found[name]["metrics"]["accuracy"] == [(step, 0.5) for step in (10, 20, 30, 40)]
+    private = {
+        "loss",
+        *(f"final/{key}" for key in ("clipped_fraction", "examples_per_second", "wall_seconds")),
+    }
+    assert (
+        not found[name]["metrics"].keys() & private and "final/loss" in found[name]["metrics"]
+    )  # on the test data
+    client = MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("core").experiment_id])
+    stamps = [
+        m.timestamp for key in run.data.metrics for m in client.get_metric_history(run.info.run_id, key)
+    ]
+    day = track._milliseconds("2026-01-02T00:00:00+00:00", 0)
+    assert {run.info.start_time, run.info.end_time, *stamps} == {day}
+    record = json.loads(
+        Path(client.download_artifacts(run.info.run_id, "record.json", str(tmp_path))).read_text()
+    )
+    assert record["diagnostics"] == {} and "wall_seconds" not in record["measured"]
+
+    assert track.pending(results, uri, root=tmp_path) == []
+    assert track.rebuild(results, uri, root=tmp_path, private=True) == 1  # the other way round too
+    assert private < content(uri)[FIRST]["metrics"].keys()
 
 
 def test_rebuild_adds_each_record_once_and_pending_knows(tmp_path: Path) -> None:
     results = tmp_path / "results"
     write_run(results, FIRST)
-    again = write_run(results, f"{FIRST}.2", status="crashed")  # a second attempt is a record of its own
+    again = write_run(results, f"{FIRST}.2", status="diverged")  # a second attempt is a record of its own
     damaged = results / "core" / SECOND / "record.json"
     damaged.parent.mkdir()
     damaged.write_text('{"schema": 1, ')
@@ -230,7 +266,7 @@ def test_a_killed_and_resumed_run_stays_one_run(tmp_path: Path) -> None:
     assert run["status"] == "FINISHED"
     assert [step for step, _ in run["metrics"]["loss"]] == [10, 20, 30, 40]
     assert said == []
-    assert track.pending(results, uri, root=tmp_path) == []
+    assert track.pending(results, uri, root=tmp_path, private=True) == []
 
 
 def test_the_record_wins_over_what_was_announced(tmp_path: Path) -> None:
@@ -254,7 +290,9 @@ def test_a_bad_server_is_said_once_and_holds_nothing_up(
     run_dir = write_run(tmp_path / "results", FIRST)
     said: list[str] = []
     with listening(server) as port:
-        tracker = track.Tracker(f"http://user:secret@127.0.0.1:{port}", say=said.append, interval=0.05)
+        tracker = track.Tracker(
+            f"http://user:secret@127.0.0.1:{port}", say=said.append, interval=0.05, private=True
+        )
         began = time.monotonic()
         tracker.watch(run_dir, {})
         assert time.monotonic() - began < 2

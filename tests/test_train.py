@@ -210,3 +210,53 @@ def test_noise_is_added_once_per_logical_step_whatever_the_microbatch():
         run(Method(engine=Loop(microbatch=microbatch), noise=spy, sampler=Poisson()), steps=5)
         assert len(spy.seen) == 5
         assert {(r.sensitivity, r.sigma) for r in spy.seen} == {(1.0, 1.0)}
+
+
+class Masked(nn.Module):
+    """Notes what dropout is about to draw from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.seen = net(), []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen.append(torch.default_generator.get_state()[24:5016].view(torch.int64))
+        return self.net(x)
+
+
+def test_masks_are_as_secret_as_their_stream():
+    """PyTorch seeds its CPU generator with 32 bits, from which all of its state follows: they can be tried one by one.
+
+    The state is 624 words of the stream instead, another one in each step.
+    """
+    model, method = Masked(), Method(engine=Plain(), clip=Unclipped(), noise=NoNoise())
+    progress = start(method, model, 3)
+    model.seen.clear()
+    train(method, model, Toy(), 0.0, Schedule(3, 10, 3), SEEDS, progress)
+    assert len(model.seen) == 3
+    for number, state in enumerate(model.seen):
+        assert state.tolist() == Stream(SEEDS.path, "dropout", number).words(624).tolist()
+        assert (
+            state[1] != (1812433253 * (int(state[0]) ^ int(state[0]) >> 30) + 1) % 2**32
+        )  # a seed's expansion
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_continued_run_draws_the_masks_of_one_that_was_not_interrupted(tmp_path, dropout):
+    def end(stop: int | None) -> torch.Tensor:
+        model = net()
+        model[2].p = dropout
+        method = Method(engine=Loop(), clip=Flat(1.0))
+        p = start(method, model, 9)
+        for steps in (stop, 9) if stop else (9,):
+            write_checkpoint(tmp_path / "c", p)
+            torch.manual_seed(stop or 0)  # another process
+            torch.randn(stop or 2)
+            p = train(
+                method, model, Toy(), 1.0, Schedule(steps, 10, 3), SEEDS, read_checkpoint(tmp_path / "c")
+            )
+        return p.w.flat
+
+    whole = end(None)
+    assert all(torch.equal(end(stop), whole) for stop in (1, 4, 8))

@@ -6,6 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
+from harness.public import SWITCH
+
 
 def suite_options(parser: argparse.ArgumentParser) -> None:
     """What ``plan`` and ``run`` take: a suite, which of its cells, where."""
@@ -53,6 +55,14 @@ def reports_option(parser: argparse.ArgumentParser) -> None:
     """``--reports DIR``."""
     parser.add_argument("--reports", type=Path, default=Path("reports"), metavar="DIR",
                         help="where the reports go (default: reports)")  # fmt: skip
+
+
+def private_option(parser: argparse.ArgumentParser) -> None:
+    """``--with-private-diagnostics``."""
+    parser.add_argument(
+        SWITCH, action="store_true", dest="private",
+        help="include what is private (losses, clipped shares, times, memory, ...): for benchmarks on public data",
+    )  # fmt: skip
 
 
 def method_option(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from harness.cli.codes import codes_of_records
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files, find, results_in
+from harness.public import LEFT_OUT
 
 
 def pack(options: argparse.Namespace) -> int:
@@ -25,10 +26,12 @@ def pack(options: argparse.Namespace) -> int:
         if not re.fullmatch(r"[a-z0-9-]+", name) or not (results / name).is_dir():
             name = _name_in(find(options.subject))
     file = options.output or Path(f"{name or folder.absolute().name}.zip")
-    made = bundle.pack(results, file, name)
+    made = bundle.pack(results, file, name, options.private)
     for one in made.left_out:
         print(f"  left out: {one}")
     print(f"{len(made.records)} records in {made.path}\nSHA-256 {made.sha256}")
+    if not options.private:
+        print(LEFT_OUT)
     return FAILED if made.left_out else OK
 
 

@@ -11,7 +11,14 @@ from typing import Any
 
 from harness import __version__
 from harness.cli import checking, comparing, listing, packing, planning, reporting, running, showing, standing
-from harness.cli.arguments import method_option, reduced_option, reports_option, results_option, suite_options
+from harness.cli.arguments import (
+    method_option,
+    private_option,
+    reduced_option,
+    reports_option,
+    results_option,
+    suite_options,
+)
 from harness.cli.errors import CODES, OK
 
 VERBS = (
@@ -103,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = verb("run", running.run, "Run what is missing of a suite: finished runs are kept, half-done go on.", """
         epsbench run suites/core.toml --report
+        epsbench run suites/core.toml --report --with-private-diagnostics    with speeds and losses: on public data
         epsbench run suites/core.toml --only dp-sgd dp-adam eps=3    these two methods, at epsilon 3
         epsbench run suites/core.toml --only 3f2a                    the run whose id begins so
         epsbench run suites/smoke.toml --method my.py                with methods of a file of yours
@@ -129,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--no-track", action="store_true", help="do not send anything to MLflow")
     reports_option(run)
+    private_option(run)
 
     status = verb("status", standing.status, "Count what is done, failed, stale, running and missing.", """
         epsbench status                     every suite that has results
@@ -177,12 +186,14 @@ def build_parser() -> argparse.ArgumentParser:
     pack = verb("pack", packing.pack, "Pack records into one file that another laboratory can merge.", """
         epsbench pack core                  the records of a suite, as core.zip
         epsbench pack results -o all.zip    those of a folder
+        epsbench pack core --with-private-diagnostics    with speeds and losses: of public data
         """)  # fmt: skip
     pack.add_argument("subject", metavar="SUITE|DIR", help="a suite's name or TOML file, or a results folder")
     pack.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="where to write it (default: NAME.zip)"
     )
     results_option(pack)
+    private_option(pack)
 
     merge = verb("merge", packing.merge, "Add the records of other results folders. Nothing is overwritten.", """
         epsbench merge ../other-machine/results
@@ -199,11 +210,13 @@ def build_parser() -> argparse.ArgumentParser:
     report = verb("report", reporting.report, "Write leaderboards from records: HTML, Markdown, CSV and figures.", """
         epsbench report                     every suite that has results
         epsbench report suites/core.toml
+        epsbench report suites/core.toml --with-private-diagnostics    with speeds and losses: of public data
         """)  # fmt: skip
     report.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
     reduced_option(report)
     results_option(report)
     reports_option(report)
+    private_option(report)
     method_option(report)
 
     track = verb("track", reporting.track, "Bring the records that MLflow lacks into MLflow.", """
@@ -218,6 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--uri", help="the tracking store (default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)"
     )
     results_option(track)
+    private_option(track)
 
     verb("bench", lambda options: OK, "Time engines side by side, and the share of a step outside them.", """
         epsbench bench

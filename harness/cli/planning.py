@@ -79,13 +79,13 @@ def _prepared(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
 
 def _time_left(todo: Sequence[Cell], results: Path, at_once: int) -> str:
     """The time for what is to be run, from the pace of finished runs of the same kind on this device."""
-    from harness import launch, measure, store
+    from harness import launch, measure, public, store
 
     if not todo:
         return "nothing is left to run"
     pace: dict[tuple[str, ...], list[float]] = {}
     for record in store.load(results):
-        wall, cell = record["measured"].get("wall_seconds"), record["cell"]
+        wall, cell = public.diagnostics(record).get("wall_seconds"), record["cell"]
         if record["status"] == "ok" and wall:
             kind, steps = _kind_of(cell)
             pace.setdefault((*kind, str(record["device"].get("fingerprint"))), []).append(wall / steps)

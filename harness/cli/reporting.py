@@ -11,6 +11,7 @@ from harness.cli.codes import codes_of_cells
 from harness.cli.errors import OK, UserError
 from harness.cli.selecting import again, load, need_suite, suite_file
 from harness.cli.words import say_broken
+from harness.public import LEFT_OUT
 
 if TYPE_CHECKING:
     from harness import store
@@ -125,9 +126,13 @@ def _build(
     more["checks"] = checks.latest(one for one in found if one["method"] in named)
 
     placed = [{**one, "path": str(Path(one["path"]).relative_to(options.results))} for one in records]
-    made = build(name, question, placed, options.reports, results=options.results, **more)
+    made = build(
+        name, question, placed, options.reports, results=options.results, private=options.private, **more
+    )
     overview(options.reports, options.results)
     print(f"\n{made.top.rstrip()}\n\nleaderboard: {made.index}")
+    if not options.private:
+        print(LEFT_OUT)
 
 
 def track(options: argparse.Namespace) -> int:
@@ -136,10 +141,10 @@ def track(options: argparse.Namespace) -> int:
 
     if not options.results.is_dir():
         raise UserError(f"{options.results}: no such folder; name one with --results DIR")
-    waiting = tracking.pending(options.results, options.uri)
+    waiting = tracking.pending(options.results, options.uri, private=options.private)
     if not waiting and not options.rebuild:
         print("MLflow has every record; --rebuild asks the store itself")
         return OK
-    added = tracking.rebuild(options.results, options.uri)
+    added = tracking.rebuild(options.results, options.uri, private=options.private)
     print(f"{added} records added to {tracking.resolve_uri(options.uri)}")
     return OK

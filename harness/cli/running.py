@@ -6,7 +6,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.codes import codes_of_cells
@@ -38,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     _say_selection(options, suite, cells, selection, at_once)
     on_terminal = sys.stdout.isatty() and bool(selection.todo)
     reporter: launch.Reporter = launch.Bar() if on_terminal else launch.Lines()
-    tracker = None if options.no_track else _tracker(options.results, suite.name, selection, reporter)
+    tracker = None if options.no_track else _tracker(options, suite.name, selection, reporter)
     summary = launch.run(
         selection.todo,
         suite.name,
@@ -94,14 +93,16 @@ def _say_selection(
         )
 
 
-def _tracker(results: Path, suite: str, selection: launch.Selection, reporter: launch.Reporter) -> Any:
+def _tracker(
+    options: argparse.Namespace, suite: str, selection: launch.Selection, reporter: launch.Reporter
+) -> Any:
     """What follows runs into MLflow; None where nothing is new, so that MLflow is not even imported."""
     from harness import track
 
-    pending = track.pending(results, suites=[suite])
+    pending = track.pending(options.results, suites=[suite], private=options.private)
     if not selection.todo and not pending:
         return None
-    tracker = track.Tracker(say=reporter.say)
+    tracker = track.Tracker(say=reporter.say, private=options.private)
     for folder in pending:
         tracker.watch(folder)
     return tracker

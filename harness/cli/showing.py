@@ -15,10 +15,12 @@ from harness.cli.words import epsilon, number, table
 if TYPE_CHECKING:
     from harness import store
 
+PRIVATE = "private, not for publication"
+
 
 def show(options: argparse.Namespace) -> int:
     """Print one record; the exit code."""
-    from harness import launch, origin, store
+    from harness import launch, origin, public, store
     from harness.report import read, tables
     from harness.stages import told
 
@@ -27,6 +29,7 @@ def show(options: argparse.Namespace) -> int:
         print(store.dumps(store.written(record)), end="")
         return OK
     cell, privacy, measured = record["cell"], record["privacy"], record["measured"]
+    private = public.diagnostics(record)
     code, device = record["code"], record["device"]
     target, task, pairs = cell["privacy"], cell["task"], _pairs
     rows = [["id", f"{record['id']}, group {record['group']}, suite {record['suite']}"]]
@@ -76,14 +79,15 @@ def show(options: argparse.Namespace) -> int:
     row("claimed", pairs({"epsilon": claim.get("epsilon")} if claim else None), claim.get("source"))
     rows += [["", line] for line in _assumptions(claim)]
     row("metrics", pairs(record["metrics"]), "after the last stage" if stages and record["metrics"] else None)
-    speed = "of each stage" if stages else _speed(measured.get("examples_per_second") or {})
+    speed = "of each stage" if stages else _speed(private.get("examples_per_second") or {})
     row("speed", speed, f"{measured.get('jobs')} at once")
-    if measured.get("wall_seconds") is not None:
-        row("time", launch.duration(measured["wall_seconds"]), f"{measured.get('sessions') or 1} session(s)")
-    row("memory", f"{number(measured.get('peak_memory_mib'), 5)} MiB at the peak")
+    if private.get("wall_seconds") is not None:
+        row("time", launch.duration(private["wall_seconds"]), f"{private.get('sessions') or 1} session(s)")
+    row("memory", f"{number(private.get('peak_memory_mib'), 5)} MiB at the peak")
     row("device", device.get("name"), device.get("spec"), f"{device.get('threads')} threads")
     if not stages:
-        row("diagnostics", pairs(record.get("diagnostics")))
+        names = ("train_loss", "clipped_fraction", "non_finite")
+        row("diagnostics", pairs({name: private[name] for name in names if name in private}), PRIVATE)
     row(
         "code",
         code.get("hash"),
@@ -123,8 +127,8 @@ def _stage_rows(nth: int, stage: Mapping[str, Any], given: Mapping[str, Any]) ->
         [f"speed {known('examples_per_second', _speed)}",
          f"training {known('train_seconds', lambda one: number(one) + ' s')}",
          f"engine {known('engine')}"],
-        [f"{name} {known(name, lambda one: _shown(one, 4))}"
-         for name in ("train_loss", "clipped_fraction", "non_finite")],
+        [*(f"{name} {known(name, lambda one: _shown(one, 4))}"
+           for name in ("train_loss", "clipped_fraction", "non_finite")), PRIVATE],
     ]  # fmt: skip
     texts = ["; ".join(str(part) for part in line if part not in (None, "")) for line in lines]
     return [["" if i else f"stage {nth}", text] for i, text in enumerate(texts) if text]

@@ -29,6 +29,10 @@ def unit(outputs: Tensor) -> Tensor:
 class SelfSupervised(Loss):
     """A loss without labels: a trained model is an encoder, and is judged by a linear probe."""
 
+    @property
+    def probes(self) -> bool:
+        return True
+
     def scores(
         self, model: Callable[[Tensor], Tensor], data: Data, device: torch.device, split: Split = "test"
     ) -> dict[str, float]:

@@ -58,6 +58,11 @@ class Loss:
         """Whether an example's loss depends on the others of its batch: then no example has a gradient of its own."""
         return False
 
+    @property
+    def probes(self) -> bool:
+        """Whether `scores` reads training examples too, without privacy: then they are not to be published."""
+        return False
+
     def per_example(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Losses [B] from model outputs [B, ...] and targets [B]."""
         raise NotImplementedError

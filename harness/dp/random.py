@@ -107,6 +107,10 @@ class Stream:
         self._block += tiles * BLOCKS
         return words
 
+    def words(self, n: int) -> Array:
+        """Independent uniform words, uint32 [n]: for the whole state of a generator that is not ours."""
+        return self._drawn(_tiles(n)).reshape(-1)[:n].numpy().view(np.uint32)
+
 
 def _tiles(words: int) -> int:
     return -(-words // TILE)

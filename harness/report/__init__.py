@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from harness import public
+
 from . import export, text
 from .read import RecordLike, canonical, record_path
 from .tables import Board, board
@@ -34,7 +36,7 @@ FILES = (
     "clipped-fraction.svg",
     "index.html",
 )
-POINT = ("step", "seconds", "accuracy", "loss", "epsilon", "clipped_fraction")
+POINT = ("stage", "step", "seconds", "accuracy", "loss", "epsilon", "clipped_fraction")
 """What is read of a log point."""
 MOST_BYTES = 4 * 2**20
 """A trace that is larger is none: it is written about 20 times a run."""
@@ -76,6 +78,7 @@ def build(
     sources: Mapping[str, Any] | None = None,
     file: str = "",
     left_out: str = "",
+    private: bool = False,
 ) -> Report:
     """Write the report of one suite into ``out/<suite_name>/`` and return where it is.
 
@@ -89,6 +92,8 @@ def build(
     the same method and epsilon; `checks` are those of `harness.checks.latest`. `sources` is what `sources.describe`
     says of the methods, for their cards. `file` is the suite's file, for the command that repeats a run. `left_out`
     says which records of the suite are not among `records`, and why.
+
+    Of a record and its trace only what may be published is shown (`harness.public`), unless `private`.
 
     Each record's trace is read from ``trace.jsonl`` beside it, unless the record has a key ``trace`` (its points).
     Every row has a page in ``runs/``, every method one in ``methods/``; pages there that are no longer of a row or a
@@ -105,6 +110,8 @@ def build(
     folder = out / suite_name
     results = out.parent / "results" if results is None else Path(results)
     records = [_traced({**record, "path": record_path(record.get("path"))}, results) for record in records]
+    if not private:
+        records = [public.view(r) | {"trace": public.points(r, r.get("trace") or ())} for r in records]
     published = [dict(claim) for claim in published]
     quarantine = [(record_path(path), reason) for path, reason in quarantine]
     link = os.path.relpath(results, folder)
@@ -182,7 +189,7 @@ def _digest(inputs: Any) -> str:
     """Digest of all that a report depends on: the inputs, the files that read them, the libraries that draw."""
     digest = hashlib.sha256(canonical(inputs).encode("ascii"))
     mine = [p for p in _HERE.iterdir() if p.suffix in (".py", ".html", ".css", ".js")]
-    for path in (*sorted(mine), _HERE.parent / "stages.py"):
+    for path in (*sorted(mine), _HERE.parent / "public.py", _HERE.parent / "stages.py"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     digest.update(" ".join(version(name) for name in ("matplotlib", "jinja2", "scipy")).encode())
     return digest.hexdigest()[:32]

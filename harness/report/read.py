@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
-from harness import origin
+from harness import origin, public
 from harness.stages import told
 
 from .staged import Stage, sampling
@@ -350,7 +350,7 @@ def _trace(points: Any) -> tuple[Point, ...]:
 
 
 def _run(record: RecordLike) -> Run:
-    f = _Fields(record)
+    f = _Fields({**record, "diagnostics": public.diagnostics(record)})
     stages = tuple(Stage.of(_Fields(one)) for one in told(record))
     status = f.text("status", "crashed")
     target = f.number("cell.privacy.epsilon")
@@ -407,13 +407,13 @@ def _run(record: RecordLike) -> Run:
         sampling=sampling(stages, f.text("privacy.sampling")),
         sigma=f.number("privacy.noise_multiplier"),
         public_data=f.text("privacy.public_data"),
-        rate=stages[0].rate if stages else f.number("measured.examples_per_second.median"),
-        peak_memory=f.number("measured.peak_memory_mib"),
-        train_seconds=f.number("measured.train_seconds"),
+        rate=stages[0].rate if stages else f.number("diagnostics.examples_per_second.median"),
+        peak_memory=f.number("diagnostics.peak_memory_mib"),
+        train_seconds=f.number("diagnostics.train_seconds"),
         jobs=f.whole("measured.jobs"),
         engine=stages[0].engine if stages else f.text("measured.engine"),
         clipped=None if stages else f.number("diagnostics.clipped_fraction"),
-        load=f.number("measured.load_average"),
+        load=f.number("diagnostics.load_average"),
         cores=_cores(f),
         stale=f.any("stale") is True,
         believed=bool((f.any("origin") or {}).get("unknown")),
