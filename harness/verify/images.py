@@ -1,0 +1,276 @@
+"""What floats can come out: images of noise as machines compute it, each a necessary condition on a released number.
+
+The Gaussian of the theorems can take a value to any other. A program's cannot: `v + s * z`, computed in floating point,
+lands only on some floats, and which ones depends on v (Mironov, CCS 2012). Each class here is a hypothesis about how noise
+was computed, and `possible` says which released numbers y it could have made of a sum v with deviation s. It errs to one
+side only: where the hypothesis holds, what was released is possible. `held` tests the hypotheses on noise whose sum is
+known and keeps those that hold and exclude something.
+
+Arrays: y and v of one float type, [..., d]; s in float64, broadcast against them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Mask = NDArray[np.bool_]
+
+EXPECTED = 25  # exclusions that noise which is fine would show: none of so many is seen once in 2^25
+MOVED = 16  # units in the last place, at most, by which `shaken` moves a number
+FINEST = 40  # steps of lattices that are tried: down to 2^-FINEST deviations
+ENDS = {
+    np.dtype(np.float32): 6.77,  # Box and Muller from 32 bits end at sqrt(2 log 2^33) = 6.76
+    np.dtype(np.float64): 9.50,  # from 64 bits, at sqrt(2 log 2^65) = 9.49
+}
+
+
+class Image(Protocol):
+    """A hypothesis about how noise was computed."""
+
+    @property
+    def name(self) -> str:
+        """In a few words."""
+        ...
+
+    def possible(self, y: Array, v: Array, s: Array) -> Mask:
+        """Whether each y can have come of its v."""
+        ...
+
+
+def around(x: Array, k: int) -> Iterator[Array]:
+    """`x` and its k neighbours on either side."""
+    yield x
+    for end in (np.inf, -np.inf):
+        there = x
+        for _ in range(k):
+            there = np.nextafter(there, there.dtype.type(end))
+            yield there
+
+
+def ulp(x: Array) -> Array:
+    """The distance to the next float away from zero."""
+    spacing: Array = np.spacing(np.abs(x))
+    return spacing
+
+
+def somewhere(close: Mask, y: Array, v: Array, s: Array, found: Any) -> Mask:
+    """True but where `close`: there, what `found` says of y, v and s."""
+    out = np.ones(close.shape, bool)
+    s = np.broadcast_to(s, close.shape)
+    out[close] = found(y[close], v[close], s[close])
+    return out
+
+
+@dataclass(frozen=True)
+class Sum:
+    """y = fl(v + t) for some float t, whatever noise it is.
+
+    t is in the interval of reals that v takes to y's cell. Where its floats are four times as fine as y's or more, there
+    are three of them or more. Else it is among the three neighbours of y - v on either side, and they are tried.
+    """
+
+    name: ClassVar[str] = "float sum"
+
+    def possible(self, y: Array, v: Array, s: Array) -> Mask:
+        with np.errstate(all="ignore"):
+            return somewhere(ulp(y) < 4 * ulp(y - v), y, v, s, self._tried)
+
+    def _tried(self, y: Array, v: Array, s: Array) -> Mask:
+        hit = np.zeros(y.shape, bool)
+        for t in around(y - v, 3):
+            hit |= (v + t == y) & self.reached(t, s)
+        return hit
+
+    def reached(self, t: Array, s: Array) -> Mask:
+        """Whether the noise can be t: here any float can."""
+        return np.ones(t.shape, bool)
+
+
+@dataclass(frozen=True)
+class Product(Sum):
+    """y = fl(v + fl(s z)) for some float z.
+
+    Where s z is coarser than floats are, one in two of them is skipped, and never two together.
+    """
+
+    name: ClassVar[str] = "float sum with a scaled float"
+
+    def reached(self, t: Array, s: Array) -> Mask:
+        hit, own = np.zeros(t.shape, bool), s.astype(t.dtype)
+        for z in around((t / s).astype(t.dtype), 2):
+            hit |= own * z == t
+        return hit
+
+
+@dataclass(frozen=True)
+class Fused(Sum):
+    """y = fl(v + s z) for some float z, rounded once: a fused multiply-add. In float32; in float64 nothing is excluded."""
+
+    name: ClassVar[str] = "fused float sum"
+
+    def possible(self, y: Array, v: Array, s: Array) -> Mask:
+        if y.dtype != np.float32:
+            return np.ones(y.shape, bool)
+        with np.errstate(all="ignore"):
+            z = ((y.astype(float) - v) / s).astype(y.dtype)
+            return somewhere(ulp(y) < 2 * s * ulp(z), y, v, s, self._tried)
+
+    def _tried(self, y: Array, v: Array, s: Array) -> Mask:
+        hit, own = np.zeros(y.shape, bool), s.astype(y.dtype).astype(float)
+        for z in around(((y.astype(float) - v) / s).astype(y.dtype), 3):
+            total = v + own * z  # the product is exact in float64; the sum may be off by its last place
+            for near in around(total, 1):
+                hit |= near.astype(y.dtype) == y
+        return hit
+
+
+@dataclass(frozen=True)
+class Listed(Product):
+    """y = fl(v + fl(s z)) for a z of a list: a generator that can only return so many. `values` are sorted.
+
+    Every float of the type that is not on the list excludes what only it could have made.
+    """
+
+    values: Array
+    name: ClassVar[str] = "float sum with a number of a list"
+
+    def possible(self, y: Array, v: Array, s: Array) -> Mask:
+        with np.errstate(all="ignore"):
+            own = np.broadcast_to(s, y.shape).astype(y.dtype)
+            z = (y.astype(float) - v) / s
+            place = np.searchsorted(self.values, z.astype(y.dtype))
+            # y's cell, as seen from z, may hold more of the list than are tried: then nothing is said
+            last = len(self.values) - 1
+            reach = [self.values[np.clip(place + k, 0, last)].astype(float) for k in (-5, 4)]
+            slack = (ulp(y).astype(float) + ulp(y - v)) / np.abs(s)
+            hit = (reach[0] > z - slack) & (place >= 5) | (reach[1] < z + slack) & (place + 4 <= last)
+            for k in range(-5, 5):
+                hit |= v + own * self.values[np.clip(place + k, 0, last)] == y
+            return hit
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """y - v = (k + offset) * step for some integer k, but for rounding; `relative` steps are in deviations.
+
+    It is what comes of noise on a lattice that is added to a sum which is not: y is of v's coset.
+    """
+
+    step: float
+    offset: float = 0.0
+    relative: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"lattice of step {self.step:.6g}{' deviations' if self.relative else ''} from the sum"
+
+    def possible(self, y: Array, v: Array, s: Array) -> Mask:
+        step = self.step * s if self.relative else np.float64(self.step)
+        t = y.astype(float) - v
+        k = t / step - self.offset
+        rounded = (ulp(y).astype(float) + ulp(t.astype(y.dtype))) / 2
+        slack = (np.abs(t) + np.abs(y) + np.abs(v)) * 2.0**-51
+        possible: Mask = np.abs(k - np.rint(k)) <= (rounded + slack) / step
+        return possible
+
+
+@dataclass(frozen=True)
+class End:
+    """|y - v| is at most what a sampler of its type can return: Box and Muller's radius from 32 bits, or from 64.
+
+    Of exact normal noise it excludes 1.3e-11 of float32's numbers, 2e-21 of float64's. No rehearsal can test it.
+    """
+
+    name: ClassVar[str] = "end of the sampler"
+
+    def possible(self, y: Array, v: Array, s: Array) -> Mask:
+        inside: Mask = np.abs(y.astype(float) - v) <= ENDS[y.dtype] * s + ulp(y)
+        return inside
+
+
+# Which of them hold ---------------------------------------------------------------------------------------
+
+
+class Known(NamedTuple):
+    """Noised numbers `y` [r, d] of sums `v` [r, d] that are known, with deviations `s` [d]."""
+
+    y: Array
+    v: Array
+    s: Array
+
+
+def shaken(y: Array, rng: np.random.Generator) -> Array:
+    """`y`, each number moved by up to `MOVED` units in the last place.
+
+    Noise with a smooth density is there about as likely as where it was; noise with holes is not.
+    """
+    word = np.dtype(f"i{y.dtype.itemsize}")
+    moved = rng.integers(1, MOVED + 1, y.shape) * rng.choice((-1, 1), y.shape)
+    size = np.abs(y).view(word).astype(np.int64) + moved
+    shaken: Array = np.copysign(np.abs(size).astype(word).view(y.dtype), y)
+    return shaken
+
+
+def held(images: Iterable[Image], known: Known, rng: np.random.Generator) -> list[Image]:
+    """Those of `images` that never exclude what was noised, and exclude `EXPECTED` or more of the same numbers shaken.
+
+    A hypothesis that is false excludes as much of the numbers as of the shaken ones, if the noise is fine there: none and
+    `EXPECTED` happen by chance once in 2^`EXPECTED`. One that is true and excludes nothing is of no use.
+    """
+    moved = shaken(known.y, rng)
+    found = []
+    for image in images:
+        if not image.possible(known.y[:1], known.v[:1], known.s).all():
+            continue  # most that are false are so at once
+        if not image.possible(known.y, known.v, known.s).all():
+            continue
+        if (~image.possible(moved, known.v, known.s)).sum() >= EXPECTED:
+            found.append(image)
+    return found
+
+
+def guesses(known: Known) -> list[Image]:
+    """Hypotheses to try: sums of floats, and lattices that the noise may lie on.
+
+    Steps are powers of two, of deviations and of one, with and without half a step; and the smallest distance between two
+    values of y - v that rounding does not explain, which finds any step that is not much finer than the sample.
+    """
+    found: list[Image] = [Sum(), Product(), Fused()]
+    top = math.ceil(math.log2(float(known.s.max()))) + 1
+    for offset in (0.0, 0.5):
+        found += [Lattice(2.0**-k, offset) for k in range(FINEST + 1)]
+        found += [Lattice(2.0 ** (top - k), offset, relative=False) for k in range(FINEST + 1)]
+    t = known.y.astype(float) - known.v
+    for relative in (False, True):
+        step = spaced(t / known.s if relative else t, known, relative)
+        if step:
+            found += [Lattice(step, offset, relative) for offset in (0.0, 0.5)]
+    return found
+
+
+def spaced(t: Array, known: Known, relative: bool) -> float | None:
+    """The step of a lattice through zero, or through half a step, that values may lie on; None where there is none.
+
+    From the smallest distance of two values, made finer by the sizes of all of them.
+    """
+    rounded = (ulp(known.y).astype(float) + ulp(known.v)) / (known.s if relative else 1.0)
+    values, least = np.sort(t.ravel()), 4 * float(rounded.max())
+    gaps = np.diff(values)
+    gaps = gaps[gaps > least]
+    if not len(gaps):
+        return None
+    step = float(gaps.min())
+    reach = np.abs(values - values[len(values) // 2])
+    for limit in 10.0 ** np.arange(1, 10):  # of few steps first: their number is certain
+        some = reach[reach <= limit * step]
+        count = np.rint(some / step)
+        if count.any():
+            step = float((some * count).sum() / (count * count).sum())
+    return step
