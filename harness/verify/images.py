@@ -1,10 +1,10 @@
 """What floats can come out: images of noise as machines compute it, each a necessary condition on a released number.
 
-The Gaussian of the theorems can take a value to any other. A program's cannot: `v + s * z`, computed in floating point,
-lands only on some floats, and which ones depends on v (Mironov, CCS 2012). Each class here is a hypothesis about how noise
-was computed, and `possible` says which released numbers y it could have made of a sum v with deviation s. It errs to one
-side only: where the hypothesis holds, what was released is possible. `held` tests the hypotheses on noise whose sum is
-known and keeps those that hold and exclude something.
+The Gaussian of the theorems can take a value to any other. A program's cannot: `v + s * z`, computed in floating
+point, lands only on some floats, and which ones depends on v (Mironov, CCS 2012). Each class here is a hypothesis
+about how noise was computed, and `possible` says which released numbers y it could have made of a sum v with
+deviation s. It errs to one side only: where the hypothesis holds, what was released is possible. `held` tests the
+hypotheses on noise whose sum is known and keeps those that hold and exclude something.
 
 Arrays: y and v of one float type, [..., d]; s in float64, broadcast against them.
 """
@@ -72,8 +72,9 @@ def somewhere(close: Mask, y: Array, v: Array, s: Array, found: Any) -> Mask:
 class Sum:
     """y = fl(v + t) for some float t, whatever noise it is.
 
-    t is in the interval of reals that v takes to y's cell. Where its floats are four times as fine as y's or more, there
-    are three of them or more. Else it is among the three neighbours of y - v on either side, and they are tried.
+    t is in the interval of reals that v takes to y's cell. Where its floats are four times as fine as y's or more,
+    there are three of them or more. Else it is among the three neighbours of y - v on either side, and they are
+    tried.
     """
 
     name: ClassVar[str] = "float sum"
@@ -111,7 +112,7 @@ class Product(Sum):
 
 @dataclass(frozen=True)
 class Fused(Sum):
-    """y = fl(v + s z) for some float z, rounded once: a fused multiply-add. In float32; in float64 nothing is excluded."""
+    """y = fl(v + s z) for some float z, rounded once: a fused multiply-add. In float64 it excludes nothing."""
 
     name: ClassVar[str] = "fused float sum"
 
@@ -221,26 +222,34 @@ def shaken(y: Array, rng: np.random.Generator) -> Array:
 def held(images: Iterable[Image], known: Known, rng: np.random.Generator) -> list[Image]:
     """Those of `images` that never exclude what was noised, and exclude `EXPECTED` or more of the same numbers shaken.
 
-    A hypothesis that is false excludes as much of the numbers as of the shaken ones, if the noise is fine there: none and
-    `EXPECTED` happen by chance once in 2^`EXPECTED`. One that is true and excludes nothing is of no use.
+    A hypothesis that is false excludes as much of the numbers as of the shaken ones, if the noise is fine there: none
+    and `EXPECTED` happen by chance once in 2^`EXPECTED`. One that is true and excludes nothing is of no use. Of
+    lattices the coarsest: finer ones follow from it.
     """
     moved = shaken(known.y, rng)
-    found = []
-    for image in images:
-        if not image.possible(known.y[:1], known.v[:1], known.s).all():
-            continue  # most that are false are so at once
-        if not image.possible(known.y, known.v, known.s).all():
+    found: list[Image] = []
+    for image in sorted(images, key=lambda image: -image.step if isinstance(image, Lattice) else -math.inf):
+        if isinstance(image, Lattice) and any(
+            isinstance(i, Lattice) and i.relative == image.relative for i in found
+        ):
             continue
-        if (~image.possible(moved, known.v, known.s)).sum() >= EXPECTED:
+        if never_wrong(image, known) and (~image.possible(moved, known.v, known.s)).sum() >= EXPECTED:
             found.append(image)
     return found
+
+
+def never_wrong(image: Image, known: Known) -> bool:
+    """Whether an image excludes nothing of what was noised. Most that are false are so at once."""
+    return all(
+        bool(image.possible(known.y[i], known.v[i], known.s).all()) for i in (slice(0, 1), slice(None))
+    )
 
 
 def guesses(known: Known) -> list[Image]:
     """Hypotheses to try: sums of floats, and lattices that the noise may lie on.
 
-    Steps are powers of two, of deviations and of one, with and without half a step; and the smallest distance between two
-    values of y - v that rounding does not explain, which finds any step that is not much finer than the sample.
+    Steps are powers of two, of deviations and of one, with and without half a step; and the smallest distance between
+    two values of y - v that rounding does not explain, which finds any step that is not much finer than the sample.
     """
     found: list[Image] = [Sum(), Product(), Fused()]
     top = math.ceil(math.log2(float(known.s.max()))) + 1

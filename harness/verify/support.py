@@ -1,11 +1,11 @@
 """A support attack: does a released float tell by itself which of two data sets it came from?
 
-Mironov (CCS 2012): floating point noise does not reach every float, and which ones it reaches depends on the sum that it
-was added to. So one coordinate of a release can rule a data set out, at any epsilon. Runs are those of a pair of neighbours
-(`harness.verify.pair`), each on one of the two by a coin. The observer knows both data sets, hence both sums, to the bit,
-and asks of each released number whether it could have come of either (`harness.verify.images`). Where one world is
-impossible the coin is decided. It sees all noised releases, or the final weights alone where those can be solved for the
-release. docs/audits.md has the argument.
+Mironov (CCS 2012): floating point noise does not reach every float, and which ones it reaches depends on the sum that
+it was added to. So one coordinate of a release can rule a data set out, at any epsilon. Runs are those of a pair of
+neighbours (`harness.verify.pair`), each on one of the two by a coin. The observer knows both data sets, hence both
+sums, to the bit, and asks of each released number whether it could have come of either (`harness.verify.images`).
+Where one world is impossible the coin is decided. It sees all noised releases, or the final weights alone where those
+can be solved for the release. docs/audits.md has the argument.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from harness.verify import pair
 from harness.verify.audit_bounds import MOST, Sample, upper
 from harness.verify.canary import Refused, Task
 from harness.verify.finding import RATES, TRADEOFF, Verdict, bound, claim
-from harness.verify.images import End, Image, Known, Mask, around, guesses, held
+from harness.verify.images import End, Image, Known, Mask, around, guesses, held, never_wrong
 from harness.verify.pair import Heard, Neighbours, Side, overheard, secrets
 
 INSTRUMENT = "support"
@@ -78,8 +78,8 @@ class Setting:
 def neighbours(method: Method, task: Task) -> Neighbours:
     """All examples of the task, and the same without the last, or with another in its place.
 
-    The last, since views and masks are dealt out by place: the others keep theirs. So the claim holds, at rate 1, for who
-    knows them too.
+    The last, since views and masks are dealt out by place: the others keep theirs. So the claim holds, at rate 1, for
+    who knows them too.
     """
     if len(task.x) < 2:
         raise Refused("one example alone has no neighbours to be told from: write --examples 2 or more")
@@ -92,11 +92,16 @@ def neighbours(method: Method, task: Task) -> Neighbours:
 
 
 class Worlds(NamedTuple):
-    """One release before noise, without the target and with it, float [d], and the deviation of its noise [d]."""
+    """One release before noise, without the target and with it, its numbers [d], and deviations `s` [d]."""
 
+    releases: tuple[Release, Release]
     absent: Array
     present: Array
     s: Array
+
+    def same(self, other: Worlds) -> bool:
+        """Whether the sums of both are the same to the bit."""
+        return np.array_equal(self.absent, other.absent) and np.array_equal(self.present, other.present)
 
 
 @dataclass(frozen=True)
@@ -139,12 +144,13 @@ class Observer:
         arguments = (at.w, batch, state, self.sigma, m.sampler.relation, at.step)
         return m.engine.bounded(m.loss, m.clip, self.model, *arguments).releases
 
-    def worlds(self, at: Heard, known: SimpleNamespace) -> list[Worlds]:
-        """Both sums of each release of a step, in order."""
-        both = [list(self.released(at, known, present).values()) for present in (False, True)]
-        return [
-            Worlds(numbers(a.value), numbers(p.value), deviations(p)) for a, p in zip(*both, strict=True)
-        ]
+    def worlds(self, at: Heard, known: SimpleNamespace) -> dict[str, Worlds]:
+        """Both sums of each release of a step, by its name."""
+        absent, present = (self.released(at, known, there) for there in (False, True))
+        return {
+            name: Worlds((a, p), numbers(a.value), numbers(p.value), deviations(p))
+            for (name, a), p in zip(absent.items(), present.values(), strict=True)
+        }
 
 
 def numbers(tree: Tree) -> Array:
@@ -161,15 +167,15 @@ def deviations(release: Release) -> Array:
     return np.concatenate([np.full(t.numel(), whole * scale.get(n, 1.0)) for n, t in release.value.items()])
 
 
-def rehearsed(method: Method, releases: Sequence[Release], seed: int) -> Known:
-    """Noise on one release, in both worlds, that the observer draws itself: the code is public."""
-    times = max(TIMES, math.ceil(REHEARSED / max(1, releases[0].value.layout.numel)))
-    values = [numbers(r.value) for r in releases for _ in range(times)]
-    drawn = [
-        numbers(method.noise.add(r._replace(value=r.value.clone()), Stream(derive("rehearsal", seed, world, k), "noise", 0)))
-        for world, r in enumerate(releases) for k in range(times)
-    ]  # fmt: skip
-    return Known(np.stack(drawn), np.stack(values), deviations(releases[0]))
+def rehearsed(method: Method, worlds: Worlds, times: int, seed: int) -> Known:
+    """Noise on both sums of a release, `times` on each, that the observer draws itself: the code is public."""
+    drawn, sums = [], []
+    for k in range(2 * times):
+        release = worlds.releases[k % 2]
+        stream = Stream(derive("rehearsal", seed, k), "noise", 0)
+        drawn.append(numbers(method.noise.add(release._replace(value=release.value.clone()), stream)))
+        sums.append(numbers(release.value))
+    return Known(np.stack(drawn), np.stack(sums), worlds.s)
 
 
 # What it decides ------------------------------------------------------------------------------------------
@@ -242,7 +248,7 @@ class Ending:
         return numbers(method.path.kept(done.w, done.parts.path))
 
     def line(self, s: Array, rng: np.random.Generator) -> tuple[Array, Array, Array] | None:
-        """A release, its weights and their slopes [d], where each weight is a line in its own number, and in no other."""
+        """A release, its weights and their slopes [d]; None where weights are not lines in their own number alone."""
         dtype = numbers(self.release.value).dtype
         first, second = ((rng.normal(size=s.shape) * s).astype(dtype) for _ in range(2))
         half = rng.random(s.shape) < 0.5
@@ -257,15 +263,15 @@ class Ending:
         slopes = (end - start) / (second.astype(float) - first)
         return (first, start, slopes) if (np.abs(slopes) > 0).all() else None
 
-    def solved(self, w: Array, line: tuple[Array, Array, Array]) -> tuple[list[Array], list[Mask]]:
-        """Releases around the one that weights come from, and where each ends in just these weights.
+    def solved(self, w: Array, line: tuple[Array, Array, Array]) -> tuple[Array, Mask]:
+        """Releases [k, d] around the one that weights come from, and where each ends in just these weights.
 
-        The last two are the ends of the range: where one of them does, there are more than were tried.
+        The last of each half are the ends of the range: where one of them does, there are more than were tried.
         """
         first, start, slopes = line
         guess = (first + (w.astype(float) - start) / slopes).astype(first.dtype)
-        tried = list(around(guess, SOLVED))
-        return tried, [self.weights(y) == w for y in tried]
+        tried = np.stack(list(around(guess, SOLVED)))
+        return tried, np.stack([self.weights(y) == w for y in tried])
 
 
 def by_weights(
@@ -273,15 +279,12 @@ def by_weights(
 ) -> tuple[bool, bool]:
     """Whether final weights are possible without the target, and with it."""
     tried, same = ending.solved(w, line)
-    more = same[SOLVED] | same[2 * SOLVED] | ~np.logical_or.reduce(same)
-    found = []
-    for v in (worlds.absent, worlds.present):
-        can = more.copy()
-        for y, here in zip(tried, same, strict=True):
-            left = here & ~can
-            can[left] = possible(images, y[left], v[left], worlds.s[left])
-        found.append(bool(can.all()))
-    return found[0], found[1]
+    open_ = same[SOLVED] | same[2 * SOLVED] | ~same.any(0)
+    _, at = same.nonzero()
+    absent, present = open_.copy(), open_.copy()
+    for can, v in ((absent, worlds.absent), (present, worlds.present)):
+        can[at[possible(images, tried[same], v[at], worlds.s[at])]] = True
+    return bool(absent.all()), bool(present.all())
 
 
 # The audit ------------------------------------------------------------------------------------------------
@@ -307,18 +310,24 @@ class Attack:
     observer: Observer
     seed: int
     images: dict[str, list[Image]] = field(default_factory=dict)
+    first: dict[str, Worlds] = field(default_factory=dict)
     releases: Tally = field(default_factory=Tally)
     weights: Tally = field(default_factory=Tally)
     unseen: str | None = None
     moved: bool = False
 
-    def rehearse(self, at: Heard, known: SimpleNamespace) -> None:
-        """Find out, before a run is judged, which images hold of each release's noise."""
-        method, rng = self.observer.method, np.random.default_rng(self.seed % 2**63)
-        absent, present = (self.observer.released(at, known, there) for there in (False, True))
-        for name in absent:
-            own = rehearsed(method, [absent[name], present[name]], derive(name, self.seed))
-            self.images[name] = [*held(guesses(own), own, rng), End()]
+    def holding(self, name: str, worlds: Worlds) -> list[Image]:
+        """The images that hold of a release's noise, as rehearsals show. For other sums than the first, short ones."""
+        method, seed = self.observer.method, derive(name, self.seed)
+        if name not in self.first:
+            own = rehearsed(method, worlds, max(TIMES, math.ceil(REHEARSED / max(1, len(worlds.s)))), seed)
+            rng = np.random.default_rng(self.seed % 2**63)
+            self.images[name], self.first[name] = held(guesses(own), own, rng), worlds
+        images = self.images[name]
+        if images and not worlds.same(self.first[name]):
+            own = rehearsed(method, worlds, TIMES, derive("again", seed, len(self.releases.decided)))
+            images = [image for image in images if never_wrong(image, own)]
+        return [*images, End()]
 
     def judge(self, run: Run) -> None:
         """Decide one run by all of its releases, and by its final weights alone.
@@ -327,41 +336,49 @@ class Attack:
         """
         can, sums = [True, True], iter(run.given)
         for at in run.steps:
-            worlds = self.observer.worlds(at, run.known)
-            for release, world, images in zip(at.releases, worlds, self.images.values(), strict=True):
-                if not np.array_equal(next(sums).numpy(), world.present if run.present else world.absent):
-                    raise Refused("its sums are other ones when they are made again: the observer cannot know them")
-                y = numbers(release.value)
-                for i, v in enumerate((world.absent, world.present)):
-                    can[i] &= bool(possible(images, y, v, world.s).all())
-                self.moved |= not np.array_equal(world.absent, world.present)
+            found = self.observer.worlds(at, run.known)
+            for release, (name, worlds) in zip(at.releases, found.items(), strict=True):
+                if not np.array_equal(next(sums).numpy(), worlds.present if run.present else worlds.absent):
+                    raise Refused(
+                        "its sums are other ones when they are made again: the observer cannot know them"
+                    )
+                images, y = self.holding(name, worlds), numbers(release.value)
+                for i, v in enumerate((worlds.absent, worlds.present)):
+                    can[i] &= bool(possible(images, y, v, worlds.s).all())
+                self.moved |= not np.array_equal(worlds.absent, worlds.present)
         self.releases.add(*can)
-        if len(run.steps) > 1 or len(self.images) > 1:
+        if len(run.steps) > 1 or len(found) > 1:
             self.unseen = "there is more than one noised release in them"
         elif not self.unseen:
-            self._judge_weights(run, worlds[0])
+            self._judge_weights(run, worlds, images)
 
-    def _judge_weights(self, run: Run, world: Worlds) -> None:
-        o, (at,), (images,) = self.observer, run.steps, self.images.values()
-        begun, denominator = start(o.method, o.model, 1), o.method.sampler.denominator(o.pair.n_train, o.batch)
+    def _judge_weights(self, run: Run, worlds: Worlds, images: list[Image]) -> None:
+        o, (at,) = self.observer, run.steps
+        begun, denominator = (
+            start(o.method, o.model, 1),
+            o.method.sampler.denominator(o.pair.n_train, o.batch),
+        )
         ending = Ending(o.method, o.model, begun.w, begun.parts, at.releases[0], denominator, run.known.path)
-        line = ending.line(world.s, np.random.default_rng(self.seed % 2**63))
+        line = ending.line(worlds.s, np.random.default_rng(self.seed % 2**63))
         if line is None:
             self.unseen = "they are not linear in the noised sum, each in its own number"
         else:
-            self.weights.add(*by_weights(ending, line, numbers(run.kept), world, images))
+            self.weights.add(*by_weights(ending, line, numbers(run.kept), worlds, images))
 
 
 def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | None = None) -> Verdict:
     """Train `method` on one or the other of two neighbours, `s.repeat` times, and decide which by what floats can be.
 
-    `sigma` is the noise multiplier, by default the one at which the plan costs `s.epsilon`. Raises Refused where the method
-    claims nothing, where its sums cannot be made again to the bit, or where it writes a ledger that is not its plan.
+    `sigma` is the noise multiplier, by default the one at which the plan costs `s.epsilon`. Raises Refused where the
+    method claims nothing, where its sums cannot be made again to the bit, or where it writes a ledger that is not its
+    plan.
     """
     if not method.noise.private:
         raise Refused("it trains without noise and claims no epsilon: there is nothing to audit")
     if s.rate != 1:
-        raise Refused("the observer knows the batches, and a smaller epsilon is claimed for who does not: rate 1 is audited")
+        raise Refused(
+            "the observer knows the batches, and a smaller epsilon is claimed for who does not: rate 1 is audited"
+        )
     two = neighbours(method, task or s.trained())
     n = two.n_train
     sigma, accountant, price = claim(method, n, n, s.steps, s.epsilon, s.delta, sigma)
@@ -385,8 +402,6 @@ def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | N
             raise Refused(f"the run billed {ended.ledger}, its plan said {planned}")
         kept = method.path.kept(ended.w, ended.parts.path)
         run = Run(steps, kept, witness.given, secrets(seed), coins[-1])
-        if not attack.images:
-            attack.rehearse(steps[0], run.known)
         attack.judge(run)
     if not attack.moved:
         raise Refused("the example that was tried moves no release")
@@ -409,7 +424,7 @@ def verdict(
     bounds[CERTAINTY] = {"epsilon": sure[best], "score": best}
     facts = {name: t.facts(inside) for name, t in seen.items()} | {
         "weights_unseen": attack.unseen,
-        "images": {name: [image.name for image in images] for name, images in attack.images.items()},
+        "images": {name: [*(i.name for i in images), End.name] for name, images in attack.images.items()},
         "in": int(inside.sum()), "samples": len(inside), "n": o.pair.n_train, "batch": o.batch,
         "sampling": o.method.sampler.law(o.pair.n_train, o.batch),
     }  # fmt: skip
@@ -419,14 +434,17 @@ def verdict(
 def certainty(tally: Tally, inside: Mask, delta: float, level: float) -> float:
     """The largest epsilon that is looked for, if so many coins were decided as no delta explains, none of them wrongly.
 
-    What is possible in one world and not in the other has at most the probability delta, whatever epsilon is. It presumes
-    that the images hold, as they did in all rehearsals; one wrong decision shows that they do not.
+    What is possible in one world and not in the other has at most the probability delta, whatever epsilon is. It
+    presumes that the images hold, as they did in all rehearsals; one wrong decision shows that they do not.
     """
     found = tally.facts(inside)
     if found["wrong"]:
         return 0.0
     said = np.array(tally.decided)
-    right = [(int((said[inside] == 1).sum()), int(inside.sum())), (int((said[~inside] == -1).sum()), int((~inside).sum()))]
+    right = [
+        (int((said[inside] == 1).sum()), int(inside.sum())),
+        (int((said[~inside] == -1).sum()), int((~inside).sum())),
+    ]
     least = max(1 - float(upper(n - k, n, level / 2)) for k, n in right)
     return MOST if least > delta else 0.0
 
