@@ -24,6 +24,7 @@ Mask = NDArray[np.bool_]
 
 EXPECTED = 25  # exclusions that noise which is fine would show: none of so many is seen once in 2^25
 MOVED = 16  # units in the last place, at most, by which `shaken` moves a number
+FACTORS = (1.0, math.sqrt(2))  # of noise: that of an inverse error function is merged with the deviation
 FINEST = 40  # steps of lattices that are tried: down to 2^-FINEST deviations
 ENDS = {
     np.dtype(np.float32): 6.77,  # Box and Muller from 32 bits end at sqrt(2 log 2^33) = 6.76
@@ -77,7 +78,10 @@ class Sum:
     tried.
     """
 
-    name: ClassVar[str] = "float sum"
+    @property
+    def name(self) -> str:
+        """In a few words."""
+        return "float sum"
 
     def possible(self, y: Array, v: Array, s: Array) -> Mask:
         with np.errstate(all="ignore"):
@@ -96,65 +100,59 @@ class Sum:
 
 @dataclass(frozen=True)
 class Product(Sum):
-    """y = fl(v + fl(s z)) for some float z.
+    """y = fl(v + fl(c z)) for some float z, where c = fl(s) or, with another `factor`, fl(fl(s) fl(factor)).
 
-    Where s z is coarser than floats are, one in two of them is skipped, and never two together.
+    Where c z is coarser than floats are, one in two of them is skipped, and never two together.
     """
 
-    name: ClassVar[str] = "float sum with a scaled float"
+    factor: float = 1.0
+    title: ClassVar[str] = "float sum with a scaled float"
+
+    @property
+    def name(self) -> str:
+        """With its factor, where that is not 1."""
+        return self.title if self.factor == 1 else f"{self.title}, times {self.factor:.4g}"
+
+    def scaled(self, s: Array, dtype: Any) -> Array:
+        """The factor c of z, as it is computed in a float type."""
+        found: Array = s.astype(dtype) * dtype.type(self.factor)
+        return found
 
     def reached(self, t: Array, s: Array) -> Mask:
-        hit, own = np.zeros(t.shape, bool), s.astype(t.dtype)
-        for z in around((t / s).astype(t.dtype), 2):
-            hit |= own * z == t
+        hit, c = np.zeros(t.shape, bool), self.scaled(s, t.dtype)
+        for z in around((t / c).astype(t.dtype), 2):
+            hit |= c * z == t
         return hit
 
 
 @dataclass(frozen=True)
-class Fused(Sum):
-    """y = fl(v + s z) for some float z, rounded once: a fused multiply-add. In float64 it excludes nothing."""
+class Fused(Product):
+    """y = fl(v + c z) for some float z, rounded once: a fused multiply-add. In float64 it excludes nothing.
 
-    name: ClassVar[str] = "fused float sum"
+    z is in an interval. Where its floats are fine enough to have one there, it is not looked for.
+    """
+
+    title: ClassVar[str] = "fused float sum"
 
     def possible(self, y: Array, v: Array, s: Array) -> Mask:
-        if y.dtype != np.float32:
+        if y.dtype == np.float64:
             return np.ones(y.shape, bool)
         with np.errstate(all="ignore"):
-            z = ((y.astype(float) - v) / s).astype(y.dtype)
-            return somewhere(ulp(y) < 2 * s * ulp(z), y, v, s, self._tried)
+            c = self.scaled(np.asarray(s), y.dtype).astype(float)
+            return somewhere(ulp(y) < 2 * c * ulp(self._near(y, v, c)), y, v, c, self._tried)
 
-    def _tried(self, y: Array, v: Array, s: Array) -> Mask:
-        hit, own = np.zeros(y.shape, bool), s.astype(y.dtype).astype(float)
-        for z in around(((y.astype(float) - v) / s).astype(y.dtype), 3):
-            total = v + own * z  # the product is exact in float64; the sum may be off by its last place
+    @staticmethod
+    def _near(y: Array, v: Array, c: Array) -> Array:
+        near: Array = ((y.astype(float) - v) / c).astype(y.dtype)
+        return near
+
+    def _tried(self, y: Array, v: Array, c: Array) -> Mask:
+        hit = np.zeros(y.shape, bool)
+        for z in around(self._near(y, v, c), 3):
+            total = v + c * z  # the product is exact in float64; the sum may be off by its last place
             for near in around(total, 1):
                 hit |= near.astype(y.dtype) == y
         return hit
-
-
-@dataclass(frozen=True)
-class Listed(Product):
-    """y = fl(v + fl(s z)) for a z of a list: a generator that can only return so many. `values` are sorted.
-
-    Every float of the type that is not on the list excludes what only it could have made.
-    """
-
-    values: Array
-    name: ClassVar[str] = "float sum with a number of a list"
-
-    def possible(self, y: Array, v: Array, s: Array) -> Mask:
-        with np.errstate(all="ignore"):
-            own = np.broadcast_to(s, y.shape).astype(y.dtype)
-            z = (y.astype(float) - v) / s
-            place = np.searchsorted(self.values, z.astype(y.dtype))
-            # y's cell, as seen from z, may hold more of the list than are tried: then nothing is said
-            last = len(self.values) - 1
-            reach = [self.values[np.clip(place + k, 0, last)].astype(float) for k in (-5, 4)]
-            slack = (ulp(y).astype(float) + ulp(y - v)) / np.abs(s)
-            hit = (reach[0] > z - slack) & (place >= 5) | (reach[1] < z + slack) & (place + 4 <= last)
-            for k in range(-5, 5):
-                hit |= v + own * self.values[np.clip(place + k, 0, last)] == y
-            return hit
 
 
 @dataclass(frozen=True)
@@ -251,7 +249,7 @@ def guesses(known: Known) -> list[Image]:
     Steps are powers of two, of deviations and of one, with and without half a step; and the smallest distance between
     two values of y - v that rounding does not explain, which finds any step that is not much finer than the sample.
     """
-    found: list[Image] = [Sum(), Product(), Fused()]
+    found: list[Image] = [Sum(), *(kind(c) for kind in (Product, Fused) for c in FACTORS)]
     top = math.ceil(math.log2(float(known.s.max()))) + 1
     for offset in (0.0, 0.5):
         found += [Lattice(2.0**-k, offset) for k in range(FINEST + 1)]

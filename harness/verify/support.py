@@ -314,7 +314,17 @@ class Attack:
     releases: Tally = field(default_factory=Tally)
     weights: Tally = field(default_factory=Tally)
     unseen: str | None = None
+    coins: list[bool] = field(default_factory=list)
     moved: bool = False
+
+    @property
+    def seen(self) -> dict[str, Tally]:
+        """The decisions, by what they were made on."""
+        return {"releases": self.releases} | ({} if self.unseen else {"weights": self.weights})
+
+    def facts(self) -> dict[str, dict[str, int]]:
+        """How many coins were decided, by what."""
+        return {name: tally.facts(np.array(self.coins)) for name, tally in self.seen.items()}
 
     def holding(self, name: str, worlds: Worlds) -> list[Image]:
         """The images that hold of a release's noise, as rehearsals show. For other sums than the first, short ones."""
@@ -334,6 +344,7 @@ class Attack:
 
         Raises Refused where the observer's sum is not the run's own to the bit: a bit decides here.
         """
+        self.coins.append(run.present)
         can, sums = [True, True], iter(run.given)
         for at in run.steps:
             found = self.observer.worlds(at, run.known)
@@ -354,10 +365,8 @@ class Attack:
 
     def _judge_weights(self, run: Run, worlds: Worlds, images: list[Image]) -> None:
         o, (at,) = self.observer, run.steps
-        begun, denominator = (
-            start(o.method, o.model, 1),
-            o.method.sampler.denominator(o.pair.n_train, o.batch),
-        )
+        begun = start(o.method, o.model, 1)
+        denominator = o.method.sampler.denominator(o.pair.n_train, o.batch)
         ending = Ending(o.method, o.model, begun.w, begun.parts, at.releases[0], denominator, run.known.path)
         line = ending.line(worlds.s, np.random.default_rng(self.seed % 2**63))
         if line is None:
@@ -382,53 +391,53 @@ def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | N
     two = neighbours(method, task or s.trained())
     n = two.n_train
     sigma, accountant, price = claim(method, n, n, s.steps, s.epsilon, s.delta, sigma)
+    found = attacked(method, two, s, sigma)
+    return verdict(found, s, price, accountant)
 
-    def plan(multiplier: float) -> Ledger:
-        return method.plan(multiplier, n, n, s.steps)
 
-    asked, planned = dataclasses.asdict(s), plan(sigma)
+def attacked(method: Method, two: Neighbours, s: Setting, sigma: float) -> Attack:
+    """`s.repeat` runs, judged. Raises Refused as `audit` does."""
+    n, asked = two.n_train, dataclasses.asdict(s)
+    planned = method.plan(sigma, n, n, s.steps)
     model, schedule = copy.deepcopy(two.body), Schedule(s.steps, n, s.steps)
     witness = Witnessed(method.noise)
     watched = dataclasses.replace(method, noise=witness)
-    attack = Attack(
-        Observer(method, two, model, sigma, n), derive("support observer", describe(method), asked)
-    )
-    coins = []
+    observer = Observer(method, two, model, sigma, n)
+    attack = Attack(observer, derive("support observer", describe(method), asked))
     for seed in (derive(INSTRUMENT, describe(method), asked, run) for run in range(s.repeat)):
-        coins.append(bool(Stream(seed, "coins", 0).uniform(1) < 0.5))
+        present = bool(Stream(seed, "coins", 0).uniform(1) < 0.5)
         witness.given.clear()
-        steps, ended = overheard(watched, Side(two, coins[-1]), model, sigma, schedule, seed)
+        steps, ended = overheard(watched, Side(two, present), model, sigma, schedule, seed)
         if ended.ledger != planned:
             raise Refused(f"the run billed {ended.ledger}, its plan said {planned}")
         kept = method.path.kept(ended.w, ended.parts.path)
-        run = Run(steps, kept, witness.given, secrets(seed), coins[-1])
-        attack.judge(run)
+        attack.judge(Run(steps, kept, witness.given, secrets(seed), present))
     if not attack.moved:
         raise Refused("the example that was tried moves no release")
-    return verdict(attack, np.array(coins), s, plan, price, sigma, accountant)
+    return attack
 
 
-def verdict(
-    attack: Attack, inside: Mask, s: Setting, plan: Callable[[float], Ledger], price: Callable[[float], float],
-    sigma: float, accountant: str,
-) -> Verdict:  # fmt: skip
+def verdict(attack: Attack, s: Setting, price: Callable[[float], float], accountant: str) -> Verdict:
     """The bounds that the decisions give. The three share the level evenly, so that the largest holds too."""
-    o = attack.observer
-    seen = {"releases": attack.releases} | ({} if attack.unseen else {"weights": attack.weights})
+    o, inside, seen = attack.observer, np.array(attack.coins), attack.seen
+
+    def plan(multiplier: float) -> Ledger:
+        return o.method.plan(multiplier, o.pair.n_train, o.batch, s.steps)
+
     sample = Sample({name: np.array(t.decided, float) for name, t in seen.items()}, inside)
     bounds = bound(
-        sample, dataclasses.replace(s, level=s.level * 2 / 3), plan, price, sigma, o.method, (RATES, TRADEOFF)
+        sample, dataclasses.replace(s, level=s.level * 2 / 3), plan, price, o.sigma, o.method, (RATES, TRADEOFF)
     )
     sure = {name: certainty(t, inside, s.delta, s.level / 3 / len(seen)) for name, t in seen.items()}
     best = max(sure, key=lambda name: sure[name])
     bounds[CERTAINTY] = {"epsilon": sure[best], "score": best}
-    facts = {name: t.facts(inside) for name, t in seen.items()} | {
+    facts = attack.facts() | {
         "weights_unseen": attack.unseen,
         "images": {name: [*(i.name for i in images), End.name] for name, images in attack.images.items()},
         "in": int(inside.sum()), "samples": len(inside), "n": o.pair.n_train, "batch": o.batch,
         "sampling": o.method.sampler.law(o.pair.n_train, o.batch),
     }  # fmt: skip
-    return Verdict(price(sigma), accountant, sigma, bounds, facts)
+    return Verdict(price(o.sigma), accountant, o.sigma, bounds, facts)
 
 
 def certainty(tally: Tally, inside: Mask, delta: float, level: float) -> float:
