@@ -312,7 +312,9 @@ def main(arguments: Sequence[str] = ()) -> int:
     flags = [name for name in by_flag if getattr(given, name)]
     for flag in flags:
         if given.canaries is not None:
-            looked = "the examples of the task are" if flag == "membership" else "the one example that differs is"
+            looked = (
+                "the examples of the task are" if flag == "membership" else "the one example that differs is"
+            )
             parser.error(f"--canaries: with --{flag}, {looked} what is looked for")
     if given.support and given.rate not in (None, 1.0):
         parser.error("--rate: with --support the observer knows the batches, and all examples are in each")

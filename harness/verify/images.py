@@ -61,6 +61,21 @@ def ulp(x: Array) -> Array:
     return spacing
 
 
+def rounded_once(a: Array, b: Array, dtype: Any) -> Array:
+    """a + b, of float64, in a shorter float type by one rounding.
+
+    The sum is first rounded to odd: an inexact one to that of its two neighbours whose last bit is set, which leaves a
+    shorter type's rounding as it would be.
+    """
+    total = a + b
+    kept = total - a
+    error = (a - (total - kept)) + (b - kept)  # exact (Knuth)
+    even = total.view(np.int64) & 1 == 0
+    odd = np.where((error != 0) & even, np.nextafter(total, np.copysign(np.inf, error)), total)
+    rounded: Array = odd.astype(dtype)
+    return rounded
+
+
 def somewhere(close: Mask, y: Array, v: Array, s: Array, found: Any) -> Mask:
     """True but where `close`: there, what `found` says of y, v and s."""
     out = np.ones(close.shape, bool)
@@ -149,9 +164,7 @@ class Fused(Product):
     def _tried(self, y: Array, v: Array, c: Array) -> Mask:
         hit = np.zeros(y.shape, bool)
         for z in around(self._near(y, v, c), 3):
-            total = v + c * z  # the product is exact in float64; the sum may be off by its last place
-            for near in around(total, 1):
-                hit |= near.astype(y.dtype) == y
+            hit |= rounded_once(v.astype(float), c * z, y.dtype) == y  # the product is exact in float64
         return hit
 
 

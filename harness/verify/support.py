@@ -42,7 +42,7 @@ from harness.verify.pair import Heard, Neighbours, Side, overheard, secrets
 
 INSTRUMENT = "support"
 CERTAINTY = "certainty"
-REHEARSED = 4000  # numbers, at the least, of each sum
+REHEARSED = 1000  # numbers, at the least, of each sum
 TIMES = 32  # rehearsals, at the least
 SOLVED = 8  # floats on either side of a solution that are tried: those that end in the same weights
 STRAIGHT = 1e-3  # how far weights may be from a line through two others, of the distance
@@ -169,12 +169,11 @@ def deviations(release: Release) -> Array:
 
 def rehearsed(method: Method, worlds: Worlds, times: int, seed: int) -> Known:
     """Noise on both sums of a release, `times` on each, that the observer draws itself: the code is public."""
-    drawn, sums = [], []
-    for k in range(2 * times):
-        release = worlds.releases[k % 2]
-        stream = Stream(derive("rehearsal", seed, k), "noise", 0)
-        drawn.append(numbers(method.noise.add(release._replace(value=release.value.clone()), stream)))
-        sums.append(numbers(release.value))
+    stream, drawn, sums = Stream(seed, "rehearsal", 0), [], []
+    for _ in range(times):
+        for release in worlds.releases:
+            drawn.append(numbers(method.noise.add(release._replace(value=release.value.clone()), stream)))
+            sums.append(numbers(release.value))
     return Known(np.stack(drawn), np.stack(sums), worlds.s)
 
 
@@ -426,7 +425,13 @@ def verdict(attack: Attack, s: Setting, price: Callable[[float], float], account
 
     sample = Sample({name: np.array(t.decided, float) for name, t in seen.items()}, inside)
     bounds = bound(
-        sample, dataclasses.replace(s, level=s.level * 2 / 3), plan, price, o.sigma, o.method, (RATES, TRADEOFF)
+        sample,
+        dataclasses.replace(s, level=s.level * 2 / 3),
+        plan,
+        price,
+        o.sigma,
+        o.method,
+        (RATES, TRADEOFF),
     )
     sure = {name: certainty(t, inside, s.delta, s.level / 3 / len(seen)) for name, t in seen.items()}
     best = max(sure, key=lambda name: sure[name])

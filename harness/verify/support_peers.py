@@ -17,12 +17,11 @@ from harness import registry
 from harness.dp.method import Method
 from harness.dp.noise import Gaussian, Noise
 from harness.peers.noise import NOISES
-from harness.verify.faults import inserted
+from harness.verify.faults import FloatSum, inserted
 from harness.verify.finding import claim
 from harness.verify.support import Setting, attacked, neighbours
 
 METHOD = "one-step-last-layer"
-OURS = "epsbench"
 BEGIN, END = "<!-- peers -->", "<!-- end of peers -->"
 
 
@@ -52,7 +51,10 @@ def attack(name: str, version: str, adds: str, noise: Noise, epsilons: Sequence[
 
 def rows(epsilons: Sequence[float], repeat: int) -> tuple[list[Row], list[str]]:
     """A row for each noise whose library is there, and why others have none."""
-    found = [attack(OURS, "", "Gaussian()", Gaussian(), epsilons, repeat)]
+    found = [
+        attack("epsbench", "", "Gaussian()", Gaussian(), epsilons, repeat),
+        attack("epsbench with the planted fault", "", "v + torch.randn() * s", FloatSum(), epsilons, repeat),
+    ]
     absent = []
     for name, kind in NOISES.items():
         version = kind.version()
