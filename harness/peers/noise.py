@@ -1,7 +1,7 @@
 """Other people's noise as a part, so that it is attacked in the same loop as ours.
 
-Each draws and adds as its library does, tensor by tensor, on the same sums, with the deviation that the harness asks for.
-Where a library exports no function for it, its arithmetic is repeated here; the class says which.
+Each draws and adds as its library does, tensor by tensor, on the same sums, with the deviation that the harness asks
+for. Where a library exports no function for it, its arithmetic is repeated here; the class says which.
 """
 
 from __future__ import annotations

@@ -23,8 +23,12 @@ Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 
 EXPECTED = 25  # exclusions that noise which is fine would show: none of so many is seen once in 2^25
-MOVED = 16  # units in the last place, at most, by which `shaken` moves a number
+MOVED = 128
+SLACK = (
+    2.0**-6
+)  # of a step or of a unit in the last place: what a sum may be rounded by before noise is added
 FACTORS = (1.0, math.sqrt(2))  # of noise: that of an inverse error function is merged with the deviation
+OFFSETS = ((0.0, 0.0), (0.5, 0.0), (0.0, SLACK))  # of lattices, and their slack
 FINEST = 40  # steps of lattices that are tried: down to 2^-FINEST deviations
 ENDS = {
     np.dtype(np.float32): 6.77,  # Box and Muller from 32 bits end at sqrt(2 log 2^33) = 6.76
@@ -169,27 +173,67 @@ class Fused(Product):
 
 
 @dataclass(frozen=True)
+class Short(Product):
+    """y - v = c z for some z of float32, however they are added: to within `SLACK` of z's ulp, or of that of 1.
+
+    It is what comes of noise that was drawn in single precision and then computed with in integers or in float64. With
+    `rounded`, c is rounded to float32 as above, else it is the deviation times the factor.
+    """
+
+    rounded: bool = True
+    title: ClassVar[str] = "noise of a float32"
+
+    def possible(self, y: Array, v: Array, s: Array) -> Mask:
+        s = np.asarray(s)
+        c = self.scaled(s, np.dtype(np.float32)).astype(float) if self.rounded else s * self.factor
+        t = y.astype(float) - v
+        with np.errstate(all="ignore"):
+            z = (t / c).astype(np.float32)
+            slack = SLACK * c * ulp(np.maximum(np.abs(z), 1))
+            possible: Mask = np.abs(t - c * z) <= rounding(y, v) + slack
+        return possible
+
+
+def rounding(y: Array, v: Array) -> Array:
+    """How far y - v, in float64, may be from what was added to v before y was rounded to its type."""
+    slack: Array = (np.abs(y).astype(float) + np.abs(v)) * 2.0**-50
+    return slack + ulp(y).astype(float) / 2
+
+
+@dataclass(frozen=True)
 class Lattice:
     """y - v = (k + offset) * step for some integer k, but for rounding; `relative` steps are in deviations.
 
-    It is what comes of noise on a lattice that is added to a sum which is not: y is of v's coset.
+    It is what comes of noise on a lattice that is added to a sum which is not: y is of v's coset. With `slack`, a
+    part of the step, so does noise on a lattice that is coarser than the one to which the sum is rounded.
     """
 
     step: float
     offset: float = 0.0
     relative: bool = True
+    slack: float = 0.0
 
     @property
     def name(self) -> str:
-        return f"lattice of step {self.step:.6g}{' deviations' if self.relative else ''} from the sum"
+        near = "near a" if self.slack else "a"
+        return f"{near} lattice of step {self.step:.6g}{' deviations' if self.relative else ''} from the sum"
+
+    def follows(self, other: Image) -> bool:
+        """Whether another that holds says as much, or more: steps are tried from the largest down."""
+        return (
+            isinstance(other, Lattice)
+            and other.relative == self.relative
+            and bool(other.slack) <= bool(self.slack)
+        )
 
     def possible(self, y: Array, v: Array, s: Array) -> Mask:
         step = self.step * s if self.relative else np.float64(self.step)
         t = y.astype(float) - v
         k = t / step - self.offset
-        rounded = (ulp(y).astype(float) + ulp(t.astype(y.dtype))) / 2
-        slack = (np.abs(t) + np.abs(y) + np.abs(v)) * 2.0**-51
-        possible: Mask = np.abs(k - np.rint(k)) <= (rounded + slack) / step
+        off = (
+            rounding(y, v) + ulp(t.astype(y.dtype)).astype(float) / 2
+        )  # the noise may have been rounded, too
+        possible: Mask = np.abs(k - np.rint(k)) <= off / step + self.slack
         return possible
 
 
@@ -219,14 +263,14 @@ class Known(NamedTuple):
 
 
 def shaken(y: Array, rng: np.random.Generator) -> Array:
-    """`y`, each number moved by up to `MOVED` units in the last place.
+    """`y`, each number moved up or down by one unit in its last place to a `MOVED`th of it, all sizes alike.
 
     Noise with a smooth density is there about as likely as where it was; noise with holes is not.
     """
-    word = np.dtype(f"i{y.dtype.itemsize}")
-    moved = rng.integers(1, MOVED + 1, y.shape) * rng.choice((-1, 1), y.shape)
-    size = np.abs(y).view(word).astype(np.int64) + moved
-    shaken: Array = np.copysign(np.abs(size).astype(word).view(y.dtype), y)
+    word, most = np.dtype(f"i{y.dtype.itemsize}"), np.finfo(y.dtype).nmant - math.log2(MOVED)
+    moved = np.rint(2.0 ** rng.uniform(0, most, y.shape)) * rng.choice((-1, 1), y.shape)
+    size = np.maximum(np.abs(y).view(word).astype(np.int64) + moved.astype(np.int64), 0)
+    shaken: Array = np.copysign(size.astype(word).view(y.dtype), y)
     return shaken
 
 
@@ -262,16 +306,17 @@ def guesses(known: Known) -> list[Image]:
     Steps are powers of two, of deviations and of one, with and without half a step; and the smallest distance between
     two values of y - v that rounding does not explain, which finds any step that is not much finer than the sample.
     """
-    found: list[Image] = [Sum(), *(kind(c) for kind in (Product, Fused) for c in FACTORS)]
+    found: list[Image] = [Sum(), *(kind(c) for kind in (Product, Fused, Short) for c in FACTORS)]
+    found += [Short(c, rounded=False) for c in FACTORS]
     top = math.ceil(math.log2(float(known.s.max()))) + 1
-    for offset in (0.0, 0.5):
-        found += [Lattice(2.0**-k, offset) for k in range(FINEST + 1)]
-        found += [Lattice(2.0 ** (top - k), offset, relative=False) for k in range(FINEST + 1)]
+    for offset, slack in OFFSETS:
+        found += [Lattice(2.0**-k, offset, slack=slack) for k in range(FINEST + 1)]
+        found += [Lattice(2.0 ** (top - k), offset, False, slack) for k in range(FINEST + 1)]
     t = known.y.astype(float) - known.v
     for relative in (False, True):
         step = spaced(t / known.s if relative else t, known, relative)
         if step:
-            found += [Lattice(step, offset, relative) for offset in (0.0, 0.5)]
+            found += [Lattice(step, offset, relative, slack) for offset, slack in OFFSETS]
     return found
 
 
