@@ -72,7 +72,9 @@ def step(
     public = {
         name: m.noise.add(r, rng.noise) / denominator for name, r in releases.items()
     }  # raw values die here
+    # A long sum comes in float64, and the weights stay as they are.
     g = public.pop("grad")
+    g = g.with_flat(g.flat.to(w.flat.dtype))
     told = m.optimizer.receive(s.optimizer, public)
     new, optimizer = m.optimizer.update(g, told, m.path.base(w, s.path, rng.path))
     parts = Parts(optimizer, m.path.after(w, new, g, s.path), m.clip.update(s.clip, public))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -74,18 +73,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("arguments", [["ls"], ["ls", "methods"], ["--help"], ["run", "--help"]])
-def test_ls_and_help_are_quick_because_torch_is_not_imported(arguments: list[str], home: Path) -> None:
+def test_ls_and_help_import_nothing_heavy(arguments: list[str], home: Path) -> None:
     code = (f"import sys; from harness.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass\n"
             "heavy = {'torch', 'numpy', 'pydantic', 'mlflow', 'rich', 'jinja2'} & set(sys.modules)\n"
             "assert not heavy, heavy")  # fmt: skip
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = python(code, home)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0, done.stderr
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.5
+    done = python(code, home)
+    assert done.returncode == 0, done.stderr
     assert "dp-sgd" in done.stdout or "examples" in done.stdout or "a first look" in done.stdout
 
 

@@ -1,23 +1,28 @@
-"""Random streams: the cipher against its standard, the law of what is drawn, and the same bits on every machine."""
+"""Random streams: the cipher against its standard, what is drawn and how, and the same bits on every machine."""
 
 import math
+from fractions import Fraction
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
+from harness.dp import gaussian
+from harness.dp.gaussian import LEFT, REJECTED, Grid, decide, from_rest, grid, tables
 from harness.dp.native import describe, kernels, library
-from harness.dp.random import DOUBLE, SINGLE, Stream, box_muller, cipher_words
+from harness.dp.random import Stream, cipher_words
 
 MILLION = 1_000_000
 
 
-@pytest.fixture(params=["compiled", "numpy"])
+@pytest.fixture(params=["compiled", "torch"])
 def way(request, monkeypatch):
     """Both ways of computing the same numbers."""
-    if request.param == "numpy":
+    if request.param == "torch":
         without_kernels(monkeypatch)
     elif library() is None:
         pytest.skip(f"no kernels ({describe()}); Debian: apt-get install gcc")
@@ -55,26 +60,31 @@ def without_kernels(monkeypatch):
 )  # fmt: skip
 def test_the_cipher_is_chacha20(key, counter, block):
     words = cipher_words(tuple(np.frombuffer(key, "<u4").tolist()), 0, 1)
-    assert words[0, :, counter].astype("<u4").tobytes().hex() == block
+    assert words[0, :, counter].numpy().astype("<i4").tobytes().hex() == block
 
 
 @pytest.mark.parametrize("counter", [0, 2**32 - 16, 2**63])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_kernels_and_numpy_give_the_same_bits(counter, threads, monkeypatch):
-    """Also where the low half of the counter runs over, and whatever the number of threads."""
+@pytest.mark.parametrize("margin", [gaussian.MARGIN, 1.0])
+def test_kernels_and_torch_give_the_same_bits(counter, threads, margin, monkeypatch):
+    """Also where the low half of the counter runs over, whatever the number of threads, and where a wide margin has
+    every wedge decided exactly."""
     if library() is None:
         pytest.skip(f"no kernels ({describe()}); Debian: apt-get install gcc")
     before = torch.get_num_threads()
+    monkeypatch.setattr(gaussian, "MARGIN", margin)
+    monkeypatch.setattr(kernels._tables(), "margin", margin)
+    points = grid(0.37, 1.0, 300)
 
     def drawn():
         stream = Stream(5, "noise", 7)
         stream._block = counter
-        for n in (0, 1, 255, 256, 257, 10_001):
+        for n in (0, 1, 159, 160, 161, 4_001):
             yield stream.normal(n)
-            yield stream.noised(torch.linspace(-3, 3, n), 0.37)
+            yield stream.noised(torch.linspace(-3, 3, n), points)
             yield stream.normal(n, torch.float64)
-            yield stream.noised(torch.linspace(-3, 3, n, dtype=torch.float64), 0.37)
-            yield stream.noised(torch.linspace(-3, 3, 2 * n)[::2], 0.37)  # not contiguous
+            yield stream.noised(torch.linspace(-3, 3, n, dtype=torch.float64), points)
+            yield stream.noised(torch.linspace(-3, 3, 2 * n)[::2], points)  # not contiguous
             yield stream.uniform(n)
             yield stream.permutation(n)
         yield torch.tensor([stream.seed64() >> 1, stream._block - counter])
@@ -94,45 +104,111 @@ def test_the_streams_are_what_they_were():
     """Golden bits: a record's noise can be drawn again by any later version and on any machine."""
     stream = Stream(2**200 + 1, "noise", 3)
     assert [z.hex() for z in stream.normal(300)[[0, 1, 128, 299]].tolist()] == [
-        "-0x1.e3ff0e0000000p-1", "0x1.038a220000000p+1", "0x1.00c0f20000000p-1", "-0x1.3ea3ec0000000p-2",
-    ]  # fmt: skip
+        "-0x1.a88b500000000p-2",
+        "-0x1.7d03720000000p+0",
+        "-0x1.8573900000000p+0",
+        "0x1.0d5c9c0000000p+0",
+    ]
     assert [z.hex() for z in stream.normal(3, torch.float64).tolist()] == [
-        "0x1.39aeaba50e1f1p-3", "-0x1.549ba211e6a6ep+0", "-0x1.0d9fcda156a28p-1",
-    ]  # fmt: skip
-    assert [u.hex() for u in stream.uniform(2).tolist()] == ["0x1.aef1cef7774b0p-1", "0x1.0f7c09df04610p-5"]
-    assert stream.permutation(8).tolist() == [2, 0, 5, 1, 3, 7, 6, 4]
-    assert stream.seed64() == 4089695504011823125
+        "0x1.3ed097dd68000p-2",
+        "-0x1.1940b3aa90000p-3",
+        "0x1.13a4012a0a000p+0",
+    ]
+    assert [u.hex() for u in stream.uniform(2).tolist()] == ["0x1.c60c232515374p-3", "0x1.1846102aac0fbp-1"]
+    assert stream.permutation(8).tolist() == [2, 7, 5, 1, 4, 0, 6, 3]
+    assert stream.seed64() == 5921215287736908027
 
 
-def exact(radius, angle, k):
-    """The transform in numpy's widest format, by the library's functions."""
-    wide, size = np.longdouble, np.longdouble(2) ** k.bits
-    low, high = ((w.astype(wide) + wide(0.5)) / size for w in (radius, ~radius))
-    with np.errstate(divide="ignore"):  # of the branch that is not taken
-        length = np.sqrt(-2 * np.where(low > 0.5, np.log1p(-high), np.log(low)))
-    t = ((angle | k.word(3)).view(k.integer) - 1).astype(wide) / size * (2 * np.arctan(wide(1)))
-    a, b = length * np.cos(t) * np.where(angle & k.word(2), -1, 1), length * np.sin(t)
-    swap = angle & k.word(1) != 0
-    return np.where(swap, b, a), np.where(swap, a, b)
+def test_boxes_remainders_and_wedges_make_up_the_density():
+    """Cell by cell, to 2^-180 of all: what boxes hold, and what the alias method gives to the rest of the cell."""
+    mpmath = pytest.importorskip("mpmath")  # comes with torch
+    table, whole = tables(), 2**212
+    counts = table.boxes.long().bincount(minlength=LEFT + 1).tolist()
+    drawn = [mpmath.mpf(0)] * len(table.exact)
+    with mpmath.workprec(400):
+        for i, (threshold, other) in enumerate(zip(table.exact, table.aliases.tolist(), strict=True)):
+            drawn[i] += mpmath.mpf(threshold) / whole
+            drawn[other] += mpmath.mpf(whole - threshold) / whole
+        width, half = mpmath.mpf(1) / 128, len(drawn) // 2
+        ends = [mpmath.exp(-((c * width) ** 2) / 2) for c in range(half + 1)]
+        masses = [
+            mpmath.sqrt(mpmath.pi / 2) * mpmath.erfc(c * width / mpmath.sqrt(2)) for c in range(half + 1)
+        ]
+        accepted = []
+        for c in range(half):
+            wedge = masses[c] - masses[c + 1] - width * ends[c + 1]
+            accepted.append(drawn[c] + drawn[half + c] * wedge / (width * (ends[c] - ends[c + 1])))
+        rest = mpmath.mpf(counts[LEFT]) / 2**16 / sum(accepted)
+        off = sum(
+            abs(mpmath.mpf(counts[c]) / 2**16 + rest * accepted[c] - (masses[c] - masses[c + 1]) / masses[0])
+            for c in range(half)
+        )
+        assert off < mpmath.mpf(2) ** -180
+        assert counts[LEFT] < 500
 
 
-@pytest.mark.parametrize("k", [SINGLE, DOUBLE], ids=["float32", "float64"])
-def test_the_transform_is_exact_to_a_few_units_in_the_last_place(k):
-    """Also at both ends of the words and where the logarithm's argument changes."""
-    if k is DOUBLE and np.finfo(np.longdouble).nmant < 63:
-        pytest.skip("no float wider than float64 on this machine; run on x86-64")
-    rng, edge = np.random.default_rng(0), np.arange(5000, dtype=k.word)
-    words = rng.integers(0, 2**k.bits, (2, 300_000), dtype=k.word)
-    radius = np.concatenate([edge, ~edge, k.word(k.root) - edge, k.word(k.root) + edge, words[0]])
-    angle = np.concatenate([words[1], edge, ~edge, words[1][:10_000]])
-    for ours, truth in zip(box_muller(radius, angle, k), exact(radius, angle, k), strict=True):
-        off = np.abs(ours - truth) / np.spacing(np.abs(ours))
-        assert off.max() < 5 and off.mean() < 0.6
-    assert float(np.hypot(*box_muller(radius[:1], angle[:1], k))[0]) > (6.7 if k is SINGLE else 9.4)
+def test_a_try_is_decided_as_exact_arithmetic_decides_it():
+    """Random blocks, all zeros, all ones, and parts that equal their threshold in the first 52 bits."""
+    blocks = cipher_words(tuple(range(8)), 0, 150).transpose(1, 2).reshape(-1, 16)
+    ties = blocks[:64].clone()
+    for block, piece in zip(ties, range(0, 4096, 64), strict=True):
+        part = min(int(tables().thresholds[piece]), 2**52 - 1)
+        high, low = part >> 20, (part & 0xFFFFF) << 12 | piece
+        block[:2] = torch.tensor([high, low], dtype=torch.uint32).view(torch.int32)
+    blocks = torch.cat(
+        [blocks, ties, torch.zeros(1, 16, dtype=torch.int32), -torch.ones(1, 16, dtype=torch.int32)]
+    )
+    found = from_rest(blocks, gaussian.MARGIN).tolist()
+    exact = [decide(block) for block in blocks.numpy().view(np.uint32).tolist()]
+    assert found == exact
+    assert 0.1 < sum(number == REJECTED for number in exact) / len(exact) < 0.5
+
+
+@given(
+    sigma=st.floats(1e-3, 1e3),
+    sensitivity=st.floats(1e-6, 1e6),
+    size=st.integers(1, 10**9),
+    value=st.floats(-1e9, 1e9),
+)
+def test_a_grid_is_fine_enough_and_what_it_rounds_is_charged(sigma, sensitivity, size, value):
+    points = grid(sigma, sensitivity, size)
+    exact, deviation = Fraction(points.step), points.step * 2**points.bits
+    moved = 1.5 * math.sqrt(size) * points.step
+    assert moved <= 2**-20 * sensitivity or points.bits == gaussian.FINE
+    assert deviation >= sigma * (sensitivity + moved) * (1 - 1e-15)
+    assert deviation <= sigma * sensitivity * (1 + 1.1 * 2**-20) or points.bits == gaussian.FINE
+    value = max(min(value, 2**50 * points.step), -(2**50) * points.step)
+    k = round(value * (1 / points.step))
+    assert abs(k * exact - Fraction(value)) <= Fraction(3, 4) * exact
+
+
+def test_a_grid_that_would_be_too_coarse_is_refused():
+    with pytest.raises(ValueError, match="no grid is fine enough for 1000000 numbers"):
+        grid(1e9, 1.0, 10**6)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_release_is_a_function_of_an_integer_sum(dtype):
+    """With the same draws, values apart by multiples of the step come out as integers as far apart; beyond the edge
+    of the grid they come out alike.
+    """
+    points = grid(1.0, 1.0, 1000)
+    far = 2.0**50 * points.step
+    value = torch.cat([torch.linspace(-3, 3, 997), torch.tensor([4 * far, -4 * far, far])]).to(dtype)
+    k = (value.double() / points.step).round().clamp(-(2.0**50), 2.0**50)
+    numbers = Stream(1, "noise", 1)._integers(1000, "cpu") >> gaussian.FINE - points.bits
+    expected = ((k + numbers.double() + 0.5) * points.step).to(dtype)
+    assert torch.equal(Stream(1, "noise", 1).noised(value, points), expected)
+    # A cell of the grid is one point for the values in it.
+    inside = (k.double() * points.step).to(dtype)
+    same = (inside.double() / points.step).round() == k
+    assert torch.equal(Stream(1, "noise", 1).noised(inside, points)[same], expected[same])
+    assert Grid(2.0, 3).in_units(0.5) == Grid(1.0, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_normal_numbers_follow_their_law(dtype):
+def test_normal_numbers_follow_their_distribution(dtype):
     z = Stream(1, "noise", 1).normal(MILLION, dtype).double()
     assert abs(float(z.mean())) < 5 / math.sqrt(MILLION)
     assert abs(float(z.square().mean()) - 1) < 5 * math.sqrt(2 / MILLION)
@@ -145,12 +221,10 @@ def test_normal_numbers_follow_their_law(dtype):
 
 
 def test_numbers_are_independent_within_a_stream_and_between_streams():
-    """Cosine and sine of one pair, neighbours, releases of one step, roles, steps and seeds: in value and in size."""
+    """Numbers of one block, neighbours, releases of one step, roles, steps and seeds: in value and in size."""
     stream = Stream(1, "noise", 1)
     first, second = stream.normal(MILLION), stream.normal(MILLION)
-    tiles = first[: MILLION // 256 * 256].view(
-        -1, 2, 128
-    )  # half a tile holds the cosines, the other the sines
+    tiles = first[: MILLION // 160 * 160].view(-1, 2, 80)
     others = [Stream(*key).normal(MILLION) for key in ((2, "noise", 1), (1, "path", 1), (1, "noise", 2))]
     pairs = [
         (tiles[:, 0].flatten(), tiles[:, 1].flatten()),
@@ -176,7 +250,7 @@ def test_streams_of_close_seeds_steps_and_roles_differ():
     assert Stream(3, "noise", 4)._key == Stream(np.int64(3), "noise", np.int64(4))._key
 
 
-def test_uniform_numbers_and_orders_follow_their_laws():
+def test_uniform_numbers_and_orders_follow_their_distributions():
     stream = Stream(9, "sampling", 0)
     u = stream.uniform(MILLION)
     assert float(u.min()) >= 0 and float(u.max()) < 1
@@ -191,18 +265,12 @@ def test_uniform_numbers_and_orders_follow_their_laws():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; run where nvidia-smi lists one")
-def test_another_device_draws_by_itself_and_goes_on():
-    def drawn():
+def test_another_device_draws_the_same_bits():
+    value, points = torch.linspace(-3, 3, MILLION), grid(1.0, 1.0, MILLION)
+    drawn = []
+    for device in ("cpu", "cuda"):
         stream = Stream(1, "noise", 1)
-        value = torch.zeros(MILLION, device="cuda")
-        return [
-            stream.normal(MILLION, device="cuda"),
-            stream.noised(value, 2.0) / 2,
-            stream.noised(value, 2.0) / 2,
-        ]
-
-    draws = torch.stack(drawn())
-    assert torch.equal(draws, torch.stack(drawn()))
-    assert (
-        float((draws.double() @ draws.double().T / MILLION - torch.eye(3, device="cuda")).abs().max()) < 0.01
-    )
+        drawn.append(
+            [stream.normal(MILLION, device=device).cpu(), stream.noised(value.to(device), points).cpu()]
+        )
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*drawn, strict=True))

@@ -26,6 +26,7 @@ from harness.dp import (
     Vmap,
 )
 from harness.dp.engines.engine import trainable
+from harness.dp.native import kernels
 from harness.dp.random import Stream
 from harness.train import (
     Diverged,
@@ -153,7 +154,12 @@ def test_the_microbatch_changes_nothing():
     ],
     ids=["sgd", "adam-ema", "plain"],
 )
-def test_a_run_continued_from_any_checkpoint_is_the_uninterrupted_run(method, tmp_path):
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "no-kernels"])
+def test_a_run_continued_from_any_checkpoint_is_the_uninterrupted_run(
+    method, compiled, tmp_path, monkeypatch
+):
+    if not compiled:
+        monkeypatch.setattr(kernels, "serve", lambda *tensors: None)
     whole = run(method, steps=20)
     saved = []
 

@@ -47,8 +47,10 @@ class Poisson(Sampler):
     """Every example is in with probability q = batch / n, independently of all else. A batch may be empty."""
 
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
+        # Of the 2^53 values of a coin never a larger share than is billed, and less by 2^-53 at most.
+        share = (batch * 2**53 // n) * 2.0**-53 if n else 0.0
         coins = Stream(seed, "sampling", step).uniform(n)
-        return (coins < batch / n).nonzero().squeeze(1)
+        return (coins < share).nonzero().squeeze(1)
 
     def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
         return PoissonSampledDpEvent(batch / n, event)

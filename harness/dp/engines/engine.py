@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.draws import generators, rewind
+from harness.dp.engines.rows import adding, sum_type
 from harness.dp.loss import Batch, Loss
 from harness.dp.native.memory import keep_freed_memory
 from harness.dp.release import Bounded, Observed, Relation, Release
@@ -220,11 +221,13 @@ class PerExample(Engine):
         """The flat weighted sum of a logical batch, `chunk` examples at a time, and its microbatches without theirs."""
         total: Tensor | None = None
         parts: list[Clipped] = []
-        for x, y in zip(batch.x.split(chunk), batch.y.split(chunk), strict=True):
-            if len(x):
-                part = self.clipped_sum(loss, clip, groups, model, w, Batch(x, y), state)
-                total = part.total.flat if total is None else total.add_(part.total.flat)
-                parts.append(part._replace(total=w))
+        with adding(len(batch)):
+            for x, y in zip(batch.x.split(chunk), batch.y.split(chunk), strict=True):
+                if len(x):
+                    part = self.clipped_sum(loss, clip, groups, model, w, Batch(x, y), state)
+                    flat = part.total.flat.to(sum_type(w.flat.dtype))
+                    total = flat if total is None else total.add_(flat)
+                    parts.append(part._replace(total=w))
         return torch.zeros_like(w.flat) if total is None else total, parts
 
 

@@ -18,6 +18,7 @@ from harness.dp.engines.bookkeeping import BookKeeping
 from harness.dp.engines.draws import rewind
 from harness.dp.engines.engine import Unserved, Used
 from harness.dp.engines.gradients import Gradient
+from harness.dp.engines.rows import sum_type
 from harness.dp.engines.survey import untouched
 from harness.dp.engines.tape import Run
 from harness.dp.engines.taped import Taped
@@ -51,7 +52,9 @@ class Ghost(Taped):
         leaves: Mapping[str, Tensor],
         found: Mapping[str, Gradient],
     ) -> Tensor:
-        again = [n for n in w.names if weights.shape[1] == 1 and n in found and found[n].whole]
+        # A second pass adds up in the type of the weights.
+        served = weights.shape[1] == 1 and sum_type(w.flat.dtype) is w.flat.dtype
+        again = [n for n in w.names if served and n in found and found[n].whole]
         rest = {name: gradient for name, gradient in found.items() if name not in again}
         total = super().weighted_sum(w, groups, weights, taped, leaves, rest)
         if again and taped is not None:

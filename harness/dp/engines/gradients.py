@@ -23,7 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.dp.engines.rows import factor_squares, product, squared_norms, weighted_rows, wide
+from harness.dp.engines.rows import (
+    AT_ONCE,
+    factor_squares,
+    product,
+    squared_norms,
+    sum_type,
+    term,
+    weighted_rows,
+    wide,
+)
 from harness.dp.native import kernels
 
 CANCELLED = (
@@ -219,9 +228,9 @@ class Product(Gradient):
                 gradients, weights = gradients.some(good.nonzero().squeeze(1)), weights[good]
                 assert gradients.made
             return total.add_(gradients.weighted(weights.contiguous()))
-        if self.channels_last:
+        if self.channels_last and sum_type(torch.float32) is torch.float32:
             return kernels.weighted_rows(v, self.made[0], out, swap=True)
-        return weighted_rows(v, self.made[0], out)
+        return weighted_rows(v, self.rows, out)
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
         """The weighted sum without the single products."""
@@ -296,7 +305,7 @@ class Outer(Product):
         return Outer(self.a[chosen], self.g[chosen])
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
-        a, g = wide(self.a).flatten(0, 1), scaled(v, wide(self.g)).flatten(0, 1)
+        a, g = term(wide(self.a)).flatten(0, 1), scaled(v, term(wide(self.g))).flatten(0, 1)
         return placed(product(g.mT, a.mT), out)
 
     def __add__(self, other: Gradient) -> Gradient:
@@ -385,6 +394,7 @@ class Lookup(Gradient):
 
     def weighted(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         keys, sums = self.summed
+        sums = term(sums)
         total = sums.new_zeros(self.shape)
         total.index_add_(0, keys % self.entries, scaled(v[keys // self.entries], sums))
         return placed(total, out)
@@ -502,6 +512,12 @@ class Patches(Product):
         return Patches(self.x[chosen], self.g[chosen], self.geometry)
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
+        if sum_type(self.x.dtype) is not self.x.dtype:
+            # There is no fast convolution in float64: the gradients are made in float32 and added.
+            total = v.new_zeros(self.shape, dtype=torch.float64)
+            for chosen in torch.arange(len(v), device=v.device).split(AT_ONCE):
+                total += weighted_rows(v[chosen], self.some(chosen).rows)
+            return placed(total, out)
         g = scaled(v, wide(self.g)).flatten(0, 1)
         return placed(self._weight_gradient(wide(self.x).flatten(0, 1), g, self.geometry.groups), out)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Clipped, PerExample, Unserved, Used, group_norms, losses_of
+from harness.dp.engines.rows import sum_type
 from harness.dp.engines.survey import probe_batch, refuse_traces
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
@@ -46,7 +47,7 @@ class Loop(PerExample):
         batch: Batch,
         state: State,
     ) -> Clipped:
-        total = torch.zeros_like(w.flat)
+        total = torch.zeros_like(w.flat, dtype=sum_type(w.flat.dtype))
         norms, weights, losses = [], [], []
         # A clone: whatever a model writes to its own weights must not reach those of the run.
         with held(model, w.clone().views) as leaves:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.dp.engines.gradients import Factors, Gradient, Outer, Rows, placed
-from harness.dp.engines.rows import factor_squares, product, wide
+from harness.dp.engines.rows import factor_squares, product, term, wide
 from harness.dp.native import kernels
 
 
@@ -34,7 +34,7 @@ class Steps(Outer):
         return Factors(factor_squares(self.a), factor_squares(self.g), self.a.shape[1] * self.a.shape[2])
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
-        a, g = self.a.transpose(0, 1), self.g.transpose(0, 1)
+        a, g = term(self.a).transpose(0, 1), term(self.g).transpose(0, 1)
         a = a * v.to(a.dtype).unsqueeze(1)
         return placed(product(a.flatten(0, 1).mT, g.flatten(0, 1).mT).mT, out)
 

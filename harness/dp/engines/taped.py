@@ -16,7 +16,7 @@ from harness.dp.engines.engine import SPEED, Clipped, PerExample, Unserved, Used
 from harness.dp.engines.gradients import Gradient, settle
 from harness.dp.engines.loop import Loop
 from harness.dp.engines.plan import Plan, gradients
-from harness.dp.engines.rows import full_precision
+from harness.dp.engines.rows import full_precision, sum_type
 from harness.dp.engines.survey import NoProbe
 from harness.dp.engines.tape import Run
 from harness.dp.engines.trial import plan_for
@@ -141,7 +141,7 @@ class Taped(PerExample):
         """
         chosen = finite.nonzero().squeeze(1)
         if not len(chosen):
-            return torch.zeros_like(w.flat)
+            return torch.zeros_like(w.flat, dtype=sum_type(w.flat.dtype))
         rest = {name: gradient.some(chosen) for name, gradient in found.items()}
         for gradient in rest.values():
             # Settles which examples are added as they are.
@@ -159,8 +159,8 @@ class Taped(PerExample):
         found: Mapping[str, Gradient],
     ) -> Tensor:
         """The flat sum of all gradients, each example's weighted by `weights` [B, G]."""
-        total = torch.empty_like(w.flat)
-        columns = weights.to(w.flat.dtype).unbind(1)
+        total = torch.empty_like(w.flat, dtype=sum_type(w.flat.dtype))
+        columns = weights.to(total.dtype).unbind(1)
         for name, out in w.layout.views(total).items():
             if name in found:
                 found[name].weighted(columns[groups[name]], out)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.dp.gaussian import FINE, MARGIN, Grid, decide, tables
 from harness.dp.native import library
 
 _LONG, _INT, _DOUBLE, _AT = ctypes.c_long, ctypes.c_int, ctypes.c_double, ctypes.c_void_p
 _Key = ctypes.c_uint32 * 8
+_Decide = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.POINTER(ctypes.c_uint32))
 
 
 class _Shape(ctypes.Structure):
@@ -45,12 +47,15 @@ def _typed() -> ctypes.CDLL | None:
         found.lstm_local.argtypes = (*[_AT] * 5, _LONG, _LONG, _LONG, _INT)
         found.lstm_step.argtypes = (*[_AT] * 5, _LONG, _LONG, _INT)
         found.cipher_words.argtypes = (_Key, ctypes.c_uint64, _AT, _LONG, _INT)
-        found.add_normals.argtypes = (_Key, ctypes.c_uint64, _AT, ctypes.c_float, _AT, _LONG, _INT)
+        tables_of = ctypes.POINTER(_Tables)
+        found.gaussian.argtypes = (
+            _Key, ctypes.c_uint64, tables_of, _AT, _AT, _DOUBLE, _DOUBLE, _INT, _AT, _LONG, _INT,
+        )  # fmt: skip
+        found.gaussian.restype = ctypes.c_uint64
         for name in (
             "squared_norms",
             "group_norm_rows",
             "cipher_words",
-            "add_normals",
             "lstm_local",
             "lstm_step",
         ):
@@ -214,25 +219,51 @@ def layer_norm_rows(
 
 
 def cipher_words(key: tuple[int, ...], counter: int, tiles: int) -> Tensor | None:
-    """Words of a ChaCha key stream, uint32 [tiles, 16, 16], from eight words of key: see `harness.dp.random`."""
+    """Words of a ChaCha key stream, int32 [tiles, 16, 16], from eight words of key: see `harness.dp.random`."""
     kernels = serve()
     if kernels is None:
         return None
-    out = torch.empty(tiles, 16, 16, dtype=torch.uint32)
+    out = torch.empty(tiles, 16, 16, dtype=torch.int32)
     kernels.cipher_words(_Key(*key), counter, out.data_ptr(), tiles, torch.get_num_threads())
     return out
 
 
-def add_normals(
-    key: tuple[int, ...], counter: int, value: Tensor | None, scale: float, n: int
-) -> Tensor | None:
-    """`value` [n] (none: zero) + `scale` times standard normal numbers from a ChaCha key stream, float32."""
+def gaussian(
+    key: tuple[int, ...], counter: int, n: int, value: Tensor | None = None, grid: Grid | None = None
+) -> tuple[Tensor, int] | None:
+    """`n` integers of a Gaussian (see `harness.dp.gaussian`), or `value` [n] plus these on `grid`; and the next
+    counter.
+    """
     kernels = serve(*([] if value is None else [value]))
     if kernels is None or (value is not None and not value.is_contiguous()):
         return None
-    out, start = torch.empty(n, dtype=torch.float32), None if value is None else value.data_ptr()
-    kernels.add_normals(_Key(*key), counter, start, scale, out.data_ptr(), n, torch.get_num_threads())
-    return out
+    out = torch.empty(n, dtype=torch.int64 if grid is None else torch.float32)
+    at = out.data_ptr()
+    places: tuple[Any, ...]
+    if value is None or grid is None:
+        places = at, None, 1.0, 1.0, 0, None
+    else:
+        shift = FINE - grid.bits
+        places = None, value.data_ptr(), 1 / grid.step, grid.step, shift, at
+    counter = kernels.gaussian(
+        _Key(*key), counter, ctypes.byref(_tables()), *places, n, torch.get_num_threads()
+    )
+    _had(counter or not n)
+    return out, counter
+
+
+class _Tables(ctypes.Structure):
+    _fields_ = [
+        *((name, _AT) for name in ("boxes", "thresholds", "aliases", "heights")),
+        ("margin", _DOUBLE),
+        ("decide", _Decide),
+    ]
+
+
+@cache
+def _tables() -> _Tables:
+    pointers = (t.data_ptr() for t in tables()[:4])
+    return _Tables(*pointers, MARGIN, _Decide(lambda block: decide(block[:16])))
 
 
 def lstm_local(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
