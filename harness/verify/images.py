@@ -300,23 +300,26 @@ def never_wrong(image: Image, known: Known) -> bool:
     )
 
 
-def guesses(known: Known) -> list[Image]:
+def guesses(known: Known, step: float | None = None) -> list[Image]:
     """Hypotheses to try: sums of floats, and lattices that the noise may lie on.
 
-    Steps are powers of two, of deviations and of one, with and without half a step; and the smallest distance between
-    two values of y - v that rounding does not explain, which finds any step that is not much finer than the sample.
+    Steps are powers of two, of deviations and of one, with and without half a step; the public `step` of a grid, in
+    deviations, and its multiples; and the smallest distance between two values of y - v that rounding does not explain,
+    which finds any step that is not much finer than the sample.
     """
     found: list[Image] = [Sum(), *(kind(c) for kind in (Product, Fused, Short) for c in FACTORS)]
     found += [Short(c, rounded=False) for c in FACTORS]
     top = math.ceil(math.log2(float(known.s.max()))) + 1
     for offset, slack in OFFSETS:
+        if step:
+            found += [Lattice(step * 2.0**k, offset, slack=slack) for k in range(FINEST // 2)]
         found += [Lattice(2.0**-k, offset, slack=slack) for k in range(FINEST + 1)]
         found += [Lattice(2.0 ** (top - k), offset, False, slack) for k in range(FINEST + 1)]
     t = known.y.astype(float) - known.v
     for relative in (False, True):
-        step = spaced(t / known.s if relative else t, known, relative)
-        if step:
-            found += [Lattice(step, offset, relative, slack) for offset, slack in OFFSETS]
+        own = spaced(t / known.s if relative else t, known, relative)
+        if own:
+            found += [Lattice(own, offset, relative, slack) for offset, slack in OFFSETS]
     return found
 
 

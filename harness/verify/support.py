@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from harness.dp.account import Ledger
 from harness.dp.engines.engine import Engine
+from harness.dp.gaussian import grid
 from harness.dp.loss import Batch
 from harness.dp.method import Method, describe
 from harness.dp.noise import Noise, NoNoise
@@ -175,6 +176,16 @@ def rehearsed(method: Method, worlds: Worlds, times: int, seed: int) -> Known:
             drawn.append(numbers(method.noise.add(release._replace(value=release.value.clone()), stream)))
             sums.append(numbers(release.value))
     return Known(np.stack(drawn), np.stack(sums), worlds.s)
+
+
+def public_step(worlds: Worlds) -> float | None:
+    """The step of the public grid for a release, in deviations; None where there is none."""
+    release = worlds.releases[0]
+    try:
+        points = grid(release.sigma, release.sensitivity, release.value.layout.numel)
+    except ValueError:
+        return None
+    return points.step / (release.sigma * release.sensitivity)
 
 
 # What it decides ------------------------------------------------------------------------------------------
@@ -331,7 +342,7 @@ class Attack:
         if name not in self.first:
             own = rehearsed(method, worlds, max(TIMES, math.ceil(REHEARSED / max(1, len(worlds.s)))), seed)
             rng = np.random.default_rng(self.seed % 2**63)
-            self.images[name], self.first[name] = held(guesses(own), own, rng), worlds
+            self.images[name], self.first[name] = held(guesses(own, public_step(worlds)), own, rng), worlds
         images = self.images[name]
         if images and not worlds.same(self.first[name]):
             own = rehearsed(method, worlds, TIMES, derive("again", seed, len(self.releases.decided)))
