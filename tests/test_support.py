@@ -21,8 +21,8 @@ from harness.verify.faults import FloatSum
 from harness.verify.images import Fused, Known, Lattice, Product, Short, Sum, guesses, held
 from harness.verify.support import Setting, attacked, neighbours
 
-FEW = Setting(repeat=30)
-LESS = Setting(repeat=12)
+FEW = Setting(repeat=24)
+LESS = Setting(repeat=8)
 
 
 # --- images, against all that there is: every number of 16 bits ---
