@@ -117,7 +117,7 @@ def _privatized(compiled: bool) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class TensorFlowPrivacy(PeerNoise):
-    """`GaussianSumQuery.get_noised_result`, repeated here by TensorFlow: the package does not install beside it."""
+    """`GaussianSumQuery.get_noised_result` (0.9.0) by TensorFlow: the package pins an accountant that we cannot use."""
 
     PACKAGE: ClassVar[str] = "tensorflow-cpu"
     ADDS: ClassVar[str] = "v + tf.random_normal_initializer(stddev=s)(shape)"
