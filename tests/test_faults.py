@@ -20,7 +20,7 @@ REPAIRED = {  # the same methods without the fault
 }
 
 
-@pytest.mark.parametrize("fault", GALLERY, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", [f for f in GALLERY if f.caught], ids=lambda fault: fault.name)
 def test_a_fault_is_caught_by_its_check(fault):
     line = faults.by_check(fault)
     assert line.caught and line.evidence not in ("", "nothing")
@@ -46,7 +46,7 @@ def test_what_cannot_be_trained_is_refused(one):
 
 def test_faults_are_distinct_and_none_is_registered():
     assert len({fault.name for fault in GALLERY}) == len(GALLERY) >= 16
-    assert all(fault.caught in checks.CHECKS for fault in GALLERY)
+    assert all(fault.caught in checks.CHECKS if fault.caught else fault.audit for fault in GALLERY)
 
 
 def test_the_table_stands_between_its_markers(tmp_path, monkeypatch, capsys):

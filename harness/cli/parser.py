@@ -245,6 +245,7 @@ def build_parser() -> argparse.ArgumentParser:
         epsbench audit dp-sgd
         epsbench audit dp-sgd dp-adam --epsilon 1 8
         epsbench audit dp-sgd --membership            who was in the training data?
+        epsbench audit dp-sgd --support               do the floats of its noise give an example away?
         """)  # fmt: skip
     verb("faults", lambda options: OK, "Plant faults that public code had; say which instrument catches each.", """
         epsbench faults

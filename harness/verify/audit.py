@@ -2,9 +2,9 @@
 
 The method is trained by the loop that all runs go through, with its own engine, clipping rule, noise, sampler and
 path: on data with canaries in it (`harness.verify.canary`), on one or the other of two neighbouring data sets
-(`harness.verify.pair`), or on halves of a pool (`harness.verify.membership`). What it made public is scored, and the
-scores are turned into bounds (`harness.verify.audit_bounds`). A bound above the claim refutes it. docs/audits.md is the
-manual.
+(`harness.verify.pair`), the same to ask what floats can come out (`harness.verify.support`), or on halves of a pool
+(`harness.verify.membership`). What it made public is scored, and the scores are turned into bounds
+(`harness.verify.audit_bounds`). A bound above the claim refutes it. docs/audits.md is the manual.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from harness.dp.random import Stream
 from harness.parts import modules
 from harness.seeds import derive
 from harness.train import Diverged, Schedule, start, train
-from harness.verify import membership, pair
+from harness.verify import membership, pair, support
 from harness.verify.audit_bounds import Sample
 from harness.verify.canary import OWN, SCORES, Observed, Observer, Planted, Refused, Task, plant
 from harness.verify.candidates import strongest
@@ -46,6 +46,7 @@ examples:
   epsbench audit dp-sgd --canaries 1 --repeat 500         a run for each canary: no two share one
   epsbench audit logit-dp adaptive --neighbours           one example in or out, in thousands of short runs
   epsbench audit dp-sgd --membership                      who was in the training data? (LiRA)
+  epsbench audit '*' --support                            do the floats of the noise give an example away?
 
 exit codes: 0 no claim is refuted; 1 one is; 2 the request is wrong
 """
@@ -177,9 +178,10 @@ class Subject:
         }  # fmt: skip
 
 
-AnySetting = Setting | pair.Setting | membership.Setting
+AnySetting = Setting | pair.Setting | membership.Setting | support.Setting
 NAMES: Mapping[type, str] = {
     Setting: GRADIENTS, pair.Setting: pair.INSTRUMENT, membership.Setting: membership.INSTRUMENT,
+    support.Setting: support.INSTRUMENT,
 }  # fmt: skip
 
 
@@ -201,7 +203,9 @@ def takes_canaries(method: Method, task: Task) -> bool:
 
 def outline(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
     """What of an audit's record is known before it, the id included; where nothing is found it stays so."""
-    counted = {Setting: getattr(s, "canaries", 0), pair.Setting: 1, membership.Setting: len(task.x)}
+    counted = {
+        Setting: getattr(s, "canaries", 0), pair.Setting: 1, membership.Setting: len(task.x), support.Setting: 1
+    }  # fmt: skip
     facts: dict[str, Any] = subject.facts() | {
         "schema": audits.SCHEMA, "kind": "audit", "instrument": NAMES[type(s)],
         "task": {"name": s.task, "digest": task.digest, "model": task.model, "examples": len(task.x)},
@@ -218,6 +222,8 @@ def found(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
     try:
         if isinstance(s, membership.Setting):
             return by_members(subject.method, s, task)
+        if isinstance(s, support.Setting):
+            return by_coins(support.audit(subject.method, s, task=task))
         if isinstance(s, pair.Setting):
             return by_coins(pair.audit(subject.method, s, strongest, task=task))
         return by_coins(audit(subject.method, s, task=task))
@@ -226,7 +232,7 @@ def found(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
 
 
 def by_coins(v: Verdict) -> dict[str, Any]:
-    """The findings of `audit`, or of `pair.audit`."""
+    """The findings of `audit`, of `pair.audit` or of `support.audit`."""
     return {
         "epsilon_claimed": v.claimed, "accountant": v.accountant, "noise_multiplier": v.sigma,
         "epsilon_audited": v.audited, "strongest": v.instrument, "instruments": v.bounds, "facts": v.planted,
@@ -275,6 +281,8 @@ HEADER = COLUMNS.format("method", "target", "claimed", "audited", "instrument", 
 def line(made: Mapping[str, Any], there: bool) -> str:
     """Claimed and audited, side by side."""
     words = "REFUTED" if made["flagged"] else made["reason"] or "not refuted"
+    if made["instrument"] == support.INSTRUMENT and made["facts"]:
+        words += f": {support.told(made['facts'])}"
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g}"
@@ -298,18 +306,26 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Audit what is asked for, print claimed and audited epsilon, and write a record of each."""
     parser = _parser()
     given = parser.parse_args(list(arguments))
-    if given.membership and given.canaries is not None:
-        parser.error("--canaries: with --membership, the examples of the task are what is looked for")
-    if given.neighbours and given.canaries is not None:
-        parser.error("--canaries: with --neighbours, the one example that differs is what is looked for")
+    by_flag: dict[str, type[AnySetting]] = {
+        "membership": membership.Setting, "neighbours": pair.Setting, "support": support.Setting
+    }  # fmt: skip
+    flags = [name for name in by_flag if getattr(given, name)]
+    for flag in flags:
+        if given.canaries is not None:
+            looked = (
+                "the examples of the task are" if flag == "membership" else "the one example that differs is"
+            )
+            parser.error(f"--canaries: with --{flag}, {looked} what is looked for")
+    if given.support and given.rate not in (None, 1.0):
+        parser.error("--rate: with --support the observer knows the batches, and all examples are in each")
     lowest = {"steps": 1, "canaries": 1, "repeat": 1, "seed": 0, "examples": 0}
     wrong = [f"--{k} {getattr(given, k)}" for k, low in lowest.items() if (getattr(given, k) or low) < low]
     if wrong:
         parser.error(f"{', '.join(wrong)}: too small")
-    if given.membership and given.neighbours:
-        parser.error("--membership and --neighbours: one of them at a time")
+    if len(flags) > 1:
+        parser.error(f"{' and '.join(f'--{flag}' for flag in flags)}: one of them at a time")
     subjects = [Subject.of(label, entry) for text in given.method for label, entry in _named(text)]
-    kind = membership.Setting if given.membership else pair.Setting if given.neighbours else Setting
+    kind = by_flag[flags[0]] if flags else Setting
     asked, flagged = _Asked(given), False
     for s in asked.settings(kind):
         if not (0 < s.rate <= 1 and 0 < s.delta < 1 and 0 < s.level < 1 and s.epsilon > 0):
@@ -377,6 +393,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--membership", action="store_true", help="infer who was in the training data, in place of canaries"
     )
+    parser.add_argument(
+        "--support", action="store_true",
+        help="ask of every released float whether it could come of either of two neighbours, in place of canaries",
+    )  # fmt: skip
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
     return parser
 

@@ -48,6 +48,7 @@ from harness.dp.loss import Loss
 from harness.dp.random import Stream
 from harness.measure import Clock
 from harness.verify import conformance as checks
+from harness.verify import support
 from harness.verify.audit import Setting, audit
 from harness.verify.refusals import Planted, planted
 
@@ -311,6 +312,20 @@ class Reduced(Gaussian):
 
 
 @dataclass(frozen=True)
+class FloatSum(Gaussian):
+    """Draws floats, scales them and adds them to floats: which ones can come out depends on the sum."""
+
+    def add(self, release: Release, rng: Stream) -> Tree:
+        draws, whole, scale = torch.Generator(), release.sigma * release.sensitivity, release.scale or {}
+        draws.manual_seed(rng.seed64() % 2**63)
+        noised = [
+            t + torch.randn(t.shape, generator=draws, dtype=t.dtype) * (whole * scale.get(name, 1.0))
+            for name, t in release.value.items()
+        ]
+        return release.value.with_flat(torch.cat([t.reshape(-1) for t in noised]))
+
+
+@dataclass(frozen=True)
 class QuietWhenEmpty(Gaussian):
     """Leaves an empty batch alone."""
 
@@ -401,7 +416,7 @@ class LeftOut(Naive):
 
 @dataclass(frozen=True)
 class Fault:
-    """A planted fault: what it is, where it was found, and the check that catches it.
+    """A planted fault: what it is, where it was found, and the check that catches it, if one does.
 
     `audit` says how an audit is to refute it, with `sigma` in place of the calibrated noise where that is not None.
     """
@@ -409,8 +424,8 @@ class Fault:
     name: str
     found: str
     method: Callable[[], Method]
-    caught: Callable[[checks.Subject], None]
-    audit: Setting | None = None
+    caught: Callable[[checks.Subject], None] | None
+    audit: Setting | support.Setting | None = None
     sigma: float | None = None
 
 
@@ -457,6 +472,10 @@ def gallery() -> list[Fault]:
         Fault(
             "2 % off the calibrated noise", "Self-Augmented-DP-SGD's code",
             lambda: Method(noise=Reduced()), checks.noised,
+        ),
+        Fault(
+            "noise in floating point added to the sum", "Opacus, JAX Privacy, TensorFlow Privacy; this harness before",
+            lambda: Method(noise=FloatSum()), None, support.Setting(repeat=100),
         ),
         Fault(
             "norms of the mean loss, put right in some layers", "fastgradclip, the code of fast clipping",
@@ -542,7 +561,8 @@ class Caught(NamedTuple):
 
 
 def by_check(fault: Fault) -> Caught:
-    """What the fault's check finds."""
+    """What the check finds of a fault that has one."""
+    assert fault.caught is not None
     clock = Clock("cpu")
     begun = clock.now()
     evidence, caught = "nothing", False
@@ -559,16 +579,21 @@ def by_audit(fault: Fault) -> Caught:
     assert fault.audit is not None
     clock = Clock("cpu")
     begun = clock.now()
-    v = audit(fault.method(), fault.audit, fault.sigma)
-    evidence = f"epsilon at least {v.audited:.3g}, claimed {v.claimed:.3g}"
+    if isinstance(fault.audit, support.Setting):
+        v = support.audit(fault.method(), fault.audit, fault.sigma)
+        evidence = support.told(v.planted)
+    else:
+        v = audit(fault.method(), fault.audit, fault.sigma)
+        evidence = f"epsilon at least {v.audited:.3g}, claimed {v.claimed:.3g}"
     return Caught(fault.name, fault.found, f"audit: {v.instrument}", evidence, clock.since(begun), v.refuted)
 
 
 def caught(faults: Iterable[Fault]) -> list[Caught]:
-    """Every fault by its check, and by an audit where it has a setting."""
+    """Every fault by its check, where it has one, and by an audit where it has a setting."""
     lines = []
     for fault in faults:
-        lines.append(by_check(fault))
+        if fault.caught:
+            lines.append(by_check(fault))
         if fault.audit:
             lines.append(by_audit(fault))
     return lines

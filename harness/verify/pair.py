@@ -29,7 +29,7 @@ from harness.dp.random import Stream
 from harness.dp.release import Relation, Release
 from harness.dp.tree import Tree
 from harness.seeds import derive
-from harness.train import Diverged, Schedule, start, train
+from harness.train import Diverged, Progress, Schedule, start, train
 from harness.verify.audit_bounds import Sample
 from harness.verify.canary import SCORES, Observed, Overheard, Refused, Task, Watched
 from harness.verify.finding import RATES, TRADEOFF, Verdict, bound, claim
@@ -75,10 +75,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Two data sets: `x` [n, ...], `y` [n], whose first example is the target, and the same with another in its place,
+    """Two data sets: `x` [n, ...], `y` [n], one of which is the target, and the same with another in its place,
     `x_other` [1, ...] and `y_other` [1], or with an empty slot where those are None. `body` starts at public weights.
 
-    n counts the target's slot in both, so that q, the noise and the denominator are the same.
+    n counts the target's slot in both, so that q, the noise and the denominator are the same. `target` is that slot, if
+    not the first.
     """
 
     x: Tensor
@@ -87,6 +88,7 @@ class Neighbours:
     x_other: Tensor | None = None
     y_other: Tensor | None = None
     story: dict[str, Any] = field(default_factory=dict)
+    target: int = TARGET
 
     n_test = 0
 
@@ -121,7 +123,7 @@ class Side:
     def batch(self, indices: Tensor, split: str = "train") -> tuple[Tensor, Tensor]:
         """Inputs and labels; shorter by one where the target's slot was drawn and is empty."""
         x, y = self.pair.x[indices], self.pair.y[indices]
-        return (x, y) if self.present else self.pair.without(x, y, indices == TARGET)
+        return (x, y) if self.present else self.pair.without(x, y, indices == self.pair.target)
 
 
 # What is public of a run ----------------------------------------------------------------------------------
@@ -147,8 +149,8 @@ class Heard:
 
 def overheard(
     method: Method, side: Side, model: nn.Module, sigma: float, schedule: Schedule, seed: int
-) -> tuple[list[Heard], Ledger]:
-    """What one run makes public, and its ledger. Raises Refused where the method cannot be trained so.
+) -> tuple[list[Heard], Progress]:
+    """What one run makes public, and where it ended. Raises Refused where the method cannot be trained so.
 
     `model` may be one that another run was given: it is set back to where the pair starts. (Engines prepare themselves
     for a model when they first see it, which takes longer than a step.)
@@ -160,13 +162,17 @@ def overheard(
         engine=Watched(method.engine, lambda w, state, step: steps.append(Heard(w, state, step))),
         noise=Overheard(method.noise, lambda public: steps[-1].releases.append(public)),
     )
-    secret = SimpleNamespace(**{r: derive(f"audit {r}", seed) for r in ("sampling", "noise", "path")})
     try:
         begun = start(watched, model, schedule.steps)
-        progress = train(watched, model, side, sigma, schedule, secret, begun)
+        progress = train(watched, model, side, sigma, schedule, secrets(seed), begun)
     except (ValueError, RuntimeError, NotImplementedError, Diverged) as error:
         raise Refused(f"it cannot be trained on the pair: {error}") from error
-    return steps, progress.ledger
+    return steps, progress
+
+
+def secrets(seed: int) -> SimpleNamespace:
+    """The seeds by role of a run that is named by a seed."""
+    return SimpleNamespace(**{r: derive(f"audit {r}", seed) for r in ("sampling", "noise", "path")})
 
 
 # What the observer expects --------------------------------------------------------------------------------
@@ -333,9 +339,9 @@ def audit(
     scores: dict[str, list[float]] = {name: [] for name in SCORES}
     for seed in (derive("neighbours", describe(method), asked, run) for run in range(s.repeat)):
         coins.append(bool(Stream(seed, "coins", 0).uniform(1) < 0.5))
-        steps, ledger = overheard(method, Side(pair, coins[-1]), model, sigma, schedule, seed)
-        if ledger != planned:
-            raise Refused(f"the run billed {ledger}, its plan said {planned}")
+        steps, progress = overheard(method, Side(pair, coins[-1]), model, sigma, schedule, seed)
+        if progress.ledger != planned:
+            raise Refused(f"the run billed {progress.ledger}, its plan said {planned}")
         readings = [observer.reading(at) for at in steps]
         values, lengths, reached = torch.tensor(readings, dtype=torch.float64).T[:, :, None]
         observed = Observed(values, lengths, rate)
