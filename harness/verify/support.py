@@ -24,6 +24,7 @@ from dp_accounting import DpEvent
 from torch import Tensor, nn
 
 from harness.dp.account import Ledger
+from harness.dp.engines.draws import fill
 from harness.dp.engines.engine import Engine
 from harness.dp.gaussian import grid
 from harness.dp.loss import Batch
@@ -33,7 +34,7 @@ from harness.dp.random import Stream
 from harness.dp.release import Bounded, Observed, Relation, Release
 from harness.dp.tree import Tree
 from harness.seeds import derive
-from harness.train import Parts, Schedule, Streams, seed_globally, start, step
+from harness.train import Parts, Schedule, Streams, start, step
 from harness.verify import pair
 from harness.verify.audit_bounds import MOST, Sample, upper
 from harness.verify.canary import Refused, Task
@@ -140,7 +141,7 @@ class Observer:
         drawn = m.sampler.draw(self.pair.n_train, self.batch, at.step, known.sampling)
         examples = Batch(*Side(self.pair, present).batch(drawn))
         batch = m.loss.prepare(examples, Stream(known.path, "views", at.step))
-        seed_globally(Stream(known.path, "dropout", at.step).seed64(), torch.device("cpu"))
+        fill(torch.device("cpu"), Stream(known.path, "dropout", at.step))
         state = copy.deepcopy(at.state)
         arguments = (at.w, batch, state, self.sigma, m.sampler.relation, at.step)
         return m.engine.bounded(m.loss, m.clip, self.model, *arguments).releases
