@@ -49,7 +49,7 @@ bench: $(READY)
 	@$(BIN)/epsbench bench
 
 test: $(READY)
-	@$(LIMIT) $(BIN)/python -m pytest -q -n auto --dist loadfile $(TESTS)
+	@$(LIMIT) $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -70,17 +70,20 @@ def step(
     releases, observed = m.engine.bounded(
         m.loss, m.clip, model, probe, batch, s.clip, sigma, m.sampler.relation, number
     )
-    public = {
-        name: m.noise.add(r, rng.noise) / denominator for name, r in releases.items()
-    }  # raw values die here
-    # A long sum comes in float64, and the weights stay as they are.
+    # Raw values die here. A long sum comes in float64: in the weights' format before it is divided, it is the same
+    # function of what was released as a short one.
+    public = {name: as_weights(name, m.noise.add(r, rng.noise), w) / denominator for name, r in releases.items()}
     g = public.pop("grad")
-    g = g.with_flat(g.flat.to(w.flat.dtype))
     told = m.optimizer.receive(s.optimizer, public)
     new, optimizer = m.optimizer.update(g, told, m.path.base(w, s.path, rng.path))
     parts = Parts(optimizer, m.path.after(w, new, g, s.path), m.clip.update(s.clip, public))
     sigmas = tuple(r.sigma for r in releases.values())
     return Stepped(new, parts, sigmas, {name: r.sensitivity for name, r in releases.items()}, observed)
+
+
+def as_weights(name: str, public: Tree, w: Tree) -> Tree:
+    """A release, the gradient in the format of the weights."""
+    return public.with_flat(public.flat.to(w.flat.dtype)) if name == "grad" else public
 
 
 class Seeds(Protocol):

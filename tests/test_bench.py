@@ -24,7 +24,7 @@ kind = "throughput"
 question = "Does it work?"
 engines = ["ghost", "loop"]
 rounds = 2
-seconds = 1
+seconds = 600
 [[workload]]
 name = "small"
 title = "MLP"

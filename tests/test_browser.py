@@ -22,8 +22,8 @@ from tests.test_report import audit as one_audit
 CHROMIUM = os.environ.get("EPSBENCH_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-MANY = 2500
-"""Rows of the large page: ten thousand records."""
+MANY = 1000
+"""Rows of the large page: of four thousand records."""
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_hostile_names_are_shown_as_text(browser: Any, reports: Path) -> None:
         assert 0 < len(column(page, "title")) < 4 and all(EVIL[0] in title for title in column(page, "title"))
 
 
-def test_ten_thousand_records_stay_a_page_of_rows(browser: Any, tmp_path: Path) -> None:
+def test_thousands_of_records_stay_a_page_of_rows(browser: Any, tmp_path: Path) -> None:
     """What bounds the time is that at most a page of rows is in the document, whatever is asked of the table."""
     from harness.report import board, html
 
@@ -259,7 +259,7 @@ def test_ten_thousand_records_stay_a_page_of_rows(browser: Any, tmp_path: Path) 
         sort(page, "accuracy")
         best = numbers(column(page, "accuracy"))
         page.get_by_role("button", name="Last", exact=True).click()
-        assert min(best) > max(numbers(column(page, "accuracy")) or [0.0]) and "page=25" in page.url
+        assert min(best) > max(numbers(column(page, "accuracy")) or [0.0]) and "page=10" in page.url
         assert page.evaluate(size) < 6000
         page.get_by_label("Task", exact=True).select_option("task-1/net")
         assert set(column(page, "task")) == {"task-1/net"} and "page=" not in page.url

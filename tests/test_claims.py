@@ -112,7 +112,7 @@ def test_claims_recompute_to_golden_values_verdicts_and_the_page():
 # Accountants ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(st.floats(0.8, 8), st.floats(0.01, 1), st.integers(1, 9))
 def test_bounds_are_in_order_of_tightness(sigma, rate, steps):
     plan = Sampled(sigma, rate, steps)

@@ -97,7 +97,7 @@ norm_values = st.floats(0, 1e30) | st.sampled_from([0.0, 1e-30, 1e-12, math.inf,
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @given(st.lists(st.tuples(norm_values, norm_values), min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=24, deadline=None)
 def test_weighted_norms_stay_within_the_sensitivity(rule, rows):
     state, of = rule.init(PAIR), rule.groups(PAIR)
     groups = 1 + max(of.values())
@@ -286,7 +286,7 @@ def test_the_noise_of_each_group_is_as_the_allocation_says(allocation):
 @given(
     st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(1, 10**6)), min_size=1, max_size=6),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=24, deadline=None)
 def test_no_allocation_has_less_noise_in_all_than_the_optimal_one(groups):
     shape = layout(**{str(i): size for i, (_, size) in enumerate(groups)})
     total = {}
@@ -337,7 +337,7 @@ def test_partitions(by, want):
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=12), st.integers(1, 12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=24, deadline=None)
 def test_shards_are_runs_of_layers_of_about_equal_size(sizes, count):
     shape = layout(**{f"{i}.weight": size for i, size in enumerate(sizes)})
     groups = list(partition(f"shards:{count}", shape).values())
@@ -389,7 +389,7 @@ def test_noise_of_given_size_on_counts_leaves_the_gradient_this_multiplier(sigma
 
 
 @given(st.floats(0.01, 100), st.floats(1e-4, 0.5) | st.none(), st.floats(1.0001, 100))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_split_is_worth_the_joint_multiplier(sigma, budget, above):
     rule = Quantile(count_noise=above * sigma / 2) if budget is None else Quantile(budget=budget)
     event = Gaussian().event(rule.split(sigma).values())
@@ -506,7 +506,7 @@ def test_refined_clipping_is_what_its_definition_says(clip):
     st.floats(1e-3, 1e3),
     st.floats(0.01, 1.0),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=24, deadline=None)
 def test_refined_contributions_keep_both_bounds(row, clip, share):
     x = torch.tensor(row, dtype=torch.float64).view(1, 1, 6)
     ours = [

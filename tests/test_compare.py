@@ -34,7 +34,7 @@ def measured(method: str, values: list[float], metric: str, **options: Any) -> l
     return out
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=24, deadline=None)
 @given(PAIRS, st.sampled_from(list(compare.METRICS)), st.floats(0, 0.2), st.randoms())
 def test_a_line_is_the_paired_t_interval_of_scipy(
     pairs: Any, metric: str, threshold: float, order: Any
@@ -145,7 +145,7 @@ def test_names_that_mean_nothing_or_too_much() -> None:
         compare.folders(seeds("dp-sgd", [0.1]), seeds("dp-adam", [0.1]), "a", "b")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(PAIRS, st.floats(0, 0.1))
 def test_turning_a_comparison_round_turns_its_sign(pairs: Any, threshold: float) -> None:
     before, after = (seeds("dp-sgd", list(side)) for side in zip(*pairs, strict=True))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from conforming import failed
 
 from harness import suite
-from harness.verify import check
+from harness.verify.conformance import named
 
 ROOT = Path(__file__).parent.parent
 RECORDS = sorted(ROOT.glob("results/*/*/record.json"))
@@ -27,7 +28,8 @@ ADAPTERS = [
 def test_documented_methods_conform(page, code, tmp_path):
     file = tmp_path / "documented.py"
     file.write_text(code)
-    assert [line for line in check(str(file)) if not line.ok] == []
+    for one in named(str(file)):
+        assert failed(one.method, (one.name, one.file)) == []
 
 
 def test_the_readme_example_is_as_short_as_it_says():

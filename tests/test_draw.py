@@ -54,13 +54,13 @@ def test_two_attempts_share_no_noise_and_a_repeated_one_has_the_same_bits(
     """By other code or in another attempt: other noise. The same cell, attempt and code: the same bits, anywhere."""
     id, a, b = cell().id, "a" * 12, "b" * 12
     first = weights(tmp_path / "x" / id, a, monkeypatch)
-    assert first["randomness"] == {"attempt": 1, "code": a}
+    assert first["randomness"] == {"attempt": 1, "code": a, "dropout_bits": 256}
     again = weights(tmp_path / "y" / id, a, monkeypatch)
     second = weights(tmp_path / "x" / f"{id}.2", a, monkeypatch)
     other = weights(tmp_path / "z" / id, b, monkeypatch)
     found = [one["weights_sha256"] for one in (first, again, second, other)]
     assert found[0] == found[1] and len(set(found)) == 3
-    assert second["randomness"] == {"attempt": 2, "code": a}
+    assert second["randomness"] == {"attempt": 2, "code": a, "dropout_bits": 256}
     # What repeats it is the attempt that it was, in a folder where it has no record yet.
     (run,) = read.read([second])
     words = recipe.commands(run, "draws.toml")[-1].split()
@@ -109,7 +109,7 @@ def test_a_run_goes_on_with_what_it_began_with_or_begins_anew(
     (tmp_path / "taken" / id).rename(tmp_path / "taken" / f"{id}.2")
     resumed = weights(tmp_path / "taken" / f"{id}.2", a, monkeypatch)
     assert resumed["diagnostics"]["sessions"] == 2 and resumed["weights_sha256"] == whole[a]
-    assert resumed["randomness"] == {"attempt": 1, "code": a}
+    assert resumed["randomness"] == {"attempt": 1, "code": a, "dropout_bits": 256}
 
     cut(tmp_path / "changed" / id)
     anew = weights(tmp_path / "changed" / id, b, monkeypatch)

@@ -412,7 +412,7 @@ def test_no_example_exceeds_its_bound(kind, way):
     dims=st.integers(1, 2),
     last=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=24, deadline=None)
 def test_kernels_of_convolutions(data, channels, outputs, examples, dims, last):
     """Tiles of every height and width, either memory layout, images wide and narrow: against torch in float64."""
     if native.library() is None:
@@ -458,7 +458,7 @@ def test_kernels_of_convolutions(data, channels, outputs, examples, dims, last):
     last=st.booleans(),
     rms=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=16, deadline=None)
 def test_kernels_of_norms(groups, channels, extent, examples, last, rms):
     if native.library() is None:
         pytest.skip(
@@ -481,7 +481,7 @@ def test_kernels_of_norms(groups, channels, extent, examples, last, rms):
 
 
 @given(seed=st.integers(0, 99), positions=st.integers(2, 40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_gram_norms_err_upwards(seed, positions):
     """Where positions cancel, rounding must not make a gradient look smaller than it is."""
     rng = torch.Generator().manual_seed(seed)
@@ -520,7 +520,7 @@ def agree(gradient, want):
     mode=st.sampled_from(["zeros", "zeros", "circular", "replicate"]),
     bias=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=24, deadline=None)
 def test_any_convolution(data, dims, groups, channels, outputs, examples, rows, padding, mode, bias):
     def each(low, high):
         return tuple(data.draw(st.integers(low, high)) for _ in range(dims))
@@ -554,7 +554,7 @@ def test_any_convolution(data, dims, groups, channels, outputs, examples, rows, 
 
 
 @given(examples=sizes, positions=st.integers(0, 3), d=st.integers(1, 5), p=st.integers(1, 5), extra=sizes)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_linear_layer_and_its_sums(examples, positions, d, p, extra):
     layer = nn.Linear(d, p).double()
     shape = (examples, *(2,) * positions)

@@ -48,7 +48,7 @@ def structure(source: str) -> None:
         assert len(re.findall(r"(?<!\\)&", line)) == width - 1, line
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.text())
 @example(EVIL)
 @example("\\\\[2cm] ---")
@@ -148,7 +148,7 @@ def test_the_columns_are_those_that_are_documented() -> None:
     assert documented == [(name, kind) for name, (kind, _) in frame.COLUMNS.items()]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(
         st.fixed_dictionaries(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from zoo import ZOO, Residual, mlp
@@ -133,6 +133,7 @@ def network(
     ).double()
 
 
+@settings(max_examples=30)
 @given(
     dims=st.integers(1, 2),
     kernel=st.integers(2, 3),

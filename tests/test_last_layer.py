@@ -91,7 +91,7 @@ def neighbourhoods(draw):
     return x, y, classes, draw(st.booleans()), draw(st.sampled_from((0.3, 1.0, 20.0)))
 
 
-@settings(max_examples=120)
+@settings(max_examples=48)
 @given(neighbourhoods(), st.sampled_from(("dp-fc", "dp-ls")))
 def test_no_neighbour_moves_a_release_by_more_than_its_sensitivity(neighbourhood, name):
     x, y, classes, bias, radius = neighbourhood

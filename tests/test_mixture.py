@@ -87,7 +87,7 @@ def test_far_moments_are_those_of_the_gaussian_tails(k):
     sigma=st.floats(0.05, 20), share=st.floats(0.01, 1), rate=st.floats(1e-3, 1), steps=st.integers(1, 5000),
     width=st.floats(-4, 9),
 )  # fmt: skip
-@settings(max_examples=40)
+@settings(max_examples=16)
 def test_it_never_exceeds_the_gaussian_alone_and_wider_is_never_worse(sigma, share, rate, steps, width):
     """`width` is the decimal logarithm of that of the uniform draws, in standard deviations."""
     run = {

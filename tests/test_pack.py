@@ -117,7 +117,7 @@ def test_packing_and_merging_is_the_identity(runs: list[Any], order: Any) -> Non
         assert pack.merge([packed.path], into).same == packed.records  # a second time adds nothing
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_changed_byte_is_named_or_changes_nothing(sound: bytes, data: st.DataObject) -> None:
     """Nothing but what was packed ever comes out; where the byte is in a file, the refusal names that file."""

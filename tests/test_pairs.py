@@ -264,7 +264,7 @@ class Scene:
         return recombined(self.z[at][:, at], self.g[at][:, at])
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(st.integers(1, 12), st.sampled_from(TEMPERATURES), st.integers(0, 2**32), st.booleans())
 def test_no_example_moves_the_sum_further(n: int, tau: float, seed: int, extreme: bool) -> None:
     scene = Scene(n, tau, seed, extreme)
@@ -352,7 +352,7 @@ def test_the_engine_attains_its_sensitivity(n: int, tau: float, bound: float) ->
     assert released(up, model, Flat(bound), tau).releases["grad"].sensitivity == sensitivity(bound, tau, ADD)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.sampled_from(["mlp", "images", "tied"]),
     st.sampled_from(TEMPERATURES),

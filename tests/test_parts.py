@@ -139,7 +139,7 @@ def test_ema_keeps_the_average_and_trains_the_weights():
 
 
 @given(st.lists(st.floats(0) | st.just(math.nan), min_size=1, max_size=8), st.floats(1e-3, 1e3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_flat_clipping_bounds_every_contribution(norms, clip):
     column = torch.tensor(norms, dtype=torch.float64)[:, None]
     weights = Flat(clip).weights(column, None)

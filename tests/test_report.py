@@ -623,7 +623,7 @@ ODD = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=32, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.tuples(
@@ -749,7 +749,7 @@ def test_a_published_value_is_not_held_against_a_method_with_other_parts() -> No
 
 
 @given(st.floats(0.5, 0.99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_what_would_change_a_verdict_does(value: float) -> None:
     (found,) = make(seeds("dp-sgd", THREE), published=[claim(value)]).published
     m, (amount,) = found.measured, re.findall(r"[\d.]+(?= points)", found.would_change)

@@ -36,7 +36,7 @@ def cards(records: list[dict[str, Any]]) -> str:
 # ------------------------------------------------------------ intervals
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=24, deadline=None)
 @given(
     st.lists(st.floats(0.5, 0.9), min_size=2, max_size=4),
     st.lists(st.floats(0.5, 0.9), min_size=4, max_size=4),

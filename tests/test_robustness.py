@@ -92,7 +92,13 @@ def contained(folder: Path) -> Iterator[None]:
         seen, _watched = _watched, None
     # Importing torch asks the linker which libraries there are.
     seen = [one for one in seen if "/sbin/ldconfig" not in one[1]]
-    caches = ("__pycache__", ".pyc", str(Path.home() / ".cache"), "/dev/null")
+    caches = (
+        "__pycache__",
+        ".pyc",
+        str(Path.home() / ".cache"),
+        os.environ["EPSBENCH_TESTS_SHARED"],
+        "/dev/null",
+    )
     bad = [
         (e, p)
         for e, p in seen
@@ -176,7 +182,7 @@ def replaced(path: str, value: str) -> bytes:
     return json.dumps(record).replace('"@@"', value).encode()
 
 
-@settings(max_examples=60)
+@settings(max_examples=15)
 @given(st.one_of(damaged(), damaged(), st.binary(max_size=40), VALUES.map(lambda v: json.dumps(v).encode())))
 @example(replaced("metrics.loss", "1e999"))  # read as infinity, and then no JSON
 @example(replaced("cell.method.parameters", '{"lr": 1e999}'))
@@ -245,7 +251,7 @@ def test_status_and_report_show_the_quarantine(
     assert [one.path.parent.name for one in chosen.broken] == [make_cell(1).id]
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(st.one_of(st.binary(max_size=60), VALUES.map(lambda v: json.dumps(v).encode()), st.builds(
     lambda **kw: json.dumps(kw).encode(), step=VALUES, device=VALUES, code=VALUES, commit=VALUES)))  # fmt: skip
 @example(b"[" * 4000)
@@ -274,7 +280,7 @@ TOML_VALUES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.one_of(st.binary(max_size=60), st.builds(
     lambda at, value: "\n".join(
         re.sub("=.*", f"= {value}", line, count=1) if i % 40 == at else line
@@ -648,7 +654,7 @@ def _start(body: Callable[[], None]) -> int:
     return child
 
 
-def test_kill_9_at_200_moments_of_writing_with_three_writers(tmp_path: Path) -> None:
+def test_kill_9_at_60_moments_of_writing_with_three_writers(tmp_path: Path) -> None:
     """What is there is whole, stays, and is what one undisturbed writer would have made; and nobody does it twice."""
     (tmp_path / "guards").mkdir()
     expected = {make_cell(n).id: store.encode(make_record(n), make_cell(n).id) for n in range(CELLS)}
@@ -659,7 +665,7 @@ def test_kill_9_at_200_moments_of_writing_with_three_writers(tmp_path: Path) -> 
     seen: set[str] = set()
     workers: list[int] = []
     kills = 0
-    while kills < 200:
+    while kills < 60:
         while len(workers) < 3:
             workers.append(_start(lambda seed=kills: _worker(tmp_path, seed)))  # type: ignore[misc]
         time.sleep(choice.uniform(0, 0.01))
@@ -667,13 +673,13 @@ def test_kill_9_at_200_moments_of_writing_with_three_writers(tmp_path: Path) -> 
         os.kill(one, signal.SIGKILL)
         assert os.waitpid(one, 0)[1] == signal.SIGKILL  # it had met no error of its own
         kills += 1
-        if kills % 10 == 0:
+        if kills % 5 == 0:
             found = store.load(results)
             assert not found.broken
             now = {record["id"] for record in found}
             assert seen <= now
             seen = now
-            if len(seen) > CELLS * 3 // 4 and kills < 190:  # begin anew, else there is nothing left to write
+            if len(seen) > CELLS * 3 // 4 and kills < 50:  # begin anew, else there is nothing left to write
                 for two in workers:
                     os.kill(two, signal.SIGKILL)
                     assert os.waitpid(two, 0)[1] == signal.SIGKILL
@@ -709,10 +715,20 @@ batch = 128
 steps = 60
 [[task]]
 dataset = "digits"
-model = "logistic"
+model = "mlp?hidden=64"
 [[method]]
 name = "dp-adam"
 """
+
+
+def lasting(record: store.Record) -> store.Record:
+    """All but times, and what somebody may commit or edit between two runs."""
+    timed = ("environment", "started", "finished", "path", "code", "diagnostics")
+    steady = ("train_loss", "clipped_fraction", "non_finite", "microbatch")
+    return {key: value for key, value in record.items() if key not in timed} | {
+        "code": {key: record["code"][key] for key in ("hash", "files")},
+        "diagnostics": {key: record["diagnostics"].get(key) for key in steady},
+    }
 
 
 def run_and_save_always(cell: Any, folder: Path, suite: str, jobs: int) -> store.Record:
@@ -722,7 +738,7 @@ def run_and_save_always(cell: Any, folder: Path, suite: str, jobs: int) -> store
     return run.execute(cell, folder, suite, jobs, save_seconds=0.0)
 
 
-def test_kill_9_at_ten_moments_of_a_run_ends_in_the_same_bits(
+def test_kill_9_at_seven_moments_of_a_run_ends_in_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the checkpoints it leaves are tensors and JSON: nothing in them can be executed."""
@@ -758,7 +774,7 @@ def test_kill_9_at_ten_moments_of_a_run_ends_in_the_same_bits(
         deadline = time.monotonic() + 60
         while os.waitpid(child, os.WNOHANG) == (0, 0):
             grown = (trace.stat().st_size if trace.exists() else 0) - size
-            if (kills < 10 and (grown >= ahead or grown < 0)) or time.monotonic() > deadline:
+            if (kills < 7 and (grown >= ahead or grown < 0)) or time.monotonic() > deadline:
                 time.sleep(choice.uniform(0, 0.02))
                 os.kill(child, signal.SIGKILL)
                 kills += os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -775,9 +791,8 @@ def test_kill_9_at_ten_moments_of_a_run_ends_in_the_same_bits(
             break
         assert sessions < 40
     found = store.read(folder / "record.json")
-    assert kills >= 5
-    assert found["weights_sha256"] == expected["weights_sha256"] and found["metrics"] == expected["metrics"]
-    assert found["privacy"] == expected["privacy"]
+    assert kills >= 4
+    assert found["diagnostics"]["sessions"] > 1 and lasting(found) == lasting(expected)
 
     def points(place: Path) -> list[dict[str, Any]]:
         timed = ("seconds", "examples_per_second")

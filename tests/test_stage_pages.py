@@ -165,7 +165,7 @@ PATHS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from(PATHS), ODD), max_size=6), st.booleans())
 def test_odd_stages_never_stop_a_report(edits: list[tuple[str, Any]], old: bool) -> None:
     one: Any = earlier() if old else staged()

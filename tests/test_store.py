@@ -117,14 +117,14 @@ def test_bad_files_are_set_apart_and_do_not_hide_good_ones(tmp_path: Path) -> No
     assert store.load(tmp_path / "nothing") == []
 
 
-def test_ten_thousand_records_load(tmp_path: Path) -> None:
+def test_thousands_of_records_load(tmp_path: Path) -> None:
     record = make_record(ledger=[[{"type": "Poisson", "q": 0.1, "z": 1.1}, 10]] * 20)
     text = store.dumps(record)
-    for n in range(10_000):
+    for n in range(2000):
         folder = tmp_path / "core" / f"{n:012x}"
         folder.mkdir(parents=True)
         (folder / "record.json").write_text(text.replace(record["id"], f"{n:012x}"))
-    assert len(store.load(tmp_path)) == 10_000
+    assert len(store.load(tmp_path)) == 2000
 
 
 def test_which_record_counts(tmp_path: Path) -> None:

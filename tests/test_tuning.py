@@ -151,8 +151,7 @@ def test_only_a_private_search_is_part_of_what_a_private_run_is():
     assert charged[0].privacy["tuning"] == {"tries": 3.0, "distribution": "fixed", "retrained": True}
 
 
-def test_a_record_says_what_the_search_cost(tmp_path, monkeypatch):
-    monkeypatch.setenv("EPSBENCH_CACHE", str(tmp_path / "cache"))
+def test_a_record_says_what_the_search_cost(tmp_path):
     text = SUITE + SEARCH + 'private = true\ntries = 6\ndistribution = "poisson"'
     private, free = (execute(cell, tmp_path / cell.id, "searched") for cell in parse(text).cells())
     schema = json.loads((Path(__file__).parent.parent / "docs/record.schema.json").read_text())

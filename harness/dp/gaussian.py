@@ -80,6 +80,8 @@ def grid(sigma: float, sensitivity: float, size: int) -> Grid:
     The step is the largest that keeps rounding below `ROUNDING`, with 24 to 38 bits. Raises ValueError where 38 are
     too few.
     """
+    if not sigma > 0:
+        raise ValueError(f"a noise multiplier must be positive, and is {sigma}")
     moved = 1.5 * math.sqrt(size) * sigma
     bits = min(max(math.ceil(math.log2(max(moved / ROUNDING, 1))), COARSEST), FINE)
     rounding = math.ldexp(moved, -bits)
@@ -89,6 +91,8 @@ def grid(sigma: float, sensitivity: float, size: int) -> Grid:
             f" {2**FINE / (1.5 * math.sqrt(size)):.3g}"
         )
     deviation = sigma * sensitivity / (1 - rounding) * (1 + 2.0**-50)
+    if not 2.0**-900 < deviation < 2.0**900:
+        raise ValueError(f"no grid holds noise of a deviation of {deviation:.4g}: write another unit")
     return Grid(math.ldexp(deviation, -bits), bits)
 
 

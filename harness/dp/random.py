@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Stream:
     __slots__ = ("_block", "_key")
 
     def __init__(self, seed: int, role: str, step: int) -> None:
-        digest = hashlib.sha256(f"{int(seed)} {int(step)} {role}".encode()).digest()
+        digest = hashlib.sha256(f"{index(seed)} {index(step)} {role}".encode()).digest()
         self._key: tuple[int, ...] = struct.unpack("<8I", digest)
         self._block = 0
 

@@ -17,8 +17,8 @@ from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.special import expit
-from scipy.stats import beta, binom, norm
+from scipy.special import bdtrc, expit
+from scipy.stats import beta, norm
 
 from harness.dp.account import ACCOUNTANTS, Ledger, quiet
 from harness.dp.release import Relation
@@ -171,10 +171,10 @@ def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
     by randomised response, but for an event whose probability delta bounds; i guesses more cost at least i such events.
     Nothing is assumed of how canaries depend on each other. At most `guesses` of the `canaries` coins are guessed.
     """
-    law = binom(guesses, expit(epsilon))
-    tail = float(law.sf(correct - 1))
+    rate = float(expit(epsilon))
+    tail = float(bdtrc(correct - 1, guesses, rate))  # P[W >= correct]
     i = np.arange(1, correct + 1)
-    extra = ((law.sf(correct - i - 1) - tail) / i).max(initial=0.0)
+    extra = ((bdtrc(correct - i - 1, guesses, rate) - tail) / i).max(initial=0.0)
     return min(1.0, tail + 2 * canaries * delta * float(extra))
 
 

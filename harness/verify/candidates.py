@@ -6,12 +6,13 @@ run, by the method's own engine, so that no run depends on the choice.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.dp.method import Method
 from harness.dp.release import Relation
@@ -36,9 +37,12 @@ def strongest(method: Method, task: Task, rate: float) -> Neighbours:
         raise Refused(refused)
     best: tuple[float, Neighbours] | None = None
     reason = ""
+    model = copy.deepcopy(
+        task.body
+    ).train()  # one for all: an engine tries a model once, and that takes longest
     for pair in candidates(method.sampler.relation, task):
         try:
-            there = reach(method, pair, rate)
+            there = reach(method, pair, rate, model)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             reason = str(error)
             continue
@@ -48,20 +52,27 @@ def strongest(method: Method, task: Task, rate: float) -> Neighbours:
         raise Refused(reason)
     if not best[0] > 0:
         raise Refused("no target that was tried moves a release")
-    return climbed(method, *best, rate)
+    return climbed(method, *best, rate, model)
 
 
-def reach(method: Method, pair: Neighbours, rate: float) -> float:
-    """How far a pair lies apart in the releases of a first step, over how far it may."""
+def reach(method: Method, pair: Neighbours, rate: float, model: nn.Module | None = None) -> float:
+    """How far a pair lies apart in the releases of a first step, over how far it may.
+
+    `model` is a copy of the pair's, by default a new one.
+    """
     batch = max(1, round(rate * pair.n_train))
     observer = Observer(method, pair, min(1.0, method.clip.ceiling / 2), batch, 0, DRAWS)
+    if model is not None:
+        observer.model = model
     p = start(method, observer.model, 1)
     at = Heard(method.path.probe(p.w, p.parts.path), p.parts.clip, 0)
     at.releases = observer.raw(observer.drawn(0)[0].present, at)
     return observer.expected(at).reach
 
 
-def climbed(method: Method, best: float, pair: Neighbours, rate: float) -> Neighbours:
+def climbed(
+    method: Method, best: float, pair: Neighbours, rate: float, model: nn.Module | None = None
+) -> Neighbours:
     """The pair after a random ascent of its reach: by patterns that crops and flips hardly change, and by any."""
     rng, size = torch.Generator().manual_seed(0), 1.0
     for number in range(CLIMB):
@@ -69,7 +80,7 @@ def climbed(method: Method, best: float, pair: Neighbours, rate: float) -> Neigh
         x = move(pair.x, size, rng)
         other = None if pair.x_other is None else move(pair.x_other, size, rng)
         ahead = dataclasses.replace(pair, x=x, x_other=other, story={**pair.story, "climbed": True})
-        there = reach(method, ahead, rate)
+        there = reach(method, ahead, rate, model)
         if there > best:
             best, pair = there, ahead
         else:

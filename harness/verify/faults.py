@@ -443,7 +443,7 @@ def gallery() -> list[Fault]:
         ),
         Fault(
             "shuffled batches billed as Poisson", "De et al.'s loader, Handcrafted-DP, fastDP, Logit-DP and others",
-            lambda: Method(sampler=ShuffledAsPoisson()), checks.sampled, ONE_EPOCH, 0.25,
+            lambda: Method(sampler=ShuffledAsPoisson()), checks.sampled, ONE_EPOCH, 0.4,
         ),
         Fault(
             "the count of adaptive clipping not billed", "accountants that see the gradient alone",
@@ -533,7 +533,7 @@ def gallery() -> list[Fault]:
         ),
         Fault(
             "sampling amplified twice", "one q in the loader's accountant, one in the planner's",
-            lambda: Method(sampler=AmplifiedTwice()), checks.sampled, ONE_EPOCH, 0.5,
+            lambda: Method(sampler=AmplifiedTwice()), checks.sampled, ONE_EPOCH, 1.0,
         ),
         Fault(
             "masks drawn anew beside a non-finite example", "engines that pass the others again",

@@ -55,7 +55,7 @@ class Engine:
         Two engines of one mechanism should release the same sums; where one is wrong, the difference of two runs with
         the same noise would be what it sums wrongly, in the clear.
         """
-        return type(self).__qualname__
+        return f"{type(self).__module__}.{type(self).__qualname__}"
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         """None, or the reason why this engine cannot serve them: the run is then skipped with that reason."""

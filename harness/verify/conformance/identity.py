@@ -35,10 +35,10 @@ def identified(s: Subject) -> None:
             raise Violation(
                 'the microbatch changes a run\'s id, and not its result: give the field metadata={"speed": True}'
             )
-    there = elsewhere() if s.identity else {}
-    if s.identity and name not in there:  # a user's own, unknown to a process that is not given its file
-        there = elsewhere(file)
-    if s.identity and there[name] != here.id:
+    path = Path(file).resolve()
+    # A user's own is unknown to a process that is not given its file; all others are told by one process.
+    own = path in registry.files() and path.parent != registry.installed().root / "methods"
+    if s.identity and elsewhere(file if own else None)[name] != here.id:
         raise Violation(
             "another process gives the same run another id: describe parts by plain values in an order of their own,"
             " not by sets, addresses or the clock"
