@@ -72,7 +72,9 @@ def step(
     )
     # Raw values die here. A long sum comes in float64: in the weights' format before it is divided, it is the same
     # function of what was released as a short one.
-    public = {name: as_weights(name, m.noise.add(r, rng.noise), w) / denominator for name, r in releases.items()}
+    public = {
+        name: as_weights(name, m.noise.add(r, rng.noise), w) / denominator for name, r in releases.items()
+    }
     g = public.pop("grad")
     told = m.optimizer.receive(s.optimizer, public)
     new, optimizer = m.optimizer.update(g, told, m.path.base(w, s.path, rng.path))

@@ -414,11 +414,14 @@ def test_calibration_knows_the_ceiling_of_a_rule(tmp_path):
     assert found == pytest.approx(needed, rel=3e-4)
 
 
-def test_the_counts_are_of_norms_at_or_below_the_threshold_less_half_the_batch():
+def test_the_counts_are_of_norms_below_the_threshold_less_half_the_batch():
+    """One within a twentieth of it counts in part, so that no rounding of a norm moves a count by one."""
     rule = Quantile(by="parameter", thresholds=(1.0, 10.0))
     norms = torch.tensor([[1.0, 11.0], [0.0, 0.0], [2.0, 10.0], [math.nan, 1.0], [1.0, math.inf]])
     counts = rule.side(norms, rule.init(PAIR), ADD, 1.0)["counts"].value
-    assert counts.flat.tolist() == [0.5, 0.5]  # 2 and 2 of 3: the last two are no gradients
+    assert counts.flat.tolist() == [0.0, 0.0]  # 1 and 1 of 3, and one half: the last two are no gradients
+    near = rule.side(torch.tensor([[1.025, 9.75]]), rule.init(PAIR), ADD, 1.0)["counts"].value
+    assert near.flat.tolist() == pytest.approx([-0.25, 0.25])
 
 
 def test_thresholds_settle_on_the_quantile_of_the_norms():

@@ -31,6 +31,7 @@ from harness.dp import (
 )
 from harness.dp.clip import Clip
 from harness.dp.contrast import InfoNCE
+from harness.dp.engines.audit import unaudited
 from harness.dp.engines.engine import Engine, Unserved, trainable
 from harness.dp.engines.pairs import Pairs
 from harness.dp.engines.whole import Whole
@@ -172,3 +173,21 @@ def test_adaptive_thresholds_stay_within_reach() -> None:
     for counts in ((-0.5, -0.5, -0.5), (0.5, 0.5, 0.5)):
         thresholds = rule.update(state, {"counts": Tree.of({"counts": torch.tensor(counts)})})["thresholds"]
         assert all(1e-6 <= one <= 1e6 for one in thresholds)
+
+
+@pytest.mark.parametrize("engine", [Ghost(), BookKeeping()], ids=lambda e: type(e).__name__)
+def test_what_cancels_on_its_way_back_keeps_its_bound_in_a_second_pass(engine):
+    """The first pass rounds the gradient to zero, and the second leaves rounding that the input makes large."""
+    model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.0]]))
+        model[0].bias.zero_()
+        model[1].weight.fill_(1.0)
+        model[1].bias.copy_(torch.tensor([0.1, 0.7, -0.4]))
+    w, moved = Tree.of(trainable(model)), []
+    with unaudited(model):
+        for i in range(100):
+            batch = Batch(torch.tensor([[1.0 + 0.01 * i, 1e12]]), torch.tensor([0]))
+            given = (CrossEntropy(), Flat(1.0), model, w, batch, None, 1.0, Relation.ADD_OR_REMOVE)
+            moved.append(float(engine.bounded(*given).releases["grad"].value.flat.double().norm()))
+    assert max(moved) <= 1 + 1e-5

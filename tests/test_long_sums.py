@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from harness.dp import BookKeeping, Ghost, Loop, Vmap
+from harness.dp import SGD, BookKeeping, Ghost, Loop, Method, Vmap
 from harness.dp.clip import Flat, GroupWise
+from harness.dp.engines import rows
 from harness.dp.engines.engine import trainable
 from harness.dp.loss import Batch, CrossEntropy
+from harness.dp.random import Stream
 from harness.dp.release import Relation
 from harness.dp.tree import Tree
+from harness.train import Streams, start, step
 
 MANY, BOUND = 1500, 0.1
 
@@ -79,3 +82,25 @@ def test_a_long_sum_is_that_of_the_loop():
     ]  # fmt: skip
     assert all(one.dtype is torch.float64 for one in sums)
     assert all(float((one - sums[0]).norm() / sums[0].norm()) < 1e-6 for one in sums)
+
+
+@pytest.mark.parametrize("long", [1, 10**9])
+def test_the_type_of_a_sum_does_not_show_in_the_weights(long, monkeypatch):
+    """Whether a batch was longer than what float32 adds up may not decide which floats come out."""
+    monkeypatch.setattr(rows, "LONG", long)
+    torch.manual_seed(1)
+    model, method = nn.Linear(50, 20), Method(optimizer=SGD(1.0))
+    x, y = torch.randint(-1, 2, (8, 50)).float(), torch.zeros(8, dtype=torch.long)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    w = Tree.of(trainable(model))
+    streams = Streams(Stream(1, "noise", 0), Stream(1, "path", 0))
+    parts = start(method, model, 1).parts
+    done = step(method, model, w, Batch(x, y), parts, 50.0, 1000, streams)
+    whole = (done.w.flat * 1000).double()
+    # Divided in float32: each weight is a quotient of a float32, or would not be for one in forty.
+    near = [torch.nextafter(whole.float(), torch.tensor(side)) for side in (-torch.inf, torch.inf)]
+    candidates = [whole.float(), *near, *(torch.nextafter(n, n * 2) for n in near)]
+    hit = torch.stack([(-(c / 1000) == done.w.flat) | ((c / 1000) == done.w.flat) for c in candidates]).any(0)
+    assert hit.all()

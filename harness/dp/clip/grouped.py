@@ -34,6 +34,7 @@ SCALES: dict[str, Callable[[float, int], float]] = {
     "dimension": lambda c, d: c / math.sqrt(d),
     "optimal": lambda c, d: math.sqrt(c / math.sqrt(d)),
 }
+RAMP = 0.1  # of a threshold: how wide the way from not below it to below it is
 FURTHEST = 700.0  # exponents of a step of theirs: exp(710) is more than a float holds
 
 
@@ -162,11 +163,12 @@ class Quantile(GroupWise):
     """Andrew et al. 2021 (arXiv:1905.03871): thresholds that follow a quantile of the norms, by noisy counts.
 
     Each step also releases, for each of K groups, how many norms lie below the threshold, less half the batch: one
-    vector, which an example moves by at most sqrt(K) / 2. Its noise comes out of the same budget: sigma^-2 is the sum
-    of both multipliers' ^-2. `count_noise` is the standard deviation of the noise on a count for K = 1 (the paper takes
-    a twentieth of the batch), sqrt(K) times that for K groups and twice it under replace-one; None gives the counts the
-    share `budget` of sigma^-2 (He et al.). The threshold is multiplied by exp(-rate * (fraction below - quantile)), and
-    kept between the smallest and the largest clipping norm that float32 serves.
+    vector, which an example moves by at most sqrt(K) / 2. A norm within a twentieth of the threshold counts in part.
+    Its noise comes out of the same budget: sigma^-2 is the sum of both multipliers' ^-2. `count_noise` is the
+    standard deviation of the noise on a count for K = 1 (the paper takes a twentieth of the batch), sqrt(K) times
+    that for K groups and twice it under replace-one; None gives the counts the share `budget` of sigma^-2 (He et
+    al.). The threshold is multiplied by exp(-rate * (fraction below - quantile)), and kept between the smallest and
+    the largest clipping norm that float32 serves.
     """
 
     quantile: float = 0.5
@@ -196,8 +198,10 @@ class Quantile(GroupWise):
         return {"grad": sigma / math.sqrt(1 - (sigma / self.ceiling) ** 2), "counts": self.ceiling}
 
     def side(self, norms: Tensor, state: State, relation: Relation, sigma: float) -> dict[str, Release]:
-        below = (norms <= norms.new_tensor(state["thresholds"])).to(norms.dtype) - 0.5
-        counts = (below * norms.isfinite().all(1, keepdim=True)).sum(0)
+        # Not a step at the threshold: rounding of norms that lie on it, which depends on the batch, would move it all.
+        thresholds = norms.new_tensor(state["thresholds"])
+        below = ((thresholds - norms) / (RAMP * thresholds)).clamp(-0.5, 0.5)
+        counts = below.where(norms.isfinite().all(1, keepdim=True), 0.0).sum(0)
         moved = math.sqrt(len(counts)) / 2 * relation.moves
         return {"counts": Release(Tree.of({"counts": counts}), moved, self.split(sigma)["counts"])}
 

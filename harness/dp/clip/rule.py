@@ -89,9 +89,12 @@ def usable(weights: Tensor) -> Tensor:
     """`weights`, in place, with 0 for what float32 would hold too coarsely to bound a gradient, and for what is NaN.
 
     1e-44 becomes 1.1e-44 or 0.98e-44 in float32, and 1e-45 becomes 1.4e-45: a gradient of 1e36 would exceed a bound of
-    1e-9 by as much. It contributes nothing instead, which keeps every bound.
+    1e-9 by as much. It contributes nothing instead, which keeps every bound. Up to twice the smallest weight it
+    contributes less and less: at a step, rounding of a norm would decide between all and nothing.
     """
-    return weights.nan_to_num_(0.0).masked_fill_(weights < FAINTEST, 0.0)
+    weights = weights.nan_to_num_(0.0)
+    faint = (weights / FAINTEST - 1).clamp_(0.0, 1.0)
+    return weights.mul_(faint)
 
 
 SMALLEST, LARGEST = 1e-6, 1e6  # clipping norms that float32 can keep

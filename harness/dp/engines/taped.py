@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,18 @@ from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.release import Bounded, Relation
 from harness.dp.tree import Tree
+
+
+class Second(NamedTuple):
+    """What another backward pass needs: the plan, the first pass and its leaves, and the gradients of other cotangents.
+
+    `reread` makes these of a plan and of cotangents in the place of the tape's.
+    """
+
+    plan: Plan
+    taped: Run
+    leaves: Mapping[str, Tensor]
+    reread: Callable[[Plan, list[list[Tensor | None]]], dict[str, Gradient]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,13 @@ class Taped(PerExample):
                 finite = norms.isfinite().all(1)
                 if finite.all():
                     settle(((g, weights[:, groups[n]]) for n, g in found.items()), w.flat.dtype)
-                    total = self.weighted_sum(w, groups, weights, taped, leaves, found)
+
+                    def reread(plan: Plan, cotangents: list[list[Tensor | None]]) -> dict[str, Gradient]:
+                        again = taped._replace(cotangents=cotangents, free={})
+                        return gradients(plan, model, w.views, again, loss, batch)
+
+                    second = Second(plan, taped, leaves, reread) if self.second_pass else None
+                    total = self.weighted_sum(w, groups, weights, found, second)
                 else:
                     total = self.finite_sum(w, groups, weights, found, finite)
         if not clip.needs_norms:
@@ -147,16 +165,15 @@ class Taped(PerExample):
             # Settles which examples are added as they are.
             gradient.squares()
         settle(((g, weights[chosen][:, groups[n]]) for n, g in rest.items()), w.flat.dtype)
-        return Taped.weighted_sum(self, w, groups, weights[chosen], None, {}, rest)
+        return Taped.weighted_sum(self, w, groups, weights[chosen], rest)
 
     def weighted_sum(
         self,
         w: Tree,
         groups: Mapping[str, int],
         weights: Tensor,
-        taped: Run | None,
-        leaves: Mapping[str, Tensor],
         found: Mapping[str, Gradient],
+        second: Second | None = None,
     ) -> Tensor:
         """The flat sum of all gradients, each example's weighted by `weights` [B, G]."""
         total = torch.empty_like(w.flat, dtype=sum_type(w.flat.dtype))
