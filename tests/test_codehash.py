@@ -84,7 +84,7 @@ def tree(tmp_path: Path) -> Path:
         "harness/dp/engines/shared.py": "from ..tree import Tree as T\n",
         "harness/dp/native/__init__.py": "def library(): ...\n",
         "harness/dp/native/kernels.py": "from harness.dp.native import library\n",
-        "harness/dp/native/normal.c": "",
+        "harness/dp/native/gaussian.c": "",
         "harness/dp/native/vector.h": "",
         "harness/dp/noise.py": "from harness.dp.native import kernels\n",
         "harness/models/__init__.py": "from .nets import mlp as net\nLATE = 1\n",
@@ -117,7 +117,7 @@ def tree(tmp_path: Path) -> Path:
         ),
         (
             "harness.dp.noise",
-            "harness/dp/native/__init__ harness/dp/native/kernels harness/dp/native/normal harness/dp/native/vector "
+            "harness/dp/native/__init__ harness/dp/native/gaussian harness/dp/native/kernels harness/dp/native/vector "
             "harness/dp/noise",
         ),
         ("lab.mine", "harness/dp/clip harness/dp/tree lab/mine lab/other"),
@@ -143,7 +143,9 @@ def test_closure_of_a_lone_file_and_of_nothing(tree: Path, tmp_path_factory: pyt
 def test_a_method_of_this_project_depends_on_the_mathematics_and_on_no_other_method() -> None:
     found = codehash.hashes(codehash.closure(["methods.dp_sgd"]))
     assert {"methods/dp_sgd.py", "harness/dp/clip/flat.py", "harness/dp/noise.py"} <= set(found)
-    assert {"harness/dp/random.py", "harness/dp/native/normal.c", "harness/dp/native/vector.h"} <= set(found)
+    assert {"harness/dp/random.py", "harness/dp/native/gaussian.c", "harness/dp/native/vector.h"} <= set(
+        found
+    )
     assert [name for name in found if name.startswith("methods/")] == ["methods/dp_sgd.py"]
     assert not {"harness/registry.py", "harness/dp/engines/ghost.py", "harness/dp/clip/scaling.py"} & set(
         found

@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"run", "store", "track", "measure", "registry", "cell", "draw", "private", "public", "screen"},
     "verify": {
         "train", "dp", "data", "models", "registry", "measure", "suite", "lines", "store", "codehash", "parts", "cell",
-        "audits", "checks", "options", "seeds",
+        "audits", "checks", "options", "seeds", "peers",
     },
     "peers": {"dp", "models"},
     "bench": {

@@ -36,6 +36,7 @@ from harness.dp import (
 )
 from harness.dp.claim import Run
 from harness.dp.engines.engine import trainable
+from harness.dp.gaussian import grid
 from harness.dp.mixture import amplified
 from harness.dp.random import Stream
 from harness.train import Schedule, read_checkpoint, start, train, write_checkpoint
@@ -113,7 +114,10 @@ def gradient(flat: torch.Tensor, step: int, clip: float, cut: float = math.inf) 
         (g,) = torch.autograd.grad(nn.functional.cross_entropy(outputs, data.y[i : i + 1]), leaf)
         longest = cut * max(float(g.norm()), clip)
         total += g.clamp(-longest, longest) * min(1.0, clip / float(g.norm()))
-    return Stream(SEEDS.noise, f"noise of {Vmap().role}", step).noised(total, SIGMA * clip) / BATCH
+    return (
+        Stream(SEEDS.noise, f"noise of {Vmap().role}", step).noised(total, grid(SIGMA, clip, len(total)))
+        / BATCH
+    )
 
 
 def equal(a: torch.Tensor, b: torch.Tensor) -> bool:

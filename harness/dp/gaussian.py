@@ -53,7 +53,7 @@ UNIT = 1 << 340  # fixed point, for the tables
 
 
 EDGE = 2.0**50  # of a grid: values beyond are cut off there
-COARSEST = 24  # bits of a grid
+COARSEST = 8  # bits of a grid
 ROUNDING = 2.0**-20  # of the sensitivity: rounding should move a sum by less
 
 
@@ -77,7 +77,7 @@ def grid(sigma: float, sensitivity: float, size: int) -> Grid:
     step), and step = 2^-bits s. The last factor makes up for the rounding of s and for 2^-76 / 12 of its square.
     Cutting values off at `EDGE` steps moves no two of them apart.
 
-    The step is the largest that keeps rounding below `ROUNDING`, with 24 to 38 bits. Raises ValueError where 38 are
+    The step is the largest that keeps rounding below `ROUNDING`, with 8 to 38 bits. Raises ValueError where 38 are
     too few.
     """
     if not sigma > 0:
