@@ -47,7 +47,7 @@ UNTOLD: Mapping[str, Any] = {
     "sensitivity": None,
     "claimed": None,
 }
-"""What the privacy of a run of another status says where nothing is told of how far it came."""
+"""What the privacy of a run of another status says where nothing is reported of how far it came."""
 HIDDEN = "what a run that failed says may tell of private data, and is left out"
 FAILED = ("crashed", "oom", "timeout")
 _PROBED = (

@@ -47,7 +47,7 @@ class Poisson(Sampler):
     """Every example is in with probability q = batch / n, independently of all else. A batch may be empty."""
 
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
-        # Of the 2^53 values of a coin never a larger share than is billed, and less by 2^-53 at most.
+        # Of the 2^53 values of a coin never a larger share than is charged, and less by 2^-53 at most.
         share = (batch * 2**53 // n) * 2.0**-53 if n else 0.0
         coins = Stream(seed, "sampling", step).uniform(n)
         return (coins < share).nonzero().squeeze(1)
