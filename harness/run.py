@@ -463,7 +463,7 @@ class _Session:
         """What was used, whatever the data are. The engine is the first stage's, which the cell's method trains."""
         return {
             "engine": done[0].engine or None, "kernels": kernels(),
-            "warmup_steps": max(leg.schedule.untimed for leg in self.legs),
+            "warmup_steps": max(leg.schedule.untimed for leg in self.legs), "sessions": self.progress.sessions,
         }  # fmt: skip
 
     def diagnosed(self, done: Sequence[Progress]) -> dict[str, Any]:
@@ -471,7 +471,6 @@ class _Session:
         the whole run."""
         return speed(done[0]) | {
             "train_seconds": sum(self.progress.seconds), "peak_memory_mib": self.peak or None,
-            "sessions": self.progress.sessions,
         }  # fmt: skip
 
 

@@ -103,21 +103,21 @@ def test_a_run_goes_on_with_what_it_began_with_or_begins_anew(
 
     cut(tmp_path / "same" / id)
     resumed = weights(tmp_path / "same" / id, a, monkeypatch)
-    assert resumed["diagnostics"]["sessions"] == 2 and resumed["weights_sha256"] == whole[a]
+    assert resumed["measured"]["sessions"] == 2 and resumed["weights_sha256"] == whole[a]
 
     cut(tmp_path / "taken" / id)  # as the launcher gives a cut-short run's checkpoint to its next attempt
     (tmp_path / "taken" / id).rename(tmp_path / "taken" / f"{id}.2")
     resumed = weights(tmp_path / "taken" / f"{id}.2", a, monkeypatch)
-    assert resumed["diagnostics"]["sessions"] == 2 and resumed["weights_sha256"] == whole[a]
+    assert resumed["measured"]["sessions"] == 2 and resumed["weights_sha256"] == whole[a]
     assert resumed["randomness"] == {"attempt": 1, "code": a, "dropout_bits": 256}
 
     cut(tmp_path / "changed" / id)
     anew = weights(tmp_path / "changed" / id, b, monkeypatch)
-    assert anew["diagnostics"]["sessions"] == 1 and anew["weights_sha256"] == whole[b]
+    assert anew["measured"]["sessions"] == 1 and anew["weights_sha256"] == whole[b]
 
     cut(tmp_path / "silent" / id)  # a checkpoint that does not say what it drew
     (tmp_path / "silent" / id / "checkpoint" / draw.NOTE).unlink()
-    assert weights(tmp_path / "silent" / id, a, monkeypatch)["diagnostics"]["sessions"] == 1
+    assert weights(tmp_path / "silent" / id, a, monkeypatch)["measured"]["sessions"] == 1
 
 
 def pair() -> tuple[Cell, Cell]:

@@ -175,7 +175,7 @@ def test_no_number_that_is_published_is_the_size_of_a_batch(tmp_path: Path) -> N
 
 def test_older_records_are_read_and_lose_what_is_private_wherever_it_was(tmp_path: Path) -> None:
     names = {
-        "examples_per_second", "train_seconds", "wall_seconds", "peak_memory_mib", "load_average", "sessions",
+        "examples_per_second", "train_seconds", "wall_seconds", "peak_memory_mib", "load_average",
         "microbatch", "train_loss", "clipped_fraction", "non_finite",
     }  # fmt: skip
     for path in OLD[:: max(1, len(OLD) // 40)]:

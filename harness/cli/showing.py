@@ -82,7 +82,7 @@ def show(options: argparse.Namespace) -> int:
     speed = "of each stage" if stages else _speed(private.get("examples_per_second") or {})
     row("speed", speed, f"{measured.get('jobs')} at once")
     if private.get("wall_seconds") is not None:
-        row("time", launch.duration(private["wall_seconds"]), f"{private.get('sessions') or 1} session(s)")
+        row("time", launch.duration(private["wall_seconds"]), f"{measured.get('sessions') or 1} session(s)")
     row("memory", f"{number(private.get('peak_memory_mib'), 5)} MiB at the peak")
     row("device", device.get("name"), device.get("spec"), f"{device.get('threads')} threads")
     if not stages:
