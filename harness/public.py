@@ -26,8 +26,8 @@ LEFT_OUT = (
 
 DIAGNOSTICS = "diagnostics"
 MEASURED = ("engine", "jobs", "kernels", "warmup_steps", "sessions")
-"""Keys of `measured` that are public; what else records of version 1 have there is private. A session ends when somebody
-stops it, or with a status that is public."""
+"""Keys of `measured` that are public; what else records of version 1 have there is private. A session ends when
+somebody stops it, or with a status that is public."""
 STAGE = ("method", "data", "public", "trains", "batch", "steps", "epochs", "sampling", "relation")
 """The same of a stage, whatever comes of it."""
 CAME = ("sensitivity", "sensitivity_note", "engine", "spent", "accountant", "epsilon")

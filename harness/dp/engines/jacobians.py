@@ -8,10 +8,9 @@ small as their user likes: `Block`, a slice of the Jacobian, or `Factors`, whose
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,8 @@ from harness.dp.contrast import unit
 from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.gradients import Gradient, Outer, Patches
 from harness.dp.engines.plan import Plan, gradients
-from harness.dp.engines.rows import factor_squares, squared_norms, wide
-from harness.dp.engines.survey import probe_batch, signature, untouched, watching
+from harness.dp.engines.rows import AT_ONCE, factor_squares, squared_norms, weighted_rows, wide
+from harness.dp.engines.survey import watching
 from harness.dp.engines.tape import Run, Tape, repeated, taping
 from harness.dp.engines.trial import plan_for
 from harness.dp.engines.weights import replaced
@@ -30,10 +29,6 @@ from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
 
 HELD = 64 << 20  # bytes of a block
-UNLIKE = (
-    1e-2  # times their size by which sums may differ from what is due: float32 of a few rows differs by 1e-5
-)
-_tried: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -69,11 +64,6 @@ def forward(model: nn.Module, w: Tree, rows: Tensor) -> Pass:
         plan = plan_for(Coordinate(), model, w.views, batch)
     except ValueError as error:
         raise Unserved(str(error)) from error
-    key = signature(Coordinate(), model, w.views, batch)
-    if key not in _tried.setdefault(model, set()):
-        with untouched(model, rows.device):
-            refuse_nonlinear(_taped(model, w, probe_batch(batch).x, plan, plan.copy), plan, w)
-        _tried[model].add(key)
     done = _taped(model, w, rows, plan, plan.copy)
     return _taped(model, w, rows, plan, True) if done.tape.disturbed and not plan.copy else done
 
@@ -89,42 +79,6 @@ def _taped(model: nn.Module, w: Tree, rows: Tensor, plan: Plan, copy: bool) -> P
     if random:  # where a row is not finite, the others are passed again: new draws would move all of them
         raise Unserved(f"{', '.join(sorted(random))} draws random numbers: leave dropout and the like out")
     return Pass(unit(outputs), {**leaves, **copies}, frozenset(copies), tape, plan)
-
-
-def refuse_nonlinear(done: Pass, plan: Plan, w: Tree) -> None:
-    """Raise `Unserved` where a weighted pass back does not give the weighted sum of the rows' Jacobians.
-
-    Norms are read off one pass for each coordinate, and the sum is that of another pass. A hook that clamps, normalises
-    or replaces gradients on their way would change what is summed and not what was measured. Of a few made-up rows,
-    coordinates weighed by numbers of either sign and of all sizes are compared with the sum over single coordinates;
-    that rows add up, the plan's trial has seen.
-    """
-    units = done.units.detach()
-    if units.shape[1] == 1:  # of length one, so 1 or -1: all gradients are rounding
-        return
-    one = [row.expand_as(units) for row in torch.eye(units.shape[1]).to(units)]
-    each = torch.stack([pull(done, cotangent, w).double() for cotangent in one])
-    rng = torch.Generator().manual_seed(0)
-    for size in (1.0, 1e-3, 1e-6, 1e3):
-        v = size * torch.randn(len(each), generator=rng, dtype=torch.float64).to(units)
-        due, found = v.double() @ each, pull(done, v.expand_as(units), w).double()
-        scale = (v.double()[:, None] * each).square().sum().sqrt()
-        if not plan.linear or float((found - due).norm()) > UNLIKE * float(scale):
-            raise Unserved(
-                "the gradient of weighted similarities is not the weighted sum of their gradients: a hook or a function"
-                " of the model's own changes gradients on their way back, and what is summed would not be what was"
-                " measured. Take it out"
-            )
-
-
-def pull(done: Pass, cotangents: Tensor, w: Tree) -> Tensor:
-    """The flat gradient of sum(cotangents * units), both [R, d]: one backward pass."""
-    sources = [done.sources[name] for name in w.names]
-    grads = torch.autograd.grad(
-        done.units, sources, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    total = [g.sum(0) if name in done.copies else g for name, g in zip(w.names, grads, strict=True)]
-    return torch.cat([g.reshape(-1) for g in total])
 
 
 class Block(NamedTuple):
@@ -143,34 +97,62 @@ class Factors(NamedTuple):
     g: Tensor
 
 
-def pieces(done: Pass, model: nn.Module, w: Tree, rows: Tensor) -> Iterator[Block | Factors]:
-    """The Jacobians of all rows in pieces: every parameter is in one, all its uses added up. Blocks are small."""
+def jacobians(done: Pass, model: nn.Module, w: Tree, rows: Tensor) -> dict[str, list[Gradient]]:
+    """The gradients of the d embedding coordinates, of all rows, by parameter: every use of it is added up."""
     found: dict[str, list[Gradient]] = {}
     for coordinate in range(done.units.shape[1]):
         for name, gradient in _row_gradients(done, model, w, rows, coordinate).items():
             found.setdefault(name, []).append(gradient)
-    count, d = done.units.shape
-    size = max(1, HELD // (d * count * w.flat.element_size()))
+    return found
+
+
+def weighted(found: Mapping[str, list[Gradient]], v: Tensor, w: Tree) -> Tensor:
+    """The flat sum over rows r and coordinates k of v[r, k] times the gradient of coordinate k of row r; `v` [R, d].
+
+    In float64, as `v` is. It is made of the very gradients whose norms were read. Another backward pass would round
+    otherwise, and where gradients cancel on their way back, inputs may make any number of that.
+    """
+    total = torch.zeros_like(w.flat, dtype=torch.float64)
+    views = w.layout.views(total)
+    for name, each in found.items():
+        out = views[name]
+        if (positions := factored(each)) is None:
+            for weights, gradient in zip(v.unbind(1), each, strict=True):
+                out += weighted_rows(weights, gradient.rows.double())
+            continue
+        for a, g, weights in zip(*(t.split(AT_ONCE) for t in (*positions, v)), strict=True):
+            outputs = torch.einsum("rtpk,rk->rtp", g.double(), weights)
+            out += (outputs.flatten(0, 1).mT @ a.double().flatten(0, 1)).view_as(out)
+    return total
+
+
+def pieces(found: Mapping[str, list[Gradient]], d: int) -> Iterator[Block | Factors]:
+    """The Jacobians of all rows, of `d` coordinates, in pieces: every parameter is in one. Blocks are small."""
     small: list[Tensor] = []
-    for name in list(found):
-        each = found.pop(name)
+    size = 1
+    for each in found.values():
         positions = factored(each)
         if positions is None:
             jacobian = torch.stack([wide(g.rows).flatten(1) for g in each], 2)
+            size = _size(jacobian)
             if jacobian.shape[1] < size:
                 small.append(jacobian)
             else:
                 yield from map(Block, jacobian.split(size, 1))
             continue
-        del each
         a, g = positions
         if a.shape[1] == 1:
             yield Factors(a[:, 0], g[:, 0])
             continue
-        for outputs in g.split(max(1, size // a.shape[2]), 2):
-            yield Block(torch.bmm(a.mT, outputs.flatten(2)).view(count, -1, d))
+        for outputs in g.split(max(1, _size(g) // a.shape[2]), 2):
+            yield Block(torch.bmm(a.mT, outputs.flatten(2)).view(len(a), -1, d))
     if small:
         yield from map(Block, torch.cat(small, 1).split(size, 1))
+
+
+def _size(like: Tensor) -> int:
+    """How many parameters a block holds, from a tensor [R, ..., d] of the Jacobians' type."""
+    return max(1, HELD // (len(like) * like.shape[-1] * like.element_size()))
 
 
 def _row_gradients(

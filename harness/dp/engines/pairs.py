@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from harness.dp.clip import Clip, State
 from harness.dp.contrast import InfoNCE
 from harness.dp.engines.engine import Engine, Unserved
-from harness.dp.engines.jacobians import Block, Factors, Pass, energies, forward, pieces, pull
+from harness.dp.engines.gradients import Gradient
+from harness.dp.engines.jacobians import Block, Factors, energies, forward, jacobians, pieces, weighted
 from harness.dp.engines.rows import full_precision, product, squared_norms
 from harness.dp.engines.weights import held
 from harness.dp.engines.whole import refusal
@@ -64,7 +65,8 @@ class Pairs(Engine):
     An example whose embeddings are not finite, or whose Jacobian is longer than 1e15, is left out of the batch: that is
     a removal, decided by its own views. An empty batch and a batch of one give zero.
 
-    No gradient of a pair is held beyond a tile of a block of parameters. With R = 2n rows, embeddings of width d and E
+    The sum is made of the very Jacobians that gave the norms. No gradient of a pair is held beyond a tile of a block of
+    parameters. With R = 2n rows, embeddings of width d and E
     numbers at the outputs of layers with parameters, memory is 4 R d E bytes, and time grows by n d backward passes and
     2 n^2 d P multiply-adds, P the parameters (far fewer for linear layers). Convolutions with groups, attention,
     recurrence and layers that no rule knows take 4 R d bytes for each of their parameters.
@@ -113,7 +115,10 @@ class Pairs(Engine):
         bound = self.reach(loss, clip.sensitivity(state, Relation.ADD_OR_REMOVE), len(batch), relation)
         taken = min(len(batch), self.cap or len(batch))
         x = batch.x
-        total, losses = torch.zeros_like(w.flat), x.new_full((taken,), math.nan, dtype=torch.float64)
+        total, losses = (
+            torch.zeros_like(w.flat, dtype=torch.float64),
+            x.new_full((taken,), math.nan, dtype=torch.float64),
+        )
         clipped = torch.zeros((), dtype=torch.long, device=x.device)
         present = torch.arange(taken, device=x.device)
         while len(present):
@@ -123,13 +128,14 @@ class Pairs(Engine):
                 good = examples(done.units.isfinite().all(1))
                 if good.all():
                     with full_precision(rows.device):
-                        squares, energy = pair_squares(done, model, w, rows, loss.temperature)
+                        found = jacobians(done, model, w, rows)
+                        squares, energy = pair_squares(found, done.units.detach(), loss.temperature)
                     good = examples(energy <= LARGEST**2)
                 if good.all():
                     norms = safe_norms(squares, energy, w.flat.dtype)
                     weights = clip.weights(norms.view(-1, 1), state).view_as(norms)
                     with full_precision(rows.device):
-                        total = pull(done, cotangents(loss, done.units.detach(), weights), w)
+                        total = weighted(found, cotangents(loss, done.units.detach(), weights), w)
                     losses[present] = loss.of_units(done.units.detach())
                     clipped = (weights < 1).sum() // len(present)
                     break
@@ -168,13 +174,12 @@ def safe_norms(squares: Tensor, energy: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pair_squares(
-    done: Pass, model: nn.Module, w: Tree, rows: Tensor, temperature: float
+    found: Mapping[str, list[Gradient]], units: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Squared norms [n, n] of the gradients of Z_ij, and of the Jacobians of the rows over the temperature, [2n]."""
-    units = done.units.detach()
     n = len(units) // 2
     squares, energy = (units.new_zeros(shape) for shape in ((n, n), (2 * n,)))
-    for piece in pieces(done, model, w, rows):
+    for piece in pieces(found, units.shape[1]):
         energy += energies(piece)
         if isinstance(piece, Block):
             add_block(squares, piece, units)
