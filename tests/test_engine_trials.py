@@ -30,7 +30,7 @@ def bounded(engine, model, x, y, clip=None, w=None, loss=None):
 
 
 def total(*args, **options) -> Tensor:
-    return bounded(*args, **options).releases["grad"].value.flat
+    return bounded(*args, **options).releases["grad"].value.flat.double()
 
 
 def data(count: int, width: int = 6) -> tuple[Tensor, Tensor]:
@@ -100,25 +100,23 @@ class StraightThrough(Net):
 
 
 @pytest.mark.parametrize("build", [Hooked, Normalised, StraightThrough])
-def test_two_passes_refuse_what_weighs_otherwise_than_it_measures(build, tmp_path, monkeypatch):
+def test_gradients_changed_on_their_way_are_measured_as_they_are_summed(build, tmp_path, monkeypatch):
     monkeypatch.setenv("EPSBENCH_CACHE", str(tmp_path))
     x, y = data(10)
     for clip in (Flat(1.0), Flat(1e-3)):
-        with pytest.raises(Unserved, match="second backward pass"):
-            total(Ghost(), build(), 5 * x, y, clip)
         want = total(Loop(), build(), 5 * x, y, clip)
-        for engine in (BookKeeping(), Vmap(), Auto()):
+        for engine in (Ghost(), BookKeeping(), Vmap(), Auto()):
             assert torch.allclose(total(engine, build(), 5 * x, y, clip), want, rtol=1e-4, atol=1e-7)
 
 
-def test_two_passes_that_part_in_the_run_alone_are_stopped():
+def test_gradients_changed_in_the_run_alone_are_too():
     model = ClampedFarOut()
     with torch.no_grad():
         model.o.weight.mul_(100)
     x, y = data(10)
-    with pytest.raises(Unserved, match="second backward pass"):
-        total(Ghost(), model, x, y, Flat(1e-3))
-    assert torch.allclose(total(BookKeeping(), model, x, y), total(Loop(), model, x, y), rtol=1e-4, atol=1e-6)
+    for engine in (Ghost(), BookKeeping()):
+        want = total(Loop(), model, x, y, Flat(1e-3))
+        assert torch.allclose(total(engine, model, x, y, Flat(1e-3)), want, rtol=1e-4, atol=1e-6)
 
 
 # --- random numbers are drawn once a step ----------------------------------------------------------------------------

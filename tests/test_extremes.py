@@ -176,8 +176,8 @@ def test_adaptive_thresholds_stay_within_reach() -> None:
 
 
 @pytest.mark.parametrize("engine", [Ghost(), BookKeeping()], ids=lambda e: type(e).__name__)
-def test_what_cancels_on_its_way_back_keeps_its_bound_in_a_second_pass(engine):
-    """The first pass rounds the gradient to zero, and the second leaves rounding that the input makes large."""
+def test_what_cancels_on_its_way_back_keeps_its_bound(engine):
+    """The way back rounds the gradient to zero. Another would leave rounding that the input makes large."""
     model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 3))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 0.0]]))

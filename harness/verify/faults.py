@@ -141,6 +141,21 @@ class InBatchStatistics(Naive):
 
 
 @dataclass(frozen=True)
+class TwoPasses(Naive):
+    """Sums the gradient of the weighted losses: another one than it measured, where a hook changes gradients."""
+
+    def clipped_sum(
+        self, loss: Loss, clip: Clip, groups: Any, model: nn.Module, w: Tree, *rest: Any
+    ) -> Clipped:
+        out, (batch, _) = super().clipped_sum(loss, clip, groups, model, w, *rest), rest
+        assert out.weights is not None
+        with held(model, w.views) as own:
+            weighted = (out.weights[:, 0].nan_to_num(0).to(out.losses) * losses_of(loss, model, batch)).sum()
+            grads = torch.autograd.grad(weighted, list(own.values()), materialize_grads=True)
+        return out._replace(total=w.with_flat(torch.cat([g.flatten() for g in grads])))
+
+
+@dataclass(frozen=True)
 class WholeBatch(Vmap):
     """Clips the gradient of the whole batch to C and declares C: it can turn round."""
 
@@ -484,6 +499,10 @@ def gallery() -> list[Fault]:
         Fault(
             "norms without biases", "fastgradclip; a library's ghost clipping before a fix",
             lambda: Method(engine=NormsWithoutBias()), checks.adversarial,
+        ),
+        Fault(
+            "sums of gradients that were not measured", "fast clipping in two passes, under hooks and estimators",
+            lambda: Method(engine=TwoPasses()), checks.other_models,
         ),
         Fault(
             "noise scaled by the batch's largest weight", "a fork of a library with DP-PSAC",

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from harness.dp import Batch, BookKeeping, CrossEntropy, Flat, Ghost, Relation, Tree, Vmap
 from harness.dp.clip import Clip
-from harness.dp.contrast import InfoNCE
 from harness.dp.engines.engine import Engine, trainable
-from harness.dp.engines.pairs import Pairs
 from harness.dp.loss import Loss
 from harness.models import check
 
@@ -40,13 +38,6 @@ def rescued(h: Tensor) -> Tensor:
     """All scaled down where the largest would overflow."""
     top = h.detach().abs().max()
     return torch.where(top > 1e4, h * (1e4 / top), h)
-
-
-def normalised(h: Tensor) -> Tensor:
-    """The same, its gradients brought to one length on their way back."""
-    if h.requires_grad:
-        h.register_hook(lambda g: 0.1 * g / (g.norm(dim=-1, keepdim=True) + 1e-30))
-    return h
 
 
 class Mixed(torch.autograd.Function):
@@ -124,15 +115,12 @@ def gate(make: Callable[[], nn.Module]) -> Callable[[], None]:
     return lambda: check(seeded(make), (FEATURES,), CLASSES)
 
 
-def step(
-    engine: Engine, make: Callable[[], nn.Module], loss: Loss | None = None, views: int = 0
-) -> Callable[[], None]:
+def step(engine: Engine, make: Callable[[], nn.Module], loss: Loss | None = None) -> Callable[[], None]:
     """The first step of an engine, which tries a model before it uses it."""
 
     def run() -> None:
         model, rng = seeded(make), torch.Generator().manual_seed(6)
-        shape = (12, *((views, 1, 2, 3) if views else (FEATURES,)))
-        batch = Batch(torch.randn(shape, generator=rng), torch.arange(12) % CLASSES)
+        batch = Batch(torch.randn(12, FEATURES, generator=rng), torch.arange(12) % CLASSES)
         w, rule = Tree.of(trainable(model)), Flat(0.1)
         given: tuple[Clip, nn.Module, Tree, Batch] = (rule, model, w, batch)
         engine.bounded(loss or CrossEntropy(), *given, None, 1.0, Relation.ADD_OR_REMOVE)
@@ -166,14 +154,6 @@ def planted() -> list[Planted]:
             GATE, gate(lambda: Net(rescued)), "another one of a batch",
         ),
         Planted("weights of the first step", "a transpose kept as an attribute", GATE, gate(Kept), "made of"),
-        Planted(
-            "sums of gradients that were not measured", "hooks that normalise gradients, under ghost clipping",
-            TRIAL, step(Ghost(), lambda: Net(normalised)), "second backward pass",
-        ),
-        Planted(
-            "sums of similarities' gradients that were not measured", "the same, under Logit-DP",
-            TRIAL, step(Pairs(), lambda: Net(normalised), InfoNCE(1.0), 2), "on their way back",
-        ),
         Planted(
             "a rule for vmap that moves gradients to other examples", "custom functions",
             TRIAL, step(Vmap(), lambda: Net(Mixed.apply)), "vmap rule",

@@ -61,10 +61,6 @@ class Stacked(Gradient):
         return all(part.held for part in self.parts)
 
     @property
-    def whole(self) -> bool:
-        return all(part.whole for part in self.parts)
-
-    @property
     def rows(self) -> Tensor:
         return torch.cat([part.rows for part in self.parts], 1)
 
@@ -72,12 +68,11 @@ class Stacked(Gradient):
     def footprint(self) -> int:
         return sum(part.footprint for part in self.parts)
 
-    def costs(self, again: bool = False) -> Costs:
-        keep, gram = zip(*(part.costs(again) for part in self.parts), strict=True)
-        return Costs(sum(keep), sum(gram))
+    def costs(self) -> Costs:
+        return Costs(*map(sum, zip(*(part.costs() for part in self.parts), strict=True)))
 
-    def squares(self, again: bool = False) -> Tensor:
-        return torch.stack([part.squares(again) for part in self.parts]).sum(0)
+    def squares(self, lean: bool = False) -> Tensor:
+        return torch.stack([part.squares(lean) for part in self.parts]).sum(0)
 
     def weighted(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:

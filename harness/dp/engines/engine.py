@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.draws import generators, rewind
-from harness.dp.engines.rows import adding, sum_type
 from harness.dp.loss import Batch, Loss
 from harness.dp.native.memory import keep_freed_memory
 from harness.dp.release import Bounded, Observed, Relation, Release
@@ -166,7 +165,8 @@ class PerExample(Engine):
     ) -> Clipped:
         """The weighted sum of one non-empty microbatch's gradients.
 
-        `groups` maps each name of `w` to its clipping group. An example whose gradient is not finite adds zero.
+        `groups` maps each name of `w` to its clipping group. An example whose gradient is not finite adds zero. A sum
+        of clipped gradients is float64, whatever the weights are.
         """
         raise NotImplementedError
 
@@ -221,13 +221,11 @@ class PerExample(Engine):
         """The flat weighted sum of a logical batch, `chunk` examples at a time, and its microbatches without theirs."""
         total: Tensor | None = None
         parts: list[Clipped] = []
-        with adding(len(batch)):
-            for x, y in zip(batch.x.split(chunk), batch.y.split(chunk), strict=True):
-                if len(x):
-                    part = self.clipped_sum(loss, clip, groups, model, w, Batch(x, y), state)
-                    flat = part.total.flat.to(sum_type(w.flat.dtype))
-                    total = flat if total is None else total.add_(flat)
-                    parts.append(part._replace(total=w))
+        for x, y in zip(batch.x.split(chunk), batch.y.split(chunk), strict=True):
+            if len(x):
+                part = self.clipped_sum(loss, clip, groups, model, w, Batch(x, y), state)
+                total = part.total.flat if total is None else total.add_(part.total.flat)
+                parts.append(part._replace(total=w))
         return torch.zeros_like(w.flat) if total is None else total, parts
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.dp.engines.gradients import Costs
 from harness.dp.engines.plan import gradients
 from harness.dp.engines.trial import plan_for
 from harness.dp.engines.weights import held
@@ -36,7 +37,7 @@ def explain(loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> list[dict[st
             "vmap" if name in by_vmap else "copies" if name in plan.free else type(gradient).__name__.lower()
         )
         costs = gradient.costs()
-        way = costs.way if costs != (0, 0) else "keep"
+        way = costs.way if costs != Costs(0, 0) else "keep"
         rows.append(
             {"name": name, "form": form, "shape": tuple(gradient.shape), "way": way, "costs": costs._asdict()}
         )

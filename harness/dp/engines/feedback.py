@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv1d_weight, conv2d_weight
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointError
 
@@ -21,7 +20,9 @@ from harness.dp.clip import Clip, State, Unclipped
 from harness.dp.clip.flat import shortened
 from harness.dp.clip.rule import within_reach
 from harness.dp.engines.engine import SPEED, Engine, Unserved, joined, losses_of, trainable
+from harness.dp.engines.gradients import Gradient, Rows
 from harness.dp.engines.rows import full_precision
+from harness.dp.engines.rules import convolution, linear
 from harness.dp.engines.survey import modes, moved, probe_batch, refuse_mixing, untouched, watching
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
@@ -123,7 +124,7 @@ class Feedback(Engine):
         self, chunk: int, layers: Mapping[str, Layer], loss: Loss, model: nn.Module, w: Tree, batch: Batch
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
         """The flat sum of a logical batch, `chunk` examples at a time; for each, what `_add` returns."""
-        total = torch.zeros_like(w.flat)
+        total = torch.zeros_like(w.flat, dtype=torch.float64)
         views = w.layout.views(total)
         if not len(batch):
             return total, []
@@ -164,8 +165,9 @@ class Feedback(Engine):
             reach = torch.stack([call.reach() for call in tape.calls])
             finite = (sizes.isfinite() & reach.isfinite()).all(0)
             back, ahead = shortened(sizes, self.error), shortened(reach, self.activation)
-            for call, delta, s, t in zip(tape.calls, deltas, back, ahead, strict=True):
-                call.add(total, rescaled(delta, s, finite), rescaled(call.a, t, finite), t.to(delta.dtype))
+            for call, delta, v in zip(tape.calls, deltas, back * ahead, strict=True):
+                # 0 * inf would not be zero.
+                call.add(total, delta[finite], call.a[finite], v[finite])
         short = ((back < 1) | (ahead < 1)).any(0) & finite
         return losses.detach(), short, ~finite
 
@@ -197,12 +199,6 @@ def matrix(
         rows * columns
     )  # on the CPU in float32, the same everywhere
     return drawn.view(rows, columns).div(math.sqrt(rows)).to(device, dtype)
-
-
-def rescaled(t: Tensor, factors: Tensor, finite: Tensor) -> Tensor:
-    """Rows of `t` [B, ...] times `factors` [B]; zero where an example is not `finite`, as 0 * inf would not be."""
-    shape = (-1, *[1] * (t.ndim - 1))
-    return torch.where(finite.view(shape), t * factors.to(t.dtype).view(shape), 0)
 
 
 # --- layers ---
@@ -292,27 +288,23 @@ class Call:
             squares = torch.zeros_like(squares)
         return (squares + (positions if self.layer.bias else 0)).sqrt()
 
-    def add(self, total: Mapping[str, Tensor], delta: Tensor, a: Tensor, ones: Tensor) -> None:
-        """Add the sum over examples of delta^T [a, ones], `ones` [B] being what the bias' feature was shortened to."""
-        module, weight, bias = self.layer.module, self.layer.weight, self.layer.bias
-        scaling = type(module) in SCALINGS
-        if weight:
-            if scaling:
-                found = (by_channel(module, delta) * by_channel(module, a)).sum((0, 1))
-            elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-                found = convolved(module, a, delta)
-            else:
-                found = delta.flatten(0, -2).T @ a.flatten(0, -2)
-            total[weight].add_(found.view_as(total[weight]))
-        if bias:
-            shared = delta * ones.view(-1, *[1] * (delta.ndim - 1))
-            if scaling:
-                found = by_channel(module, shared).sum((0, 1))
-            elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-                found = shared.flatten(2).sum((0, 2))
-            else:
-                found = shared.flatten(0, -2).sum(0)
-            total[bias].add_(found.view_as(total[bias]))
+    def add(self, total: Mapping[str, Tensor], delta: Tensor, a: Tensor, v: Tensor) -> None:
+        """Add the sum over examples of v[i] delta_i^T [a_i, 1], in float64; `v` [B] is what both were shortened by."""
+        if not len(a):
+            return
+        module = self.layer.module
+        names = {"weight": self.layer.weight, "bias": self.layer.bias}
+        wanted = [own for own, name in names.items() if name]
+        if type(module) in SCALINGS:
+            of_bias = by_channel(module, delta.double())
+            of_weight = of_bias * by_channel(module, a.double())
+            rows: dict[str, Gradient] = {"weight": Rows(of_weight.sum(1)), "bias": Rows(of_bias.sum(1))}
+        else:
+            rule: Any = linear if type(module) is nn.Linear else convolution
+            rows = rule(module, a, delta, len(a), wanted)
+        for own in wanted:
+            out = total[str(names[own])]
+            out.add_(rows[own].weighted(v).view_as(out))
 
 
 def by_channel(module: nn.Module, t: Tensor) -> Tensor:
@@ -342,17 +334,6 @@ def windows(module: nn.Conv1d | nn.Conv2d, d: int, size: int, out: int) -> Tenso
     starts = torch.arange(out)[:, None] * module.stride[d] - padded(module)[d][0]
     seen = starts + torch.arange(module.kernel_size[d]) * module.dilation[d]
     return torch.bincount(seen[(seen >= 0) & (seen < size)], minlength=size)
-
-
-def convolved(module: nn.Conv1d | nn.Conv2d, a: Tensor, delta: Tensor) -> Tensor:
-    """The sum over examples and positions of delta times the unfolded `a`: a convolution's weight gradient."""
-    padding: Any = module.padding
-    if isinstance(padding, str):  # one side may have more of it than the other
-        a = F.pad(a, module._reversed_padding_repeated_twice)
-        padding = 0
-    of = conv1d_weight if isinstance(module, nn.Conv1d) else conv2d_weight
-    result: Tensor = of(a, module.weight.shape, delta, module.stride, padding, module.dilation)
-    return result
 
 
 class Tape:

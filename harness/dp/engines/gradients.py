@@ -14,7 +14,6 @@ Shapes: B examples, T positions of a layer within one example, fan-in d, outputs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -26,10 +25,7 @@ from torch import Tensor
 from harness.dp.engines.rows import (
     AT_ONCE,
     factor_squares,
-    product,
     squared_norms,
-    sum_type,
-    term,
     weighted_rows,
     wide,
 )
@@ -40,13 +36,22 @@ CANCELLED = (
 )
 
 
+ROUNDED = 4  # rounding units, times sum_t |g_t| |a_t|, by which float32 may be off in a sum over positions
+TAME = 2.0**40  # products of numbers up to this, or down to its reciprocal, are far from the ends of float32
+
+
 def scaled(v: Tensor, g: Tensor) -> Tensor:
     """Row i of `g` [B, ...] times v[i]."""
     return g * v.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
 
 
-UNSEEN = 1e-7  # times a contribution's length, by which rounding may lengthen it
-HUGE = 1e36  # the length of a weighted output gradient, from which float32 is not sure to hold it
+def levelled(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `t` [B, ...] divided by powers of two, and these [B] in float64, where products could leave float32."""
+    largest = t.abs().flatten(1).amax(1).double()
+    if ((largest < TAME) & (largest > 1 / TAME) | (largest == 0)).all():
+        return t, torch.ones_like(largest)
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    return scaled(1 / scale, t.double()).to(t.dtype), scale
 
 
 def placed(value: Tensor, out: Tensor | None) -> Tensor:
@@ -58,15 +63,23 @@ class Costs(NamedTuple):
     """What a norm costs beyond an ordinary weight gradient, in multiply-adds for each example.
 
     `keep`: to write, square and sum the gradients. `gram`: to make the Gram matrices. Zero where a norm is free.
+    `kept` and `grams`: the numbers that a gradient has, and that its Gram matrices have.
     """
 
     keep: float
     gram: float
+    kept: float = 0
+    grams: float = 0
 
     @property
     def way(self) -> str:
         """The cheaper one."""
         return "free" if self.gram == 0 else "gram" if self.gram < self.keep else "keep"
+
+    @property
+    def small(self) -> bool:
+        """Whether Gram matrices, or no work at all, take less memory than gradients."""
+        return self.gram == 0 or self.grams < self.kept
 
 
 class Gradient:
@@ -80,11 +93,6 @@ class Gradient:
         raise NotImplementedError
 
     @property
-    def whole(self) -> bool:
-        """Whether nothing of it is held, so that another backward pass may take its place."""
-        return not self.held
-
-    @property
     def rows(self) -> Tensor:
         """The gradients [B, *shape]."""
         raise NotImplementedError
@@ -94,19 +102,19 @@ class Gradient:
         """Bytes of rows held for each example."""
         raise NotImplementedError
 
-    def costs(self, again: bool = False) -> Costs:
-        """What the norms cost, either way.
-
-        `again`: whether a gradient that is not held then costs another backward pass through its layer.
-        """
+    def costs(self) -> Costs:
+        """What the norms cost, either way."""
         return Costs(0, 0)
 
-    def squares(self, again: bool = False) -> Tensor:
-        """Squared norms [B], in float64."""
+    def squares(self, lean: bool = False) -> Tensor:
+        """Squared norms [B], in float64; `lean`: in the way that takes less memory."""
         return squared_norms(self.rows)
 
     def weighted(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """The sum over examples of v[i] times gradient i, of the parameter's shape; into `out` if given. `v` is [B]."""
+        """The sum over examples of v[i] times gradient i, in float64, of the parameter's shape; into `out` if given.
+
+        `v` is [B], and float64: what float32 could not hold of v[i] or of a product with it is not lost.
+        """
         return weighted_rows(v, self.rows, out)
 
     def some(self, chosen: Tensor) -> Gradient:
@@ -155,7 +163,6 @@ class Product(Gradient):
 
     channels_last = False
     apart: tuple[Tensor, Product] | None = None
-    measured: Tensor | None = None  # squared norms [B], where they were read off Gram matrices
 
     @cached_property
     def made(self) -> tuple[Tensor, Tensor]:
@@ -167,10 +174,6 @@ class Product(Gradient):
         return "made" in self.__dict__
 
     @property
-    def whole(self) -> bool:
-        return not self.held and self.apart is None
-
-    @property
     def rows(self) -> Tensor:
         made = self.made[0]  # which settles where the channels are
         return made.movedim(-1, 2) if self.channels_last else made
@@ -179,30 +182,16 @@ class Product(Gradient):
     def footprint(self) -> int:
         return self.shape.numel() * self.made[0].element_size() if self.held else 0
 
-    def squares(self, again: bool = False) -> Tensor:
-        if self.held or self.costs(again).way == "keep":
+    def squares(self, lean: bool = False) -> Tensor:
+        costs = self.costs()
+        if self.held or not (costs.small if lean else costs.way != "keep"):
             return self.made[1]
         total, bound = self._gram()
         cancelled = (~(CANCELLED * total >= bound)).nonzero().squeeze(1)  # or not a number
         if len(cancelled):
-            self.set_apart(cancelled)
-            assert self.apart is not None
+            self.apart = cancelled, self.some(cancelled)
             total[cancelled] = self.apart[1].made[1]
-        self.measured = total
         return total
-
-    def set_apart(self, chosen: Tensor) -> None:
-        """Make the gradients of the examples of these numbers after all, beside those that are made already."""
-        if self.apart is not None:
-            chosen = torch.cat([self.apart[0], chosen]).unique()
-            if len(chosen) == len(self.apart[0]):
-                return
-        if len(chosen) and not self.held:
-            self.apart = chosen, self.some(chosen)
-
-    def factors(self) -> Factors:
-        """Of the two whose product the gradients are; most often the output gradients are weighed."""
-        raise NotImplementedError
 
     def _gram(self) -> tuple[Tensor, Tensor]:
         """Squared norms [B] without the products, and (sum_t |g_t| |a_t|)^2 [B], to which rounding is relative.
@@ -228,8 +217,8 @@ class Product(Gradient):
                 gradients, weights = gradients.some(good.nonzero().squeeze(1)), weights[good]
                 assert gradients.made
             return total.add_(gradients.weighted(weights.contiguous()))
-        if self.channels_last and sum_type(torch.float32) is torch.float32:
-            return kernels.weighted_rows(v, self.made[0], out, swap=True)
+        if self.channels_last:
+            return kernels.weighted_rows(v.double(), self.made[0], out, swap=True)
         return weighted_rows(v, self.rows, out)
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
@@ -269,7 +258,6 @@ class Outer(Product):
 
     a: Tensor
     g: Tensor
-    lengths: tuple[Tensor, Tensor] | None = None  # squares [B] of both, where they make the norm
 
     def __post_init__(self) -> None:
         self.shape = torch.Size((self.g.shape[2], self.a.shape[2]))
@@ -282,73 +270,28 @@ class Outer(Product):
         rows = torch.bmm(g.mT, a)
         return rows, squared_norms(rows)
 
-    def costs(self, again: bool = False) -> Costs:
+    def costs(self) -> Costs:
         positions, (p, d) = self.a.shape[1], self.shape
-        if positions == 1:
-            return Costs(row_cost(p * d, self.a), 0)
-        gram = gram_cost(positions**2 * (p + d), self.a, self.g)
-        return Costs(row_cost(p * d, self.a), gram + again * positions * p * d)
+        gram = gram_cost(positions**2 * (p + d), self.a, self.g) if positions > 1 else 0
+        return Costs(row_cost(p * d, self.a), gram, p * d, 2 * positions**2)
 
     def _gram(self) -> tuple[Tensor, Tensor]:
         a, g = wide(self.a), wide(self.g)
         if a.shape[1] > 1:
             return gram_squares(a, g)
-        self.lengths = factor_squares(a[:, 0]), factor_squares(g[:, 0])
-        total = self.lengths[0] * self.lengths[1]
+        total = factor_squares(a[:, 0]) * factor_squares(g[:, 0])
         return total, total
-
-    def factors(self) -> Factors:
-        a, g = self.lengths or (factor_squares(wide(self.a)), factor_squares(wide(self.g)))
-        return Factors(g, a, self.g.shape[1] * self.g.shape[2])
 
     def some(self, chosen: Tensor) -> Product:
         return Outer(self.a[chosen], self.g[chosen])
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
-        a, g = term(wide(self.a)).flatten(0, 1), scaled(v, term(wide(self.g))).flatten(0, 1)
-        return placed(product(g.mT, a.mT), out)
+        return placed(scaled(v, self.g.double()).flatten(0, 1).mT @ self.a.double().flatten(0, 1), out)
 
     def __add__(self, other: Gradient) -> Gradient:
         if isinstance(other, Outer) and not (self.held or other.held):
             return Outer(torch.cat([self.a, other.a], 1), torch.cat([self.g, other.g], 1))
         return super().__add__(other)
-
-
-def settle(weighed: Iterable[tuple[Gradient, Tensor]], dtype: torch.dtype) -> None:
-    """Set apart, in each gradient, the examples of which no factor can be multiplied by their weights [B].
-
-    The weighted sum of a product is formed from weighted output gradients. In `dtype` these may be too small to keep
-    their digits, which inputs of 1e37 make large again, or too large, which inputs of 1e-37 make small again. The
-    gradients of such examples are made first and weighed then.
-    """
-    given = [(g, v, g.measured) for g, v in weighed if isinstance(g, Product) and g.measured is not None]
-    if not given:
-        return
-    narrow = torch.finfo(torch.float32 if dtype.itemsize < 4 else dtype)
-    lost = (narrow.tiny * narrow.eps / UNSEEN) ** 2
-    factors = [g.factors() for g, *_ in given]
-    all_of = [
-        t for (_, v, measured), f in zip(given, factors, strict=True) for t in (v, measured, f.other, f.own)
-    ]
-    least, most = (t.unflatten(0, (-1, 4)).tolist() for t in torch.stack(all_of).aminmax(dim=1))
-    for (g, v, measured), f, low, high in zip(given, factors, least, most, strict=True):
-        if f.spread * high[2] * lost <= low[0] ** 2 * low[1] and high[0] ** 2 * high[3] <= HUGE**2:
-            continue
-        squares = v.square()
-        bad = (f.other * (f.spread * lost) > squares * measured) & (measured > 0)
-        bad = (bad | (squares * f.own > HUGE**2)) & (v > 0)
-        g.set_apart(bad.nonzero().squeeze(1))
-
-
-class Factors(NamedTuple):
-    """Squared lengths [B], in float64, of the factor that is weighed and of the other, by what its entries count.
-
-    An error of one in each entry of the weighed factor moves the gradient by at most (other * spread)^(1/2).
-    """
-
-    own: Tensor
-    other: Tensor
-    spread: float
 
 
 @dataclass
@@ -394,7 +337,7 @@ class Lookup(Gradient):
 
     def weighted(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         keys, sums = self.summed
-        sums = term(sums)
+        sums = sums.double()
         total = sums.new_zeros(self.shape)
         total.index_add_(0, keys % self.entries, scaled(v[keys // self.entries], sums))
         return placed(total, out)
@@ -468,22 +411,27 @@ class Patches(Product):
             g, x, weight, None, geo.stride, geo.padding, geo.dilation, False, [0] * n, groups, [False, True, False]
         )[1]  # fmt: skip
 
-    def costs(self, again: bool = False) -> Costs:
+    def costs(self) -> Costs:
         geo, elements = self.geometry, self.shape.numel()
         keep = row_cost(elements, self.x)
         positions = self.g.shape[1] * math.prod(self.g.shape[3:])
         if len(geo.kernel) > 2:
             return Costs(keep, math.inf)
-        once_more = again * positions * elements
         if self.served:
             pixels = math.prod(n + 2 * p for n, p in zip(self.x.shape[3:], geo.padding, strict=True))
             offsets = math.prod(geo.kernel)
             terms = pixels**2 * self.shape[1] + positions**2 * (self.shape[0] + 2 * offsets)
         else:
             terms = positions**2 * (math.prod(self.shape[1:]) + self.shape[0] // geo.groups)
-        return Costs(keep, gram_cost(terms, self.x, self.g) + once_more)
+        return Costs(keep, gram_cost(terms, self.x, self.g), elements, 2 * positions**2)
 
     def _gram(self) -> tuple[Tensor, Tensor]:
+        total, bound = self._products()
+        # Each gradient is made in float32 when it is added: what rounding may add to it counts as part of it.
+        precision = torch.finfo(wide(self.x).dtype).eps
+        return (total.clamp(min=0).sqrt() + ROUNDED * precision * bound.sqrt()).square(), bound
+
+    def _products(self) -> tuple[Tensor, Tensor]:
         geo = self.geometry
         if self.served:
             return kernels.convolution_gram(
@@ -503,23 +451,20 @@ class Patches(Product):
             1
         ).square()
 
-    def factors(self) -> Factors:
-        # An input lies in at most as many windows as a kernel has entries.
-        spread = self.g[0].numel() * math.prod(self.geometry.kernel)
-        return Factors(factor_squares(wide(self.g)), factor_squares(wide(self.x)), spread)
-
     def some(self, chosen: Tensor) -> Product:
         return Patches(self.x[chosen], self.g[chosen], self.geometry)
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
-        if sum_type(self.x.dtype) is not self.x.dtype:
-            # There is no fast convolution in float64: the gradients are made in float32 and added.
-            total = v.new_zeros(self.shape, dtype=torch.float64)
-            for chosen in torch.arange(len(v), device=v.device).split(AT_ONCE):
-                total += weighted_rows(v[chosen], self.some(chosen).rows)
-            return placed(total, out)
-        g = scaled(v, wide(self.g)).flatten(0, 1)
-        return placed(self._weight_gradient(wide(self.x).flatten(0, 1), g, self.geometry.groups), out)
+        # There is no fast convolution in float64: the gradients are made in float32 and added.
+        total = v.new_zeros(self.shape, dtype=torch.float64)
+        for some, weights in zip(
+            torch.arange(len(v), device=v.device).split(AT_ONCE), v.split(AT_ONCE), strict=True
+        ):
+            (x, less), (g, fewer) = levelled(wide(self.x[some])), levelled(wide(self.g[some]))
+            part = Patches(x, g, self.geometry)
+            assert part.made
+            total += part.weighted(weights * less * fewer)
+        return placed(total, out)
 
     def __add__(self, other: Gradient) -> Gradient:
         if (

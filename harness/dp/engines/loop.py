@@ -11,7 +11,6 @@ from torch import nn
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Clipped, PerExample, Unserved, Used, group_norms, losses_of
-from harness.dp.engines.rows import sum_type
 from harness.dp.engines.survey import probe_batch, refuse_traces
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
@@ -47,7 +46,7 @@ class Loop(PerExample):
         batch: Batch,
         state: State,
     ) -> Clipped:
-        total = torch.zeros_like(w.flat, dtype=sum_type(w.flat.dtype))
+        total = torch.zeros_like(w.flat, dtype=torch.float64)
         norms, weights, losses = [], [], []
         # A clone: whatever a model writes to its own weights must not reach those of the run.
         with held(model, w.clone().views) as leaves:
@@ -69,9 +68,7 @@ class Loop(PerExample):
                 limit = clip.limit(norm, state)
                 if norm.isfinite().all():  # weight 0 would not do: 0 * inf is not a number
                     cut = grads if limit is None else [g.clamp(-float(limit), float(limit)) for g in grads]
-                    grad = [
-                        g * weight[0, groups[name]].to(g.dtype) for name, g in zip(leaves, cut, strict=True)
-                    ]
+                    grad = [g.double() * weight[0, groups[name]] for name, g in zip(leaves, cut, strict=True)]
                     total += torch.cat([g.reshape(-1) for g in grad])
                 norms.append(norm)
                 weights.append(weight)

@@ -43,11 +43,10 @@ class Plan:
     which each example gets a copy.
 
     `idle`: parameters that had no gradient when the plan was tried. `random`: the modules that draw random numbers.
-    `linear`: whether the gradient of a weighted sum of losses is the weighted sum of their gradients. It is not where
-    a hook clamps gradients, or a function passes on something else than its gradient.
 
     `copy`: whether tensors on the tape must be copied, because the model writes to them later. `footprints`: bytes per
-    example of each per-example gradient that two passes keep; `activations`: bytes per example on the tape, roughly.
+    example of each per-example gradient that is kept, and `lean` where as few as can be are; `activations`: bytes per
+    example on the tape, roughly.
     """
 
     rules: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -58,9 +57,9 @@ class Plan:
     spread: frozenset[str] = frozenset()
     idle: tuple[str, ...] = ()
     random: frozenset[str] = frozenset()
-    linear: bool = True
     copy: bool = False
     footprints: tuple[int, ...] = ()
+    lean: tuple[int, ...] = ()
     activations: int = 0
 
     @cached_property
@@ -68,12 +67,10 @@ class Plan:
         """The modules to tape."""
         return frozenset((*self.rules, *self.modules))
 
-    def run(
-        self, loss: Loss, model: nn.Module, leaves: Mapping[str, Tensor], batch: Batch, retain: bool = True
-    ) -> Run:
+    def run(self, loss: Loss, model: nn.Module, leaves: Mapping[str, Tensor], batch: Batch) -> Run:
         """A pass that tapes what this plan needs, of a model that holds its weights: `leaves`."""
         taped = run(
-            loss, model, leaves, batch, self.paths, self.free, self.spread, self.idle, self.copy, retain
+            loss, model, leaves, batch, self.paths, self.free, self.spread, self.idle, self.copy, False
         )
         if taped.woken:
             raise Unserved(

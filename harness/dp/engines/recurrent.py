@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from harness.dp.engines.gradients import Factors, Gradient, Outer, Rows, placed
-from harness.dp.engines.rows import factor_squares, product, term, wide
+from harness.dp.engines.gradients import Gradient, Outer, Rows, placed
+from harness.dp.engines.rows import product, wide
 from harness.dp.native import kernels
 
 
@@ -30,13 +30,9 @@ from harness.dp.native import kernels
 class Steps(Outer):
     """The `Outer` of a weight read at every step, from views [B, T, .] of tensors that lie in memory time first."""
 
-    def factors(self) -> Factors:
-        return Factors(factor_squares(self.a), factor_squares(self.g), self.a.shape[1] * self.a.shape[2])
-
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
-        a, g = term(self.a).transpose(0, 1), term(self.g).transpose(0, 1)
-        a = a * v.to(a.dtype).unsqueeze(1)
-        return placed(product(a.flatten(0, 1).mT, g.flatten(0, 1).mT).mT, out)
+        a, g = self.a.double().transpose(0, 1), self.g.double().transpose(0, 1)
+        return placed(g.flatten(0, 1).mT @ (a * v.double().unsqueeze(1)).flatten(0, 1), out)
 
 
 class Direction(NamedTuple):

@@ -1,10 +1,9 @@
-"""Sums over the rows of per-example gradients, accurate enough to bound."""
+"""Norms and sums of rows of per-example gradients, accurate enough to bound."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,41 +15,13 @@ from harness.dp.native import kernels
 BLOCK = 512  # squares that float32 may add up before float64 takes over
 ONEDNN = 1 << 22  # multiply-adds from which oneDNN's way of preparing a product pays
 HALF = (torch.float16, torch.bfloat16)
-LONG = 1024  # contributions that are added up in float32; more are in float64
 AT_ONCE = 32  # rows that are widened at a time
 
-_long: ContextVar[bool] = ContextVar("_long", default=False)
-
 
 @contextmanager
-def adding(examples: int) -> Iterator[None]:
-    """Sums over a logical batch of so many examples.
-
-    Float32 rounds a sum to about 1e-7 of its own length. With one example more, other rounding errors make up a part of
-    the difference: of 50,000 gradients that point alike, up to a hundredth of the bound. More than `LONG` are added in
-    float64, contributions and all: what rounds is then each contribution, by itself.
-    """
-    token = _long.set(examples > LONG)
-    try:
-        yield
-    finally:
-        _long.reset(token)
-
-
-def sum_type(dtype: torch.dtype) -> torch.dtype:
-    """What contributions of this type are added up in."""
-    return torch.float64 if _long.get() else dtype
-
-
-def term(t: Tensor) -> Tensor:
-    """`t`, a factor of what is added up, in the type of the sum."""
-    return t.to(sum_type(t.dtype))
-
-
-@contextmanager
-def full_precision(device: torch.device, wanted: bool = True) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """On a GPU, products without TF32, whose ten bits would let a clipped gradient exceed its bound by a thousandth."""
-    if device.type != "cuda" or not wanted:
+    if device.type != "cuda":
         yield
         return
     switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
@@ -90,16 +61,19 @@ def factor_squares(t: Tensor) -> Tensor:
 
 
 def weighted_rows(v: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
-    """The sum over i of v[i] * g[i], of the shape of one row of `g` [B, ...]; into `out` if given."""
-    if sum_type(g.dtype) is not g.dtype:
-        sums = torch.zeros(g.shape[1:].numel(), dtype=torch.float64, device=g.device)
-        for weights, rows in zip(v.double().split(AT_ONCE), g.flatten(1).split(AT_ONCE), strict=True):
-            sums.addmv_(rows.double().mT, weights)
-        return sums.view(g.shape[1:]) if out is None else out.copy_(sums.view(g.shape[1:]))
-    if kernels.serve(v, g) and g.is_contiguous():
+    """The sum over i of v[i] * g[i], in float64, of the shape of one row of `g` [B, ...]; into `out` if given.
+
+    Float32 rounds a sum to about 1e-7 of its own length. With one example more, other rounding errors make up a part of
+    the difference: of 50,000 gradients that point alike, up to a hundredth of the bound. In float64 it is each
+    contribution, by itself, that was rounded.
+    """
+    v = v.double()
+    if kernels.serve(g) and g.is_contiguous():
         return kernels.weighted_rows(v, g, out)
-    total = (v.to(g.dtype) @ g.reshape(g.shape[0], g.shape[1:].numel())).view(g.shape[1:])
-    return total if out is None else out.copy_(total)
+    sums = torch.zeros(g.shape[1:].numel(), dtype=torch.float64, device=g.device)
+    for weights, rows in zip(v.split(AT_ONCE), g.flatten(1).split(AT_ONCE), strict=True):
+        sums.addmv_(rows.double().mT, weights)
+    return sums.view(g.shape[1:]) if out is None else out.copy_(sums.view(g.shape[1:]))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:

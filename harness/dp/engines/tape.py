@@ -142,7 +142,6 @@ class Run(NamedTuple):
     """A taped pass: losses [B], the gradient of their sum at each output of each call, and at each free parameter.
 
     `copied`: whether the tape holds copies. `woken`: which of the parameters that were to have no gradient have one.
-    `edges`: the places of the outputs in the graph, where that was retained.
     """
 
     losses: Tensor
@@ -151,7 +150,6 @@ class Run(NamedTuple):
     free: dict[str, Tensor]
     copied: bool
     woken: frozenset[str] = frozenset()
-    edges: list[list[GradientEdge | None]] = []  # noqa: RUF012 (never written to)
 
 
 def run(
@@ -185,10 +183,9 @@ def run(
         torch.autograd.grad(losses.sum(), ends, retain_graph=retain, allow_unused=True) if ends else ()
     )
     cotangents = [[None if edge is None else next(found) for edge in call.edges] for call in tape.calls]
-    edges = [call.edges for call in tape.calls] if retain else []
     for call in tape.calls:
         call.outputs, call.edges = [], []
     given = {name: next(found) for name in copies}
     rows = {name: g.unflatten(0, (-1, *leaves[name].shape[:1])) for name, g in given.items() if g is not None}
     woken = frozenset(name for name in idle if next(found) is not None)
-    return Run(losses, tape.calls, cotangents, rows, copy, woken, edges)
+    return Run(losses, tape.calls, cotangents, rows, copy, woken)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +12,18 @@ from torch import Tensor, nn
 from harness.dp.clip import Clip, State
 from harness.dp.engines.audit import audit
 from harness.dp.engines.audit import unaudited as unaudited
-from harness.dp.engines.engine import SPEED, Clipped, PerExample, Unserved, Used, group_norms, laid_out
-from harness.dp.engines.gradients import Gradient, settle
+from harness.dp.engines.engine import SPEED, Clipped, PerExample, Used, group_norms, laid_out
+from harness.dp.engines.gradients import Gradient
 from harness.dp.engines.loop import Loop
 from harness.dp.engines.plan import Plan, gradients
-from harness.dp.engines.rows import full_precision, sum_type
+from harness.dp.engines.rows import full_precision
 from harness.dp.engines.survey import NoProbe
-from harness.dp.engines.tape import Run
 from harness.dp.engines.trial import plan_for
 from harness.dp.engines.vmap import Vmap, chunk_within, plain_sum, refusal
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.release import Bounded, Relation
 from harness.dp.tree import Tree
-
-
-class Second(NamedTuple):
-    """What another backward pass needs: the plan, the first pass and its leaves, and the gradients of other cotangents.
-
-    `reread` makes these of a plan and of cotangents in the place of the tape's.
-    """
-
-    plan: Plan
-    taped: Run
-    leaves: Mapping[str, Tensor]
-    reread: Callable[[Plan, list[list[Tensor | None]]], dict[str, Gradient]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +39,7 @@ class Taped(PerExample):
 
     channels_last: bool = field(default=False, metadata=SPEED)
 
-    second_pass: ClassVar[bool] = False  # whether gradients that are not held cost another backward pass
+    lean: ClassVar[bool] = False  # whether norms are taken in the way that needs less memory
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         return super().accepts(loss, clip, model) or refusal(model)
@@ -66,7 +53,8 @@ class Taped(PerExample):
 
     def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:
         plan = self.planned(loss, model, w, batch) or Plan()  # the best microbatch depends on what it keeps
-        within = chunk_within(len(batch), batch.x.device, plan.footprints, plan.activations)
+        kept = plan.lean if self.lean else plan.footprints
+        within = chunk_within(len(batch), batch.x.device, kept, plan.activations)
         return self.microbatch or within
 
     def bounded(
@@ -109,36 +97,20 @@ class Taped(PerExample):
         plan = self.planned(loss, model, w, batch)
         if plan is None:
             return Loop().clipped_sum(loss, clip, groups, model, w, batch, state)
-        if self.second_pass and not plan.linear:
-            raise Unserved(
-                f"{type(self).__name__} weighs losses in a second backward pass, and here the gradient of a weighted"
-                " loss is not the weighted gradient: a hook or a function of the model's own changes gradients on the"
-                ' way. Use engine = "bookkeeping"'
-            )
         values, batch = laid_out(w, batch, self.channels_last)
         device = batch.x.device
         with held(model, values) as leaves:
-            with full_precision(
-                device, self.second_pass
-            ):  # two passes must agree to the last bit that counts
-                taped = plan.run(loss, model, leaves, batch, self.second_pass)
-            losses, again = taped.losses.detach(), self.second_pass and max(groups.values()) == 0
+            taped = plan.run(loss, model, leaves, batch)
+            losses = taped.losses.detach()
             with full_precision(device):
                 found = gradients(plan, model, w.views, taped, loss, batch)
                 norms = group_norms(
-                    {n: found[n].squares(again) for n in w.names if n in found}, groups, losses
+                    {n: found[n].squares(self.lean) for n in w.names if n in found}, groups, losses
                 )
                 weights = clip.weights(norms, state)
                 finite = norms.isfinite().all(1)
                 if finite.all():
-                    settle(((g, weights[:, groups[n]]) for n, g in found.items()), w.flat.dtype)
-
-                    def reread(plan: Plan, cotangents: list[list[Tensor | None]]) -> dict[str, Gradient]:
-                        again = taped._replace(cotangents=cotangents, free={})
-                        return gradients(plan, model, w.views, again, loss, batch)
-
-                    second = Second(plan, taped, leaves, reread) if self.second_pass else None
-                    total = self.weighted_sum(w, groups, weights, found, second)
+                    total = self.weighted_sum(w, groups, weights, found)
                 else:
                     total = self.finite_sum(w, groups, weights, found, finite)
         if not clip.needs_norms:
@@ -159,13 +131,12 @@ class Taped(PerExample):
         """
         chosen = finite.nonzero().squeeze(1)
         if not len(chosen):
-            return torch.zeros_like(w.flat, dtype=sum_type(w.flat.dtype))
+            return torch.zeros_like(w.flat, dtype=torch.float64)
         rest = {name: gradient.some(chosen) for name, gradient in found.items()}
         for gradient in rest.values():
             # Settles which examples are added as they are.
-            gradient.squares()
-        settle(((g, weights[chosen][:, groups[n]]) for n, g in rest.items()), w.flat.dtype)
-        return Taped.weighted_sum(self, w, groups, weights[chosen], rest)
+            gradient.squares(self.lean)
+        return self.weighted_sum(w, groups, weights[chosen], rest)
 
     def weighted_sum(
         self,
@@ -173,11 +144,10 @@ class Taped(PerExample):
         groups: Mapping[str, int],
         weights: Tensor,
         found: Mapping[str, Gradient],
-        second: Second | None = None,
     ) -> Tensor:
         """The flat sum of all gradients, each example's weighted by `weights` [B, G]."""
-        total = torch.empty_like(w.flat, dtype=sum_type(w.flat.dtype))
-        columns = weights.to(total.dtype).unbind(1)
+        total = torch.empty_like(w.flat, dtype=torch.float64)
+        columns = weights.double().unbind(1)
         for name, out in w.layout.views(total).items():
             if name in found:
                 found[name].weighted(columns[groups[name]], out)

@@ -8,7 +8,7 @@ first) is handed to the next enclosing module, and at last to the whole model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -59,7 +59,6 @@ Sources = dict[str, tuple[Source, ...]]  # for each parameter, the places whose 
 
 
 WHOLE = (Source(None, False),)
-UNLIKE = 1e-2  # times their size by which sums may differ from what is due: float32 of three examples differs by 1e-4
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
@@ -126,7 +125,7 @@ def tame(
             rows = row_by_row(taped.losses, leaves)
             truth = squares_of(rows, leaves)
             if all(t.isfinite().all() for t in truth.values()):
-                return tried(loss, model, values, leaves, batch, taped, layouts, random, rows, truth)
+                return tried(loss, model, values, leaves, batch, taped, layouts, random, truth)
     raise NoProbe("the model's gradients are not finite even on tame inputs, so no plan can be verified")
 
 
@@ -139,7 +138,6 @@ def tried(
     taped: Run,
     layouts: dict[str, tuple[Layout, ...]],
     random: frozenset[str],
-    rows: Sequence[Sequence[Tensor | None]],
     truth: dict[str, Tensor],
 ) -> Plan:
     """The plan whose norms are right, for a model that holds `values`, its parameters being `leaves`."""
@@ -169,39 +167,17 @@ def tried(
         frozenset(spread),
         idle=tuple(name for name in leaves if name not in truth),
         random=random,
-        linear=linear(taped.losses, leaves, rows),
         copy=taped.copied,
     )
-    found = gradients(plan, model, values, plan.run(loss, model, leaves, batch), loss, batch)
-    for gradient in found.values():
-        gradient.squares(again=True)
+    kept = []
+    for lean in (False, True):
+        found = gradients(plan, model, values, plan.run(loss, model, leaves, batch), loss, batch)
+        for gradient in found.values():
+            gradient.squares(lean)
+        kept.append(tuple(gradient.footprint for gradient in found.values()))
     tensors = [t for call, cs in zip(taped.calls, taped.cotangents, strict=True) for t in (*call.inputs, *cs)]
     activations = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) // PROBE
-    footprints = tuple(gradient.footprint for gradient in found.values())
-    return replace(plan, footprints=footprints, activations=activations)
-
-
-def linear(losses: Tensor, leaves: Mapping[str, Tensor], rows: Sequence[Sequence[Tensor | None]]) -> bool:
-    """Whether weighted losses have the weighted sum of single gradients, at weights of every size from 1e-6 to 1e3.
-
-    Large and tiny weights tell a gradient from what a hook has clamped, normalised or replaced by its sign.
-    """
-    rng = torch.Generator().manual_seed(0)
-    coarse = [10 * torch.finfo(t.dtype).eps for t in leaves.values()]
-    for size in (1.0, 1e-3, 1e-6, 1e3):
-        v = size * (0.1 + torch.rand(len(losses), generator=rng)).to(losses)
-        sums = torch.autograd.grad(
-            (v * losses).sum(), list(leaves.values()), retain_graph=True, allow_unused=True
-        )
-        off = due = 0.0
-        for total, column in zip(sums, zip(*rows, strict=True), strict=True):
-            parts = [a * g for a, g in zip(v, column, strict=True) if g is not None]
-            wanted = sum(parts, torch.zeros(())).to(losses)
-            off += float((wanted if total is None else total - wanted).double().square().sum())
-            due += sum(float(part.double().square().sum()) for part in parts)
-        if off > max(UNLIKE, *coarse) ** 2 * due:
-            return False
-    return True
+    return replace(plan, footprints=kept[0], lean=kept[1], activations=activations)
 
 
 def first_sources(model: nn.Module, names: Collection[str]) -> Sources:

@@ -65,7 +65,7 @@ class Whole(Engine):
             norm = squared_norms(g[None]).sqrt()
             if norm.isfinite():  # else nothing is released: 0 * inf is not a number
                 weight = clip.weights(norm[:, None], state)[0, 0]
-                total, clipped = g * weight.to(g), (weight < 1).long() * len(batch)
+                total, clipped = g.double() * weight, (weight < 1).long() * len(batch)
             else:
                 bad = bad + len(batch)
         bound = 2 * clip.sensitivity(state, Relation.ADD_OR_REMOVE)

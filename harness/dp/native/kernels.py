@@ -86,7 +86,7 @@ def squared_norms(rows: Tensor) -> Tensor:
 
 
 def weighted_rows(v: Tensor, rows: Tensor, out: Tensor | None, swap: bool = False) -> Tensor:
-    """The sum over i of v[i] * rows[i], into `out` if given; `rows` contiguous.
+    """The sum over i of v[i] * rows[i] in float64, into `out` if given; `v` float64, `rows` float32 and contiguous.
 
     `swap`: the rows [N, p, ..., C] come with channels last, and the sum [p, C, ...] goes without.
     """
@@ -94,8 +94,8 @@ def weighted_rows(v: Tensor, rows: Tensor, out: Tensor | None, swap: bool = Fals
     n, shape = len(rows), rows.shape[1:]
     if swap:
         shape = torch.Size((shape[0], shape[-1], *shape[1:-1]))
-    if out is None or out.dtype is not torch.float32 or not out.is_contiguous():
-        total = rows.new_empty(shape)
+    if out is None or out.dtype is not torch.float64 or not out.is_contiguous():
+        total = v.new_empty(shape)
     else:
         total = out
     outputs, channels = (shape[0], shape[1]) if swap else (1, shape.numel())

@@ -26,7 +26,7 @@ void squared_norms(const float *x, double *squares, long n, long length, int thr
 
 /* out[p][c][k] = sum_i v[i] x[i][p][k][c]: a weighted sum of rows whose last two dimensions change places on the way
  * (none do where `kernel` is 1). Returns whether memory was had. */
-int weighted_rows(const float *v, const float *x, float *out, long n, long outputs, long kernel, long channels,
+int weighted_rows(const double *v, const float *x, double *out, long n, long outputs, long kernel, long channels,
                   int threads) {
     const long size = kernel * channels, whole = outputs * size;
     /* A piece of the row stays in the cache while all examples are added to it. */
@@ -34,13 +34,13 @@ int weighted_rows(const float *v, const float *x, float *out, long n, long outpu
     int had = 1;
 #pragma omp parallel num_threads(threads) reduction(&& : had) if (n * whole > 1 << 15)
     {
-        float *sum = malloc(4 * piece);
+        double *sum = malloc(8 * piece);
         had = sum != NULL;
 #pragma omp for schedule(static)
         for (long q = 0; q < pieces; q++) {
             if (!had) continue;
             const long begin = q * piece, length = begin + piece < whole ? piece : whole - begin;
-            memset(sum, 0, 4 * length);
+            memset(sum, 0, 8 * length);
             long i = 0;
             for (; i + 4 <= n; i += 4) {
                 const float *a = x + i * whole + begin, *b = a + whole, *c = b + whole, *d = c + whole;
@@ -50,7 +50,7 @@ int weighted_rows(const float *v, const float *x, float *out, long n, long outpu
             for (; i < n; i++)
                 for (long j = 0; j < length; j++) sum[j] += v[i] * x[i * whole + begin + j];
             if (kernel == 1)
-                memcpy(out + begin, sum, 4 * length);
+                memcpy(out + begin, sum, 8 * length);
             else
                 for (long c = 0; c < channels; c++)
                     for (long k = 0; k < kernel; k++) out[begin + c * kernel + k] = sum[k * channels + c];

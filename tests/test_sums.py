@@ -6,7 +6,6 @@ from torch import nn
 
 from harness.dp import SGD, BookKeeping, Ghost, Loop, Method, Vmap
 from harness.dp.clip import Flat, GroupWise
-from harness.dp.engines import rows
 from harness.dp.engines.engine import trainable
 from harness.dp.loss import Batch, CrossEntropy
 from harness.dp.random import Stream
@@ -14,7 +13,7 @@ from harness.dp.release import Relation
 from harness.dp.tree import Tree
 from harness.train import Streams, start, step
 
-MANY, BOUND = 1500, 0.1
+MANY, BOUND = 1000, 0.1
 
 
 class Last(nn.Module):
@@ -52,7 +51,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("clip", [Flat(BOUND), GroupWise(BOUND)], ids=["flat", "group-wise"])
 @pytest.mark.parametrize("engine", [BookKeeping(), BookKeeping(400), Ghost(), Vmap()], ids=str)
-def test_an_example_moves_a_long_sum_by_its_bound(name, clip, engine):
+def test_an_example_moves_a_sum_by_its_bound(name, clip, engine):
     """All gradients point alike, so that the sum is a thousand times as long as one of them."""
     torch.manual_seed(1)
     make, draw = MODELS[name]
@@ -70,7 +69,7 @@ def test_an_example_moves_a_long_sum_by_its_bound(name, clip, engine):
         assert float((whole - total(everyone[everyone != one])).norm()) <= BOUND * (1 + 1e-6)
 
 
-def test_a_long_sum_is_that_of_the_loop():
+def test_a_sum_is_that_of_the_loop():
     torch.manual_seed(1)
     model, x, y = nn.Linear(20, 3), torch.randn(MANY, 20), torch.randint(0, 3, (MANY,))
     w, clip = Tree.of(trainable(model)), Flat(BOUND)
@@ -84,10 +83,8 @@ def test_a_long_sum_is_that_of_the_loop():
     assert all(float((one - sums[0]).norm() / sums[0].norm()) < 1e-6 for one in sums)
 
 
-@pytest.mark.parametrize("long", [1, 10**9])
-def test_the_type_of_a_sum_does_not_show_in_the_weights(long, monkeypatch):
-    """Whether a batch was longer than what float32 adds up may not decide which floats come out."""
-    monkeypatch.setattr(rows, "LONG", long)
+def test_the_type_of_a_sum_does_not_show_in_the_weights():
+    """Whether a batch was empty, so that nothing made a float64 of it, may not decide which floats come out."""
     torch.manual_seed(1)
     model, method = nn.Linear(50, 20), Method(optimizer=SGD(1.0))
     x, y = torch.randint(-1, 2, (8, 50)).float(), torch.zeros(8, dtype=torch.long)
@@ -95,12 +92,17 @@ def test_the_type_of_a_sum_does_not_show_in_the_weights(long, monkeypatch):
         for p in model.parameters():
             p.zero_()
     w = Tree.of(trainable(model))
-    streams = Streams(Stream(1, "noise", 0), Stream(1, "path", 0))
     parts = start(method, model, 1).parts
-    done = step(method, model, w, Batch(x, y), parts, 50.0, 1000, streams)
-    whole = (done.w.flat * 1000).double()
-    # Divided in float32: each weight is a quotient of a float32, or would not be for one in forty.
+    for n in (0, 8):
+        streams = Streams(Stream(1, "noise", 0), Stream(1, "path", 0))
+        done = step(method, model, w, Batch(x[:n], y[:n]), parts, 50.0, 1000, streams)
+        assert divided_in_float32(done.w)
+
+
+def divided_in_float32(w: Tree) -> bool:
+    """Each weight is the quotient of a float32 by 1000; of a float64, one in forty is not."""
+    whole = (w.flat * 1000).double()
     near = [torch.nextafter(whole.float(), torch.tensor(side)) for side in (-torch.inf, torch.inf)]
     candidates = [whole.float(), *near, *(torch.nextafter(n, n * 2) for n in near)]
-    hit = torch.stack([(-(c / 1000) == done.w.flat) | ((c / 1000) == done.w.flat) for c in candidates]).any(0)
-    assert hit.all()
+    hit = torch.stack([(-(c / 1000) == w.flat) | ((c / 1000) == w.flat) for c in candidates]).any(0)
+    return bool(hit.all())
