@@ -1,4 +1,4 @@
-"""Fast per-example clipping: the clipped sum from two passes, no per-example gradient (Lee and Kifer, PoPETs 2021)."""
+"""Fast per-example clipping: norms without per-example gradients where that is cheap (Lee and Kifer, PoPETs 2021)."""
 
 from harness.dp import SGD, Flat, Ghost, Method
 from harness.registry import method

@@ -384,7 +384,7 @@ def test_weights_of_the_step_are_what_every_way_to_them_reads(build, kind):
     alike = build()
     for name, p in alike.named_parameters():
         p.data.copy_(w[name])
-    want = torch.zeros_like(w.flat)
+    want = torch.zeros_like(w.flat, dtype=torch.float64)
     for i in range(len(x)):
         alike.zero_grad()
         F.cross_entropy(alike(x[i : i + 1]), y[i : i + 1]).backward()

@@ -1,8 +1,7 @@
 """The per-example gradients of a parameter, in whatever form is cheap.
 
 A `Gradient` need not be multiplied out. It can tell its squared norms, give its rows, or add them up with weights, each
-in the cheapest way its structure allows. Engines differ only in which of these they ask for: two passes need the
-squared norms, book-keeping also the weighted sum.
+in the cheapest way its structure allows. Engines differ only in the way to a norm that they ask for.
 
 A product of inputs and output gradients has two ways to a norm. *Keep*: make every example's gradient; it then stands
 in for the weight gradient, and the clipped sum is one pass over memory. *Gram*: take the norm from T x T Gram matrices
