@@ -224,9 +224,10 @@ class PerExample(Engine):
         for x, y in zip(batch.x.split(chunk), batch.y.split(chunk), strict=True):
             if len(x):
                 part = self.clipped_sum(loss, clip, groups, model, w, Batch(x, y), state)
-                total = part.total.flat if total is None else total.add_(part.total.flat)
+                flat = part.total.flat.double()
+                total = flat if total is None else total.add_(flat)
                 parts.append(part._replace(total=w))
-        return torch.zeros_like(w.flat) if total is None else total, parts
+        return torch.zeros_like(w.flat, dtype=torch.float64) if total is None else total, parts
 
 
 def observe(parts: list[Clipped], w: Tree, groups: int) -> tuple[Tensor | None, Observed]:

@@ -53,7 +53,7 @@ class Whole(Engine):
         relation: Relation,
         step: int = 0,
     ) -> Bounded:
-        total, losses = torch.zeros_like(w.flat), w.flat.new_zeros(0)
+        total, losses = torch.zeros_like(w.flat, dtype=torch.float64), w.flat.new_zeros(0)
         clipped = bad = torch.zeros((), dtype=torch.long, device=w.flat.device)
         if len(batch):
             with held(model, w.views) as own:
