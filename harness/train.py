@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from harness.dp.engines.weights import held, restored
 from harness.dp.loss import Batch, Data, Loss, Split
 from harness.dp.method import Method
 from harness.dp.random import Stream
-from harness.dp.release import Observed
+from harness.dp.release import Observed, Release
 from harness.dp.tree import Layout, Tree
 from harness.measure import Clock
 from harness.private import opened
@@ -70,10 +70,10 @@ def step(
     releases, observed = m.engine.bounded(
         m.loss, m.clip, model, probe, batch, s.clip, sigma, m.sampler.relation, number
     )
-    # Raw values die here. A long sum comes in float64: in the weights' format before it is divided, it is the same
-    # function of what was released as a short one.
+    # Raw values die here. Noise may leave them in the format of the sum; weights divide them in their own.
     public = {
-        name: as_weights(name, m.noise.add(r, rng.noise), w) / denominator for name, r in releases.items()
+        name: r._replace(value=m.noise.add(r, rng.noise)).formatted / denominator
+        for name, r in wanted(releases, w).items()
     }
     g = public.pop("grad")
     told = m.optimizer.receive(s.optimizer, public)
@@ -83,9 +83,10 @@ def step(
     return Stepped(new, parts, sigmas, {name: r.sensitivity for name, r in releases.items()}, observed)
 
 
-def as_weights(name: str, public: Tree, w: Tree) -> Tree:
-    """A release, the gradient in the format of the weights."""
-    return public.with_flat(public.flat.to(w.flat.dtype)) if name == "grad" else public
+def wanted(releases: Mapping[str, Release], w: Tree) -> dict[str, Release]:
+    """Releases in the formats that they are wanted in: the gradient's is that of the weights `w`."""
+    grad = releases["grad"]
+    return {**releases, "grad": grad._replace(dtype=w.flat.dtype)}
 
 
 class Seeds(Protocol):

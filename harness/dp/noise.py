@@ -69,13 +69,14 @@ class Gaussian(Noise):
         value = release.value
         points = grid(release.sigma, release.sensitivity, value.layout.numel)
         if release.scale is None:
-            return value.with_flat(rng.noised(value.flat, points))
+            return value.with_flat(rng.noised(value.flat, points, release.dtype))
         if not all(scale > 0 and math.isfinite(scale) for scale in release.scale.values()):
             raise ValueError(
                 f"Gaussian noise needs positive, finite scales, and this release has {release.scale}"
             )
         noised = [
-            rng.noised(t.reshape(-1), points.in_units(release.scale[name])) for name, t in value.items()
+            rng.noised(t.reshape(-1), points.in_units(release.scale[name]), release.dtype)
+            for name, t in value.items()
         ]
         return value.with_flat(torch.cat(noised))
 

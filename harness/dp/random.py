@@ -54,20 +54,21 @@ class Stream:
         """Independent standard normal numbers [n]: the middles of intervals of 2^-38, rounded to `dtype`."""
         return (self._integers(n, device).double() + 0.5).mul_(2.0**-gaussian.FINE).to(dtype)
 
-    def noised(self, value: Tensor, grid: Grid | float) -> Tensor:
+    def noised(self, value: Tensor, grid: Grid | float, dtype: torch.dtype | None = None) -> Tensor:
         """`value` [n], rounded to `grid`, plus normal numbers of deviation `grid.step` * 2^`grid.bits`, rounded to it
         too.
 
-        The sum is one of integers; it is rounded to the value's dtype at the end (see `harness.dp.noise`). A number
-        instead of a grid is the deviation; the grid is then 2^-32 of it.
+        The sum is one of integers; it is rounded to `dtype`, or the value's, at the end (see `harness.dp.noise`). A
+        number instead of a grid is the deviation; the grid is then 2^-32 of it.
         """
         if not isinstance(grid, Grid):
             grid = Grid(math.ldexp(grid, -32), 32)
-        drawn = kernels.gaussian(self._key, self._block, len(value), value, grid)
+        value, dtype = value.double(), dtype or value.dtype
+        drawn = kernels.gaussian(self._key, self._block, len(value), value, grid, dtype)
         if drawn is None:
             numbers = self._integers(len(value), value.device) >> gaussian.FINE - grid.bits
-            k = (value.double() * (1 / grid.step)).round_().clamp_(-gaussian.EDGE, gaussian.EDGE)
-            return (k + (numbers.double() + 0.5)).mul_(grid.step).to(value.dtype)
+            k = (value * (1 / grid.step)).round_().clamp_(-gaussian.EDGE, gaussian.EDGE)
+            return (k + (numbers.double() + 0.5)).mul_(grid.step).to(dtype)
         out, self._block = drawn
         return out
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from harness.dp.tree import Tree
@@ -32,12 +33,20 @@ class Release(NamedTuple):
 
     `scale` gives tensors units of their own: the sensitivity is then that of the value with each tensor divided by its
     scale, and the noise on a tensor is multiplied by it. None is 1 for all.
+
+    `dtype` is the format that the public value is wanted in; None is the private one's.
     """
 
     value: Tree
     sensitivity: float
     sigma: float
     scale: Mapping[str, float] | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def formatted(self) -> Tree:
+        """The private value in the format that is wanted: what libraries add noise to."""
+        return self.value.with_flat(self.value.flat.to(self.dtype or self.value.flat.dtype))
 
     def in_units(self, tree: Tree) -> Tree:
         """`tree`, of the value's layout, with each tensor divided by its scale."""

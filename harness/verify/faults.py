@@ -335,7 +335,7 @@ class FloatSum(Gaussian):
         draws.manual_seed(rng.seed64() % 2**63)
         noised = [
             t + torch.randn(t.shape, generator=draws, dtype=t.dtype) * (whole * scale.get(name, 1.0))
-            for name, t in release.value.items()
+            for name, t in release.formatted.items()
         ]
         return release.value.with_flat(torch.cat([t.reshape(-1) for t in noised]))
 

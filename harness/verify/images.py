@@ -90,7 +90,7 @@ def somewhere(close: Mask, y: Array, v: Array, s: Array, found: Any) -> Mask:
 
 @dataclass(frozen=True)
 class Sum:
-    """y = fl(v + t) for some float t, whatever noise it is.
+    """y = fl(v + t) for some float t, whatever noise it is. A sum v in a wider format is rounded to y's first.
 
     t is in the interval of reals that v takes to y's cell. Where its floats are four times as fine as y's or more,
     there are three of them or more. Else it is among the three neighbours of y - v on either side, and they are
@@ -103,6 +103,7 @@ class Sum:
         return "float sum"
 
     def possible(self, y: Array, v: Array, s: Array) -> Mask:
+        v = v.astype(y.dtype)
         with np.errstate(all="ignore"):
             return somewhere(ulp(y) < 4 * ulp(y - v), y, v, s, self._tried)
 
@@ -156,6 +157,7 @@ class Fused(Product):
     def possible(self, y: Array, v: Array, s: Array) -> Mask:
         if y.dtype == np.float64:
             return np.ones(y.shape, bool)
+        v = v.astype(y.dtype)
         with np.errstate(all="ignore"):
             c = self.scaled(np.asarray(s), y.dtype).astype(float)
             return somewhere(ulp(y) < 2 * c * ulp(self._near(y, v, c)), y, v, c, self._tried)

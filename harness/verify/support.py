@@ -34,7 +34,7 @@ from harness.dp.random import Stream
 from harness.dp.release import Bounded, Observed, Relation, Release
 from harness.dp.tree import Tree
 from harness.seeds import derive
-from harness.train import Parts, Schedule, Streams, start, step
+from harness.train import Parts, Schedule, Streams, start, step, wanted
 from harness.verify import pair
 from harness.verify.audit_bounds import MOST, Sample, upper
 from harness.verify.canary import Refused, Task
@@ -144,7 +144,7 @@ class Observer:
         fill(torch.device("cpu"), Stream(known.path, "dropout", at.step))
         state = copy.deepcopy(at.state)
         arguments = (at.w, batch, state, self.sigma, m.sampler.relation, at.step)
-        return m.engine.bounded(m.loss, m.clip, self.model, *arguments).releases
+        return wanted(m.engine.bounded(m.loss, m.clip, self.model, *arguments).releases, at.w)
 
     def worlds(self, at: Heard, known: SimpleNamespace) -> dict[str, Worlds]:
         """Both sums of each release of a step, by its name."""
@@ -174,7 +174,8 @@ def rehearsed(method: Method, worlds: Worlds, times: int, seed: int) -> Known:
     stream, drawn, sums = Stream(seed, "rehearsal", 0), [], []
     for _ in range(times):
         for release in worlds.releases:
-            drawn.append(numbers(method.noise.add(release._replace(value=release.value.clone()), stream)))
+            noised = method.noise.add(release._replace(value=release.value.clone()), stream)
+            drawn.append(numbers(release._replace(value=noised).formatted))
             sums.append(numbers(release.value))
     return Known(np.stack(drawn), np.stack(sums), worlds.s)
 
@@ -260,7 +261,7 @@ class Ending:
 
     def line(self, s: Array, rng: np.random.Generator) -> tuple[Array, Array, Array] | None:
         """A release, its weights and their slopes [d]; None where weights are not lines in their own number alone."""
-        dtype = numbers(self.release.value).dtype
+        dtype = numbers(self.release.formatted).dtype
         first, second = ((rng.normal(size=s.shape) * s).astype(dtype) for _ in range(2))
         half = rng.random(s.shape) < 0.5
         middle = ((first.astype(float) + second) / 2).astype(dtype)
@@ -364,7 +365,7 @@ class Attack:
                     raise Refused(
                         "its sums are other ones when they are made again: the observer cannot know them"
                     )
-                images, y = self.holding(name, worlds), numbers(release.value)
+                images, y = self.holding(name, worlds), numbers(release.formatted)
                 for i, v in enumerate((worlds.absent, worlds.present)):
                     can[i] &= bool(possible(images, y, v, worlds.s).all())
                 self.moved |= not np.array_equal(worlds.absent, worlds.present)

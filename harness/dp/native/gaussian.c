@@ -103,17 +103,18 @@ struct tables {
 /* Where numbers go: as integers, or added to values on a grid. */
 struct sink {
     int64_t *integers;
-    const float *value;
+    const double *value;
     double inverse, step;
     int shift;
-    float *out;
+    float *narrow; /* one of the two */
+    double *out;
 };
 
 #define EDGE 0x1p50
 
 /* The value on the grid. */
-static inline double rounded(float value, double inverse) {
-    double k = rint((double)value * inverse);
+static inline double rounded(double value, double inverse) {
+    double k = rint(value * inverse);
     k = k > EDGE ? EDGE : k;
     return k < -EDGE ? -EDGE : k;
 }
@@ -123,7 +124,11 @@ static inline void put(const struct sink *to, long i, int64_t number) {
         to->integers[i] = number;
     else {
         const double noise = (double)(number >> to->shift) + 0.5;
-        to->out[i] = (float)((rounded(to->value[i], to->inverse) + noise) * to->step);
+        const double sum = (rounded(to->value[i], to->inverse) + noise) * to->step;
+        if (to->narrow)
+            to->narrow[i] = (float)sum;
+        else
+            to->out[i] = sum;
     }
 }
 
@@ -169,8 +174,8 @@ static inline void boxed(const uint32_t *key, uint64_t counter, const struct tab
         }
         return;
     }
-    const float *value = to->value + start;
-    float *out = to->out + start;
+    const double *value = to->value + start;
+    double sum[NUMBERS];
     const double inverse = to->inverse, step = to->step;
     const int shift = to->shift;
     for (long i = 0; i < length; i++) {
@@ -178,8 +183,12 @@ static inline void boxed(const uint32_t *key, uint64_t counter, const struct tab
         /* An integer below 2^52 as a double, and its sign. */
         const double half = as_double(size | 0x4330000000000000u) - 0x1p52 + 0.5;
         const double noise = as_double(as_bits(half) ^ (uint64_t)place[i] << 63);
-        out[i] = (float)((rounded(value[i], inverse) + noise) * step);
+        sum[i] = (rounded(value[i], inverse) + noise) * step;
     }
+    if (to->narrow)
+        for (long i = 0; i < length; i++) to->narrow[start + i] = (float)sum[i];
+    else
+        memcpy(to->out + start, sum, length * sizeof *sum);
 }
 
 /* One try at what the boxes leave over, from one block of the cipher: a number, or REJECTED. */
@@ -233,11 +242,11 @@ static uint64_t finished(const uint32_t *key, uint64_t counter, const struct tab
     return counter;
 }
 
-/* `length` numbers, to `integers` or, where that is NULL, to `out` on the grid with `value`. Returns the next counter,
+/* `length` numbers, to `integers` or, where that is NULL, to `narrow` or `out` on the grid with `value`. Returns the next counter,
  * or 0 where there is no memory. */
-uint64_t gaussian(const uint32_t *key, uint64_t counter, const struct tables *t, int64_t *integers, const float *value,
-                  double inverse, double step, int shift, float *out, long length, int threads) {
-    const struct sink to = {integers, value, inverse, step, shift, out};
+uint64_t gaussian(const uint32_t *key, uint64_t counter, const struct tables *t, int64_t *integers, const double *value,
+                  double inverse, double step, int shift, float *narrow, double *out, long length, int threads) {
+    const struct sink to = {integers, value, inverse, step, shift, narrow, out};
     const long tiles = (length + NUMBERS - 1) / NUMBERS;
     uint64_t *masks = malloc((tiles + 1) * MASKS * sizeof *masks);
     if (!masks) return 0;

@@ -49,7 +49,7 @@ def _typed() -> ctypes.CDLL | None:
         found.cipher_words.argtypes = (_Key, ctypes.c_uint64, _AT, _LONG, _INT)
         tables_of = ctypes.POINTER(_Tables)
         found.gaussian.argtypes = (
-            _Key, ctypes.c_uint64, tables_of, _AT, _AT, _DOUBLE, _DOUBLE, _INT, _AT, _LONG, _INT,
+            _Key, ctypes.c_uint64, tables_of, _AT, _AT, _DOUBLE, _DOUBLE, _INT, _AT, _AT, _LONG, _INT,
         )  # fmt: skip
         found.gaussian.restype = ctypes.c_uint64
         for name in (
@@ -229,24 +229,39 @@ def cipher_words(key: tuple[int, ...], counter: int, tiles: int) -> Tensor | Non
 
 
 def gaussian(
-    key: tuple[int, ...], counter: int, n: int, value: Tensor | None = None, grid: Grid | None = None
+    key: tuple[int, ...],
+    counter: int,
+    n: int,
+    value: Tensor | None = None,
+    grid: Grid | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, int] | None:
-    """`n` integers of a Gaussian (see `harness.dp.gaussian`), or `value` [n] plus these on `grid`; and the next
+    """`n` integers of a Gaussian (see `harness.dp.gaussian`), or `value` [n], float64, plus these on `grid`; the next
     counter.
+
+    The numbers come as int64, the sum as `dtype`.
     """
-    kernels = serve(*([] if value is None else [value]))
-    if kernels is None or (value is not None and not value.is_contiguous()):
+    narrow = dtype is torch.float32
+    if serve() is None or not (narrow or dtype is torch.float64):
         return None
-    out = torch.empty(n, dtype=torch.int64 if grid is None else torch.float32)
+    out = torch.empty(n, dtype=torch.int64 if grid is None else dtype)
     at = out.data_ptr()
-    places: tuple[Any, ...]
-    if value is None or grid is None:
-        places = at, None, 1.0, 1.0, 0, None
-    else:
-        shift = FINE - grid.bits
-        places = None, value.data_ptr(), 1 / grid.step, grid.step, shift, at
-    counter = kernels.gaussian(
-        _Key(*key), counter, ctypes.byref(_tables()), *places, n, torch.get_num_threads()
+    integers: int | None = at
+    places: tuple[Any, ...] = None, 1.0, 1.0, 0, None, None
+    if value is not None and grid is not None:
+        if not (value.is_cpu and value.is_contiguous()):
+            return None
+        shift, integers = FINE - grid.bits, None
+        places = (
+            value.data_ptr(),
+            1 / grid.step,
+            grid.step,
+            shift,
+            at if narrow else None,
+            None if narrow else at,
+        )
+    counter = _compiled().gaussian(
+        _Key(*key), counter, ctypes.byref(_tables()), integers, *places, n, torch.get_num_threads()
     )
     _had(counter or not n)
     return out, counter

@@ -196,25 +196,25 @@ def moved(ours: dict[str, Release], theirs: dict[str, Release], story: str, slac
             evidence=f"{len(ours)} releases against {len(theirs)}",
         )
     largest = 0.0
-    for name, (value, sensitivity, sigma, scale) in ours.items():
+    for name, r in ours.items():
         other = theirs[name]
-        if (sensitivity, sigma, scale) != other[1:]:
+        if r[1:] != other[1:]:
             raise Violation(
-                f'{story} changes the declared sensitivity, sigma or scale of "{name}", from {sensitivity:.6g},'
-                f" {sigma:.6g} and {scale} to {other.sensitivity:.6g}, {other.sigma:.6g} and {other.scale}: compute"
+                f'{story} changes the declared sensitivity, sigma or scale of "{name}", from {r.sensitivity:.6g},'
+                f" {r.sigma:.6g} and {r.scale} to {other.sensitivity:.6g}, {other.sigma:.6g} and {other.scale}: compute"
                 " them from public values",
-                evidence=f"noise {_factor(ours[name], other):.3g} times as large",
+                evidence=f"noise {_factor(r, other):.3g} times as large",
             )
-        if (value.layout, value.flat.dtype) != (other.value.layout, other.value.flat.dtype):
+        if (r.value.layout, r.value.flat.dtype) != (other.value.layout, other.value.flat.dtype):
             raise Violation(
-                f'{story} changes the shape or the dtype of "{name}", from {value} to {other.value}, and noise'
+                f'{story} changes the shape or the dtype of "{name}", from {r.value} to {other.value}, and noise'
                 " hides neither"
             )
-        off = float(ours[name].in_units(value - other.value).norm())
-        ratio = off / sensitivity if sensitivity else math.inf
+        off = float(r.in_units(r.value - other.value).norm())
+        ratio = off / r.sensitivity if r.sensitivity else math.inf
         if not ratio <= 1 + slack:
             raise Violation(
-                f'{story} moves the release "{name}" by {off:.6g}, its declared sensitivity is {sensitivity:.6g}:'
+                f'{story} moves the release "{name}" by {off:.6g}, its declared sensitivity is {r.sensitivity:.6g}:'
                 " declare what one example can move, and bound each example's whole contribution by it",
                 evidence="not a number" if math.isnan(ratio) else f"{ratio:.3g} times the sensitivity",
                 ratio=ratio,
