@@ -42,15 +42,15 @@ class Unproved(ArithmeticError):
 
 
 class Pld(PLDAccountant):
-    """Privacy loss distributions, on a grid of 1e-4, rounded against the claim.
+    """Privacy loss distributions, on a grid of `interval`, rounded against the claim.
 
     dp_accounting's own PLD code doubles the sensitivity of a Gaussian itself under replace-one (its RDP code does not).
     So a plain Gaussian is given to it as one under add-or-remove, whatever the relation, and sampled events, whose
     analysis does depend on the relation, are refused outside add-or-remove.
     """
 
-    def __init__(self, relation: Relation) -> None:
-        super().__init__(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    def __init__(self, relation: Relation, interval: float = 1e-4) -> None:
+        super().__init__(NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
         self._stated = relation
 
     def _maybe_compose(self, event: DpEvent, count: int, do_compose: bool) -> Any:
