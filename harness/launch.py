@@ -63,8 +63,8 @@ __all__ = [
 
 TARGET = "harness.run:execute"
 PRELOAD = ("harness.run",)
-# vmap imports this on first use, which takes seconds too. It asks which GPUs there are, after which a forked
-# process may not be able to use one: only for runs on a CPU.
+# vmap imports this on first use, which takes seconds too: worth it for several runs. It asks which GPUs there are,
+# after which a forked process may not be able to use one: only for runs on a CPU.
 PRELOAD_ON_CPU = (*PRELOAD, "torch._dynamo")
 
 # Exit codes of a run's process: its folder is locked; it has a record meanwhile; it is another cell's.
@@ -456,7 +456,8 @@ def run(
     if not jobs:
         return Summary()
     if preload is None:
-        preload = PRELOAD if any(_is_cuda(job.cell) for job in jobs) else PRELOAD_ON_CPU
+        alone = len(jobs) == 1 or any(_is_cuda(job.cell) for job in jobs)
+        preload = PRELOAD if alone else PRELOAD_ON_CPU
     return _Launcher(jobs, suite, at_once, codes or {}, reporter or Lines(), watch, target, preload).run()
 
 

@@ -20,8 +20,8 @@ from dp_accounting import (
     SelfComposedDpEvent,
     UnsupportedDpEvent,
 )
-from dp_accounting.pld import PLDAccountant, pld_privacy_accountant
-from dp_accounting.rdp import RdpAccountant, rdp_privacy_accountant
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants.analysis import prv
@@ -30,7 +30,8 @@ from scipy.stats import norm
 
 from harness import store
 from harness.dp import Fixed, Flat, Full, Ledger, Method, NoNoise, Poisson, Relation, Shuffle
-from harness.dp.account import ACCOUNTANTS, epsilon, epsilons, explain, ranking
+from harness.dp.account import ACCOUNTANTS, arrays, epsilon, epsilons, explain, quiet, ranking
+from harness.dp.account.accountants import Pld, Rdp
 from harness.dp.calibrate import calibrate
 
 ROOT = Path(__file__).parent.parent
@@ -188,8 +189,8 @@ def test_a_million_steps_cost_as_many_computations_as_there_are_distinct_events(
 
         monkeypatch.setattr(room, name, counting)
 
-    counted(pld_privacy_accountant.privacy_loss_distribution, "from_gaussian_mechanism", "pld")
-    counted(rdp_privacy_accountant, "_compute_rdp_poisson_subsampled_gaussian", "rdp")
+    counted(arrays, "gaussian_pld", "pld")
+    counted(arrays, "sampled_rdp", "rdp")
     found = {name: epsilon(turns, 1e-5, ADD, name) for name in calls}
     assert calls == {"pld": 2, "rdp": 2}
     other = Ledger([(once, 200_000), (often, 800_000)])
@@ -200,14 +201,37 @@ def test_a_million_steps_cost_as_many_computations_as_there_are_distinct_events(
 
 
 @pytest.mark.parametrize(
-    "q, sigma, steps", [(0.01, 0.8, 1001), (0.001, 2.0, 20_000), (0.2, 15.0, 5_000), (1.0, 90.0, 2_000)]
+    "q, sigma, steps",
+    [
+        (0.01, 0.8, 1001),
+        (0.001, 2.0, 20_000),
+        (0.2, 15.0, 5_000),
+        (1.0, 90.0, 2_000),
+        (0.02, 40.0, 3),
+        (0.9, 1.0, 2),
+    ],
 )
-def test_many_steps_cost_what_the_library_says_to_the_last_bit(q, sigma, steps):
-    """They are composed without the integer (number of losses)^steps, which the library computes first."""
-    library = PLDAccountant().compose(
-        SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps)
+def test_losses_are_those_of_the_library_to_the_last_bit(q, sigma, steps):
+    """They are computed on arrays, and without the integer (number of losses)^steps, which the library computes."""
+    event = ComposedDpEvent(
+        [
+            SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps),
+            SelfComposedDpEvent(GaussianDpEvent(60.0), 3),
+        ]
     )
-    assert epsilon(poisson(q, sigma, steps), 1e-6, ADD, "pld") == library.get_epsilon(1e-6)
+    library, ours = PLDAccountant().compose(event), Pld(ADD).compose(event)
+    for exponent in (-9, -6, -1):
+        assert ours.get_epsilon(10.0**exponent) == library.get_epsilon(10.0**exponent)
+
+
+@given(st.floats(1e-6, 0.999), st.floats(0.2, 30))
+@settings(max_examples=15, deadline=None)
+def test_divergences_are_those_of_the_library(q, sigma):
+    event = PoissonSampledDpEvent(q, GaussianDpEvent(sigma))
+    with quiet():
+        library, ours = RdpAccountant().compose(event), Rdp(ADD).compose(event)
+    # Both sum probabilities to one, of which what is left where q is small has few digits.
+    assert ours.rdp == pytest.approx(library.rdp, rel=1e-9, abs=1e-13)
 
 
 # Reasons --------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_a_mean_of_views_is_not_taken_for_longer_than_it_is():
         (own("dp-sgd"), {}, 2.0),
         (own("dp-sgd"), {"rate": 0.5, "steps": 2, "examples": 1, "repeat": 400}, 1.0),
         (own("dp-rotation"), {}, 2.0),
-        (own("logit-dp"), {"examples": 3, "repeat": 100}, 0.0),
+        (own("logit-dp"), {"examples": 3, "repeat": 40}, 0.0),
         (Method(loss=STILL, engine=Pairs(2), clip=Flat(0.1)), {"examples": 3, "repeat": 200}, 0.0),
         (Method(loss=STILL, engine=Whole()), {"examples": 3}, 0.3),
         (Method(clip=Quantile(0.1, **COUNTED)), {}, 2.0),

@@ -228,9 +228,9 @@ def test_a_reduced_profile_has_results_of_its_own(home: Path, capsys: pytest.Cap
 def test_a_reduced_run_says_so_in_its_report(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "suites" / "tiny.toml").write_text(TINY + REDUCED)
     request = ["run", "tiny", "--reduced", "--only", "eps=0.5", "--no-track", "--report"]
-    done = commands(request, ["report"], home=home)  # the second is found by the name of the results' folder
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("leaderboard: reports/tiny-reduced/index.html") == 2
+    assert cli.main(request) == cli.OK
+    assert cli.main(["report"]) == cli.OK  # found by the name of the results' folder
+    assert capsys.readouterr().out.count("leaderboard: reports/tiny-reduced/index.html") == 2
     (record,) = store.load(home / "results")
     assert (record["suite"], record["cell"]["seed"], record["status"]) == ("tiny-reduced", 1, "ok")
     page = (home / "reports" / "tiny-reduced" / "leaderboard.md").read_text()

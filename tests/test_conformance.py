@@ -13,20 +13,17 @@ from scipy import stats
 
 from harness import registry
 from harness.dp import (
-    PSASC,
     Automatic,
     Feedback,
     Fixed,
     Flat,
     Full,
     Gaussian,
-    Ghost,
     GroupWise,
     Loop,
     Method,
     Moments,
     Quantile,
-    Refined,
     Shuffle,
     Unclipped,
     Views,
@@ -69,8 +66,6 @@ SOUND = [  # what no registered method has, each part of it once
     Method(clip=GroupWise(allocation="equal"), sampler=Fixed()),
     Method(clip=Quantile(by="parameter", allocation="dimension", rate=0.5), sampler=Shuffle()),
     Method(clip=Quantile(by="shards:2", allocation="optimal", count_noise=3.0)),
-    Method(clip=Refined(0.1, share=0.1), sampler=Fixed()),
-    Method(clip=PSASC(0.5, s=0.2), engine=Ghost(), sampler=Shuffle()),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
+import os
 import subprocess
 import sys
 import weakref
@@ -18,6 +19,9 @@ from zoo import ZOO, mlp
 from harness import models
 from harness.dp import CrossEntropy, Flat, Loop, Unclipped
 from harness.peers import PEERS
+
+# Before JAX is imported: most of the time here is XLA's, spent on code that runs a few times.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

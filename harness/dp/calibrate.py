@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from dp_accounting import DpEvent, mechanism_calibration
+from dp_accounting import NoOpDpEvent, mechanism_calibration
 from dp_accounting.mechanism_calibration import (
     BracketInterval,
     ExplicitBracketInterval,
@@ -19,7 +21,7 @@ from dp_accounting.mechanism_calibration import (
 )
 
 from harness.dp import cache as kept
-from harness.dp.account import ACCOUNTANTS, Ledger, epsilon, quiet
+from harness.dp.account import ACCOUNTANTS, Ledger, epsilon
 from harness.dp.clip import Flat
 from harness.dp.method import Method, Stage, plan
 
@@ -98,17 +100,17 @@ def calibrate_stages(
             " smallest that is looked for: write a smaller epsilon, or train without privacy"
         )
 
-    def event(sigma: float) -> DpEvent:
-        return ledger(sigma).total()
+    def spent(sigma: float, name: str = known) -> float:
+        return epsilon(ledger(sigma), delta, relation, name)
 
     def solve(name: str, bracket: BracketInterval, tol: float) -> float:
-        with quiet():
-            make = ACCOUNTANTS[name]
-            sigma = calibrate_dp_mechanism(lambda: make(relation), event, target, delta, bracket, tol=tol)
-        return float(sigma)
-
-    def spent(sigma: float) -> float:
-        return epsilon(ledger(sigma), delta, relation, known)
+        # In the place of an accountant, which would compute again what `epsilon` knows; of an event, its multiplier.
+        account: Any = SimpleNamespace(
+            ledger=NoOpDpEvent(),
+            compose=lambda sigma: SimpleNamespace(get_epsilon=lambda _: spent(sigma, name)),
+        )
+        multiplier: Any = float
+        return float(calibrate_dp_mechanism(lambda: account, multiplier, target, delta, bracket, tol=tol))
 
     try:
         # RDP's epsilon is quick to compute and never below PLD's, so its multiplier brackets PLD's from above. From

@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from dp_accounting import NeighboringRelation
-from dp_accounting.pld import PLDAccountant
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import bdtrc, expit
 from scipy.stats import beta, norm
 
 from harness.dp.account import ACCOUNTANTS, Ledger, quiet
+from harness.dp.account.accountants import Pld
 from harness.dp.release import Relation
 
 GRID = (
@@ -240,12 +239,8 @@ class Profile:
         self.accountant = next((n for n, make in ACCOUNTANTS.items() if make(relation).supports(event)), "")
         if not self.accountant:
             raise ValueError(f"no accountant knows the events of the ledger: {ledger.composed()}")
-        if (
-            self.accountant == "pld"
-        ):  # multipliers are over the sensitivity under the relation: see account._Pld
-            self._account: Any = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, GRID)
-        else:
-            self._account = ACCOUNTANTS[self.accountant](relation)
+        make = ACCOUNTANTS[self.accountant]
+        self._account: Any = Pld(relation, GRID) if make is Pld else make(relation)
         with quiet():
             self._account.compose(event)
 

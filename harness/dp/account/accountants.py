@@ -24,10 +24,11 @@ from dp_accounting import (
     TruncatedSubsampledGaussianDpEvent,
     get_epsilon_gaussian,
 )
-from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
+from dp_accounting.pld import PLDAccountant
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from dp_accounting.rdp import RdpAccountant
 
+from harness.dp.account import arrays
 from harness.dp.release import Relation
 
 _NEIGHBOURS = {
@@ -41,17 +42,15 @@ class Unproved(ArithmeticError):
 
 
 class Pld(PLDAccountant):
-    """Privacy loss distributions, on a grid of 1e-4, rounded against the claim.
+    """Privacy loss distributions, on a grid of `interval`, rounded against the claim.
 
     dp_accounting's own PLD code doubles the sensitivity of a Gaussian itself under replace-one (its RDP code does not).
     So a plain Gaussian is given to it as one under add-or-remove, whatever the relation, and sampled events, whose
     analysis does depend on the relation, are refused outside add-or-remove.
     """
 
-    MANY = 1000  # steps, from which on composing dictionaries is out of the question
-
-    def __init__(self, relation: Relation) -> None:
-        super().__init__(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    def __init__(self, relation: Relation, interval: float = 1e-4) -> None:
+        super().__init__(NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
         self._stated = relation
 
     def _maybe_compose(self, event: DpEvent, count: int, do_compose: bool) -> Any:
@@ -60,16 +59,22 @@ class Pld(PLDAccountant):
             return self.CompositionErrorDetails(
                 invalid_event=event, error_message="Poisson sampling needs add-or-remove"
             )
-        if do_compose and count > self.MANY and _sampled_gaussian(event):
-            step = privacy_loss_distribution.from_gaussian_mechanism(
-                event.event.noise_multiplier,
-                value_discretization_interval=self._value_discretization_interval,
-                sampling_prob=event.sampling_probability,
-                neighboring_relation=self.neighboring_relation,
-            )
-            self._pld: PrivacyLossDistribution = self._pld.compose(_dense(step).self_compose(count))
-            return None
+        if do_compose and isinstance(event, GaussianDpEvent) and event.noise_multiplier > 0:
+            return self._compose(event.noise_multiplier / math.sqrt(count), 1.0, 1)
+        if do_compose and _sampled_gaussian(event):
+            return self._compose(event.event.noise_multiplier, event.sampling_probability, count)
         return super()._maybe_compose(event, count, do_compose)
+
+    def _compose(self, sigma: float, rate: float, count: int) -> None:
+        steps = arrays.gaussian_pld(sigma, rate, count, self._value_discretization_interval)
+        self._pld: PrivacyLossDistribution = self._pld.compose(steps)
+
+    def get_epsilon(self, target_delta: float) -> float:
+        """The larger epsilon of the two directions."""
+        if self._contains_non_dp_event:
+            return math.inf
+        pmfs = [self._pld._pmf_remove] + ([] if self._pld._symmetric else [self._pld._pmf_add])
+        return max(arrays.epsilon_of(pmf, target_delta) for pmf in pmfs)
 
 
 def _sampled_gaussian(event: DpEvent) -> bool:
@@ -77,18 +82,19 @@ def _sampled_gaussian(event: DpEvent) -> bool:
     return known and event.sampling_probability > 0 and event.event.noise_multiplier > 0
 
 
-def _dense(pld: PrivacyLossDistribution) -> PrivacyLossDistribution:
-    """The same as arrays. Before it composes a dictionary of k losses n times, dp_accounting computes the integer k^n,
-    to see that arrays are needed: seconds for a million steps."""
-    remove, add = pld._pmf_remove.to_dense_pmf(), pld._pmf_add.to_dense_pmf()
-    return PrivacyLossDistribution(remove, None if pld._symmetric else add)
-
-
 class Rdp(RdpAccountant):
     """Rényi divergences at dp_accounting's orders, with today's conversion to epsilon."""
 
     def __init__(self, relation: Relation) -> None:
         super().__init__(neighboring_relation=_NEIGHBOURS[relation])
+
+    def _maybe_compose(self, event: DpEvent, count: int, do_compose: bool) -> Any:
+        known = do_compose and self.neighboring_relation is NeighboringRelation.ADD_OR_REMOVE_ONE
+        if known and _sampled_gaussian(event) and event.sampling_probability < 1:
+            step = arrays.sampled_rdp(event.sampling_probability, event.event.noise_multiplier, self._orders)
+            self._rdp += count * step
+            return None
+        return super()._maybe_compose(event, count, do_compose)
 
     def told(self, delta: float) -> str:
         """The order that binds, and those that count for nothing: they overflowed, or their series did not converge."""
@@ -201,12 +207,24 @@ class Prv(Gdp):
         # Theorem 5.5 and remark 5.6 of the paper, with the constants of Opacus's accountant.
         mesh = self.ERROR / math.sqrt(sum(counts) * math.log(12 / slack) / 2)
         self._affordable(len(counts) * 2 * (self.ERROR + 3) / mesh)
-        reach = prv.compute_safe_domain_size(variables, counts, self.ERROR, slack)
+        reach = self._reach(steps, slack)
         self._affordable(len(counts) * 2 * reach / mesh)
         grid = prv.Domain.create_aligned(-reach, reach, mesh)
         cut = (prv.TruncatedPrivacyRandomVariable(one, grid.t_min, grid.t_max) for one in variables)
         whole = prv.compose_heterogeneous([prv.discretize(one, grid) for one in cut], counts)
         return float(whole.compute_epsilon(delta, slack, self.ERROR)[2])
+
+    def _reach(self, steps: dict[tuple[float, float], int], slack: float) -> float:
+        """The end of the grid, remark 5.6, as Opacus's `compute_safe_domain_size` has it, by Rényi divergences."""
+
+        def bound(some: dict[tuple[float, float], int], delta: float) -> float:
+            account = Rdp(Relation.ADD_OR_REMOVE)
+            for (q, sigma), count in some.items():
+                account.compose(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), count)
+            return account.get_epsilon(delta)
+
+        each = slack / (8 * sum(steps.values()))
+        return max(self.ERROR, bound(steps, slack / 4), *(bound({one: 1}, each) for one in steps)) + 3
 
     def _affordable(self, points: float) -> None:
         if not points <= self.POINTS:

@@ -223,17 +223,21 @@ class Subject:
             for key, r in releases.items()
             for name, shape in zip(r.value.names, r.value.layout.shapes, strict=True)
         ]
-        rows = []
+        given = list(releases.values())
+        zero = [r._replace(value=r.value.zeros_like()) for r in given]
+        drawn: list[list[Tensor]] = [[] for _ in given]
         for t in range(DRAWS):
             rng = Stream(1 + self.seed, "noise", t)  # one stream for all releases of a step, as in training
             # every other step hands in zeros: noise depends on no value
-            inputs = [r if t % 2 else r._replace(value=r.value.zeros_like()) for r in releases.values()]
-            added = [
-                r.in_units(self.method.noise.add(r, rng) - r.value).flat.double() / (r.sigma * r.sensitivity)
-                for r in inputs
-            ]
-            rows.append(torch.cat(added))
-        return Noised(torch.stack(rows), releases, blocks)
+            for r, rows in zip(given if t % 2 else zero, drawn, strict=True):
+                rows.append(self.method.noise.add(r, rng).flat - r.value.flat)
+        z = [
+            torch.stack(rows).double()
+            * r.in_units(r.value.zeros_like() + 1.0).flat
+            / (r.sigma * r.sensitivity)
+            for r, rows in zip(given, drawn, strict=True)
+        ]
+        return Noised(torch.cat(z, 1), releases, blocks)
 
     def wide_noise(self, width: int, draws: int) -> Tensor:
         """Noise [draws, coordinates], in its claimed deviation, on tensors with more rows: `width` in all or more."""
