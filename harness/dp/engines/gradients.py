@@ -36,21 +36,12 @@ CANCELLED = (
 
 
 ROUNDED = 4  # rounding units, times sum_t |g_t| |a_t|, by which float32 may be off in a sum over positions
-TAME = 2.0**40  # products of numbers up to this, or down to its reciprocal, are far from the ends of float32
+SMALL, LARGE = 2.0**-200, 2.0**240  # squares between which what float32 adds up is far from its ends
 
 
 def scaled(v: Tensor, g: Tensor) -> Tensor:
     """Row i of `g` [B, ...] times v[i]."""
     return g * v.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
-
-
-def levelled(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of `t` [B, ...] divided by powers of two, and these [B] in float64, where products could leave float32."""
-    largest = t.abs().flatten(1).amax(1).double()
-    if ((largest < TAME) & (largest > 1 / TAME) | (largest == 0)).all():
-        return t, torch.ones_like(largest)
-    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-    return scaled(1 / scale, t.double()).to(t.dtype), scale
 
 
 def placed(value: Tensor, out: Tensor | None) -> Tensor:
@@ -186,11 +177,21 @@ class Product(Gradient):
         if self.held or not (costs.small if lean else costs.way != "keep"):
             return self.made[1]
         total, bound = self._gram()
-        cancelled = (~(CANCELLED * total >= bound)).nonzero().squeeze(1)  # or not a number
-        if len(cancelled):
-            self.apart = cancelled, self.some(cancelled)
-            total[cancelled] = self.apart[1].made[1]
+        far = self._far(total, bound)
+        chosen = (far | ~(CANCELLED * total >= bound)).nonzero().squeeze(1)  # or not a number
+        if len(chosen):
+            some = self.some(chosen)
+            self.apart = chosen, some.widened() if far.any() else some
+            total[chosen] = self.apart[1].made[1]
         return total
+
+    def _far(self, total: Tensor, bound: Tensor) -> Tensor:
+        """Which examples' gradients are out of reach for float32, from what `_gram` gives: [B]. None for float64."""
+        return torch.zeros_like(total, dtype=torch.bool)
+
+    def widened(self) -> Product:
+        """The same in float64."""
+        raise NotImplementedError
 
     def _gram(self) -> tuple[Tensor, Tensor]:
         """Squared norms [B] without the products, and (sum_t |g_t| |a_t|)^2 [B], to which rounding is relative.
@@ -454,16 +455,21 @@ class Patches(Product):
         return Patches(self.x[chosen], self.g[chosen], self.geometry)
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
-        # There is no fast convolution in float64: the gradients are made in float32 and added.
+        # There is no fast convolution in float64: the gradients are made in float32 and added. Those that weigh nothing
+        # are left out: they may be too large for it.
         total = v.new_zeros(self.shape, dtype=torch.float64)
-        for some, weights in zip(
-            torch.arange(len(v), device=v.device).split(AT_ONCE), v.split(AT_ONCE), strict=True
-        ):
-            (x, less), (g, fewer) = levelled(wide(self.x[some])), levelled(wide(self.g[some]))
-            part = Patches(x, g, self.geometry)
+        weighed = v.nonzero().squeeze(1)
+        for some in weighed.split(AT_ONCE) if len(weighed) else ():
+            part = self.some(some)
             assert part.made
-            total += part.weighted(weights * less * fewer)
+            total += part.weighted(v[some])
         return placed(total, out)
+
+    def _far(self, total: Tensor, bound: Tensor) -> Tensor:
+        return (total < SMALL) & (bound > 0) | ~(bound < LARGE)
+
+    def widened(self) -> Product:
+        return Patches(self.x.double(), self.g.double(), self.geometry)
 
     def __add__(self, other: Gradient) -> Gradient:
         if (
