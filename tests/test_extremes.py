@@ -196,15 +196,15 @@ def test_what_float32_cannot_add_up_in_a_convolution_is_added_in_float64(rule, n
     if not native:
         monkeypatch.setattr(kernels, "_typed", lambda: None)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, bias=False), Corner())
-    w, x = Tree.of(trainable(model)), torch.randn(2, 16, 8, 8)
-    for inside, outside in ((1e-36, 1.0), (1e-38, 1e30), (1e-30, 1e37), (1.0, 1e37), (1e30, 1e-30)):
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, bias=False), Corner())
+    w, x = Tree.of(trainable(model)), torch.randn(1, 64, 4, 4)
+    for inside, outside in ((1e-36, 1.0), (1e-38, 1e30), (1e-30, 1e37), (1e-7, 1e37), (1e-4, 1e37), (1e30, 1e-30)):
         far = x * outside
-        far[:, :, :4, :4] = x[:, :, :4, :4] * inside
+        far[:, :, :3, :3] = x[:, :, :3, :3] * inside
         for scale in (1e-20, 1e-8, 1.0):
             model[1].scale = scale
             for engine in (BookKeeping(), Ghost()):
-                ratio = contributed(engine, rule, model, w, Batch(far[:1], torch.tensor([0])), CrossEntropy())
+                ratio = contributed(engine, rule, model, w, Batch(far, torch.tensor([0])), CrossEntropy())
                 assert ratio <= SLACK, (inside, outside, scale, engine)
 
 
@@ -214,4 +214,4 @@ class Corner(nn.Module):
     scale = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * x[:, :3, 1, 1]
+        return self.scale * x[:, :3, 0, 0]
