@@ -49,7 +49,7 @@ UNTOLD: Mapping[str, Any] = {
     "claimed": None,
 }
 """What the privacy of a run of another status says where nothing is reported of how far it came."""
-HIDDEN = "what a run that failed says may tell of private data, and is left out"
+HIDDEN = "what ended this run may tell of private data, and is left out"
 FAILED = ("crashed", "oom", "timeout")
 _PROBED = (
     "InfoNCE",
@@ -68,8 +68,8 @@ def diagnostics(record: Told) -> dict[str, Any]:
 def view(record: Told) -> dict[str, Any]:
     """The record without what is private: a valid record, of which this is the same again.
 
-    Of its times the day is left on which it was started. A run that failed, or that an audit ended, tells neither why
-    nor how far it came.
+    Of its times the day is left on which it was started. A run that failed, or that was ended by what an engine found
+    out on private examples, tells neither why nor how far it came.
     """
     found = {**record, DIAGNOSTICS: {}, "started": _day(record.get("started")), "finished": None}
     if isinstance(measured := record.get("measured"), dict):
@@ -85,7 +85,7 @@ def view(record: Told) -> dict[str, Any]:
         told = _map(found.get("privacy"))
         found["privacy"] = {key: UNTOLD.get(key, value) for key, value in told.items()}
         found["measured"] = _only(_map(found.get("measured")), ("jobs",))
-    if record.get("status") in FAILED:
+    if record.get("status") in FAILED or "reason" in diagnostics(record):
         found["reason"] = HIDDEN
     return found
 

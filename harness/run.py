@@ -317,6 +317,8 @@ class _Session:
             record["weights_sha256"] = digest(weights)
         except Unserved as error:
             status, reason = "skipped", str(error)
+            # It was found out on private examples, and may quote what a model says of them.
+            record["diagnostics"]["reason"] = reason
             if not self.progress.stage + self.progress.step:  # nothing was released
                 return status, reason
         except Diverged as error:

@@ -579,3 +579,52 @@ def test_what_cannot_be_taken_apart_is_right_or_refused_with_a_way_out(kind: typ
         assert 'engine = "loop"' in str(refusal)
     else:
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-7)
+
+
+# --- beside an example that is not finite ----------------------------------------------------------------------------
+
+
+class Frames(nn.Module):
+    """A convolution over frames whose gradients cancel, nearly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.c = nn.Conv3d(1, 3, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.c(x)
+        return (z[:, :, :1] - z[:, :, 1:]).sum((2, 3, 4))
+
+
+def test_what_is_added_beside_others_that_are_not_finite_is_what_was_measured():
+    """Made again for another batch, a gradient that cancels is rounded otherwise."""
+    model = Frames()
+    torch.manual_seed(0)
+    x = 1e6 * (1 + 1e-7 * torch.randn(6, 1, 1, 5, 5)).unsqueeze(2).expand(6, 1, 3, 1, 5, 5)[:, :, :, 0]
+    x = torch.cat([x, torch.full_like(x[:1], torch.nan)])
+    y = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    for engine in (BookKeeping(), Ghost(), Vmap()):
+        for i in range(6):
+            done = bounded(engine, model, x[[i, 6]], y[[i, 6]], Flat(1e-3))
+            assert float(done.releases["grad"].value.norm()) <= 1e-3 * (1 + 1e-6)
+
+
+class Scalar(nn.Module):
+    """A parameter without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x[:, :3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_without_dimensions_are_served(dtype):
+    x, y = data(8)
+    model, x = Scalar().to(dtype), x.to(dtype)
+    want = total(Loop(), model, x, y)
+    for kind in FAST:
+        assert torch.allclose(total(kind(), model, x, y), want, rtol=1e-5)

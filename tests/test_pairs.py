@@ -31,7 +31,6 @@ from harness.dp import (
     Unclipped,
     Whole,
 )
-from harness.dp.clip.flat import shortened
 from harness.dp.contrast import probe, unit
 from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.jacobians import Factors, energies, forward, jacobians
@@ -174,7 +173,7 @@ def test_equals_the_double_loop(name: str) -> None:
     norms = g.norm(dim=2)
     w = Tree.of(trainable(model))
     squares, energy = measured(model, w, x.flatten(0, 1))
-    read, terms = safe_norms(squares, energy, torch.float64), energy[0::2, None] + energy[None, 1::2]
+    read, terms = safe_norms(squares, energy, 5), energy[0::2, None] + energy[None, 1::2]
     assert (read >= norms * (1 - 1e-12)).all()  # low is a breach; high, where terms cancel, is a loss
     assert (read.square() <= norms.square() * (1 + 1e-9) + 1e-13 * terms).all()
     scale = float(norms.median()) + 2e-6
@@ -214,25 +213,10 @@ def test_float32_norms_do_not_read_low(name: str) -> None:
     true = one_by_one(model, x, 0.5)[0].norm(dim=2)
     single, rows = model.float(), x.float().flatten(0, 1)
     w = Tree.of(trainable(single))
-    read = safe_norms(*measured(single, w, rows), torch.float32)
+    read = safe_norms(*measured(single, w, rows), 5)
     again = one_by_one(single.double(), x.float().double(), 0.5)[0].norm(dim=2)
     assert (read >= again * (1 - 1e-6)).all()
     assert (read <= true * 1.01 + 1e-4 * true.max()).all()
-
-
-@pytest.mark.parametrize("d", [4, 64, 512])
-def test_what_is_left_of_a_gradient_that_cancels_keeps_within_the_bound(d: int) -> None:
-    """J u - J u, summed in two orders: rounding alone, which no exact norm would see, and a bound far below it."""
-    rng = torch.Generator().manual_seed(d)
-    for _ in range(20):
-        jacobian, u = torch.randn(40, d, generator=rng), torch.randn(d, generator=rng)
-        u, order = u / u.norm(), torch.randperm(d, generator=rng)
-        left = (jacobian * u).cumsum(1)[:, -1] - (jacobian * u)[:, order].cumsum(1)[:, -1]
-        energy = jacobian.double().square().sum().expand(2)
-        read = safe_norms(torch.zeros(1, 1, dtype=torch.float64), energy, torch.float32)
-        assert float(left.double().norm() * shortened(read, 1e-12)) <= 1e-12
-        assert float(read) <= 1e-6 * float(energy.sum().sqrt())
-    assert read > 2 * safe_norms(torch.zeros(1, 1, dtype=torch.float64), energy, torch.float64)
 
 
 @pytest.mark.parametrize("apart", [1e-3, 1e-6, 1e-9, 0.0])
@@ -244,7 +228,7 @@ def test_norms_from_products_do_not_read_low(apart: float) -> None:
         piece = Factors(torch.stack([a, -a * (1 + apart)]), f.expand(2, 9)[:, :, None])
         squares = torch.zeros(1, 1, dtype=torch.float64)
         add_factors(squares, piece, torch.ones(2, 1, dtype=torch.float64))
-        read = float(safe_norms(squares, energies(piece), torch.float64))
+        read = float(safe_norms(squares, energies(piece), 1))
         true = float((a - a * (1 + apart)).norm() * f.norm())
         assert true <= read <= true * (1 + 1e-6) + 1e-6 * float(a.norm() * f.norm())
 
@@ -656,3 +640,36 @@ def test_what_inputs_make_of_rounding_is_within_the_bound() -> None:
         found = Pairs().bounded(*given).releases["grad"]
         # One of two examples leaves a batch of one, which gives zero.
         assert float(found.value.norm()) <= found.sensitivity
+
+
+class Places(nn.Module):
+    """An embedding that is a mean over positions: of one channel by a frozen layer, of the other by a trained one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen, self.trained = nn.Conv1d(1, 3, 1), nn.Conv1d(1, 3, 1, bias=False)
+        self.frozen.requires_grad_(False)
+        nn.init.zeros_(self.trained.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.frozen(x[:, 1:]) + self.trained(x[:, :1])).mean(2)
+
+
+@pytest.mark.parametrize(("large", "bound"), [(1e4, 1e-6), (1e10, 1.0)])
+def test_positions_that_cancel_are_measured_as_they_are_added(large: float, bound: float) -> None:
+    """Of (G, s, s, -G) float32 reads nothing, where s is below half a unit of G's last place."""
+    model = Places()
+    torch.manual_seed(1)
+    x = (3 * torch.randn(2, 2, 2, 1)).repeat(1, 1, 1, 4)
+    x[:, :, 0] = torch.tensor([large, 2.4e-8 * large, 2.4e-8 * large, -large])
+    other = x.clone()
+    other[1] = x[1].flip(0) * torch.tensor([1.0, -1.0])[:, None]
+    y, w = torch.zeros(2, dtype=torch.long), Tree.of(trainable(model))
+    here, there = (
+        Pairs()
+        .bounded(InfoNCE(0.5), Flat(bound), model, w, Batch(one, y), None, 1.0, REPLACE)
+        .releases["grad"]
+        for one in (x, other)
+    )
+    assert here.sensitivity >= float((here.value - there.value).norm()) > 0

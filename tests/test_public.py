@@ -158,13 +158,16 @@ def test_runs_that_differ_in_what_is_private_publish_the_same_to_the_bit(
 
 def test_no_number_that_is_published_is_the_size_of_a_batch(tmp_path: Path) -> None:
     """`measured.microbatch` was that of the last one."""
-    one = cell("a threshold that follows norms")
-    folder = tmp_path / "worlds" / one.id
-    record = execute(one, folder, elsewhere=False)
-    n, schedule = one.task["n_train"], one.schedule
-    seed = Seeds(one, attempt=record["randomness"]["attempt"], code=record["randomness"]["code"]).sampling
-    last = len(Poisson().draw(n, schedule["batch"], schedule["steps"] - 1, seed))
-    assert last not in (48, n) and record["diagnostics"]["microbatch"] == last
+    for number in range(9):
+        one = replace(cell("a threshold that follows norms"), seed=number)
+        folder = tmp_path / "worlds" / one.id
+        record = execute(one, folder, elsewhere=False)
+        n, schedule = one.task["n_train"], one.schedule
+        seed = Seeds(one, attempt=record["randomness"]["attempt"], code=record["randomness"]["code"]).sampling
+        last = len(Poisson().draw(n, schedule["batch"], schedule["steps"] - 1, seed))
+        assert record["diagnostics"]["microbatch"] == last
+        if last not in (48, n):  # numbers that a record has for other reasons
+            break
     told = {**public.view(record), "environment": None}
     trace = public.trace(record, (folder / "trace.jsonl").read_bytes()) or b""
     assert last not in list(leaves(told)) and record["device"]["microbatch"] is None
@@ -227,7 +230,7 @@ def test_who_fails_tells_neither_why_nor_how_far_it_came(
     record = store.read(OLD[0])
     record["status"] = status
     ends = []
-    for reason, count in ((why, steps), (other if status in store.FAILED else why, steps + 1)):
+    for reason, count in ((why, steps), (other, steps + 1)):
         made = json.loads(json.dumps(record)) | {
             "reason": reason,
             "finished": f"2026-01-02T00:00:0{count}+00:00",
@@ -238,6 +241,8 @@ def test_who_fails_tells_neither_why_nor_how_far_it_came(
             "spent": {"pld": count},
         }
         made["measured"]["wall_seconds"] = count
+        if status == "skipped":  # by an engine at work, which quotes what a model says of private examples
+            made["diagnostics"] = {**(made.get("diagnostics") or {}), "reason": reason}
         ends.append(public.view(made))
         assert public.trace(made, b'{"step": 1, "accuracy": 0.5}\n' * count) is None
     assert ends[0] == ends[1]

@@ -67,7 +67,7 @@ class Stream:
         drawn = kernels.gaussian(self._key, self._block, len(value), value, grid, dtype)
         if drawn is None:
             numbers = self._integers(len(value), value.device) >> gaussian.FINE - grid.bits
-            k = (value * (1 / grid.step)).round_().clamp_(-gaussian.EDGE, gaussian.EDGE)
+            k = (value * (1 / grid.step)).round_().clamp_(-gaussian.EDGE, gaussian.EDGE).nan_to_num_(0.0)
             return (k + (numbers.double() + 0.5)).mul_(grid.step).to(dtype)
         out, self._block = drawn
         return out

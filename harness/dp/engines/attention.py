@@ -84,6 +84,9 @@ class Stacked(Gradient):
     def some(self, chosen: Tensor) -> Gradient:
         return Stacked(tuple(part.some(chosen) for part in self.parts))
 
+    def kept(self, chosen: Tensor) -> Gradient:
+        return Stacked(tuple(part.kept(chosen) for part in self.parts))
+
     def __add__(self, other: Gradient) -> Gradient:
         if isinstance(other, Stacked) and self.heights == other.heights:
             return Stacked(tuple(a + b for a, b in zip(self.parts, other.parts, strict=True)))

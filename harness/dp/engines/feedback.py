@@ -292,19 +292,23 @@ class Call:
         """Add the sum over examples of v[i] delta_i^T [a_i, 1], in float64; `v` [B] is what both were shortened by."""
         if not len(a):
             return
-        module = self.layer.module
-        names = {"weight": self.layer.weight, "bias": self.layer.bias}
-        wanted = [own for own, name in names.items() if name]
+        module, examples = self.layer.module, len(a)
+        wide = delta.double()  # which no sum over positions takes beyond its range
         if type(module) in SCALINGS:
-            of_bias = by_channel(module, delta.double())
-            of_weight = of_bias * by_channel(module, a.double())
-            rows: dict[str, Gradient] = {"weight": Rows(of_weight.sum(1)), "bias": Rows(of_bias.sum(1))}
+            shared = by_channel(module, wide)
+            weight: Gradient = Rows((shared * by_channel(module, a.double())).sum(1))
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            shared, weight = (
+                wide.flatten(2).mT,
+                convolution(module, a, delta, examples, ("weight",))["weight"],
+            )
         else:
-            rule: Any = linear if type(module) is nn.Linear else convolution
-            rows = rule(module, a, delta, len(a), wanted)
-        for own in wanted:
-            out = total[str(names[own])]
-            out.add_(rows[own].weighted(v).view_as(out))
+            assert isinstance(module, nn.Linear)
+            shared = wide.reshape(examples, -1, delta.shape[-1])
+            weight = linear(module, a, delta, examples, ("weight",))["weight"]
+        for name, gradient in ((self.layer.weight, weight), (self.layer.bias, Rows(shared.sum(1)))):
+            if name:
+                total[name].add_(gradient.weighted(v).view_as(total[name]))
 
 
 def by_channel(module: nn.Module, t: Tensor) -> Tensor:

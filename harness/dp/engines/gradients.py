@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.dp.engines.rows import (
-    AT_ONCE,
     factor_squares,
     squared_norms,
     weighted_rows,
@@ -35,13 +34,20 @@ CANCELLED = (
 )
 
 
-ROUNDED = 4  # rounding units, times sum_t |g_t| |a_t|, by which float32 may be off in a sum over positions
-SMALL, LARGE = 2.0**-200, 2.0**240  # squares between which what float32 adds up is far from its ends
+SMALL, LARGE = 2.0**-300, 2.0**600  # squares between which products of squares are exact in float64
+WINDOWS = 1 << 22  # numbers of unfolded windows at a time
 
 
 def scaled(v: Tensor, g: Tensor) -> Tensor:
     """Row i of `g` [B, ...] times v[i]."""
     return g * v.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
+
+
+def places(chosen: Tensor, examples: int) -> Tensor:
+    """Where each of so many examples is among the `chosen`, [examples]; -1 for the others."""
+    found = torch.full((examples,), -1, device=chosen.device)
+    found[chosen] = torch.arange(len(chosen), device=chosen.device)
+    return found
 
 
 def placed(value: Tensor, out: Tensor | None) -> Tensor:
@@ -111,6 +117,10 @@ class Gradient:
         """The gradients of the examples of these numbers."""
         raise NotImplementedError
 
+    def kept(self, chosen: Tensor) -> Gradient:
+        """The same of these examples, to the bit: rows that were measured are not made again, in another way."""
+        return self.some(chosen)
+
     def __add__(self, other: Gradient) -> Gradient:
         """The gradients of a parameter used in two places: the rows add, and their squared norms do not."""
         return Rows(self.rows + other.rows)
@@ -177,20 +187,19 @@ class Product(Gradient):
         if self.held or not (costs.small if lean else costs.way != "keep"):
             return self.made[1]
         total, bound = self._gram()
-        far = self._far(total, bound)
-        chosen = (far | ~(CANCELLED * total >= bound)).nonzero().squeeze(1)  # or not a number
+        doubtful = ~(CANCELLED * total >= bound)  # or not a number
+        a, g = self.factors
+        if g.dtype is torch.float64:
+            doubtful |= (total < SMALL) | (factor_squares(a) > LARGE) | (factor_squares(g) > LARGE)
+        chosen = doubtful.nonzero().squeeze(1)
         if len(chosen):
-            some = self.some(chosen)
-            self.apart = chosen, some.widened() if far.any() else some
+            self.apart = chosen, self.some(chosen)
             total[chosen] = self.apart[1].made[1]
         return total
 
-    def _far(self, total: Tensor, bound: Tensor) -> Tensor:
-        """Which examples' gradients are out of reach for float32, from what `_gram` gives: [B]. None for float64."""
-        return torch.zeros_like(total, dtype=torch.bool)
-
-    def widened(self) -> Product:
-        """The same in float64."""
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """What the gradients are products of, [B, ...] each."""
         raise NotImplementedError
 
     def _gram(self) -> tuple[Tensor, Tensor]:
@@ -214,16 +223,27 @@ class Product(Gradient):
             if not good.all():
                 if not good.any():
                     return total
-                gradients, weights = gradients.some(good.nonzero().squeeze(1)), weights[good]
-                assert gradients.made
+                gradients, weights = gradients.kept(good.nonzero().squeeze(1)), weights[good]
             return total.add_(gradients.weighted(weights.contiguous()))
         if self.channels_last:
             return kernels.weighted_rows(v.double(), self.made[0], out, swap=True)
         return weighted_rows(v, self.rows, out)
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
-        """The weighted sum without the single products."""
+        """The weighted sum without the single products, in float64 from its factors on."""
         raise NotImplementedError
+
+    def kept(self, chosen: Tensor) -> Product:
+        found = self.some(chosen)
+        if self.held:
+            found.__dict__["made"] = tuple(t[chosen] for t in self.made)
+            found.channels_last = self.channels_last
+        elif self.apart is not None:
+            at = places(chosen, len(self.factors[0]))[self.apart[0]]
+            there = (at >= 0).nonzero().squeeze(1)
+            if len(there):
+                found.apart = at[there], self.apart[1].kept(there)
+        return found
 
 
 def gram_squares(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,6 +294,10 @@ class Outer(Product):
         positions, (p, d) = self.a.shape[1], self.shape
         gram = gram_cost(positions**2 * (p + d), self.a, self.g) if positions > 1 else 0
         return Costs(row_cost(p * d, self.a), gram, p * d, 2 * positions**2)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.a, self.g
 
     def _gram(self) -> tuple[Tensor, Tensor]:
         a, g = wide(self.a), wide(self.g)
@@ -344,6 +368,12 @@ class Lookup(Gradient):
 
     def some(self, chosen: Tensor) -> Gradient:
         return Lookup(self.index[chosen], self.g[chosen], self.entries)
+
+    def kept(self, chosen: Tensor) -> Gradient:
+        found, (keys, sums) = Lookup(self.index[chosen], self.g[chosen], self.entries), self.summed
+        at = places(chosen, len(self.index))[keys // self.entries]
+        found.__dict__["summed"] = (at * self.entries + keys % self.entries)[at >= 0], sums[at >= 0]
+        return found
 
     def __add__(self, other: Gradient) -> Gradient:
         if isinstance(other, Lookup):
@@ -425,19 +455,28 @@ class Patches(Product):
             terms = positions**2 * (math.prod(self.shape[1:]) + self.shape[0] // geo.groups)
         return Costs(keep, gram_cost(terms, self.x, self.g), elements, 2 * positions**2)
 
-    def _gram(self) -> tuple[Tensor, Tensor]:
-        total, bound = self._products()
-        # Each gradient is made in float32 when it is added: what rounding may add to it counts as part of it.
-        precision = torch.finfo(wide(self.x).dtype).eps
-        return (total.clamp(min=0).sqrt() + ROUNDED * precision * bound.sqrt()).square(), bound
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.x, self.g
 
-    def _products(self) -> tuple[Tensor, Tensor]:
+    def _gram(self) -> tuple[Tensor, Tensor]:
         geo = self.geometry
         if self.served:
             return kernels.convolution_gram(
                 self.x[:, 0], self.g[:, 0], geo.kernel, geo.stride, geo.padding, geo.dilation
             )
-        geo, groups, x, g = geo.as_image(), geo.groups, wide(self.x).flatten(0, 1), wide(self.g)
+        total, bound = gram_squares(*self._windows())
+        split = total.unflatten(0, (-1, geo.groups)), bound.sqrt().unflatten(0, (-1, geo.groups))
+        return split[0].sum(1), split[1].sum(1).square()
+
+    def _windows(self) -> tuple[Tensor, Tensor]:
+        """What each window sees, [B * groups, k * T, d], and the output gradients there, [B * groups, k * T, p]."""
+        geo, groups, x, g = (
+            self.geometry.as_image(),
+            self.geometry.groups,
+            wide(self.x).flatten(0, 1),
+            wide(self.g),
+        )
         patches = F.unfold(
             x if x.ndim == 4 else x.unsqueeze(2), geo.kernel, geo.dilation, geo.padding, geo.stride
         )
@@ -446,30 +485,25 @@ class Patches(Product):
         def positions(t: Tensor) -> Tensor:
             return t.unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3).flatten(0, 1)
 
-        total, bound = gram_squares(positions(patches.unflatten(0, g.shape[:2])), positions(g.flatten(3)))
-        return total.unflatten(0, (-1, groups)).sum(1), bound.sqrt().unflatten(0, (-1, groups)).sum(
-            1
-        ).square()
+        return positions(patches.unflatten(0, g.shape[:2])), positions(g.flatten(3))
 
     def some(self, chosen: Tensor) -> Product:
         return Patches(self.x[chosen], self.g[chosen], self.geometry)
 
     def _weighted(self, v: Tensor, out: Tensor | None) -> Tensor:
-        # There is no fast convolution in float64: the gradients are made in float32 and added. Those that weigh nothing
-        # are left out: they may be too large for it.
-        total = v.new_zeros(self.shape, dtype=torch.float64)
-        weighed = v.nonzero().squeeze(1)
-        for some in weighed.split(AT_ONCE) if len(weighed) else ():
-            part = self.some(some)
-            assert part.made
-            total += part.weighted(v[some])
-        return placed(total, out)
-
-    def _far(self, total: Tensor, bound: Tensor) -> Tensor:
-        return (total < SMALL) & (bound > 0) | ~(bound < LARGE)
-
-    def widened(self) -> Product:
-        return Patches(self.x.double(), self.g.double(), self.geometry)
+        groups, (outputs, fan) = self.geometry.groups, (self.shape[0], self.shape[1:].numel())
+        total = v.new_zeros(groups, outputs // groups, fan, dtype=torch.float64)
+        positions = self.g.shape[1] * math.prod(self.g.shape[3:])
+        at_once = max(1, WINDOWS // max(1, positions * fan * groups))
+        for begin in range(0, len(v), at_once):
+            here = slice(begin, begin + at_once)
+            windows = Patches(self.x[here], self.g[here], self.geometry)._windows()
+            # [B * groups, k * T, .] -> [groups, B * k * T, .]
+            a, g = (t.double().unflatten(0, (-1, groups)) for t in windows)
+            total.baddbmm_(
+                scaled(v[here], g).transpose(0, 1).flatten(1, 2).mT, a.transpose(0, 1).flatten(1, 2)
+            )
+        return placed(total.view(self.shape), out)
 
     def __add__(self, other: Gradient) -> Gradient:
         if (

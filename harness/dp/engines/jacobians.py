@@ -82,7 +82,7 @@ def _taped(model: nn.Module, w: Tree, rows: Tensor, plan: Plan, copy: bool) -> P
 
 
 class Block(NamedTuple):
-    """The Jacobians with respect to m parameters, or to what stands for them: [R, m, d]."""
+    """The Jacobians with respect to m parameters: [R, m, d], float64, as they are added up."""
 
     columns: Tensor
 
@@ -133,7 +133,7 @@ def pieces(found: Mapping[str, list[Gradient]], d: int) -> Iterator[Block | Fact
     for each in found.values():
         positions = factored(each)
         if positions is None:
-            jacobian = torch.stack([wide(g.rows).flatten(1) for g in each], 2)
+            jacobian = torch.stack([g.rows.flatten(1) for g in each], 2).double()
             size = _size(jacobian)
             if jacobian.shape[1] < size:
                 small.append(jacobian)
@@ -141,18 +141,18 @@ def pieces(found: Mapping[str, list[Gradient]], d: int) -> Iterator[Block | Fact
                 yield from map(Block, jacobian.split(size, 1))
             continue
         a, g = positions
-        if a.shape[1] == 1:
+        if a.shape[1] == 1 and a.dtype is torch.float32:  # whose squares float64 holds
             yield Factors(a[:, 0], g[:, 0])
             continue
         for outputs in g.split(max(1, _size(g) // a.shape[2]), 2):
-            yield Block(torch.bmm(a.mT, outputs.flatten(2)).view(len(a), -1, d))
+            yield Block(torch.bmm(a.double().mT, outputs.double().flatten(2)).view(len(a), -1, d))
     if small:
         yield from map(Block, torch.cat(small, 1).split(size, 1))
 
 
 def _size(like: Tensor) -> int:
-    """How many parameters a block holds, from a tensor [R, ..., d] of the Jacobians' type."""
-    return max(1, HELD // (len(like) * like.shape[-1] * like.element_size()))
+    """How many parameters a block holds, from a tensor [R, ..., d]."""
+    return max(1, HELD // (len(like) * like.shape[-1] * 8))
 
 
 def _row_gradients(

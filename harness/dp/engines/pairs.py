@@ -25,9 +25,7 @@ from harness.dp.tree import Tree
 
 TILE = 4 << 20  # bytes of what is made for some pairs at a time
 LARGEST = 1e15  # the norm of a Jacobian beyond which an example counts as not finite: float32 would overflow
-EXACT = (
-    64 * torch.finfo(torch.float64).eps
-)  # rounding of a squared norm whose terms cancel, relative to its terms
+EXACT = 64  # rounding units, and one for each coordinate, of terms that cancel in a squared norm
 
 
 def sensitivity(bound: float, temperature: float, relation: Relation, batch: int | None = None) -> float:
@@ -132,7 +130,7 @@ class Pairs(Engine):
                         squares, energy = pair_squares(found, done.units.detach(), loss.temperature)
                     good = examples(energy <= LARGEST**2)
                 if good.all():
-                    norms = safe_norms(squares, energy, w.flat.dtype)
+                    norms = safe_norms(squares, energy, done.units.shape[1])
                     weights = clip.weights(norms.view(-1, 1), state).view_as(norms)
                     with full_precision(rows.device):
                         total = weighted(found, cotangents(loss, done.units.detach(), weights), w)
@@ -162,15 +160,13 @@ def cotangents(loss: InfoNCE, units: Tensor, weights: Tensor) -> Tensor:
     return torch.stack([c @ units[1::2], c.T @ units[0::2]], 1).flatten(0, 1)
 
 
-def safe_norms(squares: Tensor, energy: Tensor, dtype: torch.dtype) -> Tensor:
-    """Norms [n, n], in float64, that do not read low: computed squares, plus what rounding in `dtype` may take off.
+def safe_norms(squares: Tensor, energy: Tensor, d: int) -> Tensor:
+    """Norms [n, n], in float64, that do not read low: computed squares, plus what rounding may take off.
 
-    The gradient of a pair is a sum of d columns of two Jacobians, of squared norms `energy` [2n]. Where these cancel,
-    the gradient that is added in the end is as long as their rounding.
+    The gradient of a pair is a sum of `d` columns of two Jacobians, of squared norms `energy` [2n], which may cancel.
     """
-    terms = energy[0::2, None] + energy[None, 1::2]
-    precision = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if dtype.itemsize < 4 else 0.0)
-    return squares.add(EXACT * terms).sqrt() + 2 * precision * terms.sqrt()
+    rounding = (EXACT + d) * torch.finfo(torch.float64).eps
+    return squares.add(rounding * (energy[0::2, None] + energy[None, 1::2])).sqrt()
 
 
 def pair_squares(

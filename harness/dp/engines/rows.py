@@ -39,10 +39,10 @@ def squared_norms(g: Tensor) -> Tensor:
     """Squared l2 norms [B], in float64, of the rows of `g` [B, ...].
 
     A float32 norm over a million elements reads low by 1e-4, and a clipped gradient then exceeds its bound. Here
-    float32 adds only within short blocks and float64 adds the blocks: one pass over memory, right to about 1e-8.
+    float32 adds only within short blocks and float64 adds the blocks: one pass over memory, right to about 1e-7.
     """
-    rows = wide(g.reshape(len(g), -1))
-    if kernels.serve(rows) and rows.is_contiguous():
+    rows = wide(g.reshape(len(g), -1)).contiguous()  # strided, float32 would add up one after another
+    if kernels.serve(rows):
         return kernels.squared_norms(rows)
     whole = rows.shape[1] // BLOCK * BLOCK
     tail = torch.linalg.vector_norm(rows[:, whole:], dim=1).double().square()
@@ -70,8 +70,9 @@ def weighted_rows(v: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
     v = v.double()
     if kernels.serve(g) and g.is_contiguous():
         return kernels.weighted_rows(v, g, out)
-    sums = torch.zeros(g.shape[1:].numel(), dtype=torch.float64, device=g.device)
-    for weights, rows in zip(v.split(AT_ONCE), g.flatten(1).split(AT_ONCE), strict=True):
+    size = g.shape[1:].numel()
+    sums = torch.zeros(size, dtype=torch.float64, device=g.device)
+    for weights, rows in zip(v.split(AT_ONCE), g.reshape(len(g), size).split(AT_ONCE), strict=True):
         sums.addmv_(rows.double().mT, weights)
     return sums.view(g.shape[1:]) if out is None else out.copy_(sums.view(g.shape[1:]))
 

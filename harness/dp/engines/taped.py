@@ -132,10 +132,7 @@ class Taped(PerExample):
         chosen = finite.nonzero().squeeze(1)
         if not len(chosen):
             return torch.zeros_like(w.flat, dtype=torch.float64)
-        rest = {name: gradient.some(chosen) for name, gradient in found.items()}
-        for gradient in rest.values():
-            # Settles which examples are added as they are.
-            gradient.squares(self.lean)
+        rest = {name: gradient.kept(chosen) for name, gradient in found.items()}
         return self.weighted_sum(w, groups, weights[chosen], rest)
 
     def weighted_sum(

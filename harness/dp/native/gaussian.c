@@ -116,7 +116,8 @@ struct sink {
 static inline double rounded(double value, double inverse) {
     double k = rint(value * inverse);
     k = k > EDGE ? EDGE : k;
-    return k < -EDGE ? -EDGE : k;
+    k = k < -EDGE ? -EDGE : k;
+    return k == k ? k : 0; /* what is no number stays inside */
 }
 
 static inline void put(const struct sink *to, long i, int64_t number) {
