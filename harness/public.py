@@ -85,7 +85,8 @@ def view(record: Told) -> dict[str, Any]:
         told = _map(found.get("privacy"))
         found["privacy"] = {key: UNTOLD.get(key, value) for key, value in told.items()}
         found["measured"] = _only(_map(found.get("measured")), ("jobs",))
-    if record.get("status") in FAILED or "reason" in diagnostics(record):
+    began = _map(record.get("privacy")).get("noise_multiplier") is not None
+    if record.get("status") in FAILED or (record.get("status") == "skipped" and began):
         found["reason"] = HIDDEN
     return found
 

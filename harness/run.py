@@ -317,8 +317,6 @@ class _Session:
             record["weights_sha256"] = digest(weights)
         except Unserved as error:
             status, reason = "skipped", str(error)
-            # It was found out on private examples, and may quote what a model says of them.
-            record["diagnostics"]["reason"] = reason
             if not self.progress.stage + self.progress.step:  # nothing was released
                 return status, reason
         except Diverged as error:
@@ -430,7 +428,11 @@ class _Session:
         scores = evaluate(self.model, kept(leg, p), m.loss, leg.data)
         before = sum(one.schedule.steps for one in self.legs[: p.stage])
         line: dict[str, Any] = {"stage": p.stage + 1} if self.cell.then else {}
-        line |= {"step": before + point.step, "seconds": round(sum(p.seconds), 3), "loss": point.loss}
+        line |= {
+            "step": before + point.step,
+            "seconds": round(sum(p.seconds), 3),
+            "loss": _finite(point.loss),
+        }
         rate = point.rate if len(p.seconds) > self.timed else None  # not that of the stage before
         line |= {"accuracy": scores["accuracy"], "examples_per_second": _finite(rate)}
         line |= {"clipped_fraction": point.clipped if m.clip.needs_norms else None}

@@ -628,3 +628,34 @@ def test_parameters_without_dimensions_are_served(dtype):
     want = total(Loop(), model, x, y)
     for kind in FAST:
         assert torch.allclose(total(kind(), model, x, y), want, rtol=1e-5)
+
+
+# --- rows that lie position by position --------------------------------------------------------------------------------
+
+
+class PositionFirst(nn.Module):
+    """A layer over positions, whose rows are those of the first position, then those of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.layer(x.to(self.layer.weight.dtype).transpose(0, 1).reshape(-1, 1))
+        return rows.view(2, len(x)).sum(0).unsqueeze(1)
+
+
+class Signed(CrossEntropy):
+    def per_example(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return outputs.flatten() * (1.0 - 2.0 * y)
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float32])
+def test_rows_are_found_to_be_mixed_up_on_examples_that_are_alike(dtype):
+    """The first three, on which a plan is tried, have norms that no exchange of their rows would show."""
+    x, y = torch.ones(6, 2, 1, dtype=dtype), torch.tensor([0, 0, 0, 0, 1, 1])
+    x[3:, 0, 0] = torch.tensor([50, 7, 11]).to(dtype)
+    for engine in (BookKeeping(), Ghost()):
+        model = PositionFirst()
+        whole = total(engine, model, x, y, Flat(1.0), loss=Signed())
+        assert torch.allclose(whole, total(Loop(), model, x, y, Flat(1.0), loss=Signed()), atol=1e-6)

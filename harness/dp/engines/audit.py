@@ -77,11 +77,14 @@ def due(seen: Seen, used: Used) -> bool:
 
 
 def audited(seen: Seen, used: Used, random: bool) -> set[int]:
-    """The examples of a step that are audited: the one with the furthest finite input, and another one each time."""
+    """The examples of a step that are audited: the one with the furthest finite input, and another one each time.
+
+    Of token numbers none is furthest: it is two others each time.
+    """
     within = min(used.chunk, len(used.batch)) if random else len(used.batch)
     x, number = used.batch.x[:within], seen.batches * 2654435761 % within
     if not x.is_floating_point() or not x.numel():
-        return {number}
+        return {number, (number + seen.batches * 40503 + 1) % within}
     furthest = int(x.abs().nan_to_num(0, 0, 0).flatten(1).amax(1).argmax())
     return {furthest, (number + (number == furthest)) % within}
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from harness.dp.native import kernels
 
-BLOCK = 512  # squares that float32 may add up before float64 takes over
 ONEDNN = 1 << 22  # multiply-adds from which oneDNN's way of preparing a product pays
 HALF = (torch.float16, torch.bfloat16)
 AT_ONCE = 32  # rows that are widened at a time
@@ -38,18 +37,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def squared_norms(g: Tensor) -> Tensor:
     """Squared l2 norms [B], in float64, of the rows of `g` [B, ...].
 
-    A float32 norm over a million elements reads low by 1e-4, and a clipped gradient then exceeds its bound. Here
-    float32 adds only within short blocks and float64 adds the blocks: one pass over memory, right to about 1e-7.
+    A float32 norm over a million elements reads low by 1e-4, and a clipped gradient then exceeds its bound. The kernel
+    has float32 add within short tiles and float64 add the tiles: one pass over memory, right to 7e-7.
     """
-    rows = wide(g.reshape(len(g), -1)).contiguous()  # strided, float32 would add up one after another
+    rows = wide(g.reshape(len(g), -1)).contiguous()
     if kernels.serve(rows):
         return kernels.squared_norms(rows)
-    whole = rows.shape[1] // BLOCK * BLOCK
-    tail = torch.linalg.vector_norm(rows[:, whole:], dim=1).double().square()
-    if not whole:
-        return tail
-    blocks = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, BLOCK)), dim=2)
-    return blocks.double().square().sum(1) + tail
+    return torch.cat([some.double().square().sum(1) for some in rows.split(AT_ONCE)])
 
 
 def factor_squares(t: Tensor) -> Tensor:

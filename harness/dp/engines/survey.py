@@ -68,19 +68,20 @@ def probe_batch(batch: Batch, chosen: Tensor | None = None) -> Batch:
     """A few examples, no two alike even where the batch holds a single one, so that mixed-up rows show.
 
     They are the first of the batch, or of those `chosen` by number; their inputs are noise where these are not finite
-    or far from unit scale. Whole numbers may be tokens, and stay.
+    or far from unit scale. Whole numbers may be tokens: about half become others of the batch's range, since examples
+    that are alike, or nearly, would hide that rows are mixed up.
     """
     numbers = torch.arange(len(batch), device=batch.x.device) if chosen is None else chosen
     pick = numbers[torch.arange(PROBE, device=batch.x.device) % len(numbers)]
     x = batch.x[pick].clone()
+    rng = torch.Generator().manual_seed(0)
     if not whole(x):
-        rng = torch.Generator().manual_seed(0)
         noise = torch.randn(x.shape, generator=rng).to(x)
         scale = x.float().square().mean().sqrt().item()
         x = x + 0.1 * scale * noise if 1e-3 < scale < 1e3 else noise
-    elif x.ndim > 1:
-        for i in range(len(numbers), PROBE):
-            x[i] = x[i].roll(i, -1)
+    else:
+        other = torch.randint(max(int(x.max()), 1) + 1 if x.numel() else 1, x.shape, generator=rng)
+        x = torch.where((torch.rand(x.shape, generator=rng) < 0.5).to(x.device), other.to(x), x)
     return Batch(x, batch.y[pick])
 
 

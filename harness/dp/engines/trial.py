@@ -40,7 +40,7 @@ from harness.dp.engines.survey import (
     squares_of,
     survey,
 )
-from harness.dp.engines.tape import Run, run
+from harness.dp.engines.tape import Run, run, taping
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 
@@ -141,7 +141,8 @@ def tried(
     truth: dict[str, Tensor],
 ) -> Plan:
     """The plan whose norms are right, for a model that holds `values`, its parameters being `leaves`."""
-    trial = Trial(loss, model, leaves, values, batch, taped, layouts, random, truth)
+    crossed = crossing(loss, model, batch, layouts)
+    trial = Trial(loss, model, leaves, values, batch, taped, layouts, random, crossed, truth)
     free, spread = trial.copies()
     sources = first_sources(model, truth)
     for name in (*free, *(name for names in spread.values() for name in names.values())):
@@ -178,6 +179,34 @@ def tried(
     tensors = [t for call, cs in zip(taped.calls, taped.cotangents, strict=True) for t in (*call.inputs, *cs)]
     activations = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) // PROBE
     return replace(plan, footprints=kept[0], lean=kept[1], activations=activations)
+
+
+def crossing(
+    loss: Loss, model: nn.Module, batch: Batch, layouts: Mapping[str, tuple[Layout, ...]]
+) -> frozenset[str]:
+    """The modules with outputs that an example's loss reaches outside the rows that are taken for its own.
+
+    Rows that lie position by position, say. Norms of examples that are alike would not show it.
+    """
+    with taping(model, layouts) as tape:
+        losses = losses_of(loss, model, batch)
+    edges, seen = [], Counter[str]()
+    for call in tape.calls:
+        number, seen[call.path] = seen[call.path], seen[call.path] + 1
+        if number < len(layouts[call.path]):
+            pairs = zip(call.edges, layouts[call.path][number].outputs, strict=False)
+            edges += [
+                (call.path, edge, place) for edge, place in pairs if edge is not None and place is not None
+            ]
+    found = set()
+    for i, value in enumerate(losses) if edges else ():
+        grads = torch.autograd.grad(value, [e for _, e, _ in edges], retain_graph=True, allow_unused=True)
+        for (path, _, place), g in zip(edges, grads, strict=True):
+            if g is not None and g.shape[place.dim] == len(losses) * place.rows:
+                rows = g.movedim(place.dim, 0).unflatten(0, (len(losses), place.rows))
+                if rows[:i].any() or rows[i + 1 :].any():
+                    found.add(path)
+    return frozenset(found)
 
 
 def first_sources(model: nn.Module, names: Collection[str]) -> Sources:
@@ -251,6 +280,7 @@ class Trial:
     taped: Run
     layouts: dict[str, tuple[Layout, ...]]
     random: frozenset[str]
+    crossed: frozenset[str]
     truth: dict[str, Tensor]
 
     def copies(self) -> tuple[tuple[str, ...], dict[str, dict[str, str]]]:
@@ -297,7 +327,8 @@ class Trial:
                 for own in table.values()
                 for name in own.values()
             }
-            if not plan.paths <= self.layouts.keys() or (plan.modules and plan.paths & self.random):
+            unfit = self.crossed | self.random if plan.modules else self.crossed
+            if not plan.paths <= self.layouts.keys() or plan.paths & unfit:
                 failed |= names
                 continue
             try:
