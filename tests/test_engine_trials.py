@@ -630,7 +630,7 @@ def test_parameters_without_dimensions_are_served(dtype):
         assert torch.allclose(total(kind(), model, x, y), want, rtol=1e-5)
 
 
-# --- rows that lie position by position --------------------------------------------------------------------------------
+# --- rows that lie position by position -------------------------------------------------------------------------------
 
 
 class PositionFirst(nn.Module):
@@ -645,7 +645,7 @@ class PositionFirst(nn.Module):
         return rows.view(2, len(x)).sum(0).unsqueeze(1)
 
 
-class Signed(CrossEntropy):
+class Turned(CrossEntropy):
     def per_example(self, outputs: Tensor, y: Tensor) -> Tensor:
         return outputs.flatten() * (1.0 - 2.0 * y)
 
@@ -657,5 +657,5 @@ def test_rows_are_found_to_be_mixed_up_on_examples_that_are_alike(dtype):
     x[3:, 0, 0] = torch.tensor([50, 7, 11]).to(dtype)
     for engine in (BookKeeping(), Ghost()):
         model = PositionFirst()
-        whole = total(engine, model, x, y, Flat(1.0), loss=Signed())
-        assert torch.allclose(whole, total(Loop(), model, x, y, Flat(1.0), loss=Signed()), atol=1e-6)
+        whole = total(engine, model, x, y, Flat(1.0), loss=Turned())
+        assert torch.allclose(whole, total(Loop(), model, x, y, Flat(1.0), loss=Turned()), atol=1e-6)
