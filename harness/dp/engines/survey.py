@@ -80,7 +80,8 @@ def probe_batch(batch: Batch, chosen: Tensor | None = None) -> Batch:
         scale = x.float().square().mean().sqrt().item()
         x = x + 0.1 * scale * noise if 1e-3 < scale < 1e3 else noise
     else:
-        other = torch.randint(max(int(x.max()), 1) + 1 if x.numel() else 1, x.shape, generator=rng)
+        top = min(max(int(x.max()), 1), TOKENS) if x.numel() else 0
+        other = torch.randint(top + 1, x.shape, generator=rng)
         x = torch.where((torch.rand(x.shape, generator=rng) < 0.5).to(x.device), other.to(x), x)
     return Batch(x, batch.y[pick])
 
@@ -92,6 +93,7 @@ def whole(x: Tensor) -> bool:
     return bool((x == x.round()).all() and (x >= 0).all() and (x > 0).any() and x.isfinite().all())
 
 
+TOKENS = 1 << 31  # more than any vocabulary has
 SOUGHT = 256  # examples among which those for a trial are sought
 
 
