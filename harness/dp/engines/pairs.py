@@ -161,7 +161,7 @@ def cotangents(loss: InfoNCE, units: Tensor, weights: Tensor) -> Tensor:
 
 
 def safe_norms(squares: Tensor, energy: Tensor, d: int) -> Tensor:
-    """Norms [n, n], in float64, that do not read low: computed squares, plus what rounding may take off.
+    """Norms [n, n], in float64, that underestimate none: computed squares, plus what rounding may take off.
 
     The gradient of a pair is a sum of `d` columns of two Jacobians, of squared norms `energy` [2n], which may cancel.
     """
