@@ -37,8 +37,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def squared_norms(g: Tensor) -> Tensor:
     """Squared l2 norms [B], in float64, of the rows of `g` [B, ...].
 
-    A float32 norm over a million elements is too small by 1e-4, and a clipped gradient then exceeds its bound. The kernel
-    has float32 add within short tiles and float64 add the tiles: one pass over memory, right to 7e-7.
+    A float32 norm over a million elements is too small by 1e-4, and a clipped gradient then exceeds its bound. The
+    kernel has float32 add within short tiles and float64 add the tiles: one pass over memory, right to 7e-7.
     """
     rows = wide(g.reshape(len(g), -1)).contiguous()
     if kernels.serve(rows):
