@@ -403,6 +403,40 @@ def test_weights_of_the_step_are_what_every_way_to_them_reads(build, kind):
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
+class Memo(Net):
+    """Its last weight is used by a transpose that was made once, with its graph or without."""
+
+    def __init__(self, detach: bool) -> None:
+        super().__init__()
+        self.kept = self.o.weight.detach().t() if detach else self.o.weight.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x).tanh() @ self.kept + self.o.bias
+
+
+class Reentrant(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(checkpoint(lambda z: self.a(z).tanh(), x.requires_grad_(), use_reentrant=True))
+
+
+@pytest.mark.parametrize("build", [lambda: Memo(False), lambda: Memo(True), Reentrant])
+@pytest.mark.parametrize("kind", [*ALL, Auto])
+def test_engines_refuse_models_that_do_not_follow_their_parameters(kind, build):
+    model, (x, y) = build(), data(5)
+    with pytest.raises(Unserved, match=r"made of it earlier|made of its parameters|use_reentrant=False"):
+        total(kind(), model, x, y, w=Tree.of(trainable(model)) * 1.7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", [*ALL, Auto])
+def test_a_part_compiled_by_torch_jit_is_served(kind):
+    model, (x, y) = Net(), data(5)
+    want = total(Loop(), Net(), x, y)
+    model.a = torch.jit.script(nn.Sequential(model.a, nn.Tanh()))
+    model.between = lambda h: h.atanh()
+    assert torch.allclose(total(kind(), model, x, y), want, rtol=1e-3, atol=1e-5)
+
+
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 

@@ -7,19 +7,18 @@ these apart, in either mode, and its gradients reach every parameter that its ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from harness.dp.engines.weights import held, restored
+from harness.dp.engines.reads import NOT_LENT, graph_fault, next_node
+from harness.dp.engines.weights import held, restored, written
 from harness.models.passes import called, same, seeded
 
 SHIFT = 0.05  # how far a parameter is moved to see whether outputs depend on it
 EQUAL = 1e-4  # relative: the same operations on other memory may be cut differently
-NOT_LENT = "Compute it from the parameters in forward(), each time"
 
 
 class Answer(NamedTuple):
@@ -38,7 +37,7 @@ def probe(model: nn.Module, x: Tensor, values: Mapping[str, Tensor]) -> None:
     """
     if not values:
         return
-    with _written(model, values):
+    with written(model, values):
         here = _answer(model, x)
     with held(model, values):
         there = _answer(model, x)
@@ -51,7 +50,7 @@ def probe(model: nn.Module, x: Tensor, values: Mapping[str, Tensor]) -> None:
                 f'{type(model).__name__}: the gradient of "{name}" depends on where its values lie in memory: it goes'
                 f" through a tensor that was made of the parameter earlier. {NOT_LENT}"
             )
-    with _written(model, values):
+    with written(model, values):
         evaluated = _evaluated(model, x)
     with held(model, values):
         if not same(evaluated, _evaluated(model, x), EQUAL):
@@ -70,22 +69,6 @@ def _alike(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else same(a, b, EQUAL)
 
 
-@contextmanager
-def _written(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """`values` in the parameters' own memory, as an optimizer writes."""
-    parameters = dict(model.named_parameters())
-    before = {name: parameters[name].detach().clone() for name in values}
-    try:
-        with torch.no_grad():
-            for name, value in values.items():
-                parameters[name].copy_(value)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                parameters[name].copy_(value)
-
-
 def _evaluated(model: nn.Module, x: Tensor) -> Tensor:
     """The outputs in evaluation mode; the model is in training mode before and after."""
     with restored(model):
@@ -99,11 +82,13 @@ def _evaluated(model: nn.Module, x: Tensor) -> Tensor:
 def _answer(model: nn.Module, x: Tensor) -> Answer:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with seeded(x.device, 0), torch.enable_grad():
-        start = _now()
+        start = next_node()
         outputs = called(model, x.clone())
         if not outputs.requires_grad:
             return Answer(outputs, dict.fromkeys(trained))
-        _graph(model, outputs, start)
+        fault = graph_fault(outputs, start)
+        if fault:
+            raise ValueError(f"{type(model).__name__} {fault}")
         mix = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2))
         try:
             grads = torch.autograd.grad(
@@ -114,37 +99,6 @@ def _answer(model: nn.Module, x: Tensor) -> Answer:
         except RuntimeError as error:
             raise ValueError(f"{type(model).__name__} cannot be differentiated: {error}") from error
     return Answer(outputs.detach(), dict(zip(trained, grads, strict=True)))
-
-
-def _now() -> int:
-    """The number of the next node of an autograd graph: they count up."""
-    return _number(torch.ones((), requires_grad=True).clone().grad_fn)
-
-
-def _number(node: Any) -> int:
-    number: int = node._sequence_nr()
-    return number
-
-
-def _graph(model: nn.Module, outputs: Tensor, start: int) -> None:
-    """Refuse what the graph shows: operations older than the pass, and checkpoints that differentiate by themselves."""
-    todo, seen = [outputs.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise ValueError(
-                f"{type(model).__name__} uses activation checkpointing that cannot be differentiated in parts: write"
-                " use_reentrant=False"
-            )
-        if _number(node) < start:  # leaves have the largest number of all
-            raise ValueError(
-                f"{type(model).__name__} computes from a tensor that it made of its parameters before the pass"
-                f" ({node.name()}), and which does not follow them. {NOT_LENT}"
-            )
-        todo += [following for following, _ in node.next_functions]
 
 
 def _gradients_reach(model: nn.Module, x: Tensor, values: Mapping[str, Tensor], before: Answer) -> None:
@@ -176,7 +130,7 @@ def _stale(model: nn.Module, x: Tensor, values: Mapping[str, Tensor], training: 
     culprits = []
     for name, value in values.items():
         found = []
-        for put in (_written, held):
+        for put in (written, held):
             with put(model, {name: value}), seeded(x.device, 0), torch.no_grad():
                 found.append(called(model, x.clone()) if training else _evaluated(model, x))
         if not same(found[0], found[1], EQUAL):

@@ -11,7 +11,8 @@ from torch import nn
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Clipped, PerExample, Unserved, Used, group_norms, losses_of
-from harness.dp.engines.survey import probe_batch, refuse_traces
+from harness.dp.engines.reads import refuse_strangers
+from harness.dp.engines.survey import moved, probe_batch, refuse_traces
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
@@ -32,8 +33,10 @@ class Loop(PerExample):
 
     def inspect(self, used: Used) -> None:
         if used.model not in _tried:
+            few = probe_batch(used.batch)
             with held(used.model, used.w.clone().views):
-                refuse_traces(used.loss, used.model, probe_batch(used.batch))
+                refuse_traces(used.loss, used.model, few)
+            refuse_strangers(used.loss, used.model, moved(used.w.views, 1.0), few)
             _tried.add(used.model)
 
     def clipped_sum(

@@ -183,7 +183,7 @@ def rule_for(module: nn.Module) -> Rule | None:
     A subclass keeps the rule as long as it overrides none of the methods that compute, and holds no parameters but
     `weight` and `bias` (weight normalisation and parametrisations hold others).
     """
-    if not set(module._parameters) <= {"weight", "bias"} or "forward" in vars(module):
+    if not set(module._parameters.keys()) <= {"weight", "bias"} or "forward" in vars(module):
         return None
     for base, rule in RULES.items():
         if isinstance(module, base):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from harness.dp.engines.draws import SEEDS, Loaded, generators, rewind
 from harness.dp.engines.engine import Unserved, losses_of
 from harness.dp.engines.rows import squared_norms
-from harness.dp.engines.tape import taping
+from harness.dp.engines.tape import hooked, taping
 from harness.dp.engines.weights import held, in_float64
 from harness.dp.loss import Batch, Loss
 
@@ -281,7 +281,8 @@ def refuse_coupling(loss: Loss, model: nn.Module, batch: Batch) -> None:
 @contextmanager
 def silenced(model: nn.Module, paths: Collection[str]) -> Iterator[None]:
     """The modules at `paths` as in evaluation, one by one and not what is inside them."""
-    modules = [model.get_submodule(path) for path in paths]
+    found = dict(model.named_modules())
+    modules = [found[path] for path in paths]
     before = [module.training for module in modules]
     try:
         for module in modules:
@@ -307,9 +308,7 @@ def survey(model: nn.Module, batch: Batch) -> tuple[dict[str, tuple[Layout, ...]
         with taping(model) as tape:
             model(batch.x[:count])
         counts.append(Counter(call.path for call in tape.calls))
-        shapes: dict[str, list[list[list[torch.Size | None]]]] = {
-            path: [] for path, _ in model.named_modules()
-        }
+        shapes: dict[str, list[list[list[torch.Size | None]]]] = {path: [] for path in hooked(model)}
         for call in tape.calls:
             sides = (call.inputs, call.outputs)
             shapes[call.path].append(
@@ -374,7 +373,10 @@ def place(few: torch.Size | None, many: torch.Size | None) -> Place | None:
 
 @contextmanager
 def watching(model: nn.Module, random: set[str]) -> Iterator[None]:
-    """Add to `random` the paths of the modules that draw random numbers while they are called."""
+    """Add to `random` the paths of the modules that draw random numbers while they are called.
+
+    What torch.jit compiled takes no hooks. If anything is drawn in the block, all of it may have been there.
+    """
     before: list[list[Tensor]] = []
 
     def states() -> list[Tensor]:
@@ -391,11 +393,14 @@ def watching(model: nn.Module, random: set[str]) -> Iterator[None]:
             random.add(path)
 
     handles = []
+    start, modules = states(), hooked(model)
     try:
-        for path, module in model.named_modules():
+        for path, module in modules.items():
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(partial(leave, path)))
         yield
+        if any(not torch.equal(a, b) for a, b in zip(start, states(), strict=True)):
+            random |= {path for path, _ in model.named_modules()} - modules.keys()
     finally:
         for handle in handles:
             handle.remove()

@@ -116,6 +116,11 @@ def repeated(t: Tensor, examples: int) -> Tensor:
     return t.expand(examples, *t.shape[1:])
 
 
+def hooked(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that take hooks, by path: all but those compiled by torch.jit."""
+    return {path: m for path, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+
+
 @contextmanager
 def taping(
     model: nn.Module,
@@ -127,8 +132,9 @@ def taping(
     """Tape the calls of the modules at `paths` (None: of all). No hook outlives the block."""
     tape, handles = Tape(copy, spread, examples), []
     try:
-        for path in paths if paths is not None else [path for path, _ in model.named_modules()]:
-            module = model.get_submodule(path)
+        modules = hooked(model)
+        for path in modules if paths is None else paths:
+            module = modules[path]
             enter, leave = partial(tape.enter, path), partial(tape.leave, path)
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True, prepend=True))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from harness.dp.engines.engine import Unserved, losses_of
 from harness.dp.engines.gradients import Gradient
 from harness.dp.engines.plan import Plan, gradients
+from harness.dp.engines.reads import refuse_strangers
 from harness.dp.engines.rules import call_rule_for, rule_for
 from harness.dp.engines.survey import (
     PROBE,
@@ -83,6 +84,8 @@ def make_plan(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batc
     with held(model, w):
         refuse_coupling(loss, model, batch)
         batch = finite_probe(loss, model, batch)
+    refuse_strangers(loss, model, moved(w, 1.0), batch)
+    with held(model, w):
         random, calls = drawing(loss, model, batch)
         if random:
             refuse_chance(loss, model, batch)

@@ -17,6 +17,7 @@ from harness.dp.clip import Clip, State
 from harness.dp.engines.audit import audit
 from harness.dp.engines.engine import Clipped, PerExample, Unserved, Used, group_norms, losses_of
 from harness.dp.engines.loop import Loop
+from harness.dp.engines.reads import refuse_strangers
 from harness.dp.engines.rows import full_precision, squared_norms, weighted_rows
 from harness.dp.engines.survey import (
     NoProbe,
@@ -107,6 +108,8 @@ def compare(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch)
     with held(model, w):
         refuse_coupling(loss, model, batch)
         batch = finite_probe(loss, model, batch)
+    refuse_strangers(loss, model, moved(w, 1.0), batch)
+    with held(model, w):
         random, _ = drawing(loss, model, batch)
     with silenced(model, random):
         with held(model, w):

@@ -31,6 +31,22 @@ def held(model: nn.Module, w: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor
 
 
 @contextmanager
+def written(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """`values` in the parameters' own memory, as an optimizer writes."""
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in values}
+    try:
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                parameters[name].copy_(value)
+
+
+@contextmanager
 def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block the parameters named in `tensors` are these tensors, of any shape, wherever they are registered.
 
