@@ -4,7 +4,8 @@ The closure starts at the modules of a method, its parts and its model and follo
 packages of this project. Names taken from a package are followed to the module that defines them, so that a
 method which uses ``Flat`` does not depend on an engine it never calls. C files belong to the package in whose
 folder they lie. Files are compared as syntax trees without docstrings and comments, C files without comments:
-mending a sentence makes no record stale.
+mending a sentence makes no record stale. Nor does moving a file: an import inside this project counts by the names that
+it binds and by what the file says that they come from, not by where that file lies.
 """
 
 from __future__ import annotations
@@ -25,10 +26,22 @@ IGNORED: frozenset[str] = frozenset({"harness.registry"})
 FOLLOWED: frozenset[str] = frozenset({"harness", "methods"})
 
 
-def code_hash(files: Iterable[Path]) -> str:
-    """12 hex digits over the contents of Python and C files; order, names and places do not matter."""
-    digests = sorted(_digest(file) for file in {f.resolve() for f in files})
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:12]
+def code_hash(files: Iterable[Path], roots: Iterable[Path] | None = None) -> str:
+    """12 hex digits over the contents of Python and C files; order, names and places do not matter.
+
+    Which of ``files`` a name is imported from does matter. ``roots`` are as in :func:`closure`.
+    """
+    graph = _Graph(_roots(roots), frozenset())
+    digests = {file: _digest(file) for file in {f.resolve() for f in files}}
+    lines = []
+    for file, digest in digests.items():
+        bound = graph.bound(file) if file.suffix == ".py" else ()
+        lines.append(
+            " ".join(
+                [digest, *sorted(f"{local}={digests[home]}" for local, home in bound if home in digests)]
+            )
+        )
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]
 
 
 def hashes(files: Iterable[Path], roots: Iterable[Path] | None = None) -> dict[str, str]:
@@ -80,6 +93,7 @@ class _Graph:
         self.followed = FOLLOWED
         self.seen: set[Path] = set()
         self._trees: dict[Path, ast.Module] = {}
+        self._files: dict[str, Path | None] = {}
 
     def start(self, module: str) -> Path:
         """The file of a starting module; one that a user named is found among the imported modules."""
@@ -102,12 +116,13 @@ class _Graph:
 
     def file(self, module: str) -> Path | None:
         """``a.b`` to ``a/b.py`` or ``a/b/__init__.py`` under the first root that has it."""
-        for root in self.roots:
-            base = root.joinpath(*module.split("."))
-            for candidate in (base.with_name(base.name + ".py"), base / "__init__.py"):
-                if candidate.is_file():
-                    return candidate
-        return None
+        if module not in self._files:
+            bases = [root.joinpath(*module.split(".")) for root in self.roots]
+            every = (
+                file for base in bases for file in (base.with_name(base.name + ".py"), base / "__init__.py")
+            )
+            self._files[module] = next((file for file in every if file.is_file()), None)
+        return self._files[module]
 
     def visit(self, file: Path, module: str) -> None:
         """Add a file and all it imports."""
@@ -117,10 +132,10 @@ class _Graph:
         if file.name == "__init__.py":
             self.seen.update(file.parent.glob("*.[ch]"))
         for target, names in _imports(self.tree(file), module, file.name == "__init__.py"):
-            if names is None:
-                self.module(target)
-            else:
-                for name in names:
+            for name, _ in names:
+                if name == "*":
+                    self.module(target)
+                else:
                     self.name(target, name)
 
     def module(self, module: str) -> None:
@@ -134,9 +149,6 @@ class _Graph:
 
     def name(self, module: str, name: str) -> None:
         """``from module import name``: a submodule, a name a package passes on, or one the module defines."""
-        if name == "*":
-            self.module(module)
-            return
         file = self.file(module) if self._wanted(module) else None
         if file is None:
             if self._wanted(module):  # a folder without __init__.py is a package too
@@ -151,6 +163,26 @@ class _Graph:
                 self.name(*passed_on)
                 return
         self.visit(file, module)
+
+    def bound(self, file: Path) -> Iterator[tuple[str, Path | None]]:
+        """The names that a file's imports bind, each with the file that it comes from."""
+        for target, names in _imports(self.tree(file), self.name_of(file), file.name == "__init__.py"):
+            for name, local in names:
+                yield local, self.home(target, name)
+
+    def home(self, module: str, name: str) -> Path | None:
+        """The file that defines a name of a module, or that is it; None for what is not under a root."""
+        file = self.file(module)
+        if name == "*":
+            return file
+        if file is None or file.name == "__init__.py":
+            submodule = self.file(f"{module}.{name}")
+            if file is None or submodule is not None:
+                return submodule
+            passed_on = self._passed_on(module, file, name)
+            if passed_on is not None:
+                return self.home(*passed_on)
+        return file
 
     def tree(self, file: Path) -> ast.Module:
         if file not in self._trees:
@@ -196,8 +228,12 @@ def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
     return ".".join([*base, *([node.module] if node.module else [])])
 
 
-def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[str, tuple[str, ...] | None]]:
-    """``(module, names)`` of each import that runs; names is None for ``import module``."""
+@lru_cache(maxsize=512)
+def _imports(
+    tree: ast.Module, module: str, is_package: bool
+) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    """``(module, ((name, local name), ...))`` of each import that runs; the name is ``*`` for ``import module``."""
+    found: list[tuple[str, tuple[tuple[str, str], ...]]] = []
     todo: list[ast.AST] = [tree]
     while todo:
         node = todo.pop()
@@ -206,12 +242,12 @@ def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[
             continue
         todo += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, None
+            found += [(alias.name, (("*", alias.asname or ""),)) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             target = _absolute(node, module, is_package)
             if target:
-                yield target, tuple(alias.name for alias in node.names)
+                found.append((target, tuple((one.name, one.asname or one.name) for one in node.names)))
+    return tuple(found)
 
 
 def _digest(file: Path) -> str:
@@ -254,8 +290,20 @@ def _normal(node: object) -> str:
             fields.append(f"{name}={_normal(value)}")
         return f"{type(node).__name__}({','.join(fields)})"
     if isinstance(node, list):
-        return "[" + ",".join(map(_normal, node)) + "]"
+        names = sorted(name for one in node for name in _names_inside(one) or ())
+        return "[" + ",".join([*names, *(_normal(one) for one in node if _names_inside(one) is None)]) + "]"
     return repr(node)
+
+
+def _names_inside(node: object) -> list[str] | None:
+    """The names that an import of this project's files binds, whose places do not count; None for anything else."""
+    if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] in FOLLOWED):
+        return [f"{alias.name} as {alias.asname or alias.name}" for alias in node.names]
+    if isinstance(node, ast.Import) and all(
+        a.asname and a.name.split(".")[0] in FOLLOWED for a in node.names
+    ):
+        return [f"module as {alias.asname}" for alias in node.names]
+    return None
 
 
 def _is_docstring(node: ast.stmt) -> bool:

@@ -69,6 +69,31 @@ def test_hash_does_not_depend_on_place_or_order(tmp_path: Path) -> None:
     assert list(codehash.hashes(files, [tmp_path])) == ["a/m.py", "a/n.py"]
 
 
+def test_hash_does_not_depend_on_where_imports_lie_but_on_what_they_are(tmp_path: Path) -> None:
+    """Files in other folders, their imports in another order; then a name from another file of the same closure."""
+    one = {
+        "harness/a.py": "from harness.b import f\nfrom harness.c import g\nimport math\nx = f(g(math.pi))\n",
+        "harness/b.py": "def f(x): return x\n",
+        "harness/c.py": "def g(x): return -x\ndef f(x): return 2 * x\n",
+    }
+    moved = {
+        "harness/a.py": "import math\nfrom harness.room import f\nfrom harness.room.c import g\nx = f(g(math.pi))\n",
+        "harness/room/__init__.py": '"""A room."""\nfrom harness.room.b import f\n',
+        "harness/room/b.py": one["harness/b.py"],
+        "harness/room/c.py": one["harness/c.py"],
+    }
+    other = one | {"harness/a.py": one["harness/a.py"].replace("harness.b import f", "harness.c import f")}
+    found = []
+    for number, files in enumerate((one, moved, other)):
+        root = tmp_path / str(number)
+        for name, text in files.items():
+            write(root / name, text)
+        taken = {*codehash.closure(["harness.a"], [root]), *root.rglob("b.py")}
+        found.append(codehash.code_hash(taken, [root]))
+        assert len(taken) == 3
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A small project with every way of importing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ from harness.dp import (
 )
 from harness.dp.clip import Clip
 from harness.dp.engines import auto
-from harness.dp.engines.engine import Unserved, trainable
+from harness.dp.engines.engine import Engine, Unserved, trainable
 from harness.dp.engines.gradients import Geometry, Lookup, Outer, Patches, gram_squares
 from harness.dp.engines.rows import squared_norms
 from harness.dp.engines.rules import rule_for
@@ -77,6 +78,23 @@ def release(engine, model, x, y, clip):
 
 def error(got, want):
     return float((got - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def test_no_two_engines_share_their_noise_and_none_changes_it_when_its_file_moves():
+    def below(kind):
+        return {kind}.union(*map(below, kind.__subclasses__()))
+
+    importlib.import_module("harness.peers")
+    kinds = [k for k in below(Engine) if k.__module__.startswith("harness.") and k.role is Engine.role]
+    assert len(kinds) > 15
+    roles = {object.__new__(kind).role for kind in kinds}
+    assert len(roles) == len(kinds)
+    moved = type("Loop", (Loop,), {"__module__": "harness.dp.elsewhere", "__qualname__": "Loop"})
+    assert moved().role == Loop().role
+    mine = [
+        type("Loop", (Loop,), {"__module__": m, "__qualname__": "Loop"})().role for m in ("lab.a", "lab.b")
+    ]
+    assert len({Loop().role, *mine}) == 3
 
 
 def test_the_loop_is_plain_autograd():

@@ -52,9 +52,12 @@ class Engine:
         """Names the noise that is drawn for what this engine releases. Engines of different roles share none.
 
         Two engines of one mechanism should release the same sums; where one is wrong, the difference of two runs with
-        the same noise would be what it sums wrongly, in the clear.
+        the same noise would be what it sums wrongly, in the clear. Of this project's own files it is the package that
+        counts, not where in it a file lies: moving one changes no number.
         """
-        return f"{type(self).__module__}.{type(self).__qualname__}"
+        module = type(self).__module__.split(".")
+        place = module[:2] if module[0] == "harness" else module
+        return ".".join([*place, type(self).__qualname__])
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         """None, or the reason why this engine cannot serve them: the run is then skipped with that reason."""
