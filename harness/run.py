@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness import codehash, data, measure, models, public, registry
+from harness import codehash, data, measure, models, registry
 from harness.dp import cache
 from harness.dp.account import Ledger, epsilon, epsilons, explain, ranking
 from harness.dp.calibrate import calibrate_stages
@@ -31,6 +31,7 @@ from harness.dp.tuning import Tuning, charge
 from harness.draw import begin, note
 from harness.parts import combine, modules
 from harness.private import opened
+from harness.records.schema import blank
 from harness.seeds import Seeds
 from harness.train import (
     Diverged,
@@ -257,28 +258,25 @@ class _Session:
         """The record before anything has happened."""
         facts, sampler = self.cell.canonical(), self.method.sampler
         environment = measure.environment()
-        return {
-            "schema": public.SCHEMA, "id": self.cell.id, "group": self.cell.group, "suite": suite, "cell": facts,
-            "card": card(self.cell.method),
-            "privacy": {
+        return blank(
+            id=self.cell.id, group=self.cell.group, suite=suite, cell=facts, card=card(self.cell.method),
+            privacy={
                 "relation": sampler.relation.value, "unit": "example",
                 "sampling": joined([leg.law for leg in self.legs if not leg.public]), "delta": self.target.delta,
-                "public_data": public_data(self.data.public_data, self.cell), "sensitivity": None,
-                "noise_multiplier": None, "planned": {}, "spent": {}, "accountant": None, "epsilon": None,
-                "claimed": None, "ledger": [],
+                "public_data": public_data(self.data.public_data, self.cell),
                 "privately_judged": [
                     number for number, leg in enumerate(self.legs, 1) if not leg.public
                     and (leg.method.loss.probes or self.task["evaluate"] == "validation")
                 ],
             },
-            "metrics": {}, **self.told(), "measured": {}, "diagnostics": {}, "weights_sha256": None,
-            "randomness": self.draw.to_json() | {"dropout_bits": secrecy(self.device)},
-            "code": self.code | {key: environment.pop(key) for key in ("commit", "dirty")},
-            "device": measure.device_info(str(self.device), self.threads)
+            **self.told(),
+            randomness=self.draw.to_json() | {"dropout_bits": secrecy(self.device)},
+            code=self.code | {key: environment.pop(key) for key in ("commit", "dirty")},
+            device=measure.device_info(str(self.device), self.threads)
             | {"microbatch": self.cell.device.get("microbatch")},
-            "environment": environment,
-            "started": started.isoformat(timespec="seconds"),
-        }  # fmt: skip
+            environment=environment,
+            started=started.isoformat(timespec="seconds"),
+        )  # fmt: skip
 
     def fill(self, record: dict[str, Any]) -> tuple[str, str | None]:
         """Train, and enter what came of it; returns the status and the reason."""

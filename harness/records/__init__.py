@@ -1,0 +1,1 @@
+"""Records of runs: what one holds, and the files in which they lie."""
