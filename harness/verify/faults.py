@@ -6,7 +6,6 @@ purpose: nothing else may use them, and none is registered. docs/verification.md
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import math
@@ -52,13 +51,6 @@ from harness.verify import support
 from harness.verify.audit import Setting, audit
 from harness.verify.refusals import Planted, planted
 
-EXAMPLES = """\
-examples:
-  epsbench faults                  all of them, and the table in this checkout's manual
-  epsbench faults --docs my.md     in a text of yours that has the two markers
-
-exit codes: 0 all are caught; 1 one is missed, and nothing is written; 2 the request is wrong
-"""
 SHOWN = 80  # letters of a refusal in the table
 BEGIN, END = "<!-- faults -->", "<!-- end of faults -->"
 DOCS = File(__file__).resolve().parents[2] / "docs" / "verification.md"
@@ -86,9 +78,7 @@ class Naive(PerExample):
         total = [self.weighed(weights[:, groups[name]].to(g.dtype), g).flatten() for name, g in grads.items()]
         return Clipped(w.with_flat(torch.cat(total)), norms, weights, losses.detach())
 
-    def gradients(
-        self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def gradients(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients [B, *shape] by name, and losses [B]."""
         return per_example_gradients(loss, model, w.views, w.names, batch)
 
@@ -131,9 +121,7 @@ class KeepsNonFinite(Naive):
 class InBatchStatistics(Naive):
     """Takes each example's loss from one pass of the whole batch, statistics of the batch and all."""
 
-    def gradients(
-        self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def gradients(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         with held(model, w.views) as own:
             losses = losses_of(loss, model, batch)
             rows = [torch.autograd.grad(one, list(own.values()), retain_graph=True) for one in losses]
@@ -144,9 +132,7 @@ class InBatchStatistics(Naive):
 class TwoPasses(Naive):
     """Sums the gradient of the weighted losses: another one than it measured, where a hook changes gradients."""
 
-    def clipped_sum(
-        self, loss: Loss, clip: Clip, groups: Any, model: nn.Module, w: Tree, *rest: Any
-    ) -> Clipped:
+    def clipped_sum(self, loss: Loss, clip: Clip, groups: Any, model: nn.Module, w: Tree, *rest: Any) -> Clipped:
         out, (batch, _) = super().clipped_sum(loss, clip, groups, model, w, *rest), rest
         assert out.weights is not None
         with held(model, w.views) as own:
@@ -364,9 +350,7 @@ class NeverEmpty(Poisson):
     """Draws again where nobody came."""
 
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
-        attempts = (
-            super(NeverEmpty, self).draw(n, batch, step + again * 10**6, seed) for again in range(1000)
-        )
+        attempts = (super(NeverEmpty, self).draw(n, batch, step + again * 10**6, seed) for again in range(1000))
         return next(drawn for drawn in attempts if len(drawn))
 
 
@@ -402,9 +386,7 @@ class Counting(Vmap):
 class PassedAgain(Naive):
     """Where an example is not finite, passes the others once more, and draws their dropout anew."""
 
-    def gradients(
-        self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def gradients(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         found, losses = super().gradients(loss, model, w, batch)
         good = torch.stack([g.flatten(1).isfinite().all(1) for g in found.values()]).all(0)
         if not good.all() and good.any():
@@ -418,9 +400,7 @@ class PassedAgain(Naive):
 class LeftOut(Naive):
     """A plan of one random pass, in which the first layer was skipped: it gets no gradient."""
 
-    def gradients(
-        self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def gradients(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         found, losses = super().gradients(loss, model, w, batch)
         first = w.names[0]
         return found | {first: torch.zeros_like(found[first])}, losses
@@ -655,17 +635,8 @@ def inserted(text: str, made: str, begin: str = BEGIN, end: str = END) -> str:
     return f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
 
 
-def main(arguments: Sequence[str] = ()) -> int:
-    """Run all planted faults, print the table and write it into the manual."""
-    parser = argparse.ArgumentParser(
-        prog="epsbench faults", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES,
-        description="Plant faults that public code had; say which instrument catches each.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--docs", type=File, default=DOCS if DOCS.is_file() else None, metavar="FILE",
-        help=f"the text to put the table in, between {BEGIN} and {END}; the manual of this checkout, if there is one",
-    )  # fmt: skip
-    options = parser.parse_args(arguments)
+def run(docs: File | None) -> int:
+    """Run all planted faults, print the table and write it into the manual `docs`; the exit code."""
     lines = caught(gallery()) + refused(planted())
     made = table(lines)
     print(made)
@@ -673,6 +644,6 @@ def main(arguments: Sequence[str] = ()) -> int:
     if missed:
         print(f"not caught: {', '.join(missed)}")
         return 1
-    if options.docs:
-        options.docs.write_text(inserted(options.docs.read_text(encoding="utf-8"), made), encoding="utf-8")
+    if docs:
+        docs.write_text(inserted(docs.read_text(encoding="utf-8"), made), encoding="utf-8")
     return 0

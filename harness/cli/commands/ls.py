@@ -8,11 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.cli.arguments import method_option
+from harness.cli.command import Command
 from harness.cli.errors import OK
 from harness.cli.selecting import add_files
 from harness.cli.words import table, wrap
 
 KINDS = {"methods": "method", "datasets": "dataset", "models": "model"}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=(*KINDS, "suites", "parts"),
+        metavar="methods|datasets|models|suites|parts",
+    )
+    method_option(parser)
 
 
 def ls(options: argparse.Namespace) -> int:
@@ -83,3 +96,18 @@ def _suite_rows() -> list[list[str]]:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             rows.append([str(path), f"cannot be read: epsbench check {path}"])
     return rows
+
+
+COMMAND = Command(
+    "ls",
+    10,
+    "List methods, data sets, models and suites.",
+    """
+    epsbench ls
+    epsbench ls methods                 with paper, family, parameters and defaults
+    epsbench ls methods --method my.py  with those of a file of yours
+    epsbench ls parts                   what a suite may give a method in the place of its own
+    """,
+    arguments,
+    ls,
+)

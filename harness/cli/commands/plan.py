@@ -8,14 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.cli.arguments import suite_options
 from harness.cli.codes import codes_of_cells
+from harness.cli.command import Command
+from harness.cli.commands.status import states_of
 from harness.cli.errors import OK
 from harness.cli.selecting import chosen, need_device
-from harness.cli.standing import states_of
 from harness.cli.words import counts, epsilon, number, say_conflicts, table
 
 if TYPE_CHECKING:
     from harness.cell import Cell
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What it takes."""
+    suite_options(parser)
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -106,9 +113,7 @@ def _time_left(todo: Sequence[Cell], results: Path, at_once: int) -> str:
     if unknown == len(todo):
         return text + "unknown, no run of these methods and tasks has finished on this device"
     text += launch.duration(total / at_once)
-    return text + (
-        f" and that of {unknown} runs of which none has finished on this device" if unknown else ""
-    )
+    return text + (f" and that of {unknown} runs of which none has finished on this device" if unknown else "")
 
 
 def _kind_of(cell: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
@@ -117,3 +122,16 @@ def _kind_of(cell: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
     second = (then.get("schedule") or {}).get("steps", 0)
     kind = (str(then.get("name")), str(then.get("trains")), f"{second / steps:.3g}") if then else ()
     return (method, cell["task"]["name"], *kind), steps + second
+
+
+COMMAND = Command(
+    "plan",
+    30,
+    "Show what a run would do: ids, noise, epsilon, what is done, time left.",
+    """
+    epsbench plan suites/core.toml
+    epsbench plan suites/core.toml --only dp-sgd eps=3
+    """,
+    arguments,
+    plan,
+)

@@ -1,4 +1,4 @@
-"""``report`` and ``track``: records as a leaderboard, and in MLflow."""
+"""``report``: records as a leaderboard."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.cli.arguments import method_option, private_option, reduced_option, reports_option, results_option
 from harness.cli.codes import codes_of_cells
+from harness.cli.command import Command
 from harness.cli.errors import OK, UserError
 from harness.cli.selecting import again, load, need_suite, suite_file
 from harness.cli.words import say_broken
@@ -16,6 +18,16 @@ from harness.public import LEFT_OUT
 if TYPE_CHECKING:
     from harness import store
     from harness.suite import Suite
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
+    reduced_option(parser)
+    results_option(parser)
+    reports_option(parser)
+    private_option(parser)
+    method_option(parser)
 
 
 def report(options: argparse.Namespace) -> int:
@@ -47,9 +59,7 @@ def report(options: argparse.Namespace) -> int:
     return OK
 
 
-def write_report(
-    options: argparse.Namespace, suite: Suite, codes: Mapping[str, Mapping[str, Any]] | None
-) -> None:
+def write_report(options: argparse.Namespace, suite: Suite, codes: Mapping[str, Mapping[str, Any]] | None) -> None:
     """The report of what the suite asks for today; `codes` (by id) are worked out where they are missing."""
     from harness import store
     from harness.suite import SuiteError
@@ -68,9 +78,7 @@ def write_report(
         today = {**(codes or {}), **codes_of_cells(missing)}
         extra = {record["id"] for record in records} - wanted
         if extra:
-            print(
-                f"{len(extra)} runs have records but are not in the suite as it is today; they are left out"
-            )
+            print(f"{len(extra)} runs have records but are not in the suite as it is today; they are left out")
             ids = sorted(extra)
             of = "1 record of a run" if len(ids) == 1 else f"{len(ids)} records of runs"
             left_out = f"{of} that the suite does not ask for today: {', '.join(ids[:10])}"
@@ -80,9 +88,7 @@ def write_report(
         records = store.current(records)
     if not records and not left_out:
         say_broken(found.broken)
-        raise UserError(
-            f"{options.results / suite.name}: holds no records to report; {again(options, 'run')}"
-        )
+        raise UserError(f"{options.results / suite.name}: holds no records to report; {again(options, 'run')}")
     _build(
         options,
         suite.name,
@@ -126,25 +132,22 @@ def _build(
     more["checks"] = checks.latest(one for one in found if one["method"] in named)
 
     placed = [{**one, "path": str(Path(one["path"]).relative_to(options.results))} for one in records]
-    made = build(
-        name, question, placed, options.reports, results=options.results, private=options.private, **more
-    )
+    made = build(name, question, placed, options.reports, results=options.results, private=options.private, **more)
     overview(options.reports, options.results)
     print(f"\n{made.top.rstrip()}\n\nleaderboard: {made.index}")
     if not options.private:
         print(LEFT_OUT)
 
 
-def track(options: argparse.Namespace) -> int:
-    """Bring into MLflow what it lacks; the exit code."""
-    from harness import track as tracking
-
-    if not options.results.is_dir():
-        raise UserError(f"{options.results}: no such folder; name one with --results DIR")
-    waiting = tracking.pending(options.results, options.uri, private=options.private)
-    if not waiting and not options.rebuild:
-        print("MLflow has every record; --rebuild asks the store itself")
-        return OK
-    added = tracking.rebuild(options.results, options.uri, private=options.private)
-    print(f"{added} records added to {tracking.resolve_uri(options.uri)}")
-    return OK
+COMMAND = Command(
+    "report",
+    100,
+    "Write leaderboards from records: HTML, Markdown, CSV and figures.",
+    """
+    epsbench report                     every suite that has results
+    epsbench report suites/core.toml
+    epsbench report suites/core.toml --with-private-diagnostics    with speeds and losses: of public data
+    """,
+    arguments,
+    report,
+)

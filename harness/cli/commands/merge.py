@@ -1,46 +1,26 @@
-"""``pack`` and ``merge``: records to another laboratory, and from one."""
+"""``merge``: records from another laboratory."""
 
 from __future__ import annotations
 
 import argparse
-import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.cli.arguments import method_option, results_option
 from harness.cli.codes import codes_of_records
+from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK
-from harness.cli.selecting import add_files, find, results_in
-from harness.public import LEFT_OUT
+from harness.cli.selecting import add_files
 
 
-def pack(options: argparse.Namespace) -> int:
-    """Write a bundle of records; the exit code, of failure where some were left out."""
-    from harness import pack as bundle
-
-    folder = Path(options.subject)
-    if folder.is_dir():
-        results, name = results_in(folder)
-    else:
-        results, name = options.results, options.subject
-        if not re.fullmatch(r"[a-z0-9-]+", name) or not (results / name).is_dir():
-            name = _name_in(find(options.subject))
-    file = options.output or Path(f"{name or folder.absolute().name}.zip")
-    made = bundle.pack(results, file, name, options.private)
-    for one in made.left_out:
-        print(f"  left out: {one}")
-    print(f"{len(made.records)} records in {made.path}\nSHA-256 {made.sha256}")
-    if not options.private:
-        print(LEFT_OUT)
-    return FAILED if made.left_out else OK
-
-
-def _name_in(file: Path) -> str:
-    """The name that a suite's file gives it; that of the file where it gives none."""
-    try:
-        return str(tomllib.loads(file.read_text("utf-8-sig"))["suite"]["name"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return file.stem
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument(
+        "sources", nargs="+", metavar="DIR|BUNDLE", type=Path,
+        help="folders that hold <suite>/<id>/record.json, or bundles",
+    )  # fmt: skip
+    results_option(parser)
+    method_option(parser)
 
 
 def merge(options: argparse.Namespace) -> int:
@@ -76,3 +56,17 @@ def _say_ineligible(added: Sequence[str], results: Path) -> None:
     for why, places in sorted(found.items()):
         more = f" and {len(places) - 5} more" if len(places) > 5 else ""
         print(f"  {store.Broken(Path(why), ', '.join(places[:5]))}{more}")
+
+
+COMMAND = Command(
+    "merge",
+    90,
+    "Add the records of other results folders. Nothing is overwritten.",
+    """
+    epsbench merge ../other-machine/results
+    epsbench merge a/results b/results --results all
+    epsbench merge core.zip             a bundle of epsbench pack, which is checked first
+    """,
+    arguments,
+    merge,
+)

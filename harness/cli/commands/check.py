@@ -5,9 +5,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from harness.cli.arguments import method_option, reduced_option, results_option
+from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK, UserError
 from harness.cli.selecting import add_files, file_kind, find, load
 from harness.cli.words import say_broken, table
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument("subjects", metavar="SUITE|METHOD|METHOD.py", nargs="*")
+    parser.add_argument("--repeat", type=int, metavar="N", help="the statistical checks of a method, N times")
+    parser.add_argument("--tables", action="store_true", help="then print the tables of all recorded checks")
+    parser.add_argument("--docs", type=Path, metavar="FILE",
+                       help="write them into that text too, which has the markers of docs/verification.md")  # fmt: skip
+    results_option(parser)
+    reduced_option(parser)
+    method_option(parser)
 
 
 def check(options: argparse.Namespace) -> int:
@@ -59,9 +73,7 @@ def _checked(options: argparse.Namespace) -> int:
             return OK
         suite = load(options, thorough=True)
         cells = suite.cells()
-        print(
-            f"{suite.file}: {len(cells)} runs of {len({c.group for c in cells})} settings; nothing is wrong."
-        )
+        print(f"{suite.file}: {len(cells)} runs of {len({c.group for c in cells})} settings; nothing is wrong.")
         return OK
     if options.reduced:
         raise UserError(f"--reduced: {options.subject} is a method; it is for suites.")
@@ -77,9 +89,7 @@ def _checked(options: argparse.Namespace) -> int:
 
     methods = conformance.named(options.subject)
     if not methods:
-        raise UserError(
-            f"{options.subject}: holds no method; mark a function that returns a Method with @method."
-        )
+        raise UserError(f"{options.subject}: holds no method; mark a function that returns a Method with @method.")
     code = OK
     for made, there in recorded.recorded(methods, options.results / checks.FOLDER, options.repeat or 0):
         shown = recorded.rows(made, failures_alone=not (options.alone and len(methods) == 1))
@@ -95,3 +105,20 @@ def _is_suite(name: str) -> bool:
     from harness import registry
 
     return (Path("suites") / f"{name}.toml").is_file() and name not in registry.index("method")
+
+
+COMMAND = Command(
+    "check",
+    20,
+    "Check a suite for all errors at once, or what a method promises.",
+    """
+    epsbench check suites/core.toml    all that is wrong with it, each with its line
+    epsbench check dp-sgd              sensitivity, ledger, microbatches, resuming, ...
+    epsbench check my.py               the same for each method of a file of yours
+    epsbench check methods/*.py        and of several files
+    epsbench check dp-sgd --repeat 20  the statistical checks alone, with fresh seeds: any false alarm?
+    epsbench check --tables            times and false alarms of what is recorded
+    """,
+    arguments,
+    check,
+)

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.cli.arguments import method_option, reduced_option, results_option
 from harness.cli.codes import codes_of_cells, codes_of_records
+from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files, again, load, need_suite, suite_file
 from harness.cli.words import counts, first_line, say_broken, say_conflicts, table
@@ -16,6 +18,14 @@ from harness.cli.words import counts, first_line, say_broken, say_conflicts, tab
 if TYPE_CHECKING:
     from harness import launch
     from harness.cell import Cell
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
+    reduced_option(parser)
+    results_option(parser)
+    method_option(parser)
 
 
 def status(options: argparse.Namespace) -> int:
@@ -49,9 +59,7 @@ def status(options: argparse.Namespace) -> int:
             rows.append([state, str(len(words)), counts(filter(None, words)), advice.get(state, "")])
     print(table(rows, indent="  "))
     for record in selection.failed:
-        print(
-            f"  {record['id']}  {launch.describe(record['cell'])}: {record['status']}, {first_line(record)}"
-        )
+        print(f"  {record['id']}  {launch.describe(record['cell'])}: {record['status']}, {first_line(record)}")
     known = {cell.id for cell in cells}
     extra = {record["id"] for record in store.load(options.results, suite.name)} - known
     if extra:
@@ -94,9 +102,7 @@ def states_of(cells: Iterable[Cell], selection: launch.Selection) -> dict[str, s
     """A word on each cell by id."""
     from harness import store
 
-    states = dict.fromkeys(
-        (cell.id for cell in cells), "conflict"
-    )  # what else there is to say of one follows
+    states = dict.fromkeys((cell.id for cell in cells), "conflict")  # what else there is to say of one follows
     states |= {record["id"]: f"done, {record['status']}" for record in selection.done}
     states |= {record["id"]: f"stale, {record['status']}" for record in selection.stale}
     states |= {record["id"]: f"failed, {record['status']}" for record in selection.failed}
@@ -106,3 +112,16 @@ def states_of(cells: Iterable[Cell], selection: launch.Selection) -> dict[str, s
         else:
             states[job.cell.id] = "running" if store.locked(job.folder) else "half done"
     return states
+
+
+COMMAND = Command(
+    "status",
+    50,
+    "Count what is done, failed, stale, running and missing.",
+    """
+    epsbench status                     every suite that has results
+    epsbench status suites/core.toml    against what the suite asks for today
+    """,
+    arguments,
+    status,
+)

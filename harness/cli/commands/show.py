@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.cli.arguments import results_option
+from harness.cli.command import Command
 from harness.cli.errors import OK, UserError
 from harness.cli.selecting import suite_file
 from harness.cli.words import epsilon, number, table
@@ -16,6 +18,13 @@ if TYPE_CHECKING:
     from harness import store
 
 PRIVATE = "private, not for publication"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument("id", metavar="ID", help="the first digits of a run's id; id.2 names its second attempt")
+    parser.add_argument("--json", action="store_true", help="print the record as it is")
+    results_option(parser)
 
 
 def show(options: argparse.Namespace) -> int:
@@ -64,9 +73,7 @@ def show(options: argparse.Namespace) -> int:
         "mechanism",
         "" if stages else privacy.get("sampling"),
         f"noise multiplier {number(privacy.get('noise_multiplier'), 6)}",
-        "sampling and sensitivity of each stage"
-        if stages
-        else f"sensitivity {pairs(privacy.get('sensitivity'))}",
+        "sampling and sensitivity of each stage" if stages else f"sensitivity {pairs(privacy.get('sensitivity'))}",
         f"public data: {privacy.get('public_data') or '-'}",
     )
     seen = read.read([record])[0]
@@ -177,9 +184,7 @@ def _one_record(results: Path, wanted: str) -> tuple[store.Record, list[store.Re
     where, _, name = wanted.rpartition("/")
     prefix, _, attempt = name.partition(".")
     if not re.fullmatch(r"[0-9a-f]{1,12}", prefix) or (attempt and not attempt.isdigit()):
-        raise UserError(
-            f"{wanted}: not an id; write the first of its 12 hex digits (epsbench plan SUITE lists them)."
-        )
+        raise UserError(f"{wanted}: not an id; write the first of its 12 hex digits (epsbench plan SUITE lists them).")
     records = store.load(results)
     found = [r for r in records if r["id"].startswith(prefix) and where in ("", r["suite"])]
     names = {(record["suite"], record["id"]) for record in found}
@@ -196,9 +201,7 @@ def _one_record(results: Path, wanted: str) -> tuple[store.Record, list[store.Re
         raise UserError(f"{wanted}: {len(names)} records begin so; {rest}:\n{there}")
     if shared := store.crowded(found):
         there = "\n".join(f"  {one}" for one in shared)
-        raise UserError(
-            f"{wanted}: there are runs of two cells with the same id, and neither is shown:\n{there}"
-        )
+        raise UserError(f"{wanted}: there are runs of two cells with the same id, and neither is shown:\n{there}")
     chosen = store.current(found)[0]
     if attempt:
         numbered = [record for record in found if store.attempt_of(record) == int(attempt)]
@@ -215,6 +218,17 @@ def _recipe(record: store.Record) -> list[str]:
 
     file, reduced = suite_file(record["suite"])
     method = registry.index("method").get(record["cell"]["method"]["name"])
-    return recipe.commands(
-        read.read([record])[0], str(file or ""), reduced, method is not None and bool(method.module)
-    )
+    return recipe.commands(read.read([record])[0], str(file or ""), reduced, method is not None and bool(method.module))
+
+
+COMMAND = Command(
+    "show",
+    60,
+    "Show one record, and the command that makes it again.",
+    """
+    epsbench show 3f2a
+    epsbench show 3f2a --json | jq .privacy
+    """,
+    arguments,
+    show,
+)

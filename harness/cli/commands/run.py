@@ -8,9 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from harness.cli.arguments import positive, private_option, reports_option, suite_options
 from harness.cli.codes import codes_of_cells
+from harness.cli.command import Command
+from harness.cli.commands.report import write_report
 from harness.cli.errors import FAILED, INTERRUPTED, OK
-from harness.cli.reporting import write_report
 from harness.cli.selecting import again, chosen, need_device
 from harness.cli.words import counts, first_line, say_broken, say_conflicts
 
@@ -18,6 +20,24 @@ if TYPE_CHECKING:
     from harness import launch
     from harness.cell import Cell
     from harness.suite import Suite
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What it takes."""
+    suite_options(parser)
+    parser.add_argument("--jobs", type=positive, metavar="N",
+                     help="runs at once (default: cores / threads of a run; one for each GPU)")  # fmt: skip
+    parser.add_argument("--retry", action="store_true", help="run again what crashed, ran out of memory or of time")
+    parser.add_argument("--stale", action="store_true", help="run again what was made by other code than today's")
+    parser.add_argument(
+        "--attempt", type=positive, default=1, metavar="N",
+        help="the attempt that a first run counts as (default: 1): each draws other noise and batches, and a run is "
+             "repeated to the bit as the attempt that it was",
+    )  # fmt: skip
+    parser.add_argument("--report", action="store_true", help="write the leaderboard at the end and print its top")
+    parser.add_argument("--no-track", action="store_true", help="do not send anything to MLflow")
+    reports_option(parser)
+    private_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -87,15 +107,10 @@ def _say_selection(
     say_conflicts(selection.conflicts)
     threads = max((int(job.cell.device.get("threads") or 1) for job in selection.todo), default=1)
     if options.jobs and options.jobs * threads > measure.cores():
-        print(
-            f"  {options.jobs} runs of {threads} threads share {measure.cores()} cores: "
-            "their throughput will suffer"
-        )
+        print(f"  {options.jobs} runs of {threads} threads share {measure.cores()} cores: their throughput will suffer")
 
 
-def _tracker(
-    options: argparse.Namespace, suite: str, selection: launch.Selection, reporter: launch.Reporter
-) -> Any:
+def _tracker(options: argparse.Namespace, suite: str, selection: launch.Selection, reporter: launch.Reporter) -> Any:
     """What follows runs into MLflow; None where nothing is new, so that MLflow is not even imported."""
     from harness import track
 
@@ -124,9 +139,26 @@ def _end(
         place = options.results / suite.name
         print(f"{len(summary.outcomes)} runs finished: {ends}; records are in {place}")
     for record in now.failed:
-        print(
-            f"  {record['id']}  {launch.describe(record['cell'])}: {record['status']}, {first_line(record)}"
-        )
+        print(f"  {record['id']}  {launch.describe(record['cell'])}: {record['status']}, {first_line(record)}")
     if options.report:
         write_report(options, suite, codes)
     return FAILED if now.failed or now.conflicts or summary.conflicts else OK
+
+
+COMMAND = Command(
+    "run",
+    40,
+    "Run what is missing of a suite: finished runs are kept, half-done go on.",
+    """
+    epsbench run suites/core.toml --report
+    epsbench run suites/core.toml --report --with-private-diagnostics    with speeds and losses: on public data
+    epsbench run suites/core.toml --only dp-sgd dp-adam eps=3    these two methods, at epsilon 3
+    epsbench run suites/core.toml --only 3f2a                    the run whose id begins so
+    epsbench run suites/smoke.toml --method my.py                with methods of a file of yours
+    epsbench run suites/core.toml --retry                        crashed, oom and timeout once more
+    epsbench run suites/fashion.toml --device cuda:0             the suite's runs, on a GPU
+    epsbench run suites/fashion.toml --reduced                   its reduced profile, in minutes
+    """,
+    arguments,
+    run,
+)
