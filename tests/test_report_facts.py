@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import harness
 from harness import cli, report
 from harness.cli.commands import plan as plan_command
+from harness.cli.commands import status as status_command
 from harness.report import export, figures, html, pages, read, recipe, rows, tables, text
 from tests.test_browser import Visit, browser, column, reports  # noqa: F401  (fixtures)
 from tests.test_report import THREE, claim, lines, make, record, seeds, table, traced, verdict
