@@ -8,6 +8,7 @@ import jsonschema
 from conforming import failed
 
 from harness import suite
+from harness.records.schema import schema
 from harness.verify.conformance import named
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,11 @@ def test_documented_methods_conform(tmp_path):
 def test_the_readme_example_is_as_short_as_it_says():
     readme = [code for page, code in ADAPTERS if page == "README.md"]
     assert len(readme) == 1 and len([line for line in readme[0].splitlines() if line.strip()]) <= 20
+
+
+def test_the_published_schema_is_that_of_records():
+    """``python -m harness.records.schema docs/record.schema.json`` writes it."""
+    assert schema() == SCHEMA
 
 
 def test_records_fit_the_published_schema():

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from harness import store
 
 PRIVATE = "private, not for publication"
+# What of `measured` and of `diagnostics` has a line of its own.
+ROWS = frozenset({"jobs", "sessions", "examples_per_second", "train_seconds", "wall_seconds", "peak_memory_mib"})
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def show(options: argparse.Namespace) -> int:
     """Print one record; the exit code."""
     from harness import launch, origin, public, store
+    from harness.records.record import Diagnostics, Measured, Private
+    from harness.records.schema import names
     from harness.report import read, tables
     from harness.stages import told
 
@@ -92,9 +96,11 @@ def show(options: argparse.Namespace) -> int:
         row("time", launch.duration(private["wall_seconds"]), f"{measured.get('sessions') or 1} session(s)")
     row("memory", f"{number(private.get('peak_memory_mib'), 5)} MiB at the peak")
     row("device", device.get("name"), device.get("spec"), f"{device.get('threads')} threads")
+    used = [name for name in names(Measured, Private) if name in measured and name not in ROWS]
+    row("used", pairs({name: measured[name] for name in used}))
     if not stages:
-        names = ("train_loss", "clipped_fraction", "non_finite")
-        row("diagnostics", pairs({name: private[name] for name in names if name in private}), PRIVATE)
+        rest = [name for name in names(Diagnostics) if name in private and name not in ROWS]
+        row("diagnostics", pairs({name: private[name] for name in rest}), PRIVATE)
     row(
         "code",
         code.get("hash"),
