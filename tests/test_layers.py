@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "checks": {"shelf", "codehash", "registry"},
     "stages": set(),
     "report": {"store", "registry", "stages", "origin", "public"},
-    "launch": {"run", "store", "track", "measure", "registry", "cell", "draw", "private", "public", "screen"},
+    "running": {"store", "measure", "registry", "cell", "draw", "private", "public", "screen"},
+    "launch": {"running", "run", "store", "measure", "draw"},
     "verify": {
         "train", "dp", "data", "models", "registry", "measure", "suite", "lines", "store", "codehash", "parts", "cell",
         "audits", "checks", "options", "seeds", "peers",
@@ -55,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"dp", "registry"},
     "cli": {
         "audits", "bench", "cell", "checks", "data", "launch", "measure", "models", "pack", "origin", "parts", "public",
-        "registry", "report", "run", "screen", "stages", "store", "suite", "track", "verify",
+        "registry", "report", "run", "running", "screen", "stages", "store", "suite", "track", "verify",
     },
 }  # fmt: skip
 MATHEMATICS = {

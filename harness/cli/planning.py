@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 def plan(options: argparse.Namespace) -> int:
     """Print a line for each run, and the time that is left; the exit code."""
-    from harness import launch
+    from harness.running import jobs
 
     suite, cells = chosen(options)
     codes = codes_of_cells(cells)
-    selection = launch.select(cells, options.results, suite.name, codes=codes)
+    selection = jobs.select(cells, options.results, suite.name, codes=codes)
     states = states_of(cells, selection)
     prepared = _prepared(cells)
     accountants = list(dict.fromkeys(name for one in prepared.values() for name in one.get("planned") or {}))
@@ -42,7 +42,7 @@ def plan(options: argparse.Namespace) -> int:
     print(table(rows, names))
     say_conflicts(selection.conflicts)
     print(f"\n{len(cells)} runs of suite {suite.name}: {counts(states.values())}")
-    at_once = launch.slots(cells)
+    at_once = jobs.slots(cells)
     print(_time_left([job.cell for job in selection.todo], options.results, at_once))
     return OK
 
@@ -79,7 +79,8 @@ def _prepared(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
 
 def _time_left(todo: Sequence[Cell], results: Path, at_once: int) -> str:
     """The time for what is to be run, from the pace of finished runs of the same kind on this device."""
-    from harness import launch, measure, public, store
+    from harness import measure, public, store
+    from harness.running import progress
 
     if not todo:
         return "nothing is left to run"
@@ -105,7 +106,7 @@ def _time_left(todo: Sequence[Cell], results: Path, at_once: int) -> str:
     text = f"time for the {len(todo)} to run, {at_once} at once: "
     if unknown == len(todo):
         return text + "unknown, no run of these methods and tasks has finished on this device"
-    text += launch.duration(total / at_once)
+    text += progress.duration(total / at_once)
     return text + (
         f" and that of {unknown} runs of which none has finished on this device" if unknown else ""
     )

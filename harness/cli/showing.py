@@ -20,8 +20,9 @@ PRIVATE = "private, not for publication"
 
 def show(options: argparse.Namespace) -> int:
     """Print one record; the exit code."""
-    from harness import launch, origin, public, store
+    from harness import origin, public, store
     from harness.report import read, tables
+    from harness.running import progress
     from harness.stages import told
 
     record, others = _one_record(options.results, options.id)
@@ -82,7 +83,7 @@ def show(options: argparse.Namespace) -> int:
     speed = "of each stage" if stages else _speed(private.get("examples_per_second") or {})
     row("speed", speed, f"{measured.get('jobs')} at once")
     if private.get("wall_seconds") is not None:
-        row("time", launch.duration(private["wall_seconds"]), f"{measured.get('sessions') or 1} session(s)")
+        row("time", progress.duration(private["wall_seconds"]), f"{measured.get('sessions') or 1} session(s)")
     row("memory", f"{number(private.get('peak_memory_mib'), 5)} MiB at the peak")
     row("device", device.get("name"), device.get("spec"), f"{device.get('threads')} threads")
     if not stages:
@@ -95,7 +96,7 @@ def show(options: argparse.Namespace) -> int:
     )
     row("weights", record.get("weights_sha256"))
     row("ran", f"{record.get('started')} to {record.get('finished')}")
-    print(launch.describe(cell))
+    print(progress.describe(cell))
     print(table(rows, indent="  "))
     for other in others:
         print(f"  another attempt: {other['path']}: {other['status']}")
