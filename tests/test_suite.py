@@ -26,7 +26,7 @@ from harness.run import code_of, methods_of
 from harness.seeds import Seeds
 from harness.suite import Suite, SuiteError
 
-ROOT = Path(registry.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "ids.json"
 
 # The suite whose ids are pinned in golden/ids.json. It uses every key of the format.
