@@ -55,11 +55,11 @@ def _lengths(cell: Cell, name: str) -> str:
 
 def _planned(planned: Mapping[str, float | None], accountant: str) -> str:
     """The planned epsilon by an accountant, in the words of a report; "-" where none was asked."""
-    from harness.report import tables
+    from harness.report.model import words
 
     value = planned.get(accountant)
     if value is None and accountant in planned:
-        return tables.ABSENT if any(one is not None for one in planned.values()) else tables.epsilon(math.inf)
+        return words.ABSENT if any(one is not None for one in planned.values()) else words.epsilon(math.inf)
     return number(value)
 
 

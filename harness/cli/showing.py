@@ -21,7 +21,8 @@ PRIVATE = "private, not for publication"
 def show(options: argparse.Namespace) -> int:
     """Print one record; the exit code."""
     from harness import origin, public, store
-    from harness.report import read, tables
+    from harness.report import read
+    from harness.report.model import words
     from harness.running import progress
     from harness.stages import told
 
@@ -71,11 +72,11 @@ def show(options: argparse.Namespace) -> int:
         f"public data: {privacy.get('public_data') or '-'}",
     )
     seen = read.read([record])[0]
-    spent = tables.by_accountant(seen.spent, seen.refused) or tables.epsilon(seen.epsilon)
-    row("planned", tables.by_accountant(seen.planned, seen.refused))
+    spent = words.by_accountant(seen.spent, seen.refused) or words.epsilon(seen.epsilon)
+    row("planned", words.by_accountant(seen.planned, seen.refused))
     row("spent", spent, privacy.get("accountant") and f"{privacy['accountant']} ranks")
     if seen.refused:
-        row("", tables.refusals(seen.refused))
+        row("", words.refusals(seen.refused))
     claim = privacy.get("claimed") or {}
     row("claimed", pairs({"epsilon": claim.get("epsilon")} if claim else None), claim.get("source"))
     rows += [["", line] for line in _assumptions(claim)]

@@ -20,9 +20,11 @@ from functools import cached_property
 from typing import Any
 
 from . import text
+from .model.rows import Row, examples
+from .model.words import bounds, count, epsilon, percent, tally
 from .read import RecordLike, Run, Setting, natural
 from .statistics import LEVEL, Interval, mean_interval, rounding
-from .tables import Row, board, bounds, count, epsilon, examples, percent, tally
+from .tables import board
 
 __all__ = ["BY", "METRICS", "CompareError", "Comparison", "Line", "Metric", "Pairing", "folders", "methods"]
 
