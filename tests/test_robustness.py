@@ -31,7 +31,8 @@ from test_launch import Place
 from test_launch import make_cell as make_fake
 from test_store import make_cell, make_record, put
 
-from harness import cli, launch, report, store, suite, track
+from harness import cli, launch, report, store, suite
+from harness.records import description
 from harness.running import child, jobs, process, progress
 
 ROOT = Path(__file__).parent.parent
@@ -221,9 +222,10 @@ def test_a_record_is_used_or_quarantined_and_the_others_are_shown(
         report.top_rows(store.current(found))
         for record in found:
             progress.result_line(progress.Outcome(jobs.Job(make_cell(), bad.parent), record))
-            finished = track.Finished.read(Path(record["path"]).parent, private=True)
-            assert track.tags(finished) and track.parameters(record["cell"]) and track.final_metrics(record)
-            track._milliseconds(record.get("started"), 0.0)
+            finished = description.Finished.read(Path(record["path"]).parent, private=True)
+            assert description.tags(finished) and description.parameters(record["cell"])
+            assert description.final_metrics(record)
+            description.milliseconds(record.get("started"), 0.0)
     for record in found:
         store.encode(record, record["id"])
         store.dumps(record).encode()
