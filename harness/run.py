@@ -11,26 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from harness import codehash, data, measure, models, public, registry
-from harness.dp import cache
-from harness.dp.account import Ledger, epsilon, epsilons, explain, ranking
-from harness.dp.calibrate import calibrate_stages
+from harness import data, measure, models, public, registry
+from harness.cell import Cell
+from harness.dp.account import Ledger, epsilon, explain
 from harness.dp.claim import Run
-from harness.dp.engines import per_example
 from harness.dp.engines.draws import secrecy
 from harness.dp.engines.engine import Unserved, trainable
-from harness.dp.method import Method, Stage, parts, plan
+from harness.dp.method import Method, plan
 from harness.dp.native import describe as kernels
 from harness.dp.release import Relation
 from harness.dp.tree import Layout, Tree
 from harness.dp.tuning import Tuning, charge
 from harness.draw import begin, note
-from harness.parts import combine, modules
 from harness.private import opened
+from harness.running.plan import Target, bounds, code_of, methods_of, noise_multiplier, stages_of
 from harness.seeds import Seeds
 from harness.train import (
     Diverged,
@@ -44,95 +42,9 @@ from harness.train import (
     write_checkpoint,
 )
 
-if TYPE_CHECKING:
-    from harness.suite import Cell
-
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOG_POINTS = 20  # about how many lines a trace has
 SLACK = 1e-6  # by how much an accountant's answer for the ledger may exceed the target it was calibrated for
-
-
-@dataclass(frozen=True)
-class Target:
-    """The privacy a cell asks for; epsilon None is training without privacy."""
-
-    epsilon: float | None
-    delta: float | None
-    accountant: str
-
-    @classmethod
-    def of(cls, cell: Cell) -> Target:
-        """The target in the cell's identity."""
-        privacy = cell.canonical()["privacy"]
-        return cls(privacy["epsilon"], privacy["delta"], privacy.get("accountant") or "pld")
-
-
-def methods_of(cell: Cell) -> list[Method]:
-    """The method of each stage, with the parts that the suite gives it and the engine and microbatch of the device."""
-    for file in cell.method_files:
-        registry.add_file(Path(file))
-    named = [(cell.method, cell.parameters, cell.changes)]
-    if cell.then:
-        named.append((cell.then["name"], cell.then["parameters"], {}))
-    return [
-        _on_device(combine(registry.load(registry.resolve("method", name))(**given), changes), cell)
-        for name, given, changes in named
-    ]
-
-
-def _on_device(method: Method, cell: Cell) -> Method:
-    """Only the default engine gives way to another: an engine that a method names is part of what it is."""
-    engine, microbatch = cell.device.get("engine"), cell.device.get("microbatch")
-    chosen: Any = per_example(engine) if engine and method.engine == Method().engine else method.engine
-    if microbatch and any(field.name == "microbatch" for field in dataclasses.fields(chosen)):
-        chosen = dataclasses.replace(chosen, microbatch=microbatch)
-    return dataclasses.replace(method, engine=chosen)
-
-
-def code_of(cell: Cell) -> dict[str, Any]:
-    """{"hash", "files"} of the source that decides the cell's numbers, as it is today."""
-    every = [part for method in methods_of(cell) for part in parts(method).values()]
-    named = {("method", cell.method), ("model", registry.parse_spec(cell.task["model"])[0])}
-    rooms = {module for part in every for module in modules(part)} | {"harness.train", "harness.seeds"}
-    if cell.then:
-        named.add(("method", cell.then["name"]))
-        rooms.add("harness.models.headed")
-    starts = sorted(rooms) + sorted({Path(registry.resolve(kind, name).file) for kind, name in named})
-    # Neither a clock nor the registry nor the mode of a file decides a number.
-    files = codehash.closure(starts, skip={"harness.measure", "harness.registry", "harness.private"})
-    return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
-
-
-def stages_of(cell: Cell) -> list[Stage]:
-    """The stages that touch the private data: all but one on public data."""
-    schedules = [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
-    stages = [Stage(m, s["batch"], s["steps"]) for m, s in zip(methods_of(cell), schedules, strict=True)]
-    return stages[:1] if "task" in cell.then else stages
-
-
-def noise_multiplier(stages: Sequence[Stage], target: Target, n: int) -> float:
-    """The calibrated noise multiplier of all stages; 0 where there is no noise."""
-    if target.epsilon is None or target.delta is None:
-        return 0.0
-    folder = cache.root() / "calibration"
-    return calibrate_stages(stages, n, target.epsilon, target.delta, target.accountant, folder)
-
-
-def prepare(cell: Cell) -> dict[str, Any]:
-    """What can be known before training: {"noise_multiplier", "planned" by accountant, "accountant"}."""
-    stages, target, n = stages_of(cell), Target.of(cell), cell.task["n_train"]
-    sigma = noise_multiplier(stages, target, n)
-    ledger = plan(stages, sigma, n)
-    return {"noise_multiplier": sigma or None} | _bounds("planned", ledger, target, stages[0].method)
-
-
-def _bounds(name: str, ledger: Ledger, target: Target, method: Method) -> dict[str, Any]:
-    if target.delta is None:
-        return {name: {}, "accountant": None, "epsilon": None}
-    bounds = epsilons(ledger, target.delta, method.sampler.relation)
-    first = ranking(bounds)
-    finite = {key: value if math.isfinite(value) else None for key, value in bounds.items()}
-    return {name: finite, "accountant": first, "epsilon": finite[first]}
 
 
 def execute(cell: Cell, out: Path, suite: str, jobs: int = 1, save_seconds: float = 20.0) -> dict[str, Any]:
@@ -172,7 +84,7 @@ class _Leg:
 
     @property
     def law(self) -> str:
-        """The law of its batches in words."""
+        """The distribution of its batches in words."""
         return self.method.sampler.law(self.data.n_train, self.schedule.batch)
 
     def facts(self) -> dict[str, Any]:
@@ -293,7 +205,7 @@ class _Session:
         planned = plan(self.stages, sigma, self.data.n_train)
         record["privacy"] |= {
             "noise_multiplier": sigma or None,
-            "planned": _bounds("", planned, self.target, m)[""],
+            "planned": bounds("", planned, self.target, m)[""],
             **self.accounting(planned),
         }
         record["privacy"] |= {} if self.cell.then else noted(self.legs[0])
@@ -322,7 +234,7 @@ class _Session:
         except Diverged as error:
             status, reason = "diverged", str(error)
         ledger, done = self.private_ledger(self.progress), self.by_stage()
-        record["privacy"] |= _bounds("spent", ledger, self.target, m)
+        record["privacy"] |= bounds("spent", ledger, self.target, m)
         record["privacy"]["claimed"] = self.claim(sigma, self.progress)
         record["privacy"]["ledger"] = ledger.to_json()
         record["measured"] |= self.measured(done)
@@ -416,7 +328,7 @@ class _Session:
                 "sensitivity": None if leg.public else _finite_all(p.sensitivity),
                 **({} if leg.public else noted(leg)), "engine": p.engine or None,
                 "diagnostics": speed(p) | {"train_seconds": sum(p.seconds)} | diagnostics(leg.method, p),
-                **_bounds("spent", self.private_ledger(p), self.target, self.method),
+                **bounds("spent", self.private_ledger(p), self.target, self.method),
             }  # fmt: skip
         return {"stages": told}
 
@@ -490,7 +402,7 @@ def excess(target: Target, privacy: dict[str, Any]) -> str | None:
 
 
 def joined(laws: Sequence[str]) -> str:
-    """The laws of the batches that the private data were drawn in: one, or that of each stage."""
+    """How the batches of private data are distributed, in words: once, or for each stage."""
     if len(set(laws)) == 1:
         return laws[0]
     return "; ".join(f"{law} (stage {number})" for number, law in enumerate(laws, 1))
@@ -530,9 +442,8 @@ def unfit(method: Method, model: torch.nn.Module, target: Target, relation: str)
         )
     try:
         method.clip.init(Layout.of(trainable(model)))
-    except (
-        ValueError
-    ) as error:  # groups that leave a parameter out, thresholds that are not one for each group
+    except ValueError as error:
+        # Groups that leave a parameter out, thresholds that are not one for each group.
         return str(error)
     return method.engine.accepts(method.loss, method.clip, model)
 

@@ -29,8 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"dp", "measure", "private"},
     "draw": {"cell", "private"},
     "run": {
-        "train", "dp", "measure", "data", "models", "registry", "seeds", "draw", "cell", "codehash", "parts",
-        "private", "public",
+        "running", "train", "dp", "measure", "data", "models", "registry", "seeds", "draw", "cell", "private", "public",
     },
     "origin": set(),
     "store": {"cell", "draw", "origin", "public"},
@@ -44,7 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "checks": {"shelf", "codehash", "registry"},
     "stages": set(),
     "report": {"store", "registry", "stages", "origin", "public"},
-    "running": {"store", "measure", "registry", "cell", "draw", "private", "public", "screen"},
+    "running": {
+        "store", "measure", "registry", "cell", "draw", "private", "public", "screen", "dp", "codehash", "parts",
+    },
     "launch": {"running", "run", "store", "measure", "draw"},
     "verify": {
         "train", "dp", "data", "models", "registry", "measure", "suite", "lines", "store", "codehash", "parts", "cell",

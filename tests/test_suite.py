@@ -22,7 +22,7 @@ from harness.cell import Cell
 from harness.dp import EMA, LookAhead, Method, Mix
 from harness.dp.method import describe
 from harness.lines import Lines
-from harness.run import code_of, methods_of
+from harness.running.plan import code_of, methods_of
 from harness.seeds import Seeds
 from harness.suite import Suite, SuiteError
 

@@ -65,13 +65,13 @@ def _planned(planned: Mapping[str, float | None], accountant: str) -> str:
 
 def _prepared(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
     """Noise multiplier and planned epsilon by group, or the reason why there are none."""
-    from harness import run
+    from harness.running.plan import prepare
 
     found: dict[str, dict[str, Any]] = {}
     for cell in cells:
         if cell.group not in found:
             try:
-                found[cell.group] = run.prepare(cell)
+                found[cell.group] = prepare(cell)
             except ValueError as error:  # no noise reaches the target: the run would end as skipped
                 found[cell.group] = {"reason": f"would be skipped: {error}"}
     return found
