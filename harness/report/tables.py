@@ -15,7 +15,7 @@ from typing import Any
 
 from .model.published import Verdict, verdicts
 from .model.rows import BASELINE, REDUCED_SUITE, REFERENCE, Row, examples, rows_of
-from .model.words import BUSY, dates, device_text, epsilon, joined, small, tally
+from .model.words import BUSY, by_status, dates, device_text, epsilon, joined, small, tally
 from .read import CROWDED, RecordLike, Run, Setting, listing, natural, read, scalar, visible
 from .statistics import Entrant, Place, rank
 
@@ -131,7 +131,6 @@ class Board:
         deltas = ", ".join(
             small(d) for d in sorted({r.setting.delta for r in runs if r.setting.delta is not None})
         )
-        status = tally(runs)
         devices = sorted({device_text(r.device) for r in runs} - {""}, key=natural)
         code = sorted({r.commit[:12] + (" with local changes" if r.dirty else "") for r in runs if r.commit})
         facts = {
@@ -141,9 +140,7 @@ class Board:
             "Privacy": f"ε = {epsilons}" + (f" at δ = {deltas}" if deltas else "") if epsilons else "",
             "Noise calibrated by": joined(r.calibrated for r in runs if math.isfinite(r.setting.epsilon)),
             "Seeds": f"{len(seeds)} ({listing(seeds)})" if seeds else "",
-            "Runs": f"{len(runs)} ({', '.join(f'{n} {s}' for s, n in status.items())})"
-            if runs
-            else "none yet",
+            "Runs": f"{len(runs)} ({by_status(tally(runs))})" if runs else "none yet",
             "Left out": self.left_out,
             "Quarantined records": "; ".join(self.quarantine),
             "Device": "; ".join(devices),

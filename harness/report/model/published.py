@@ -10,7 +10,7 @@ from typing import Any
 from ..read import Run, number, scalar
 from ..statistics import Interval, mean_interval, rounding
 from .rows import REDUCED_TASK, Row
-from .words import epsilon, tally
+from .words import by_status, epsilon, tally
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _absent(claim: Verdict, there: Sequence[Row], here: Sequence[Row], reduced: 
         return f"nothing here runs {claim.method} on {claim.task}", f"runs of {claim.method} on {claim.task}"
     at = f"at ε = {epsilon(claim.epsilon)}"
     if here:
-        ended = ", ".join(f"{n} {status}" for status, n in tally(r for row in here for r in row.runs).items())
+        ended = by_status(tally(r for row in here for r in row.runs))
         name = claim.metric.replace("_", " ")
         return f"no run gave its {name} ({ended})", f"runs that give its {name}"
     tested = sorted({row.setting.epsilon for row in there if row.setting.split == "test"})

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..read import Device, Run, Setting
 from ..statistics import Interval, counted_on, mean_interval, rounding
-from .words import ABSENT, device_text, epsilon, tally
+from .words import ABSENT, by_status, device_text, epsilon, tally
 
 BASELINE = "dp-sgd"
 REFERENCE = "non-private"
@@ -240,8 +240,8 @@ def cross_checked(row: Row) -> str:
 
 
 def statuses(row: Row) -> str:
-    """``3 ok``, ``2 ok, 1 diverged``."""
-    return ", ".join(f"{n} {status}" for status, n in row.counts.items())
+    """How its runs ended: ``2 ok, 1 diverged``."""
+    return by_status(row.counts)
 
 
 def _median(values: Iterable[float | None]) -> float | None:

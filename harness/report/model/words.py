@@ -91,6 +91,11 @@ def tally(runs: Iterable[Run]) -> dict[str, int]:
     return known | {s: counts[s] for s in sorted(counts) if s not in known}
 
 
+def by_status(counts: Mapping[str, int]) -> str:
+    """``3 ok``, ``2 ok, 1 diverged``."""
+    return ", ".join(f"{n} {status}" for status, n in counts.items())
+
+
 def dates(runs: Sequence[Run]) -> str:
     """First and last day of the runs, UTC."""
     days = sorted({t[:10] for r in runs for t in (r.started, r.finished) if re.match(r"\d{4}-\d\d-\d\d", t)})
