@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from harness.dp.contrast import unit
 from harness.dp.engines.engine import Unserved, trainable
-from harness.dp.engines.gradients import Gradient, Outer, Patches
+from harness.dp.engines.gradients import Gradient, Outer
+from harness.dp.engines.patches import Patches
 from harness.dp.engines.plan import Plan, gradients
 from harness.dp.engines.rows import AT_ONCE, factor_squares, squared_norms, weighted_rows, wide
 from harness.dp.engines.survey import watching
