@@ -62,11 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _say_selection(
-    options: argparse.Namespace,
-    suite: Suite,
-    cells: Sequence[Cell],
-    selection: jobs.Selection,
-    at_once: int,
+    options: argparse.Namespace, suite: Suite, cells: Sequence[Cell], selection: jobs.Selection, at_once: int
 ) -> None:
     from harness import measure
 

@@ -95,9 +95,8 @@ def states_of(cells: Iterable[Cell], selection: jobs.Selection) -> dict[str, str
     """A word on each cell by id."""
     from harness import store
 
-    states = dict.fromkeys(
-        (cell.id for cell in cells), "conflict"
-    )  # what else there is to say of one follows
+    # What else there is to say of one follows.
+    states = dict.fromkeys((cell.id for cell in cells), "conflict")
     states |= {record["id"]: f"done, {record['status']}" for record in selection.done}
     states |= {record["id"]: f"stale, {record['status']}" for record in selection.stale}
     states |= {record["id"]: f"failed, {record['status']}" for record in selection.failed}

@@ -124,9 +124,8 @@ class Registry:
             module, _, attribute = point.value.partition(":")
             try:
                 yield locate(module.strip()), module.strip(), "method", attribute.strip() or None
-            except (
-                Exception
-            ) as error:  # a finder of another package may raise anything; it must not stop the rest
+            except Exception as error:
+                # A finder of another package may raise anything; it must not stop the rest.
                 bad.append(Broken("method", point.name, None, 0, f"entry point {point.value!r}: {error}"))
 
     def _scan(self) -> tuple[dict[str, dict[str, Entry]], list[Broken], list[DuplicateName]]:

@@ -56,10 +56,7 @@ def markdown(board: Board) -> str:
     out += ["## How ranks are made", "", RULE, ""]
     if board.published:
         out += ["## Published and measured", "", VERDICTS, ""]
-        out += grid(
-            VERDICT_COLUMNS,
-            ([escape(cell) for cell in verdict_cells(v)] for v in board.published),
-        )
+        out += grid(VERDICT_COLUMNS, ([escape(cell) for cell in verdict_cells(v)] for v in board.published))
     if board.tuning:
         out += ["## How hyper-parameters were chosen", ""]
         out += [*(f"- **{escape(name)}**: {escape(text)}" for name, text in board.tuning), ""]

@@ -171,9 +171,8 @@ def _row_gradients(
         for name, g in zip(done.plan.free, grads, strict=True)
         if g is not None
     }
-    fresh = [
-        replace(call, inputs=list(call.inputs)) for call in calls
-    ]  # a rule may repeat an input in its place
+    # A rule may repeat an input in its place.
+    fresh = [replace(call, inputs=list(call.inputs)) for call in calls]
     taped = Run(value.detach(), fresh, cotangents, free, False)
     batch = Batch(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
     return gradients(done.plan, model, w.views, taped, Coordinate(coordinate), batch)

@@ -174,13 +174,8 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     """Group runs by (group, device). A run that never reached a device joins its group's first row."""
     groups: dict[tuple[Any, ...], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        same = (
-            run.group,
-            run.parameters,
-            run.parts,
-            run.batch,
-            run.steps,
-        )  # two settings may share a group's digits
+        # Two settings may share a group's digits.
+        same = (run.group, run.parameters, run.parts, run.batch, run.steps)
         groups[run.setting, same][run.device.fingerprint].append(run)
     rows = []
     for places in groups.values():
