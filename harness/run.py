@@ -171,7 +171,7 @@ class _Session:
         environment = measure.environment()
         return {
             "schema": public.SCHEMA, "id": self.cell.id, "group": self.cell.group, "suite": suite, "cell": facts,
-            "card": card(self.cell.method),
+            "card": registry.resolve("method", self.cell.method).card,
             "privacy": {
                 "relation": sampler.relation.value, "unit": "example",
                 "sampling": joined([leg.law for leg in self.legs if not leg.public]), "delta": self.target.delta,
@@ -457,12 +457,6 @@ def public_data(of_dataset: str, cell: Cell) -> str:
     if "task" in cell.then:
         found.append(f"images and labels of {cell.then['task']['dataset']}")
     return "; ".join(found) or "none"
-
-
-def card(name: str) -> dict[str, Any]:
-    """What the registry says about a method: paper, family, one line."""
-    entry = registry.resolve("method", name)
-    return {"paper": entry.meta.get("paper"), "family": entry.meta.get("family"), "summary": entry.summary}
 
 
 def digest(w: Tree) -> str:

@@ -53,6 +53,11 @@ class Entry:
         """``file:line`` of the function."""
         return f"{self.file}:{self.line}"
 
+    @property
+    def card(self) -> dict[str, object]:
+        """What a record says of a method: paper, family, one line."""
+        return {"paper": self.meta.get("paper"), "family": self.meta.get("family"), "summary": self.summary}
+
 
 @dataclass(frozen=True)
 class Broken:

@@ -313,9 +313,8 @@ def _place(folder: Path) -> dict[str, Any]:
     return found if all(isinstance(found[key], kind) for key, kind in kinds.items() if key in found) else {}
 
 
-def _card(method: str) -> dict[str, Any]:
+def _card(method: str) -> dict[str, object]:
     try:
-        entry = registry.resolve("method", method)
+        return registry.resolve("method", method).card
     except registry.RegistryError:  # a crash may be just this; the card is not worth a second one
         return {"paper": None, "family": None, "summary": None}
-    return {"paper": entry.meta.get("paper"), "family": entry.meta.get("family"), "summary": entry.summary}
