@@ -83,7 +83,7 @@ class _Leg:
     trains: str = "all"
 
     @property
-    def law(self) -> str:
+    def sampling(self) -> str:
         """The distribution of its batches in words."""
         return self.method.sampler.law(self.data.n_train, self.schedule.batch)
 
@@ -92,7 +92,7 @@ class _Leg:
         batch, steps = self.schedule.batch, self.schedule.steps
         return {
             "method": self.name, "data": self.data.name, "public": self.public, "trains": self.trains,
-            "batch": batch, "steps": steps, "epochs": batch * steps / self.data.n_train, "sampling": self.law,
+            "batch": batch, "steps": steps, "epochs": batch * steps / self.data.n_train, "sampling": self.sampling,
             "relation": None if self.public else self.method.sampler.relation.value,
         }  # fmt: skip
 
@@ -174,7 +174,7 @@ class _Session:
             "card": registry.resolve("method", self.cell.method).card,
             "privacy": {
                 "relation": sampler.relation.value, "unit": "example",
-                "sampling": joined([leg.law for leg in self.legs if not leg.public]), "delta": self.target.delta,
+                "sampling": joined([leg.sampling for leg in self.legs if not leg.public]), "delta": self.target.delta,
                 "public_data": public_data(self.data.public_data, self.cell), "sensitivity": None,
                 "noise_multiplier": None, "planned": {}, "spent": {}, "accountant": None, "epsilon": None,
                 "claimed": None, "ledger": [],
@@ -183,7 +183,7 @@ class _Session:
                     and (leg.method.loss.probes or self.task["evaluate"] == "validation")
                 ],
             },
-            "metrics": {}, **self.told(), "measured": {}, "diagnostics": {}, "weights_sha256": None,
+            "metrics": {}, **self.staged(), "measured": {}, "diagnostics": {}, "weights_sha256": None,
             "randomness": self.draw.to_json() | {"dropout_bits": secrecy(self.device)},
             "code": self.code | {key: environment.pop(key) for key in ("commit", "dirty")},
             "device": measure.device_info(str(self.device), self.threads)
@@ -240,7 +240,7 @@ class _Session:
         record["measured"] |= self.measured(done)
         record["diagnostics"] |= self.diagnosed(done)
         if self.cell.then:
-            record |= self.told(done)
+            record |= self.staged(done)
         else:
             record["privacy"]["sensitivity"] = _finite_all(self.progress.sensitivity)
             record["diagnostics"] |= diagnostics(m, self.progress)
@@ -252,10 +252,10 @@ class _Session:
         if self.target.delta is None:
             return {}
         terms, tuning = (self.target.delta, self.method.sampler.relation), self.cell.privacy.get("tuning")
-        told: dict[str, Any] = {"accounting": explain(ledger, *terms)}
+        found: dict[str, Any] = {"accounting": explain(ledger, *terms)}
         if tuning:
-            told["epsilon_with_tuning"] = tuning | charge(ledger, Tuning(**tuning), *terms)
-        return told
+            found["epsilon_with_tuning"] = tuning | charge(ledger, Tuning(**tuning), *terms)
+        return found
 
     def train_all(self, sigma: float) -> None:
         """Train every stage that is not finished. A finished one leaves its last checkpoint to the next."""
@@ -318,19 +318,19 @@ class _Session:
         first = self.ended(0)
         return [first, alone(p, first)]
 
-    def told(self, done: Sequence[Progress] = ()) -> dict[str, Any]:
+    def staged(self, done: Sequence[Progress] = ()) -> dict[str, Any]:
         """{"stages": what each one is, and what came of those that were begun}; {} for a run of one."""
         if not self.cell.then:
             return {}
-        told = [leg.facts() for leg in self.legs]
-        for one, leg, p in zip(told, self.legs, done, strict=False):
+        stages = [leg.facts() for leg in self.legs]
+        for one, leg, p in zip(stages, self.legs, done, strict=False):
             one |= {
                 "sensitivity": None if leg.public else _finite_all(p.sensitivity),
                 **({} if leg.public else noted(leg)), "engine": p.engine or None,
                 "diagnostics": speed(p) | {"train_seconds": sum(p.seconds)} | diagnostics(leg.method, p),
                 **bounds("spent", self.private_ledger(p), self.target, self.method),
             }  # fmt: skip
-        return {"stages": told}
+        return {"stages": stages}
 
     def log(self, point: LogPoint) -> None:
         """Append a line to the trace. What it tells of private data is for diagnosis."""
@@ -401,11 +401,11 @@ def excess(target: Target, privacy: dict[str, Any]) -> str | None:
     return f"spent epsilon {used} by {target.accountant}, the target is {target.epsilon}"
 
 
-def joined(laws: Sequence[str]) -> str:
+def joined(samplings: Sequence[str]) -> str:
     """How the batches of private data are distributed, in words: once, or for each stage."""
-    if len(set(laws)) == 1:
-        return laws[0]
-    return "; ".join(f"{law} (stage {number})" for number, law in enumerate(laws, 1))
+    if len(set(samplings)) == 1:
+        return samplings[0]
+    return "; ".join(f"{one} (stage {number})" for number, one in enumerate(samplings, 1))
 
 
 def speed(progress: Progress) -> dict[str, Any]:

@@ -56,8 +56,8 @@ class Finished:
         found = read_points(self.run_dir / "trace.jsonl")[0]
         if self.private:
             return found
-        told = public.points(self.record, [point.values for point in found])
-        return [Point(point.step, 0.0, values) for point, values in zip(found, told, strict=False)]
+        shown = public.points(self.record, [point.values for point in found])
+        return [Point(point.step, 0.0, values) for point, values in zip(found, shown, strict=False)]
 
     @property
     def key(self) -> str:

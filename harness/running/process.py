@@ -95,5 +95,5 @@ def _tail(path: Path) -> str:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    told = [line.strip() for line in lines if line.strip() and not _STACK.match(line)]
-    return f"; its last output was: {' / '.join(told[-3:])[-500:]} (all of it is in {OUTPUT})" if told else ""
+    said = [line.strip() for line in lines if line.strip() and not _STACK.match(line)]
+    return f"; its last output was: {' / '.join(said[-3:])[-500:]} (all of it is in {OUTPUT})" if said else ""

@@ -225,8 +225,8 @@ def examples(runs: Iterable[Run]) -> int | None:
     """How many examples the accuracies of runs on one split are counted on: the fewest that one says, else the fewest
     on which they can be counts; None where they are none."""
     runs = [run for run in runs if run.accuracy is not None]
-    told = [run.examples for run in runs if run.examples]
-    return min(told) if told else counted_on(run.accuracy for run in runs if run.accuracy is not None)
+    reported = [run.examples for run in runs if run.examples]
+    return min(reported) if reported else counted_on(run.accuracy for run in runs if run.accuracy is not None)
 
 
 def cross_checked(row: Row) -> str:
