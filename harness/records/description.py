@@ -61,11 +61,12 @@ class Finished:
 
     @property
     def key(self) -> str:
-        """The record's place under results/: "<suite>/<id>"."""
+        """The place of its folder, as `key_of` gives it."""
         return key_of(self.run_dir)
 
 
 def key_of(run_dir: Path) -> str:
+    """The place of a run's folder under results/: "<suite>/<id>"."""
     return f"{run_dir.parent.name}/{run_dir.name}"
 
 
@@ -90,9 +91,7 @@ def final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     flat |= {"epsilon": privacy.get("epsilon"), "noise_multiplier": privacy.get("noise_multiplier")}
     flat |= {f"epsilon_{name}": value for name, value in (privacy.get("spent") or {}).items()}
     flat |= {f"planned_epsilon_{name}": value for name, value in (privacy.get("planned") or {}).items()}
-    for key, value in (record.get("measured") or {}).items():
-        flat[key] = value.get("median") if isinstance(value, dict) else value
-    for key, value in public.diagnostics(record).items():
+    for key, value in ((record.get("measured") or {}) | public.diagnostics(record)).items():
         flat[key] = value.get("median") if isinstance(value, dict) else value
     return {cleaned(f"final/{key}"): float(value) for key, value in flat.items() if finite(value)}
 
@@ -115,6 +114,7 @@ def tags(finished: Finished) -> dict[str, str]:
 
 
 def identity(run_dir: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The tags that say whose run this is, as far as its cell is known."""
     found = {
         "epsbench.run": run_dir.name,
         "epsbench.id": run_dir.name.partition(".")[0],
@@ -145,6 +145,7 @@ def _call(part: Any) -> Any:
 
 
 def cleaned(key: str) -> str:
+    """A key without the letters that MLflow does not take."""
     return re.sub(r"[^\w./: -]", "_", key)[:250]
 
 

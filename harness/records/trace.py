@@ -55,6 +55,7 @@ def _point(line: bytes) -> Point | None:
 
 
 def finite(value: Any) -> bool:
+    """Whether this is a number that a float can hold, and no truth value."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond any float

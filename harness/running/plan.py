@@ -94,6 +94,7 @@ def prepare(cell: Cell) -> dict[str, Any]:
 
 
 def bounds(name: str, ledger: Ledger, target: Target, method: Method) -> dict[str, Any]:
+    """Epsilon of a ledger by every accountant, under `name`; and which accountant ranks, with what it says."""
     if target.delta is None:
         return {name: {}, "accountant": None, "epsilon": None}
     bounds = epsilons(ledger, target.delta, method.sampler.relation)

@@ -152,10 +152,12 @@ def partner(
 
 
 def order_of(key: tuple[str, Setting]) -> tuple[Any, ...]:
+    """The order of suites and settings in a table."""
     suite, s = key
     return natural(suite), natural(s.task), s.split, s.epsilon, s.digest, s.delta or 0.0, s.relation, s.unit
 
 
 def where(suite: str, setting: Setting) -> str:
+    """A suite and a setting in words."""
     split = "" if setting.split == "test" else f" ({setting.split})"
     return f"{suite}: {setting.task}{split}, ε = {epsilon(setting.epsilon)}"

@@ -103,10 +103,12 @@ def dates(runs: Sequence[Run]) -> str:
 
 
 def device_text(device: Device) -> str:
+    """A device in words: its name, and its threads where they are known."""
     threads = f", {device.threads} thread{'s' if device.threads != 1 else ''}" if device.threads else ""
     name = device.name or device.kind
     return name + threads if name else ""
 
 
 def joined(values: Iterable[str]) -> str:
+    """What there is, each once, in natural order."""
     return ", ".join(sorted(set(values) - {""}, key=natural))
