@@ -24,10 +24,8 @@ name.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import io
-import json
 import re
 import socket
 import stat
@@ -41,6 +39,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from harness import public, store
+from harness.records.schema import unknown
 
 __all__ = ["FORMAT", "BundleError", "Packed", "ineligible", "merge", "pack", "unpack"]
 
@@ -161,9 +160,7 @@ def _published(record: store.Record, name: str, data: bytes) -> bytes | None:
 
 
 def _manifest(files: Mapping[str, bytes]) -> bytes:
-    listed = {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
-    }
+    listed = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     return store.dumps({"bundle": FORMAT, "schema": store.SCHEMA, "files": listed}).encode()
 
 
@@ -204,23 +201,9 @@ def _values(name: str, data: bytes) -> Iterator[Any]:
 
 
 def _schema_flaw(record: store.Record) -> str:
-    from jsonschema.exceptions import best_match
-
-    error = best_match(_validator().iter_errors(store.written(record)))
-    if error is None:
-        return ""
-    message = error.message if len(error.message) <= 200 else error.message[:197] + "..."
-    return f"does not fit the schema at {error.json_path}: {message}"
-
-
-@functools.cache
-def _validator() -> Any:
-    """Checks against docs/record.schema.json, which an installed package has beside this file."""
-    from jsonschema import Draft202012Validator
-
-    here = Path(__file__).parent
-    places = (here / "record.schema.json", here.parent / "docs" / "record.schema.json")
-    return Draft202012Validator(json.loads(next(p for p in places if p.is_file()).read_text("utf-8")))
+    """Which key of a valid record is none of a record's; empty where all are. What it holds may be private."""
+    key = unknown(store.written(record))
+    return f'"{key}" is a key that no version of a record has: leave it out' if key else ""
 
 
 def _gives_away(name: str, data: bytes) -> str:
@@ -413,9 +396,7 @@ def _unlisted(listed: object, data: bytes) -> str:
 # What may stand on a leaderboard --------------------------------------------------------------------------
 
 
-def ineligible(
-    records: Iterable[store.Record], codes: Mapping[str, Mapping[str, Any] | str]
-) -> list[tuple[str, str]]:
+def ineligible(records: Iterable[store.Record], codes: Mapping[str, Mapping[str, Any] | str]) -> list[tuple[str, str]]:
     """(``suite/id``, why) of each current record that cannot be ranked as it is; docs/submitting.md lists the reasons.
 
     `records` are all records of the suites in question: the seeds of a setting are counted among them. `codes` gives
@@ -428,9 +409,7 @@ def ineligible(
             seeds.setdefault((record["suite"], record["group"]), set()).add(record["cell"]["seed"])
     found = []
     for record in current:
-        reason = _obstacle(
-            record, codes.get(record["id"]), seeds.get((record["suite"], record["group"]), set())
-        )
+        reason = _obstacle(record, codes.get(record["id"]), seeds.get((record["suite"], record["group"]), set()))
         if reason:
             found.append((f"{record['suite']}/{Path(record['path']).parent.name}", reason))
     return found

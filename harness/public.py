@@ -13,24 +13,23 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["LEFT_OUT", "SCHEMA", "SWITCH", "diagnostics", "points", "privately_judged", "trace", "view"]
+from harness.records.record import FAILED, Came, Measured, Private, Stage
+from harness.records.schema import names
 
-SCHEMA = 2
-"""Version of the records that are written. Those of version 1 have some of what is private elsewhere."""
+__all__ = ["LEFT_OUT", "SWITCH", "diagnostics", "points", "privately_judged", "trace", "view"]
+
 SWITCH = "--with-private-diagnostics"
 """What has commands show and pass on what is private: for benchmarks on public data."""
-LEFT_OUT = (
-    f"losses, speeds, memory and times are private and left out; for benchmarks on public data: {SWITCH}"
-)
+LEFT_OUT = f"losses, speeds, memory and times are private and left out; for benchmarks on public data: {SWITCH}"
 """What commands say that leave it out."""
 
 DIAGNOSTICS = "diagnostics"
-MEASURED = ("engine", "jobs", "kernels", "warmup_steps", "sessions")
+MEASURED = names(Measured, Private)
 """Keys of `measured` that are public; what else records of version 1 have there is private. A session ends when
 somebody stops it, or with a status that is public."""
-STAGE = ("method", "data", "public", "trains", "batch", "steps", "epochs", "sampling", "relation")
+STAGE = names(Stage, (Private, Came))
 """The same of a stage, whatever comes of it."""
-CAME = ("sensitivity", "sensitivity_note", "engine", "spent", "accountant", "epsilon")
+BEGUN = names(Stage, Private)
 """The same of a stage that was begun."""
 TRACE = ("stage", "step", "epsilon")
 """The same of a log point."""
@@ -50,7 +49,6 @@ UNTOLD: Mapping[str, Any] = {
 }
 """What the privacy of a run of another status says where nothing is reported of how far it came."""
 HIDDEN = "what ended this run may tell of private data, and is left out"
-FAILED = ("crashed", "oom", "timeout")
 _PROBED = (
     "InfoNCE",
     "Rotations",
@@ -75,7 +73,7 @@ def view(record: Told) -> dict[str, Any]:
     if isinstance(measured := record.get("measured"), dict):
         found["measured"] = _only(measured, MEASURED)
     if isinstance(stages := record.get("stages"), list):
-        keys = (*STAGE, *CAME) if record.get("status") in FOLLOWS else STAGE
+        keys = BEGUN if record.get("status") in FOLLOWS else STAGE
         found["stages"] = [_only(_map(one), keys) for one in stages]
     if private := privately_judged(record):
         found["privacy"] = {**_map(record.get("privacy")), "privately_judged": private}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from harness import data, measure, models, public, registry
+from harness import data, measure, models, registry
 from harness.cell import Cell
 from harness.dp.account import Ledger, epsilon, explain
 from harness.dp.claim import Run
@@ -28,6 +28,7 @@ from harness.dp.tree import Layout, Tree
 from harness.dp.tuning import Tuning, charge
 from harness.draw import begin, note
 from harness.private import opened
+from harness.records.schema import blank
 from harness.running.plan import Target, bounds, code_of, methods_of, noise_multiplier, stages_of
 from harness.seeds import Seeds
 from harness.train import (
@@ -169,28 +170,26 @@ class _Session:
         """The record before anything has happened."""
         facts, sampler = self.cell.canonical(), self.method.sampler
         environment = measure.environment()
-        return {
-            "schema": public.SCHEMA, "id": self.cell.id, "group": self.cell.group, "suite": suite, "cell": facts,
-            "card": registry.resolve("method", self.cell.method).card,
-            "privacy": {
+        return blank(
+            id=self.cell.id, group=self.cell.group, suite=suite, cell=facts,
+            card=registry.resolve("method", self.cell.method).card,
+            privacy={
                 "relation": sampler.relation.value, "unit": "example",
                 "sampling": joined([leg.sampling for leg in self.legs if not leg.public]), "delta": self.target.delta,
-                "public_data": public_data(self.data.public_data, self.cell), "sensitivity": None,
-                "noise_multiplier": None, "planned": {}, "spent": {}, "accountant": None, "epsilon": None,
-                "claimed": None, "ledger": [],
+                "public_data": public_data(self.data.public_data, self.cell),
                 "privately_judged": [
                     number for number, leg in enumerate(self.legs, 1) if not leg.public
                     and (leg.method.loss.probes or self.task["evaluate"] == "validation")
                 ],
             },
-            "metrics": {}, **self.staged(), "measured": {}, "diagnostics": {}, "weights_sha256": None,
-            "randomness": self.draw.to_json() | {"dropout_bits": secrecy(self.device)},
-            "code": self.code | {key: environment.pop(key) for key in ("commit", "dirty")},
-            "device": measure.device_info(str(self.device), self.threads)
+            **self.staged(),
+            randomness=self.draw.to_json() | {"dropout_bits": secrecy(self.device)},
+            code=self.code | {key: environment.pop(key) for key in ("commit", "dirty")},
+            device=measure.device_info(str(self.device), self.threads)
             | {"microbatch": self.cell.device.get("microbatch")},
-            "environment": environment,
-            "started": started.isoformat(timespec="seconds"),
-        }  # fmt: skip
+            environment=environment,
+            started=started.isoformat(timespec="seconds"),
+        )  # fmt: skip
 
     def fill(self, record: dict[str, Any]) -> tuple[str, str | None]:
         """Train, and enter what came of it; returns the status and the reason."""

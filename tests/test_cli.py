@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.records import record_of
 
 from harness import cli, store, suite
 from harness.cli import parser, selecting
@@ -244,12 +245,7 @@ def test_failures_end_with_exit_code_1_and_stale_ones_are_listed(
 ) -> None:
     cells = suite.load("suites/tiny.toml").cells()
     for number, cell in enumerate(cells):
-        record = {
-            "schema": 1, "id": cell.id, "group": cell.group, "suite": "tiny", "reason": "for the test",
-            "status": "crashed" if number == 0 else "ok", "cell": cell.canonical(), "metrics": {},
-            "privacy": {"relation": "add-or-remove", "sampling": "Poisson, q = 0.1"},
-            "measured": {}, "code": {"hash": "0" * 12}, "device": {},
-        }  # fmt: skip
+        record = record_of(cell, "tiny", "crashed" if number == 0 else "ok", code={"hash": "0" * 12})
         store.write_record(home / "results" / "tiny" / cell.id, record)
     assert cli.main(["run", "tiny", "--no-track"]) == cli.FAILED
     said = capsys.readouterr().out

@@ -12,8 +12,8 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.records import make_cell, make_record, put
 from test_report import record, seeds
-from test_store import make_cell, make_record, put
 
 from harness import cli
 from harness.report import compare
@@ -29,9 +29,9 @@ def measured(method: str, values: list[float], metric: str, **options: Any) -> l
     out = seeds(method, values if metric == "accuracy" else [0.5] * len(values), **options)
     for one, value in zip(out, values, strict=True):
         if metric == "examples_per_second":
-            one["measured"]["examples_per_second"]["median"] = value
+            one["diagnostics"]["examples_per_second"]["median"] = value
         elif metric == "peak_memory_mib":
-            one["measured"]["peak_memory_mib"] = value
+            one["diagnostics"]["peak_memory_mib"] = value
     return out
 
 

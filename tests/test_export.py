@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.records import make_record, put
 from test_report import PUBLISHED, QUESTION, fixture_records, hostile, seeds
-from test_store import make_record, put
 
 import harness
 from harness import frame
@@ -78,13 +78,9 @@ def test_hostile_names_leave_every_form_sound(name: str) -> None:
             json.loads(content, parse_constant=pytest.fail)
         elif path.endswith(".csv"):
             rows = list(csv.reader(io.StringIO(content)))
-            assert len({len(row) for row in rows}) == 1 and not any(
-                c.startswith("=") for row in rows for c in row
-            )
+            assert len({len(row) for row in rows}) == 1 and not any(c.startswith("=") for row in rows for c in row)
         else:
-            widths = {
-                len(re.findall(r"(?<!\\)\|", line)) for line in content.splitlines() if line.startswith("|")
-            }
+            widths = {len(re.findall(r"(?<!\\)\|", line)) for line in content.splitlines() if line.startswith("|")}
             assert len(widths) == 1
 
 
@@ -132,9 +128,7 @@ def test_a_report_writes_its_tables_and_removes_those_that_are_no_more(tmp_path:
     assert {path.name for path in folder.iterdir()} == names
     assert not build("core", "", records, tmp_path, private=True).written
     (folder / "mnist-5k-tanh-cnn-eps-3.tex").unlink()
-    assert build(
-        "core", "", records, tmp_path, private=True
-    ).written  # a report that is not whole is made again
+    assert build("core", "", records, tmp_path, private=True).written  # a report that is not whole is made again
     build("core", "", records[:2], tmp_path, private=True)
     assert {path.name for path in folder.iterdir()} == {name for name in names if "eps-3" in name}
 
@@ -154,11 +148,14 @@ def test_the_columns_are_those_that_are_documented() -> None:
         st.fixed_dictionaries(
             {},
             optional={
-                "metrics": st.fixed_dictionaries({"accuracy": st.none() | st.floats(0, 1) | st.integers(0, 1)}),
-                "reason": st.none() | st.text(st.characters(codec="utf-8"), max_size=5),
+                "metrics": st.fixed_dictionaries(
+                    {"accuracy": st.floats(0, 1) | st.integers(0, 1), "loss": st.none() | st.floats(0, 9)}
+                ),
                 "started": st.sampled_from([None, "2025-01-01T00:00:00+00:00", "2025-W01-1", "9999-01-01"]),
-                "device": st.dictionaries(st.sampled_from(["name", "threads"]), st.none() | st.integers()),
-                "card": st.none() | st.just({"family": 3}),
+                "device": st.fixed_dictionaries(
+                    {}, optional={"name": st.none() | st.text(max_size=5), "threads": st.none() | st.integers(1)}
+                ),
+                "measured": st.just({"jobs": None}),
             },
         ),
         max_size=4,
@@ -169,16 +166,15 @@ def test_types_do_not_depend_on_what_is_there(changes: list[dict[str, Any]]) -> 
         for seed, change in enumerate(changes):
             folder = Path(place) / "core" / make_record(seed)["id"]
             folder.mkdir(parents=True)
-            (folder / "record.json").write_text(json.dumps(make_record(seed) | change))
+            (folder / "record.json").write_text(json.dumps(make_record(seed, **change)))
         found = harness.load_results(place)
-    assert {name: str(kind) for name, kind in found.dtypes.items()} == {
-        n: k for n, (k, _) in frame.COLUMNS.items()
-    }
+    assert {name: str(kind) for name, kind in found.dtypes.items()} == {n: k for n, (k, _) in frame.COLUMNS.items()}
     assert len(found) == len(changes) and sorted(found.seed) == list(range(len(changes)))
     by_seed = found.set_index("seed")
     for seed, change in enumerate(changes):
-        accuracy = change.get("metrics", {"accuracy": 0.9})["accuracy"]
-        assert math.isnan(by_seed.accuracy[seed]) if accuracy is None else by_seed.accuracy[seed] == accuracy
+        held = {"accuracy": 0.9, "loss": 0.3} | change.get("metrics", {})
+        assert by_seed.accuracy[seed] == held["accuracy"]
+        assert math.isnan(by_seed.loss[seed]) if held["loss"] is None else by_seed.loss[seed] == held["loss"]
 
 
 def test_epsilons_and_attempts_and_damage(tmp_path: Path) -> None:
@@ -206,8 +202,6 @@ def test_epsilons_and_attempts_and_damage(tmp_path: Path) -> None:
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
-    code = (
-        "import sys; import harness; print({'pandas', 'torch', 'numpy', 'harness.store'} & set(sys.modules))"
-    )
+    code = "import sys; import harness; print({'pandas', 'torch', 'numpy', 'harness.store'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"

@@ -32,6 +32,9 @@ FAKE = """
 import json, os, signal, sys, time
 from pathlib import Path
 
+sys.path.insert(0, TESTS)
+from support.records import record_of
+
 STEPS = 30
 
 def note(folder, word):
@@ -40,12 +43,7 @@ def note(folder, word):
     os.close(descriptor)
 
 def record(cell, suite, **more):
-    return {
-        "schema": 1, "id": cell.id, "group": cell.group, "suite": suite, "status": "ok", "reason": None,
-        "cell": cell.canonical(), "metrics": {"accuracy": 0.9},
-        "privacy": {"epsilon": 2.9, "relation": "add-or-remove", "sampling": "Poisson, q = 0.1"},
-        "measured": {"wall_seconds": 0.1, "jobs": 1}, "code": {"hash": "c" * 12}, "device": {"spec": "cpu"}, **more,
-    }
+    return record_of(cell, suite, **more)
 
 def execute(cell, folder, suite, jobs):
     note(folder, "begins")
@@ -152,7 +150,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.results = folder / "results"
-        (folder / "fakes.py").write_text(FAKE)
+        (folder / "fakes.py").write_text(FAKE.replace("TESTS", repr(str(ROOT / "tests"))))
         (folder / "program.py").write_text(PROGRAM)
 
     def start(self, cells: Sequence[Cell], **options: Any) -> subprocess.Popen[str]:

@@ -154,9 +154,12 @@ def test_a_file_changed_with_its_checksum_of_the_zip_is_still_named(tmp_path: Pa
     assert name in said and "it was changed after it was packed" in said
     said = refusal(bundle({name: same_size}), tmp_path)
     assert name in said and "not that of its cell" in said
-    odd = store.encode(record | {"metrics": {"accuracy": 2.0, "loss": 0.0}}, record["id"])
+    odd = store.dumps(record | {"metrics": {"accuracy": 2.0, "loss": 0.0}}).encode()
     said = refusal(bundle({name: odd}), tmp_path)
-    assert name in said and "does not fit the schema at $.metrics.accuracy" in said
+    assert name in said and '"metrics.accuracy": expected float <= 1.0' in said
+    more = store.encode(record | {"privacy": {**record["privacy"], "more": 1}}, record["id"])
+    said = refusal(bundle({name: more}), tmp_path)
+    assert name in said and "privacy.more" in said and "no version of a record" in said
 
 
 ID = "0123456789ab"

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from harness.records.schema import blank
 from harness.report import (
     board,
     build,
@@ -66,29 +67,22 @@ def record(
     group = f"{hash_(f'{label} {task} {epsilon} {evaluate} {parameters}'):012x}"
     spent = {"pld": None, "rdp": None} if epsilon is None else {"pld": 0.998 * epsilon, "rdp": 1.09 * epsilon}
     ok = status == "ok"
-    return {
-        "schema": 1,
-        "id": f"{hash_(f'{group} {seed}'):012x}",
-        "group": group,
-        "suite": "core",
-        "status": status,
-        "reason": reason,
-        "path": f"results/core/{hash_(f'{group} {seed}'):012x}/record.json",
-        "stale": False,
-        "cell": {
+    id = f"{hash_(f'{group} {seed}'):012x}"
+    speed = {
+        "examples_per_second": {"median": rate, "q1": rate * 0.98, "q3": rate * 1.02}, "train_seconds": 80_000 / rate,
+        "peak_memory_mib": 410.5,
+    }  # fmt: skip
+    return blank(
+        id=id, group=group, suite="core", status=status, reason=reason, path=f"results/core/{id}/record.json",
+        stale=False,
+        cell={
             "method": {
-                "name": method,
-                "label": label,
-                "parameters": {"clip": 1.0, "lr": 2.0, **parameters},
+                "name": method, "label": label, "parameters": {"clip": 1.0, "lr": 2.0, **parameters},
                 "parts": {"clip": {"type": "Flat", "clip": 1.0}, "noise": {"type": "Gaussian"}},
             },
             "task": {
-                "name": task,
-                "dataset": task.partition("/")[0],
-                "digest": "0123456789abcdef",
-                "model": task.partition("/")[2],
-                "evaluate": evaluate,
-                "n_train": 4000,
+                "name": task, "dataset": task.partition("/")[0], "digest": "0123456789abcdef",
+                "model": task.partition("/")[2], "evaluate": evaluate, "n_train": 4000,
             },
             "privacy": {"epsilon": epsilon, "delta": 1e-5, "relation": "add-or-remove",
                         "unit": "example", "accountant": "pld"},
@@ -96,42 +90,29 @@ def record(
             "numerics": {"dtype": "float32", "tf32": False},
             "seed": seed,
         },
-        "card": {
+        card={
             "paper": "arXiv:1607.00133",
             "family": "baseline" if method in ("dp-sgd", "non-private") else "engine",
             "summary": "Clip every gradient, add noise to the sum.",
         },
-        "privacy": {
-            "relation": "add-or-remove",
-            "unit": "example",
-            "sampling": "Poisson, q = 0.064",
+        privacy={
+            "relation": "add-or-remove", "unit": "example", "sampling": "Poisson, q = 0.064",
             "sensitivity": {"grad": 1.0},
             "noise_multiplier": None if epsilon is None else round(2.5 / epsilon + 0.6, 4),
-            "delta": 1e-5,
-            "planned": spent,
-            "spent": spent if ok else {},
-            "accountant": "pld" if ok else None,
-            "epsilon": spent["pld"] if ok else None,
-            "claimed": None,
-            "ledger": [[{"type": "Gaussian"}, 312]],
-            "public_data": "none",
+            "delta": 1e-5, "planned": spent, "spent": spent if ok else {}, "accountant": "pld" if ok else None,
+            "epsilon": spent["pld"] if ok else None, "ledger": [[{"type": "Gaussian"}, 312]], "public_data": "none",
         },
-        "metrics": {"accuracy": accuracy, "loss": 0.3} if ok else {},
-        "measured": {
-            "examples_per_second": {"median": rate, "q1": rate * 0.98, "q3": rate * 1.02} if ok else None,
-            "train_seconds": 80_000 / rate if ok else None,
-            "peak_memory_mib": 410.5 if ok else None,
-            "jobs": 2,
-        },
-        "diagnostics": {"clipped_fraction": 0.7},
-        "weights_sha256": None,
-        "code": {"hash": "abcdefabcdef", "files": {}, "commit": "0f" * 20, "dirty": False},
-        "device": {"name": device, "kind": "cpu", "spec": "cpu", "threads": 1,
-                   "fingerprint": f"{hash_(device):012x}"[:8]},
-        "environment": {"python": "3.11.9", "torch": "2.6.0"},
-        "started": f"2025-01-0{1 + seed % 9}T10:00:00Z",
-        "finished": f"2025-01-0{1 + seed % 9}T10:01:00Z",
-    }  # fmt: skip
+        metrics={"accuracy": accuracy, "loss": 0.3} if ok else {},
+        measured={"jobs": 2},
+        diagnostics={"clipped_fraction": 0.7, **(speed if ok else {})},
+        weights_sha256="0" * 64 if ok else None,
+        code={"hash": "abcdefabcdef", "commit": "0f" * 20, "dirty": False},
+        device={"name": device, "kind": "cpu", "spec": "cpu", "threads": 1,
+                "fingerprint": f"{hash_(device):012x}"[:8]},
+        environment={"python": "3.11.9", "torch": "2.6.0"},
+        started=f"2025-01-0{1 + seed % 9}T10:00:00Z",
+        finished=f"2025-01-0{1 + seed % 9}T10:01:00Z",
+    )  # fmt: skip
 
 
 def hash_(words: str) -> int:

@@ -27,9 +27,9 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.records import make_cell, make_record, put
 from test_launch import Place
 from test_launch import make_cell as make_fake
-from test_store import make_cell, make_record, put
 
 from harness import cli, launch, report, store, suite
 from harness.records import description

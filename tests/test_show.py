@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_store import make_record, put
+from support.records import make_record, put
 
 from harness import cli, screen
 from harness.cell import Cell
@@ -50,7 +50,7 @@ def test_show_tells_what_a_part_replaced_and_what_a_claim_rests_on(
     }
     record["privacy"]["claimed"] = {
         "epsilon": 1.5, "source": "a paper", "failed": [],
-        "assumptions": [{"text": "one draw a step", "holds": True, "why": None},
+        "assumptions": [{"text": "one draw a step", "holds": True, "why": ""},
                         {"text": "nothing else is released", "holds": None, "why": "not seen"}],
     }  # fmt: skip
     put(Path("results"), record)
@@ -109,19 +109,19 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202ecba\u2028\r"
 def test_no_command_prints_what_a_terminal_would_obey(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every text of a record may hold anything; whatever a command says of it or writes, none of that is raw."""
     for seed, status in ((0, "ok"), (1, "crashed"), (2, "diverged")):
-        record = make_record(seed, status, reason=HOSTILE, card={"summary": HOSTILE})
+        record = make_record(seed, status, reason=None if status == "ok" else HOSTILE, card={"summary": HOSTILE})
         record["cell"]["method"]["label"] = record["cell"]["task"]["name"] = f"dp {HOSTILE}"
         record["cell"]["method"]["parameters"]["lr"] = HOSTILE
         record["privacy"] |= {"sampling": HOSTILE, "public_data": HOSTILE, "planned": {HOSTILE: 1.0}}
         record["privacy"]["accounting"] = {HOSTILE: HOSTILE}
-        record["device"] |= {"name": HOSTILE, "kind": HOSTILE}
+        record["device"]["name"] = HOSTILE
         record["code"] |= {"commit": HOSTILE}
         record["measured"] |= {"engine": HOSTILE}
         record["metrics"][HOSTILE] = 1.0
         cell = Cell.from_canonical(record["cell"], suite="core")
         record |= {"id": cell.id, "group": cell.group}
         put(Path("results"), record)
-        put(Path("there"), record | {"reason": HOSTILE * 2}, 2)
+        put(Path("there"), record | ({} if status == "ok" else {"reason": HOSTILE * 2}), 2)
     broken = Path("results/core/0123456789ab")
     broken.mkdir()
     (broken / "record.json").write_text(json.dumps({"schema": 1, "status": HOSTILE}))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.records import put
 from test_report import ODD, make, pages, record
 from test_show import said
-from test_store import put
 
 from harness.cli import planning
 from harness.report import drawings, figures, stage_table

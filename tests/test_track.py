@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from mlflow.entities import ViewType
 from mlflow.tracking import MlflowClient
+from support.records import make_record
 
 from harness import track
 from harness.records.description import milliseconds
@@ -27,42 +28,23 @@ FIRST, SECOND = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 
 def record_of(name: str, seed: int, status: str = "ok") -> dict[str, Any]:
     ok = status == "ok"
-    return {
-        "schema": 1,
-        "id": name,
-        "group": "cccccccccccc",
-        "suite": "core",
-        "status": status,
-        "reason": None if ok else "the loss is not finite at step 12",
+    facts = {
+        "id": name, "group": "cccccccccccc", "reason": None if ok else "the loss is not finite at step 12",
         "cell": {
-            "method": {
-                "name": "dp-sgd",
-                "label": "dp-sgd",
-                "parameters": {"lr": 0.5, "clip": 1.0},
-                "parts": {"clip": {"type": "Flat", "clip": 1.0}, "path": {"type": "EMA", "decay": 0.99}},
-            },
-            "task": {"name": "digits/mlp", "dataset": "digits", "digest": "0123", "evaluate": "test"},
-            "privacy": {"epsilon": None, "delta": 1e-5, "relation": "add-or-remove", "unit": "example"},
-            "schedule": {"batch": 64, "steps": 40},
-            "numerics": {"dtype": "float32", "tf32": False},
-            "seed": seed,
+            "method": {"parameters": {"lr": 0.5, "clip": 1.0}, "parts": {"path": {"type": "EMA", "decay": 0.99}}},
+            "privacy": {"epsilon": None}, "schedule": {"steps": 40}, "seed": seed,
         },
         "card": {"paper": "arXiv:1607.00133", "family": "baseline", "summary": "Clip, add noise, step."},
-        "privacy": {
-            "epsilon": 2.9,
-            "noise_multiplier": 1.5,
-            "spent": {"pld": 2.9, "rdp": 3.1, "prv": None},
-            "relation": "add-or-remove",
-            "sampling": "Poisson, q = 0.1",
-        },
+        "privacy": {"noise_multiplier": 1.5, "spent": {"pld": 2.9, "rdp": 3.1, "prv": None}},
         "metrics": {"accuracy": 0.91, "loss": 0.3} if ok else {},
-        "measured": {"examples_per_second": {"median": 900.0, "q1": 800.0, "q3": 950.0}, "wall_seconds": 4.0},
-        "diagnostics": {"clipped_fraction": 0.7},
-        "code": {"hash": "dddddddddddd"},
-        "device": {"name": "a processor", "kind": "cpu"},
-        "started": "2026-01-02T03:04:05Z",
-        "finished": "2026-01-02T03:04:09Z",
-    }
+        "diagnostics": {
+            "examples_per_second": {"median": 900.0, "q1": 800.0, "q3": 950.0}, "wall_seconds": 4.0,
+            "clipped_fraction": 0.7,
+        },
+        "device": {"name": "a processor"},
+        "started": "2026-01-02T03:04:05Z", "finished": "2026-01-02T03:04:09Z",
+    }  # fmt: skip
+    return make_record(status=status, code="dddddddddddd", **facts)
 
 
 def trace_line(step: int) -> str:

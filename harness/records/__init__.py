@@ -1,1 +1,1 @@
-"""What is known of runs: their records and traces, read and made ready for others."""
+"""Records of runs: what one holds, the files in which they lie, and traces; what of them goes to others."""

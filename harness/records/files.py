@@ -1,0 +1,168 @@
+"""Files of results: written once or in one step, durably; strict JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "MOST_BYTES",
+    "AlreadyWritten",
+    "Broken",
+    "StoreError",
+    "Unwritable",
+    "content",
+    "discard",
+    "dumps",
+    "replace_file",
+    "sweep",
+    "temporary",
+    "write_durably",
+    "write_once",
+]
+
+MOST_BYTES = 64 * 2**20
+"""The largest record: its ledger is run-length encoded, and thousands of them are read at once."""
+
+
+class StoreError(Exception):
+    """A results folder or a record cannot be used; the message says where and what to do."""
+
+
+class AlreadyWritten(StoreError):
+    """There is a record of this name already. Nothing was written."""
+
+
+class Unwritable(StoreError):
+    """The file system takes no file here: it is full, read-only or not ours. Nothing that was there is changed."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"{path}: cannot be written: {error.strerror or error}. Nothing that was finished is lost; make room or "
+            "get leave to write there, then give the same command again"
+        )
+        self.errno = error.errno
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A record that cannot be used, and why. As text it is one printable line, whatever the file is called."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        text = f"{self.path}: {self.reason}"
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def dumps(value: object) -> str:
+    """Strict JSON with sorted keys, one space of indentation and a final newline.
+
+    Values that JSON lacks (NaN, infinities) become null. Raises TypeError for anything else that is not JSON.
+    """
+    return json.dumps(_finite(value), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def write_once(path: Path, data: bytes) -> None:
+    """Create `path` with `data`, durably and in one step. Raises AlreadyWritten where it exists, Unwritable where the
+    file system refuses.
+
+    After a power cut there is either the whole file or none.
+    """
+    fresh, linking = temporary(path), False
+    try:
+        write_durably(fresh, data)
+        linking = True
+        os.link(fresh, path)  # unlike rename, this never replaces
+    except FileExistsError as error:
+        raise AlreadyWritten(f"{path}: exists already and is never overwritten") from error
+    except OSError as error:
+        if linking and error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise StoreError(
+                f"{path}: this file system has no hard links, which records need to be written once; "
+                "choose another place with --results DIR"
+            ) from error
+        raise Unwritable(path, error) from error
+    finally:
+        discard(fresh)
+    _sync_folder(path.parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a side file (``env.json``) in one step; unlike a record it may be replaced. Raises Unwritable."""
+    fresh = temporary(path)
+    try:
+        write_durably(fresh, data)
+        fresh.replace(path)
+    except OSError as error:
+        raise Unwritable(path, error) from error
+    finally:
+        discard(fresh)
+
+
+def temporary(path: Path) -> Path:
+    """A new hidden name beside `path`; what a kill leaves of it is removed by the next run in the folder."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def discard(path: Path) -> None:
+    """Remove a temporary file, or a folder of things set aside. What cannot be removed does no harm."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in a folder whose lock the caller holds."""
+    for leftover in folder.glob(".*.tmp"):
+        discard(leftover)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    # The files in it are on disk, and some network file systems cannot do this.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a plain file, no more than make it too large for a record. Raises OSError, also for all else.
+
+    Opening a pipe would wait for a writer, and reading a device might never end.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    with path.open("rb") as file:
+        return file.read(MOST_BYTES + 1)
