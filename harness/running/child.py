@@ -26,6 +26,7 @@ from typing import Any
 from harness import draw, measure, registry, store
 from harness.cell import Cell
 from harness.private import opened
+from harness.records.schema import blank
 from harness.running.jobs import device_of, is_cuda, threads_of
 
 # Exit codes of a run's process: its folder is locked; it has a record meanwhile; it is another cell's.
@@ -259,45 +260,16 @@ def failure(
     place = _place(folder)
     commit = {key: place.pop(key, None) for key in ("commit", "dirty")}
     place.pop("code", None)
-    return {
-        "schema": store.SCHEMA,
-        "id": cell.id,
-        "group": cell.group,
-        "suite": suite,
-        "status": status,
-        "reason": reason,
-        "cell": cell.canonical(),
-        "card": _card(cell.method),
-        "privacy": {
-            **{key: cell.privacy[key] for key in ("relation", "unit", "delta")},
-            "sampling": None,
-            "sensitivity": {},
-            "noise_multiplier": None,
-            "planned": {},
-            "spent": {},
-            "accountant": None,
-            "epsilon": None,
-            "claimed": None,
-            "ledger": [],
-            "public_data": None,
+    return blank(
+        id=cell.id, group=cell.group, suite=suite, status=status, reason=reason, cell=cell.canonical(),
+        card=_card(cell.method),
+        privacy={key: cell.privacy[key] for key in ("relation", "unit", "delta")} | {"sensitivity": {}},
+        measured={"jobs": jobs}, diagnostics={"wall_seconds": seconds}, code={**(code or {}), **commit},
+        device=place.pop("device", None) or {
+            "kind": "cuda" if is_cuda(cell) else "cpu", "spec": device_of(cell), "threads": threads_of(cell),
         },
-        "metrics": {},
-        "measured": {"jobs": jobs},
-        "diagnostics": {"wall_seconds": seconds},
-        "weights_sha256": None,
-        "code": {"hash": None, "files": {}, **(code or {}), **commit},
-        "device": place.pop("device", None)
-        or {
-            "name": None,
-            "kind": "cuda" if is_cuda(cell) else "cpu",
-            "spec": device_of(cell),
-            "threads": threads_of(cell),
-            "fingerprint": None,
-        },
-        "environment": place,
-        "started": started,
-        "finished": now(),
-    }
+        environment=place, started=started, finished=now(),
+    )  # fmt: skip
 
 
 def _place(folder: Path) -> dict[str, Any]:
