@@ -32,16 +32,7 @@ from typing import Any
 
 from harness import draw, measure, store
 from harness.running import child
-from harness.running.jobs import (
-    Codes,
-    Job,
-    device_of,
-    fraction,
-    is_cuda,
-    slots,
-    take_over_checkpoint,
-    threads_of,
-)
+from harness.running.jobs import Codes, Job, device_of, fraction, is_cuda, slots, take_over_checkpoint, threads_of
 from harness.running.process import Running, cause_of_death, kernel_ooms, kill, server
 from harness.running.progress import Lines, Outcome, Progress, Reporter, describe, duration
 
@@ -195,9 +186,7 @@ class _Launcher:
             self.watch(job.folder, job.cell.canonical())
 
     def leave_to_other(self, job: Job) -> None:
-        self.reporter.say(
-            f"{describe(job.cell.canonical())}: is running elsewhere, its result will be awaited"
-        )
+        self.reporter.say(f"{describe(job.cell.canonical())}: is running elsewhere, its result will be awaited")
         self.elsewhere.append(job)
 
     # watching

@@ -274,17 +274,7 @@ class _Session:
                     ledger=Ledger() if leg.public else self.progress.ledger, sensitivity={}, loss=None, engine="",
                     microbatch=0,
                 )  # fmt: skip
-            train(
-                leg.method,
-                self.model,
-                leg.data,
-                sigma,
-                leg.schedule,
-                leg.seeds,
-                self.progress,
-                self.log,
-                self.save,
-            )
+            train(leg.method, self.model, leg.data, sigma, leg.schedule, leg.seeds, self.progress, self.log, self.save)
             if number + 1 < len(self.legs):
                 self.write(self.finished(number), self.progress)
 
@@ -339,11 +329,7 @@ class _Session:
         scores = evaluate(self.model, kept(leg, p), m.loss, leg.data)
         before = sum(one.schedule.steps for one in self.legs[: p.stage])
         line: dict[str, Any] = {"stage": p.stage + 1} if self.cell.then else {}
-        line |= {
-            "step": before + point.step,
-            "seconds": round(sum(p.seconds), 3),
-            "loss": _finite(point.loss),
-        }
+        line |= {"step": before + point.step, "seconds": round(sum(p.seconds), 3), "loss": _finite(point.loss)}
         rate = point.rate if len(p.seconds) > self.timed else None  # not that of the stage before
         line |= {"accuracy": scores["accuracy"], "examples_per_second": _finite(rate)}
         line |= {"clipped_fraction": point.clipped if m.clip.needs_norms else None}
@@ -369,9 +355,7 @@ class _Session:
         if self.target.delta is None or self.cell.then:  # claims are of one method's analysis
             return None
         n, batch, steps = self.data.n_train, self.schedule.batch, self.schedule.steps
-        claim = self.method.path.claim(
-            Run(self.method, sigma, n, batch, steps, self.target.delta), progress.parts.path
-        )
+        claim = self.method.path.claim(Run(self.method, sigma, n, batch, steps, self.target.delta), progress.parts.path)
         return claim.to_json() if claim else None
 
     def measured(self, done: Sequence[Progress]) -> dict[str, Any]:

@@ -45,13 +45,9 @@ def _point(line: bytes) -> Point | None:
         return None
     if not isinstance(fields, dict) or not finite(fields.get("step")):
         return None
-    values = {
-        key: float(value) for key, value in fields.items() if key not in ("step", "seconds") and finite(value)
-    }
+    values = {key: float(value) for key, value in fields.items() if key not in ("step", "seconds") and finite(value)}
     seconds = fields.get("seconds")
-    return Point(
-        int(fields["step"]), float(seconds) if seconds is not None and finite(seconds) else 0.0, values
-    )
+    return Point(int(fields["step"]), float(seconds) if seconds is not None and finite(seconds) else 0.0, values)
 
 
 def finite(value: Any) -> bool:

@@ -58,9 +58,7 @@ def model(name: str, /, **meta: object) -> Callable[[F], F]:
 
 def _mark(kind: str, name: str, meta: Mapping[str, object]) -> Callable[[F], F]:
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise RegistryError(
-            f'{kind} name {name!r}: write lower-case letters, digits and dashes, as in "dp-sgd".'
-        )
+        raise RegistryError(f'{kind} name {name!r}: write lower-case letters, digits and dashes, as in "dp-sgd".')
 
     def mark(function: F) -> F:
         function.__epsbench__ = {"kind": kind, "name": name, **meta}  # type: ignore[attr-defined]
@@ -198,17 +196,12 @@ class Registry:
                 if one.name == base:
                     raise BrokenEntry(str(one))
             raise UnknownName(
-                f'no {kind} is called "{base}"; there are {", ".join(entries) or "none"}.',
-                did_you_mean(base, entries),
+                f'no {kind} is called "{base}"; there are {", ".join(entries) or "none"}.', did_you_mean(base, entries)
             )
         if entry.argument is None and argument is not None:
-            raise UnknownName(
-                f'{kind} "{base}" takes nothing after a colon; write "{base}", options after a "?".'
-            )
+            raise UnknownName(f'{kind} "{base}" takes nothing after a colon; write "{base}", options after a "?".')
         if entry.argument is not None and not argument:
-            raise UnknownName(
-                f'{kind} "{base}" needs a {entry.argument}; write "{base}:{entry.argument.upper()}".'
-            )
+            raise UnknownName(f'{kind} "{base}" needs a {entry.argument}; write "{base}:{entry.argument.upper()}".')
         return entry
 
     def lookup(self, kind: str, spec: str) -> tuple[Entry, dict[str, object]]:
@@ -230,8 +223,7 @@ class Registry:
             function: Callable[..., Any] = getattr(self._module(entry), entry.function)
         except Exception as error:  # the file is the user's: whatever it raises is reported with its place
             raise LoadError(
-                f'{entry.where}: {entry.kind} "{entry.name}" cannot be imported: '
-                f"{type(error).__name__}: {error}"
+                f'{entry.where}: {entry.kind} "{entry.name}" cannot be imported: {type(error).__name__}: {error}'
             ) from error
         if not callable(function):
             raise LoadError(f"{entry.where}: {entry.function} is not a function any more after import")

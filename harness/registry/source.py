@@ -91,9 +91,7 @@ def _aliases(tree: ast.Module) -> dict[str, str]:
             source = node.module or ""
             for alias in node.names:
                 local = alias.asname or alias.name
-                if (
-                    source == "harness.registry" or (node.level and source == "registry")
-                ) and alias.name in KINDS:
+                if (source == "harness.registry" or (node.level and source == "registry")) and alias.name in KINDS:
                     found[local] = alias.name
                 elif (source == "harness" or (node.level and not source)) and alias.name == "registry":
                     found.update({f"{local}.{kind}": kind for kind in KINDS})
@@ -130,17 +128,14 @@ def _literal(node: ast.expr, constants: Mapping[str, object], what: str) -> obje
     except (ValueError, TypeError, SyntaxError):
         raise _Malformed(
             node.lineno,
-            f"{what} is {ast.unparse(node)}; write a literal, because the index is read "
-            "without importing the file",
+            f"{what} is {ast.unparse(node)}; write a literal, because the index is read without importing the file",
         ) from None
 
 
 def _annotation(arg: ast.arg) -> str:
     node = arg.annotation
     if node is None:
-        raise _Malformed(
-            arg.lineno, f"parameter {arg.arg} has no type; write {arg.arg}: float, int, str or bool"
-        )
+        raise _Malformed(arg.lineno, f"parameter {arg.arg} has no type; write {arg.arg}: float, int, str or bool")
     text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ast.unparse(node)
     try:
         check_type(text)
@@ -149,9 +144,7 @@ def _annotation(arg: ast.arg) -> str:
     return text
 
 
-def _parameters(
-    kind: str, function: ast.FunctionDef, constants: Mapping[str, object]
-) -> dict[str, Parameter]:
+def _parameters(kind: str, function: ast.FunctionDef, constants: Mapping[str, object]) -> dict[str, Parameter]:
     args = function.args
     for extra in (args.vararg, args.kwarg):
         if extra is not None:
@@ -168,18 +161,14 @@ def _parameters(
         if arg.arg in SUPPLIED[kind]:
             continue
         if arg.arg in RESERVED[kind]:
-            raise _Malformed(
-                arg.lineno, f"parameter {arg.arg} has the name of a key of [[method]]; choose another"
-            )
+            raise _Malformed(arg.lineno, f"parameter {arg.arg} has the name of a key of [[method]]; choose another")
         type_text = _annotation(arg)
         if default is None:
             found[arg.arg] = Parameter(type_text, None, required=True)
             continue
         value = _literal(default, constants, f"the default of {arg.arg}")
         try:
-            found[arg.arg] = Parameter(
-                type_text, None if value is None else Parameter(type_text).convert(value)
-            )
+            found[arg.arg] = Parameter(type_text, None if value is None else Parameter(type_text).convert(value))
         except ValueError as error:
             raise _Malformed(default.lineno, f"the default of {arg.arg}: {error}") from None
     return found
@@ -189,13 +178,9 @@ def _summary(*docstrings: str | None) -> str:
     return next((d.strip().splitlines()[0] for d in docstrings if d and d.strip()), "")
 
 
-def _entry(
-    kind: str, call: ast.Call, function: ast.FunctionDef, tree: ast.Module, file: Path, module: str
-) -> Entry:
+def _entry(kind: str, call: ast.Call, function: ast.FunctionDef, tree: ast.Module, file: Path, module: str) -> Entry:
     constants = _constants(tree)
-    if len(call.args) != 1 or not (
-        isinstance(call.args[0], ast.Constant) and isinstance(call.args[0].value, str)
-    ):
+    if len(call.args) != 1 or not (isinstance(call.args[0], ast.Constant) and isinstance(call.args[0].value, str)):
         raise _Malformed(call.lineno, f'write @{kind}("name", ...) with the name as a literal')
     name = call.args[0].value
     if not NAME.fullmatch(name):
@@ -243,9 +228,7 @@ def read(file: Path, module: str, kind: str) -> tuple[list[Entry], list[Broken]]
                 continue
             try:
                 if not isinstance(node, ast.FunctionDef):
-                    raise _Malformed(
-                        node.lineno, f"@{found} marks a plain function, not a class or coroutine"
-                    )
+                    raise _Malformed(node.lineno, f"@{found} marks a plain function, not a class or coroutine")
                 if not isinstance(decorator, ast.Call):
                     raise _Malformed(node.lineno, f'write @{found}("name", ...), not @{found}')
                 entries.append(_entry(found, decorator, node, tree, file, module))

@@ -94,12 +94,7 @@ class Comparison:
 
 
 def methods(
-    records: Iterable[RecordLike],
-    a: str,
-    b: str,
-    metric: str = "accuracy",
-    by: str = "setting",
-    threshold: float = 0.0,
+    records: Iterable[RecordLike], a: str, b: str, metric: str = "accuracy", by: str = "setting", threshold: float = 0.0
 ) -> Comparison:
     """Compare two methods of one results folder, within each suite on each task and epsilon.
 
@@ -137,11 +132,7 @@ def folders(
 ) -> Comparison:
     """Compare the same cells in two results folders, called `a` and `b`. Raises CompareError where none is in both."""
     sides = [
-        {
-            (suite, row.first.group): (setting, side)
-            for (suite, setting), rows in found.items()
-            for row, side in rows
-        }
+        {(suite, row.first.group): (setting, side) for (suite, setting), rows in found.items() for row, side in rows}
         for found in map(series, (before, after))
     ]
 
@@ -158,10 +149,7 @@ def folders(
             f"{a} and {b} have no cell in common: pairs are runs of one suite that are equal but for the code."
         )
     only_a, only_b = (
-        tuple(
-            f"{one[key][1].title}, {where(key[0], one[key][0])}"
-            for key in sorted(one.keys() - other, key=order)
-        )
+        tuple(f"{one[key][1].title}, {where(key[0], one[key][0])}" for key in sorted(one.keys() - other, key=order))
         for one, other in ((sides[0], sides[1].keys()), (sides[1], sides[0].keys()))
     )
     return _comparison(a, b, metric, by, threshold, pairings, (only_a, only_b))
@@ -216,10 +204,7 @@ def _line(
     a, b = (mean_interval(values, least) for values in means[:2])
     difference = mean_interval(means[2], 2 * least)
     alone = [
-        sum(
-            len(getattr(p, side).finished.keys() - pairs.keys())
-            for p, pairs in zip(pairings, every, strict=True)
-        )
+        sum(len(getattr(p, side).finished.keys() - pairs.keys()) for p, pairs in zip(pairings, every, strict=True))
         for side in ("a", "b")
     ]
     busy = sum(
@@ -269,17 +254,7 @@ def _verdict(difference: Interval | None, better: int, threshold: float, broken:
 def _titles(comparison: Comparison) -> list[str]:
     unit = "%" if comparison.metric.relative else "points"
     names = [name for name, _ in comparison.lines[0].names]
-    return [
-        *names,
-        "A",
-        "B",
-        f"change, {unit}",
-        "95 % interval",
-        "pairs",
-        "runs of A",
-        "runs of B",
-        "verdict",
-    ]
+    return [*names, "A", "B", f"change, {unit}", "95 % interval", "pairs", "runs of A", "runs of B", "verdict"]
 
 
 def _cells(comparison: Comparison) -> list[list[str]]:
@@ -313,25 +288,19 @@ def _notes(comparison: Comparison) -> list[str]:
         notes.append(f"{empty} of {len(lines)} lines have no paired seed.")
     if incomplete := sum(line.incomplete for line in lines):
         every = sum(line.pairings for line in lines)
-        notes.append(
-            f"{incomplete} of {every} pairings are left out, since they lack a seed that others have."
-        )
+        notes.append(f"{incomplete} of {every} pairings are left out, since they lack a seed that others have.")
     alone = [sum(line.unpaired[i] for line in lines) for i in range(2)]
     if any(alone):
         why = " (or with one on another device)" if metric.relative else ""
         notes.append(f"Finished runs without a partner{why}: {alone[0]} of A, {alone[1]} of B.")
     if busy := sum(line.busy for line in lines):
-        notes.append(
-            f"{busy} pairs hold a run during which other work ran on the machine: their times decide nothing."
-        )
+        notes.append(f"{busy} pairs hold a run during which other work ran on the machine: their times decide nothing.")
     for name, only in zip("AB", comparison.missing, strict=True):
         if only:
             more = f"; and {len(only) - 5} more" if len(only) > 5 else ""
             notes.append(f"Only in {name}, {len(only)}: {'; '.join(only[:5])}{more}.")
     if broken := sum(line.broken for line in lines):
-        notes.append(
-            f"{broken} runs that A finished failed in B; that is a regression whatever the threshold."
-        )
+        notes.append(f"{broken} runs that A finished failed in B; that is a regression whatever the threshold.")
     decided = sum(line.verdict in ("worse", "better", "undecided") for line in lines)
     if decided > 1:
         notes.append(
@@ -345,11 +314,7 @@ def _notes(comparison: Comparison) -> list[str]:
 
 def _json(line: Line) -> dict[str, Any]:
     def interval(value: Interval | None) -> dict[str, Any] | None:
-        return (
-            None
-            if value is None
-            else {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
-        )
+        return None if value is None else {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
 
     names = {name: None if value == math.inf else value for name, value in line.names}
     return {

@@ -60,18 +60,14 @@ class Table:
         if self.baseline is None:
             notes.append(f"No finished {BASELINE} run here: rows are ordered by mean accuracy.")
         elif self.alternatives > 1:
-            notes.append(
-                f"{self.alternatives} {BASELINE} rows: paired with the first, {self.baseline.title}."
-            )
+            notes.append(f"{self.alternatives} {BASELINE} rows: paired with the first, {self.baseline.title}.")
         claims = {(e.row.title, e.row.shared("claimed"), e.row.shared("claim")) for e in self.entries}
         for title, claimed, claim in sorted((c for c in claims if c[1] is not None), key=str):
             why = claim or "no assumptions given"
             notes.append(f"{title} claims ε = {epsilon(claimed)}, which does not rank ({why}).")
         jobs = sorted({r.jobs for e in (*self.entries, *self.references) for r in e.row.counted if r.jobs})
         if len(jobs) > 1:
-            notes.append(
-                f"Throughput was measured with {jobs[0]} to {jobs[-1]} runs at a time: compare with care."
-            )
+            notes.append(f"Throughput was measured with {jobs[0]} to {jobs[-1]} runs at a time: compare with care.")
         elif jobs and jobs[0] > 1:
             notes.append(f"Throughput was measured with {jobs[0]} runs at a time on the device.")
         runs = [r for e in (*self.entries, *self.references) for r in e.row.counted]
@@ -82,9 +78,7 @@ class Table:
                 "timings are marked: do not compare them."
             )
         if any(e.row.first.stages for e in (*self.entries, *self.references)):
-            notes.append(
-                "Examples/s of runs of two stages are those of the first stage, seconds are of both."
-            )
+            notes.append("Examples/s of runs of two stages are those of the first stage, seconds are of both.")
         if any(e.row.stale for e in (*self.entries, *self.references)):
             notes.append("Rows marked stale hold runs made by other code than today's.")
         merged = [run for e in (*self.entries, *self.references) for run in e.row.runs if run.origin]
@@ -128,9 +122,7 @@ class Board:
         runs = self.runs
         seeds = sorted({r.seed for r in runs if r.seed is not None})
         epsilons = ", ".join(epsilon(e) for e in sorted({r.setting.epsilon for r in runs}))
-        deltas = ", ".join(
-            small(d) for d in sorted({r.setting.delta for r in runs if r.setting.delta is not None})
-        )
+        deltas = ", ".join(small(d) for d in sorted({r.setting.delta for r in runs if r.setting.delta is not None}))
         devices = sorted({device_text(r.device) for r in runs} - {""}, key=natural)
         code = sorted({r.commit[:12] + (" with local changes" if r.dirty else "") for r in runs if r.commit})
         facts = {
@@ -201,9 +193,7 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
     shown = [(s, k) for s, k in ordered if math.isfinite(s.epsilon) or _place(s, k) not in finite]
     speeds = _speeds(rows)
     return [
-        _table(
-            i, s, k, by_setting[s, k], references[_place(s, k)] if math.isfinite(s.epsilon) else [], speeds
-        )
+        _table(i, s, k, by_setting[s, k], references[_place(s, k)] if math.isfinite(s.epsilon) else [], speeds)
         for i, (s, k) in enumerate(shown, 1)
     ]
 
@@ -264,13 +254,7 @@ def _table(
         ]
 
     return Table(
-        f"table-{index}",
-        setting,
-        kind,
-        tuple(entries(members)),
-        tuple(entries(references)),
-        baseline,
-        alternatives,
+        f"table-{index}", setting, kind, tuple(entries(members)), tuple(entries(references)), baseline, alternatives
     )
 
 
@@ -284,9 +268,7 @@ def _barred(row: Row) -> str:
 def _baseline(rows: Sequence[Row]) -> tuple[Row | None, int]:
     """The row to pair with, and among how many: `BASELINE` by its plain label, else the first by name."""
     named = [row for row in rows if row.first.method == BASELINE and row.scores]
-    ordered = sorted(
-        named, key=lambda r: (r.label != BASELINE, natural(r.title), r.first.group, r.device.fingerprint)
-    )
+    ordered = sorted(named, key=lambda r: (r.label != BASELINE, natural(r.title), r.first.group, r.device.fingerprint))
     return (ordered[0] if ordered else None), len({row.first.group for row in named})
 
 
@@ -301,10 +283,7 @@ def _speeds(rows: Sequence[Row]) -> dict[tuple[str, ...], tuple[float, bool]]:
     for row in rows:
         if row.first.method in (BASELINE, REFERENCE) and row.rate:
             found[_speed_key(row, row.first.method)][row.label].append(row)
-    chosen = {
-        key: labels[key[-1] if key[-1] in labels else min(labels, key=natural)]
-        for key, labels in found.items()
-    }
+    chosen = {key: labels[key[-1] if key[-1] in labels else min(labels, key=natural)] for key, labels in found.items()}
     return {key: quietest((row.rate, row.busy) for row in there) for key, there in chosen.items()}
 
 

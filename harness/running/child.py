@@ -32,14 +32,7 @@ from harness.running.jobs import device_of, is_cuda, threads_of
 # Exit codes of a run's process: its folder is locked; it has a record meanwhile; it is another cell's.
 BUSY, ALREADY, OTHERS = 75, 76, 77
 # Exit codes of a run's process that could not write, by reason: the launcher stops, and the run is half done.
-NO_PLACE = {
-    errno.ENOSPC: 80,
-    errno.EDQUOT: 81,
-    errno.EROFS: 82,
-    errno.EACCES: 83,
-    errno.EPERM: 84,
-    errno.EIO: 85,
-}
+NO_PLACE = {errno.ENOSPC: 80, errno.EDQUOT: 81, errno.EROFS: 82, errno.EACCES: 83, errno.EPERM: 84, errno.EIO: 85}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what no cell can be the cause of, wherever it happened
 SERIAL = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 OUTPUT = "output.txt"

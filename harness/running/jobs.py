@@ -92,9 +92,7 @@ def select(
     return selection
 
 
-def _conflict(
-    cell: Cell, place: store.Folder, attempts: Iterable[store.Record], asked: Cell
-) -> store.Broken | None:
+def _conflict(cell: Cell, place: store.Folder, attempts: Iterable[store.Record], asked: Cell) -> store.Broken | None:
     """What is, or will be, in the folders of a cell and is of another cell with its id; None where nothing is."""
     if asked.digest != cell.digest:
         other = describe(asked.canonical())

@@ -155,10 +155,7 @@ def describe(cell: Mapping[str, Any]) -> str:
     epsilon = privacy.get("epsilon")
     names = (method.get("label") or method.get("name") or "?", task.get("name", "?"))
     name, place = (" ".join(str(one).splitlines()) for one in names)
-    return (
-        f"{name}  {place}  eps={'inf' if epsilon is None else format(epsilon, 'g')}"
-        f"  seed={cell.get('seed', '?')}"
-    )
+    return f"{name}  {place}  eps={'inf' if epsilon is None else format(epsilon, 'g')}  seed={cell.get('seed', '?')}"
 
 
 def result_line(outcome: Outcome) -> str:

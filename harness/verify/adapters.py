@@ -45,14 +45,7 @@ class Naive(PerExample):
     """Per-example gradients, weighed by norms that subclasses get wrong."""
 
     def clipped_sum(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         grads, losses = self.gradients(loss, model, w, batch)
         norms = group_norms(self.squares(grads), groups, losses)
@@ -60,9 +53,7 @@ class Naive(PerExample):
         total = [self.weighed(weights[:, groups[name]].to(g.dtype), g).flatten() for name, g in grads.items()]
         return Clipped(w.with_flat(torch.cat(total)), norms, weights, losses.detach())
 
-    def gradients(
-        self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def gradients(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients [B, *shape] by name, and losses [B]."""
         return per_example_gradients(loss, model, w.views, w.names, batch)
 
@@ -105,9 +96,7 @@ class KeepsNonFinite(Naive):
 class InBatchStatistics(Naive):
     """Takes each example's loss from one pass of the whole batch, statistics of the batch and all."""
 
-    def gradients(
-        self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def gradients(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         with held(model, w.views) as own:
             losses = losses_of(loss, model, batch)
             rows = [torch.autograd.grad(one, list(own.values()), retain_graph=True) for one in losses]
@@ -118,9 +107,7 @@ class InBatchStatistics(Naive):
 class TwoPasses(Naive):
     """Sums the gradient of the weighted losses: another one than it measured, where a hook changes gradients."""
 
-    def clipped_sum(
-        self, loss: Loss, clip: Clip, groups: Any, model: nn.Module, w: Tree, *rest: Any
-    ) -> Clipped:
+    def clipped_sum(self, loss: Loss, clip: Clip, groups: Any, model: nn.Module, w: Tree, *rest: Any) -> Clipped:
         out, (batch, _) = super().clipped_sum(loss, clip, groups, model, w, *rest), rest
         assert out.weights is not None
         with held(model, w.views) as own:
@@ -338,9 +325,7 @@ class NeverEmpty(Poisson):
     """Draws again where nobody came."""
 
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
-        attempts = (
-            super(NeverEmpty, self).draw(n, batch, step + again * 10**6, seed) for again in range(1000)
-        )
+        attempts = (super(NeverEmpty, self).draw(n, batch, step + again * 10**6, seed) for again in range(1000))
         return next(drawn for drawn in attempts if len(drawn))
 
 
@@ -376,9 +361,7 @@ class Counting(Vmap):
 class PassedAgain(Naive):
     """Where an example is not finite, passes the others once more, and draws their dropout anew."""
 
-    def gradients(
-        self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def gradients(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         found, losses = super().gradients(loss, model, w, batch)
         good = torch.stack([g.flatten(1).isfinite().all(1) for g in found.values()]).all(0)
         if not good.all() and good.any():
@@ -392,9 +375,7 @@ class PassedAgain(Naive):
 class LeftOut(Naive):
     """A plan of one random pass, in which the first layer was skipped: it gets no gradient."""
 
-    def gradients(
-        self, loss: Loss, model: nn.Module, w: Tree, batch: Batch
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def gradients(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         found, losses = super().gradients(loss, model, w, batch)
         first = w.names[0]
         return found | {first: torch.zeros_like(found[first])}, losses

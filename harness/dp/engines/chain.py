@@ -37,8 +37,7 @@ def layers_of(model: nn.Module, w: Mapping[str, Any] | Tree) -> dict[str, Layer]
         path, _, last = name.rpartition(".")
         found.setdefault(path, {})[last] = name
     return {
-        path: Layer(path, model.get_submodule(path), own.get("weight"), own.get("bias"))
-        for path, own in found.items()
+        path: Layer(path, model.get_submodule(path), own.get("weight"), own.get("bias")) for path, own in found.items()
     }
 
 

@@ -66,9 +66,7 @@ class Feedback(Engine):
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         """None, or the reason. What only a pass can show, `bounded` shows before it uses a model: see `survey`."""
         if type(clip) is not Unclipped:
-            return (
-                f"feedback alignment bounds each example itself: write Unclipped() for {type(clip).__name__}"
-            )
+            return f"feedback alignment bounds each example itself: write Unclipped() for {type(clip).__name__}"
         if loss.rows != 1:
             return f"{type(loss).__name__} makes an example of {loss.rows} rows, and feedback alignment takes one"
         return unserved(model)
@@ -179,9 +177,7 @@ class Feedback(Engine):
 
 
 @lru_cache(maxsize=64)
-def matrix(
-    seed: int, piece: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def matrix(seed: int, piece: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """B of a piece of the network, [rows, columns]: independent normal entries of variance 1 / rows."""
     # On the CPU in float32, the same everywhere.
     drawn = Stream(seed, "feedback", piece).normal(rows * columns)
@@ -258,9 +254,7 @@ def survey(layers: Mapping[str, Layer], model: nn.Module, w: Tree, x: Tensor) ->
         order = tuple(call.layer.path for call in tapes[0].calls)
         for path in layers:
             if order.count(path) != 1:
-                raise Unserved(
-                    f"{path} is called {order.count(path)} times, and feedback alignment serves one call"
-                )
+                raise Unserved(f"{path} is called {order.count(path)} times, and feedback alignment serves one call")
         try:
             refuse_branches(tapes[0], given, own)
         except CheckpointError as error:
@@ -322,16 +316,13 @@ def refuse_branches(tape: Tape, given: Tensor, leaves: Mapping[str, Tensor]) -> 
                     " serves layers in a chain, without shortcuts or parameters used elsewhere"
                 )
             if g is None and at == piece and source is not given:
-                raise Unserved(
-                    f"{name} does not depend on {label}: feedback alignment serves layers in a chain"
-                )
+                raise Unserved(f"{name} does not depend on {label}: feedback alignment serves layers in a chain")
 
 
 def refuse_uneven(many: Tape, few: Tape) -> None:
     """Raise ValueError where a tensor's first dimension is not that of the examples, or a row depends on others."""
     here, there = (
-        [(call.layer.path, t) for call in tape.calls for t in (call.a, call.z)]
-        + [("the output", tape.ends[-1])]
+        [(call.layer.path, t) for call in tape.calls for t in (call.a, call.z)] + [("the output", tape.ends[-1])]
         for tape in (many, few)
     )
     for (path, a), (_, b) in zip(here, there, strict=True):
@@ -343,6 +334,4 @@ def refuse_uneven(many: Tape, few: Tape) -> None:
         a, b = a.detach()[: PROBES[1]].double(), b.detach().double()
         slack = 1e-3 * a.abs().amax().nan_to_num(0.0, 0.0, 0.0)
         if not torch.allclose(a, b, rtol=0.0, atol=float(slack), equal_nan=True):
-            raise Unserved(
-                f"{path} gives another result for an example when others are left out of the batch"
-            )
+            raise Unserved(f"{path} gives another result for an example when others are left out of the batch")

@@ -366,7 +366,5 @@ class Lookup(Gradient):
 
     def __add__(self, other: Gradient) -> Gradient:
         if isinstance(other, Lookup):
-            return Lookup(
-                torch.cat([self.index, other.index], 1), torch.cat([self.g, other.g], 1), self.entries
-            )
+            return Lookup(torch.cat([self.index, other.index], 1), torch.cat([self.g, other.g], 1), self.entries)
         return super().__add__(other)

@@ -10,16 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.dp.engines.gradients import (
-    Costs,
-    Gradient,
-    Product,
-    gram_cost,
-    gram_squares,
-    placed,
-    row_cost,
-    scaled,
-)
+from harness.dp.engines.gradients import Costs, Gradient, Product, gram_cost, gram_squares, placed, row_cost, scaled
 from harness.dp.engines.rows import squared_norms, wide
 from harness.dp.native import kernels
 
@@ -40,9 +31,7 @@ class Geometry:
         """The same for images of one row, where it is for lines: some operators know only images."""
         if len(self.kernel) > 1:
             return self
-        return Geometry(
-            (1, *self.kernel), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups
-        )
+        return Geometry((1, *self.kernel), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups)
 
 
 @dataclass
@@ -68,9 +57,7 @@ class Patches(Product):
         x, g, geo = wide(self.x), wide(self.g), self.geometry
         if self.served:
             self.channels_last = True
-            return kernels.convolution_rows(
-                x[:, 0], g[:, 0], geo.kernel, geo.stride, geo.padding, geo.dilation
-            )
+            return kernels.convolution_rows(x[:, 0], g[:, 0], geo.kernel, geo.stride, geo.padding, geo.dilation)
         # Examples become groups of channels of one convolution, whose weight gradient then holds each example's own.
         x, g = (t.transpose(0, 1).flatten(1, 2) for t in (x, g))
         rows = self._weight_gradient(x, g, len(self.x) * geo.groups).unflatten(0, (len(self.x), -1))
@@ -138,9 +125,7 @@ class Patches(Product):
             windows = Patches(self.x[here], self.g[here], self.geometry)._windows()
             # [B * groups, k * T, .] -> [groups, B * k * T, .]
             a, g = (t.double().unflatten(0, (-1, groups)) for t in windows)
-            total.baddbmm_(
-                scaled(v[here], g).transpose(0, 1).flatten(1, 2).mT, a.transpose(0, 1).flatten(1, 2)
-            )
+            total.baddbmm_(scaled(v[here], g).transpose(0, 1).flatten(1, 2).mT, a.transpose(0, 1).flatten(1, 2))
         return placed(total.view(self.shape), out)
 
     def __add__(self, other: Gradient) -> Gradient:

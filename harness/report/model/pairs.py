@@ -85,11 +85,7 @@ class Pairing:
         for seed in self.a.finished.keys() & self.b.finished.keys():
             one, other = self.a.finished[seed], self.b.finished[seed]
             x, y = metric.of(one), metric.of(other)
-            if (
-                x is None
-                or y is None
-                or (metric.relative and one.device.fingerprint != other.device.fingerprint)
-            ):
+            if x is None or y is None or (metric.relative and one.device.fingerprint != other.device.fingerprint):
                 continue
             if (change := metric.change(x, y)) is not None:
                 found[seed] = (x, y, change)
@@ -130,17 +126,14 @@ def named(found: Series, name: str) -> dict[tuple[str, Setting], Side]:
             if len(rows) > 1:
                 there = "".join(f"\n  {row.first.group}  {row.title}" for row, _ in rows[:10])
                 raise CompareError(
-                    f"{name}: {len(rows)} rows of {where(suite, setting)} are called so; write group or title:"
-                    + there
+                    f"{name}: {len(rows)} rows of {where(suite, setting)} are called so; write group or title:" + there
                 )
         return {key: rows[0][1] for key, rows in chosen.items()}
     known = sorted({row.first.method for rows in found.values() for row, _ in rows}, key=natural)
     raise CompareError(f"{name}: no record is of such a method; there are {', '.join(known) or 'none'}.")
 
 
-def partner(
-    side: Mapping[tuple[str, Setting], Side], suite: str, setting: Setting
-) -> tuple[str, Setting] | None:
+def partner(side: Mapping[tuple[str, Setting], Side], suite: str, setting: Setting) -> tuple[str, Setting] | None:
     """The setting of a side that stands beside this one: the same, else the one without a privacy target."""
     if (suite, setting) in side:
         return suite, setting

@@ -40,19 +40,11 @@ class Verdict:
     def would_change(self) -> str:
         """What would make the verdict another one."""
         m = self.measured
-        if (
-            self.verdict == "not comparable"
-            or m is None
-            or self.value is None
-            or m.low is None
-            or m.high is None
-        ):
+        if self.verdict == "not comparable" or m is None or self.value is None or m.low is None or m.high is None:
             return "; ".join(dict.fromkeys(self.remedies))
         if self.verdict == "agrees":
             room = min(self.value - m.low, m.high - self.value)
-            return (
-                f"an end of our interval moving by {_amount(self.metric, room)} or more, as more seeds may do"
-            )
+            return f"an end of our interval moving by {_amount(self.metric, room)} or more, as more seeds may do"
         gap = max(m.low - self.value, self.value - m.high)
         return f"an interval of ours that reaches {_amount(self.metric, gap)} further"
 
@@ -109,9 +101,7 @@ def _same_target(a: float, b: float) -> bool:
     return a == b or math.isclose(a, b, rel_tol=1e-9)
 
 
-def _obstacles(
-    row: Row, metric: str, measured: Interval, accountant: str, reduced: bool
-) -> list[tuple[str, str]]:
+def _obstacles(row: Row, metric: str, measured: Interval, accountant: str, reduced: bool) -> list[tuple[str, str]]:
     """Why a measurement cannot be held against a published value, each with what would help; `accountant` is the one
     of the published epsilon."""
     why = []
@@ -124,13 +114,9 @@ def _obstacles(
              f"runs calibrated by {accountant}")
         )  # fmt: skip
     if stale := sum(run.stale for run in row.counted):
-        why.append(
-            (f"{stale} of {len(row.counted)} runs were made by other code than today's", "running it again")
-        )
+        why.append((f"{stale} of {len(row.counted)} runs were made by other code than today's", "running it again"))
     if metric in ("examples_per_second", "train_seconds") and (busy := sum(run.busy for run in row.counted)):
-        why.append(
-            (f"{busy} of {len(row.counted)} runs were timed on a busy machine", "running it on a quiet one")
-        )
+        why.append((f"{busy} of {len(row.counted)} runs were timed on a busy machine", "running it on a quiet one"))
     if measured.low is None:
         why.append(("one seed gives no interval", "more seeds"))
     return why

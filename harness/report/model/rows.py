@@ -60,11 +60,7 @@ class Row:
     @cached_property
     def scores(self) -> dict[int, float]:
         """Accuracy (a fraction) by seed."""
-        return {
-            run.seed: run.accuracy
-            for run in self.counted
-            if run.seed is not None and run.accuracy is not None
-        }
+        return {run.seed: run.accuracy for run in self.counted if run.seed is not None and run.accuracy is not None}
 
     @cached_property
     def accuracy(self) -> Interval | None:
@@ -186,9 +182,7 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
         for fingerprint in sorted(places):
             members = places[fingerprint] + (homeless if fingerprint == first else [])
             device = max((r.device for r in members), key=lambda d: (d.fingerprint, d.kind, d.name))
-            rows.append(
-                Row(tuple(sorted(members, key=lambda r: (r.seed is None, r.seed or 0, r.order))), device)
-            )
+            rows.append(Row(tuple(sorted(members, key=lambda r: (r.seed is None, r.seed or 0, r.order))), device))
     return _told_apart(rows)
 
 
@@ -215,9 +209,7 @@ def _told_apart(rows: list[Row]) -> list[Row]:
         texts = [", ".join(t[n] for n in names if t.get(n)) for t in traits]
         for i, text in zip(indices, texts, strict=True):
             unique = text and texts.count(text) == 1
-            out[i] = replace(
-                rows[i], variant=text if unique else ", ".join(filter(None, (text, rows[i].first.group)))
-            )
+            out[i] = replace(rows[i], variant=text if unique else ", ".join(filter(None, (text, rows[i].first.group))))
     return out
 
 

@@ -68,9 +68,7 @@ def bounds(value: Interval | None, signed: bool = False) -> str:
 
 def gap(value: Interval | None) -> str:
     """A difference, ``+0.41 [+0.10, +0.72]`` (points), or only the mean where there is no interval."""
-    return (
-        "–" if value is None else f"{percent(value.mean, signed=True)} {bounds(value, signed=True)}".strip()
-    )
+    return "–" if value is None else f"{percent(value.mean, signed=True)} {bounds(value, signed=True)}".strip()
 
 
 def by_accountant(values: Mapping[str, float], refused: Mapping[str, str]) -> str:
