@@ -26,7 +26,7 @@ from typing import Any
 from harness import draw, measure, registry, store
 from harness.cell import Cell
 from harness.private import opened
-from harness.records.schema import blank
+from harness.records.schema import blank, fault
 from harness.running.jobs import device_of, is_cuda, threads_of
 
 # Exit codes of a run's process: its folder is locked; it has a record meanwhile; it is another cell's.
@@ -250,32 +250,34 @@ def failure(
     code: Mapping[str, Any] | None = None,
 ) -> store.Record:
     """A record with what is known of a failed run: its identity, its status and why, where and how long."""
-    place = _place(folder)
-    commit = {key: place.pop(key, None) for key in ("commit", "dirty")}
-    place.pop("code", None)
-    return blank(
-        id=cell.id, group=cell.group, suite=suite, status=status, reason=reason, cell=cell.canonical(),
-        card=_card(cell.method),
-        privacy={key: cell.privacy[key] for key in ("relation", "unit", "delta")} | {"sensitivity": {}},
-        measured={"jobs": jobs}, diagnostics={"wall_seconds": seconds}, code={**(code or {}), **commit},
-        device=place.pop("device", None) or {
-            "kind": "cuda" if is_cuda(cell) else "cpu", "spec": device_of(cell), "threads": threads_of(cell),
-        },
-        environment=place, started=started, finished=now(),
-    )  # fmt: skip
+
+    def made(place: dict[str, Any]) -> store.Record:
+        commit = {key: place.pop(key, None) for key in ("commit", "dirty")}
+        place.pop("code", None)
+        return blank(
+            id=cell.id, group=cell.group, suite=suite, status=status, reason=reason, cell=cell.canonical(),
+            card=_card(cell.method),
+            privacy={key: cell.privacy[key] for key in ("relation", "unit", "delta")} | {"sensitivity": {}},
+            measured={"jobs": jobs}, diagnostics={"wall_seconds": seconds}, code={**(code or {}), **commit},
+            device=place.pop("device", None) or {
+                "kind": "cuda" if is_cuda(cell) else "cpu", "spec": device_of(cell), "threads": threads_of(cell),
+            },
+            environment=place, started=started, finished=now(),
+        )  # fmt: skip
+
+    record = made(_place(folder))
+    # A damaged env.json may hold what no record can.
+    return record if fault(record) is None else made({})
 
 
 def _place(folder: Path) -> dict[str, Any]:
-    """The env.json that the run wrote when it started; empty where it did not come so far, or where it is damaged."""
+    """The env.json that the run wrote when it started; empty where it did not come so far, or where it is no object."""
     file = folder / "env.json"
     try:
         found = json.loads(file.read_bytes()) if file.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(found, dict) or store.unreadable({"environment": found}):  # it goes into a record
-        return {}
-    kinds: dict[str, type | tuple[type, ...]] = {"device": dict, "commit": (str, type(None))}
-    return found if all(isinstance(found[key], kind) for key, kind in kinds.items() if key in found) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _card(method: str) -> dict[str, object]:
