@@ -8,7 +8,7 @@ import torch
 from planted import OneOfSeveral, WholeCounts
 
 from harness import audits as stored
-from harness import registry
+from harness import cli, registry
 from harness.dp import (
     Fixed,
     Flat,
@@ -215,21 +215,21 @@ def test_the_parts_say_which_instrument_serves(tmp_path, capsys):
         entry, _ = registry.lookup("method", spec)
         method = registry.load(entry)()
         assert command.takes_canaries(method, command.Setting().trained()) is (instrument != "neighbours")
-    assert command.main(["dp-rotation", "contrastive", *request]) == 0
+    assert cli.main(["audit", "dp-rotation", "contrastive", *request]) == 0
     found = {a["method"]: a for a in stored.load(tmp_path / "audits")}
     assert found["dp-rotation"]["instrument"] == "neighbours" and found["dp-rotation"]["epsilon_audited"] > 0
     assert found["dp-rotation"]["canaries"] == 1 and found["dp-rotation"]["trials"] == 100
     assert set(found["dp-rotation"]["instruments"]) == {"error rates", "trade-off"}
     assert "without noise" in found["contrastive"]["reason"]
-    assert command.main(["dp-sgd", "--neighbours", *request]) == 0
+    assert cli.main(["audit", "dp-sgd", "--neighbours", *request]) == 0
     assert {a["instrument"] for a in stored.load(tmp_path / "audits") if a["method"] == "dp-sgd"} == {
         "neighbours"
     }
     asked = ["dp-rotation", "--canaries", "5", *request]  # canaries were asked for by name
-    assert command.main(asked) == 0 and "not auditable" in capsys.readouterr().out
+    assert cli.main(["audit", *asked]) == 0 and "not auditable" in capsys.readouterr().out
     for wrong in (["--canaries", "5"], ["--membership"]):
         with pytest.raises(SystemExit):
-            command.main(["dp-sgd", "--neighbours", *wrong])
+            cli.main(["audit", "dp-sgd", "--neighbours", *wrong])
 
 
 def test_too_few_runs_are_refused_and_so_is_a_ledger_that_is_not_the_plan():

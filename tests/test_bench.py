@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness import bench, cli
+from harness import cli
 from harness.bench import figure, plan, session, table
 from harness.bench.race import interleave, race, turns
 from harness.bench.trial import trial
@@ -170,7 +170,7 @@ def test_requests_that_cannot_be_met(arguments: list[str], tmp_path: Path) -> No
     suite = tmp_path / "tiny.toml"
     suite.write_text(TINY)
     with pytest.raises(SystemExit) as caught:
-        bench.main(["--suite", str(suite), "--out", str(tmp_path / "none"), *arguments])
+        cli.main(["bench", "--suite", str(suite), "--out", str(tmp_path / "none"), *arguments])
     assert caught.value.code == 2
 
 
@@ -261,7 +261,7 @@ def test_from_the_command_to_the_table(tmp_path: Path, capsys: pytest.CaptureFix
     suite, out = tmp_path / "tiny.toml", tmp_path / "out"
     suite.write_text(TINY)
     command = ["--suite", str(suite), "--out", str(out), "--threads", "1", "--workloads", "small"]
-    assert bench.main([*command, "--engines", "vmap", "bench_fakes:Halved", "loop"]) == 1
+    assert cli.main(["bench", *command, "--engines", "vmap", "bench_fakes:Halved", "loop"]) == 1
     printed = capsys.readouterr().out
     assert "wrong: error 5e-01" in printed
     written = json.loads((out / "small-b4.json").read_text())
@@ -271,7 +271,7 @@ def test_from_the_command_to_the_table(tmp_path: Path, capsys: pytest.CaptureFix
     assert {"device", "environment", "load", "peers", "code", "outside", "parameters"} <= written.keys()
     assert str(tmp_path) not in json.dumps(written)
     before = {name: (out / name).read_bytes() for name in ("table.md", "figure.svg")}
-    assert bench.main([*command, "--report"]) == 1 and capsys.readouterr().out == printed
+    assert cli.main(["bench", *command, "--report"]) == 1 and capsys.readouterr().out == printed
     assert before == {name: (out / name).read_bytes() for name in before}
 
 
@@ -284,13 +284,13 @@ def test_compare_tells_by_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFi
     now = write(tmp_path / "now", record("w1", bookkeeping=0.0024, loop=0.1))
     then = write(tmp_path / "then", record("w1", bookkeeping=0.0021, loop=0.1), record("w2", loop=0.1))
     report = ["--suite", str(suite), "--out", str(now), "--report", "--compare"]
-    assert bench.main([*report, str(then)]) == 1
+    assert cli.main(["bench", *report, str(then)]) == 1
     assert "w1 batch 128 bookkeeping: was 1.05, now 1.20: now/then 1.14  WORSE" in capsys.readouterr().out
-    assert bench.main([*report, str(then / "w1-b128.json"), "--threshold", "1.2"]) == 0
+    assert cli.main(["bench", *report, str(then / "w1-b128.json"), "--threshold", "1.2"]) == 0
     gone = write(tmp_path / "gone", record("w1", bookkeeping=0.0024, loop=0.1, vmap=0.01))
-    assert bench.main([*report, str(gone)]) == 1  # vmap has no time any more
+    assert cli.main(["bench", *report, str(gone)]) == 1  # vmap has no time any more
     with pytest.raises(SystemExit):
-        bench.main([*report, str(write(tmp_path / "other", record("w3", loop=0.1)))])
+        cli.main(["bench", *report, str(write(tmp_path / "other", record("w3", loop=0.1)))])
 
 
 def test_the_table_says_what_the_records_say() -> None:

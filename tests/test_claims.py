@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import cli
 from harness.suite import SuiteError
 from harness.verify import accounts, claims
 from harness.verify.accounts import Sampled
@@ -240,13 +241,13 @@ def test_the_command_shows_a_claim_and_writes_the_page(tmp_path, capsys):
     suite, page = tmp_path / "mine.toml", tmp_path / "docs" / "page.md"
     suite.write_text(HEAD + SGD + SGD.replace("one", "two").replace("3.0", "1.0").replace("8.0", "0.1"))
     assert claims.is_claims(suite) and not claims.is_claims(ROOT / "suites/core.toml")
-    assert claims.main(["one", "--suite", str(suite)]) == 0
+    assert cli.main(["claims", "one", "--suite", str(suite)]) == 0
     shown = capsys.readouterr().out
     assert "### one" in shown and "two" not in shown and "| published, epsilon | 8 | the claim |" in shown
-    assert claims.main(["--suite", str(suite)]) == 0
+    assert cli.main(["claims", "--suite", str(suite)]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 4 and "**overstates**" in rows[2] and "**understates**" in rows[3]
-    assert claims.main(["--suite", str(suite), "--write", "--out", str(page)]) == 0
+    assert cli.main(["claims", "--suite", str(suite), "--write", "--out", str(page)]) == 0
     assert shown in page.read_text() and "\n".join(rows) in page.read_text()
 
 
@@ -261,5 +262,5 @@ def test_the_command_shows_a_claim_and_writes_the_page(tmp_path, capsys):
 def test_a_wrong_request_says_what_to_write(arguments, message, tmp_path, capsys):
     (suite := tmp_path / "mine.toml").write_text(HEAD + SGD)
     with pytest.raises(SystemExit) as caught:
-        claims.main([*arguments, "--suite", str(suite)])
+        cli.main(["claims", *arguments, "--suite", str(suite)])
     assert caught.value.code == 2 and message in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_the_table_stands_between_its_markers(tmp_path, monkeypatch, capsys):
     manual = tmp_path / "manual.md"
     manual.write_text(f"before\n{faults.BEGIN}\nold\n{faults.END}\nafter\n")
     monkeypatch.setattr(faults, "gallery", lambda: [f for f in GALLERY if "not billed" in f.name])
-    assert faults.main(["--docs", str(manual)]) == 0
+    assert faults.run(manual) == 0
     text = manual.read_text()
     assert text.startswith(f"before\n{faults.BEGIN}\n| fault |") and text.endswith(
         f"|\n{faults.END}\nafter\n"
@@ -71,5 +71,5 @@ def test_a_fault_that_is_missed_fails_the_command(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(faults, "gallery", lambda: [missed])
     manual = tmp_path / "manual.md"
     manual.write_text(f"{faults.BEGIN}\nold\n{faults.END}")
-    assert faults.main(["--docs", str(manual)]) == 1
+    assert faults.run(manual) == 1
     assert "not caught: a sound method" in capsys.readouterr().out and "old" in manual.read_text()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from harness import audits, registry
-from harness.verify import audit, membership
+from harness import audits, cli, registry
+from harness.verify import membership
 from harness.verify.canary import Refused
 from harness.verify.membership import Found, Setting, attack, auc, confidence, lira
 
@@ -71,7 +71,7 @@ def test_the_bound_is_that_of_one_model_alone():
 
 def test_the_command_records_what_was_found(tmp_path, capsys):
     request = ["dp-sgd", "non-private", "--membership", "--examples", "200", "--steps", "5", "--repeat", "3"]
-    assert audit.main([*request, "--results", str(tmp_path)]) == 0
+    assert cli.main(["audit", *request, "--results", str(tmp_path)]) == 0
     kept = {a["method"]: a for a in audits.load(tmp_path / "audits")}
     assert kept["dp-sgd"]["instrument"] == membership.INSTRUMENT and kept["dp-sgd"]["trials"] == 3
     assert kept["dp-sgd"]["epsilon_audited"] <= kept["dp-sgd"]["epsilon_claimed"] <= 3

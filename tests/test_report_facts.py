@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import harness
 from harness import cli, report
-from harness.cli import planning, standing
+from harness.cli.commands import plan as plan_command
+from harness.cli.commands import status as status_command
 from harness.report import export, figures, html, pages, read, recipe, rows, tables, text
 from harness.report.model import words
 from tests.test_browser import Visit, browser, column, reports  # noqa: F401  (fixtures)
@@ -312,7 +313,7 @@ def test_status_of_every_suite_names_the_stale_records(
         old["id"]: {"hash": "d" * 12},
         lost["id"]: "its method is not here",
     }
-    monkeypatch.setattr(standing, "codes_of_records", lambda records: codes)
+    monkeypatch.setattr(status_command, "codes_of_records", lambda records: codes)
     assert cli.main(["status", "--results", str(tmp_path / "results")]) == cli.OK
     said = capsys.readouterr().out
     assert " ".join(said.split()).startswith(
@@ -323,6 +324,6 @@ def test_status_of_every_suite_names_the_stale_records(
 
 def test_a_plan_names_bounds_as_a_report_does() -> None:
     planned = {"pld": 2.0, "gdp": None}
-    told = [planning._planned(planned, name) for name in ("pld", "gdp", "prv")]
+    told = [plan_command._planned(planned, name) for name in ("pld", "gdp", "prv")]
     assert told == ["2", "does not apply", "-"]
-    assert planning._planned({"pld": None, "gdp": None}, "gdp") == "∞"
+    assert plan_command._planned({"pld": None, "gdp": None}, "gdp") == "∞"

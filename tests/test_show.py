@@ -10,7 +10,8 @@ from support.records import make_record, put
 
 from harness import cli, screen
 from harness.cell import Cell
-from harness.cli import checking, parser, selecting
+from harness.cli import parser, selecting
+from harness.cli.commands import check as check_command
 
 REST = """
 [privacy]
@@ -93,8 +94,8 @@ def test_suites_are_found_by_name_wherever_they_are(home: Path, capsys: pytest.C
     Path("suites/core.toml").write_text(body)
     assert "1 runs of 1 settings" in said(capsys, "check", "core")  # as `check suites/core.toml`
     Path("suites/dp-sgd.toml").write_text(body)
-    assert not checking._is_suite("nothing")
-    assert not checking._is_suite("dp-sgd")  # a method of that name comes first
+    assert not check_command._is_suite("nothing")
+    assert not check_command._is_suite("dp-sgd")  # a method of that name comes first
 
 
 def test_ls_parts_lists_every_slot(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from support.records import put
 from test_report import ODD, make, pages, record
 from test_show import said
 
-from harness.cli import planning
+from harness.cli.commands import plan as plan_command
 from harness.report import drawings, figures, stage_table
 
 ADDED = ("trains", "batch", "epochs", "sampling", "relation", "sensitivity", "examples_per_second", "train_seconds",
@@ -210,8 +210,8 @@ def test_show_prints_each_stage_and_an_odd_one_is_quarantined(
 
 def test_the_plan_counts_both_schedules() -> None:
     cell, plain = staged()["cell"], record()["cell"]
-    kind, steps = planning._kind_of(cell)
-    assert steps == 100 and planning._kind_of(plain) == (("dp-sgd", "mnist-5k/tanh-cnn"), 312)
-    assert kind != planning._kind_of({k: v for k, v in cell.items() if k != "then"})[0]
+    kind, steps = plan_command._kind_of(cell)
+    assert steps == 100 and plan_command._kind_of(plain) == (("dp-sgd", "mnist-5k/tanh-cnn"), 312)
+    assert kind != plan_command._kind_of({k: v for k, v in cell.items() if k != "then"})[0]
     cell["then"]["schedule"]["steps"] = 20
-    assert planning._kind_of(cell)[0] != kind, "head and body take another time a step"
+    assert plan_command._kind_of(cell)[0] != kind, "head and body take another time a step"

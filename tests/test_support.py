@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from harness import registry
+from harness import cli, registry
 from harness.dp import SGD, Gaussian, Method, Quantile, Release, Tree, Views
 from harness.dp.random import Stream
 from harness.peers.noise import NOISES
-from harness.verify import audit as command
 from harness.verify import support
 from harness.verify.adapters import FloatSum
 from harness.verify.canary import Refused
@@ -218,7 +217,7 @@ def floats() -> Method:
 def test_the_command_records_and_refutes(tmp_path, capsys):
     (tmp_path / "own.py").write_text(OWN)
     request = [str(tmp_path / "own.py"), "--support", "--repeat", "80", "--results", str(tmp_path)]
-    assert command.main(request) == 1
+    assert cli.main(["audit", *request]) == 1
     assert "REFUTED: releases decide 80 of 80" in capsys.readouterr().out
     (file,) = (tmp_path / "audits").iterdir()
     made = json.loads(file.read_text())
@@ -227,7 +226,7 @@ def test_the_command_records_and_refutes(tmp_path, capsys):
         and made["flagged"]
         and made["facts"]["releases"]["wrong"] == 0
     )
-    assert command.main(request) == 1 and "recorded before" in capsys.readouterr().out
+    assert cli.main(["audit", *request]) == 1 and "recorded before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -235,5 +234,5 @@ def test_the_command_records_and_refutes(tmp_path, capsys):
 )
 def test_what_goes_with_nothing_is_told(more, capsys):
     with pytest.raises(SystemExit) as stopped:
-        command.main(["dp-sgd", "--support", *more])
+        cli.main(["audit", "dp-sgd", "--support", *more])
     assert stopped.value.code == 2 and more[0] in capsys.readouterr().err

@@ -3,7 +3,3 @@
 `plan` reads what to time; `trial` tries one engine in a process of its own; `race` times those that are right in turn;
 `session` makes records of both; `table`, `figure` and `compare` are made from records and from nothing else.
 """
-
-from harness.bench.command import main
-
-__all__ = ["main"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,51 +10,35 @@ from typing import Any
 
 from harness import measure
 
-EXAMPLES = """\
-examples:
-  epsbench bench                                    every workload at its own batch, every engine: under 20 minutes
-  epsbench bench --workloads w1 w3 --batches all    these two, at each of their batches
-  epsbench bench --engines bookkeeping loop         these engines; my_module:MyEngine names one of yours
-  epsbench bench --report                           table and figure again, from the records there are
-  epsbench bench --compare results/throughput/F     and exit code 1 where an engine got slower than there
-  epsbench bench --explain --workloads w4           the engine's way to each parameter's norm
 
-exit codes: 0 all is well; 1 one of our engines is wrong, or slower than --compare allows; 2 the request is wrong
-"""
-
-
-def main(arguments: Sequence[str] = ()) -> int:
+def run(options: argparse.Namespace) -> int:
     """Measure what is asked for, print the table, and write it with its figure beside the records."""
-    parser = _parser()
-    options = parser.parse_args(list(arguments))
-
     from harness.bench import plan, session, table
     from harness.bench.compare import compare
 
     chosen = plan.load(options.suite)
-    items = _items(parser, options, chosen)
-    names = _engines(parser, options, chosen)
+    threads = options.threads or measure.cores()
+    items = _items(options, chosen)
+    names = _engines(options, chosen)
     if options.explain:
         from harness.bench.explain import explained
 
         print("\n".join(explained(workload, batch, options.device) for workload, batch in items), end="")
         return 0
-    if options.device == "cpu" and options.threads > measure.cores():
-        parser.error(f"--threads {options.threads}: this process may use {measure.cores()} cores")
-    fingerprint = measure.device_info(options.device, options.threads)["fingerprint"]
+    if options.device == "cpu" and threads > measure.cores():
+        options.error(f"--threads {threads}: this process may use {measure.cores()} cores")
+    fingerprint = measure.device_info(options.device, threads)["fingerprint"]
     out = options.out or Path("results/throughput") / fingerprint
     try:
         then = session.read(options.compare) if options.compare else []
         if options.report:
             asked = {(workload.name, batch) for workload, batch in items}
             narrowed = options.workloads or options.batches
-            records = [
-                r for r in session.read(out) if not narrowed or (r["workload"]["name"], r["batch"]) in asked
-            ]
+            records = [r for r in session.read(out) if not narrowed or (r["workload"]["name"], r["batch"]) in asked]
         else:
             settings = session.Settings(
                 tuple(names), options.rounds or chosen.bench.rounds, options.seconds or chosen.bench.seconds,
-                options.device, options.threads, options.compiled, out,
+                options.device, threads, options.compiled, out,
             )  # fmt: skip
             records = session.run(items, settings, options.fresh)
         text = table.markdown(records)
@@ -63,65 +46,12 @@ def main(arguments: Sequence[str] = ()) -> int:
         _write(out, session.read(out))
         lines, worse = compare(records, then, options.threshold) if then else ([], False)
     except ValueError as error:
-        parser.error(str(error))
+        options.error(str(error))
     print("\n".join(["", *lines]) if lines else "", end="\n" if lines else "")
     return 1 if worse or _wrong(records) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="epsbench bench", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--workloads", nargs="+", metavar="NAME", help="as in the suite: w1 ... (default: all)")
-    add("--batches", nargs="+", metavar="N|all", help="batches of the suite (default: each workload's own)")
-    add(
-        "--engines",
-        nargs="+",
-        metavar="NAME",
-        help="engines to time, the most important first (default: the suite's)",
-    )
-    add("--device", type=_device, default="cpu", metavar="cpu|cuda:N", help="where to time (default: cpu)")
-    add("--threads", type=_count, default=measure.cores(), help="CPU threads (default: all cores)")
-    add("--rounds", type=_count, help="the most timed calls of an engine (default: the suite's)")
-    add("--seconds", type=_count, help="about what one workload and batch takes (default: the suite's)")
-    add("--compiled", action="store_true", help="time the plain step under torch.compile too")
-    add("--fresh", action="store_true", help="begin anew where an earlier bench was stopped")
-    add("--report", action="store_true", help="measure nothing; table and figure from the records there are")
-    add("--compare", type=Path, metavar="FILE|FOLDER", help="records of an earlier bench to compare with")
-    add(
-        "--threshold", type=float, default=1.1, help="slower by more than this factor is worse (default: 1.1)"
-    )
-    add(
-        "--explain",
-        action="store_true",
-        help="print the engine's choice for each parameter, and its estimates",
-    )
-    add("--out", type=Path, metavar="FOLDER", help="default: results/throughput/<fingerprint of the device>")
-    add("--suite", type=Path, default=Path("suites/throughput.toml"), metavar="FILE", help="what to time")
-    return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number, 1 or more")
-    return int(text)
-
-
-def _device(text: str) -> str:
-    import torch
-
-    if not re.fullmatch(r"cpu|cuda:\d+", text):
-        raise argparse.ArgumentTypeError(f'"{text}" should be cpu or cuda:N, as in cuda:0')
-    if text != "cpu" and int(text[5:]) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"{text}: PyTorch sees {torch.cuda.device_count()} CUDA devices here"
-        )
-    return text
-
-
-def _items(parser: argparse.ArgumentParser, options: Any, chosen: Any) -> list[tuple[Any, int]]:
+def _items(options: Any, chosen: Any) -> list[tuple[Any, int]]:
     """Workloads and batches to measure."""
     from harness.registry import did_you_mean
 
@@ -129,7 +59,7 @@ def _items(parser: argparse.ArgumentParser, options: Any, chosen: Any) -> list[t
     for name in options.workloads or ():
         if name not in known:
             near = did_you_mean(name, known)
-            parser.error(
+            options.error(
                 f"{chosen.file} has no workload {name!r}; it has {', '.join(known)}."
                 + (f' Did you mean "{near}"?' if near else "")
             )
@@ -138,18 +68,18 @@ def _items(parser: argparse.ArgumentParser, options: Any, chosen: Any) -> list[t
         wanted = [str(workload.default)] if options.batches is None else options.batches
         items += [(workload, batch) for batch in workload.batches if str(batch) in wanted or "all" in wanted]
     if not items:
-        parser.error(f"--batches {' '.join(options.batches)}: none of these workloads has such a batch")
+        options.error(f"--batches {' '.join(options.batches)}: none of these workloads has such a batch")
     return items
 
 
-def _engines(parser: argparse.ArgumentParser, options: Any, chosen: Any) -> list[str]:
+def _engines(options: Any, chosen: Any) -> list[str]:
     from harness.bench import engines
     from harness.registry import did_you_mean
 
     for name in options.engines or ():
         if reason := engines.unknown(name):
             near = did_you_mean(name, engines.names())
-            parser.error(reason + (f' Did you mean "{near}"?' if near else ""))
+            options.error(reason + (f' Did you mean "{near}"?' if near else ""))
     return list(dict.fromkeys(options.engines or chosen.bench.engines))
 
 

@@ -58,9 +58,7 @@ def _panel(axis: Axes, record: Record, most: int) -> None:
         fontsize=8,
     )
     axis.axvline(1.0, color=INK, linestyle="--", linewidth=1)
-    if (target := record["workload"]["target"]) is not None and record["batch"] == record["workload"][
-        "default"
-    ]:
+    if (target := record["workload"]["target"]) is not None and record["batch"] == record["workload"]["default"]:
         axis.axvline(target, color=FIRST, linestyle=":", linewidth=1)
     axis.set_yticks(range(len(names)), labels=names)
     axis.set_ylim(most - 0.4, -0.6)

@@ -153,9 +153,7 @@ def main() -> None:
     parser.add_argument("scratch", type=Path, help="a folder with room for the features: 5 kB an example")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of examples")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--microbatch", type=int, help="examples taken at once; the engine's own choice by default"
-    )
+    parser.add_argument("--microbatch", type=int, help="examples taken at once; the engine's own choice by default")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     method: Method = registry.load(registry.resolve("method", "one-step-last-layer"))(classes=CLASSES)

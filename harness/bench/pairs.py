@@ -85,9 +85,7 @@ def one_pair(model: torch.nn.Module, w: Tree, views: Tensor) -> Tensor:
 def table(found: list[Answer]) -> str:
     """The measurements as a Markdown table."""
     by = {(one["size"], one["width"], one["way"]): one for one in found}
-    lines = [
-        "| n | width | parameters | Pairs, s | memory, MiB | one backward pass, s | every pair, s | ratio |"
-    ]
+    lines = ["| n | width | parameters | Pairs, s | memory, MiB | one backward pass, s | every pair, s | ratio |"]
     lines.append("|--:" * 8 + "|")
     for size, width in dict.fromkeys((one["size"], one["width"]) for one in found):
         pairs, plain, direct = (by.get((size, width, way)) for way in ("pairs", "plain", "direct"))
@@ -117,9 +115,7 @@ def main() -> None:
             found.append(call(trial, request, LIMIT))
         except Gone as why:
             print(f"{request}: {why}")
-        options.out.write_text(
-            json.dumps({"cpu": measure.cpu_name(), "measurements": found}, indent=1) + "\n"
-        )
+        options.out.write_text(json.dumps({"cpu": measure.cpu_name(), "measurements": found}, indent=1) + "\n")
     print(f"{measure.cpu_name()}, {options.threads} thread(s); ≈ extrapolated from {SAMPLE} pairs\n")
     print(table(found))
 

@@ -26,9 +26,7 @@ from harness.store import dumps, replace_file
 
 SCHEMA = 1
 MARK = "session.tmp"
-ALONE = (
-    0.125  # an engine whose call takes more than this share of the time left is timed by itself, not in turn
-)
+ALONE = 0.125  # an engine whose call takes more than this share of the time left is timed by itself, not in turn
 BASELINE_LIMIT = 300.0  # seconds
 ROOT = Path(__file__).parent.parent
 CODE = ("dp/**/*.py", "peers/*.py", "models/*.py", "bench/steps.py", "bench/trial.py", "bench/race.py")
@@ -127,9 +125,7 @@ def read(folder: Path) -> list[Record]:
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     if not records or not all(isinstance(one, dict) and one.get("schema") == SCHEMA for one in records):
         raise ValueError(f"{folder}: no records of a bench here; epsbench bench makes some")
-    return sorted(
-        records, key=lambda one: (len(one["workload"]["name"]), one["workload"]["name"], one["batch"])
-    )
+    return sorted(records, key=lambda one: (len(one["workload"]["name"]), one["workload"]["name"], one["batch"]))
 
 
 def say(text: str) -> None:

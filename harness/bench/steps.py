@@ -132,9 +132,7 @@ def error(engine: PerExample, workload: Workload, device: str) -> float:
     norms = clipped(Loop(), CLIP, model, w, batch).observed.norms
     assert norms is not None
     clip = Flat(float(norms.median()))
-    sums = [
-        clipped(e, clip, copy.deepcopy(model), w, batch).releases["grad"].value.flat for e in (engine, Loop())
-    ]
+    sums = [clipped(e, clip, copy.deepcopy(model), w, batch).releases["grad"].value.flat for e in (engine, Loop())]
     return distance(*sums)
 
 

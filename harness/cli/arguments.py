@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 
@@ -69,3 +70,10 @@ def method_option(parser: argparse.ArgumentParser) -> None:
     """``--method FILE``, as often as one likes."""
     parser.add_argument("--method", action="append", default=[], metavar="FILE",
                         help="a Python file with methods, models or data of your own; may be repeated")  # fmt: skip
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,4}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; write 1 or more")
+    return int(text)

@@ -58,9 +58,7 @@ def load(options: argparse.Namespace, thorough: bool = False) -> Suite:
     """The suite that is named; `thorough` as in :func:`harness.suite.load`."""
     named = find(getattr(options, "suite", None) or options.subject)
     if file_kind(named) == "claims":
-        raise UserError(
-            f"{named}: holds claims and trains nothing; epsbench claims --suite {named} recomputes it."
-        )
+        raise UserError(f"{named}: holds claims and trains nothing; epsbench claims --suite {named} recomputes it.")
     from harness.bench import plan
 
     if plan.is_plan(named):
@@ -125,9 +123,7 @@ def _match(cells: Sequence[Cell], pattern: str) -> tuple[str, set[str]]:
         found = {id for id, value in values.items() if value == wanted}
         if not found:
             there = ", ".join(dict.fromkeys(values.values()))
-            raise UserError(
-                f"--only {pattern}: the suite has {key} {there}; write {key}=VALUE with one of these."
-            )
+            raise UserError(f"--only {pattern}: the suite has {key} {there}; write {key}=VALUE with one of these.")
         return key, found
     tests: dict[str, Callable[[Cell], bool]] = {
         "method": lambda c: fits(c.method) or fits(c.label),
@@ -172,9 +168,7 @@ def suite_file(name: str) -> tuple[Path | None, bool]:
         return files[0], False
     for full, reduced in ((name, False), (name.removesuffix("-reduced"), True)):
         for file in files[1:]:
-            with contextlib.suppress(
-                OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError
-            ):
+            with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
                 tables = tomllib.loads(file.read_text("utf-8-sig"))
                 called = tables["suite"].get("name", file.stem)
                 if called == full and (not reduced or (full != name and "reduced" in tables)):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -56,7 +56,7 @@ def says(text: str) -> Meta:
 
 
 T = TypeVar("T")
-Maybe = T | UnsetType
+Maybe = Union[T, UnsetType]  # noqa: UP007 (mypy knows this one as an alias)
 Id = Annotated[str, Meta(pattern="^[0-9a-f]{12}$")]
 Short = Annotated[str, Meta(pattern="^[0-9a-f]{8}$")]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]

@@ -91,8 +91,8 @@ def unknown(record: Mapping[str, Any]) -> str | None:
 
 def _foreign(value: Any, kind: Any, place: str) -> str | None:
     if get_origin(kind) is list and isinstance(value, list):
-        found = (_foreign(one, get_args(kind)[0], f"{place}{i}.") for i, one in enumerate(value, 1))
-        return next(filter(None, found), None)
+        each = (_foreign(one, get_args(kind)[0], f"{place}{i}.") for i, one in enumerate(value, 1))
+        return next(filter(None, each), None)
     if not (isinstance(kind, type) and issubclass(kind, Struct) and isinstance(value, dict)):
         return None
     inside = {field.name: field.of for field in _fields(kind)}

@@ -51,9 +51,7 @@ def classical(plan: Sampled, delta: float, orders: Sequence[float] = ORDERS) -> 
     account = RdpAccountant(list(orders))
     with quiet():
         account.compose(plan.event())
-    return min(
-        float(rdp) + math.log(1 / delta) / (order - 1) for rdp, order in zip(account.rdp, orders, strict=True)
-    )
+    return min(float(rdp) + math.log(1 / delta) / (order - 1) for rdp, order in zip(account.rdp, orders, strict=True))
 
 
 def floor(plan: Sampled, delta: float, interval: float = 1e-4) -> float:

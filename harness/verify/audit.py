@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -36,20 +36,6 @@ from harness.verify.candidates import strongest
 from harness.verify.finding import Verdict, bound, claim
 
 GRADIENTS = "gradient canaries"
-EXAMPLES = """\
-examples:
-  epsbench audit dp-sgd                                   at epsilon 3, in seconds
-  epsbench audit dp-sgd dp-adam --epsilon 1 8             two methods, each at both
-  epsbench audit '*' --epsilon 1 8 --task mnist-5k/tanh-cnn-28    every method
-  epsbench audit group-wise?adaptive=false                with parameters of its own
-  epsbench audit my.py                                    each method of a file of yours
-  epsbench audit dp-sgd --canaries 1 --repeat 500         a run for each canary: no two share one
-  epsbench audit logit-dp adaptive --neighbours           one example in or out, in thousands of short runs
-  epsbench audit dp-sgd --membership                      who was in the training data? (LiRA)
-  epsbench audit '*' --support                            do the floats of the noise give an example away?
-
-exit codes: 0 no claim is refuted; 1 one is; 2 the request is wrong
-"""
 
 
 @dataclass(frozen=True)
@@ -85,9 +71,7 @@ def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | N
     if not method.noise.private:
         raise Refused("it trains without noise and claims no epsilon: there is nothing to audit")
     if method.loss.coupled:
-        raise Refused(
-            "the loss of an example depends on the others of its batch: no canary has a gradient of its own"
-        )
+        raise Refused("the loss of an example depends on the others of its batch: no canary has a gradient of its own")
     seeds = [derive("audit", describe(method), dataclasses.asdict(s), run) for run in range(s.repeat)]
     relation = method.sampler.relation
     planted, reach = plant(method, task or s.trained(), torch.ones(s.canaries, dtype=torch.bool))
@@ -127,9 +111,7 @@ def overhear(
     model = planted.model()
     observer = Observer(planted, method.loss)
     watched = observer.watched(method)
-    secret = SimpleNamespace(
-        **{role: derive(f"audit {role}", seed) for role in ("sampling", "noise", "path")}
-    )
+    secret = SimpleNamespace(**{role: derive(f"audit {role}", seed) for role in ("sampling", "noise", "path")})
     progress = start(watched, model, schedule.steps)
     try:
         progress = train(watched, model, planted, sigma, schedule, secret, progress)
@@ -296,44 +278,35 @@ def line(made: Mapping[str, Any], there: bool) -> str:
 
 # The command ----------------------------------------------------------------------------------------------
 
-_COUNTS = {
-    "examples": "of the task, 0 for all", "steps": "of each run", "canaries": "in each run",
-    "repeat": "independent runs; models, with --membership", "seed": "of all",
-}  # fmt: skip
 
-
-def main(arguments: Sequence[str] = ()) -> int:
+def run(given: argparse.Namespace) -> int:
     """Audit what is asked for, print claimed and audited epsilon, and write a record of each."""
-    parser = _parser()
-    given = parser.parse_args(list(arguments))
     by_flag: dict[str, type[AnySetting]] = {
         "membership": membership.Setting, "neighbours": pair.Setting, "support": support.Setting
     }  # fmt: skip
     flags = [name for name in by_flag if getattr(given, name)]
     for flag in flags:
         if given.canaries is not None:
-            looked = (
-                "the examples of the task are" if flag == "membership" else "the one example that differs is"
-            )
-            parser.error(f"--canaries: with --{flag}, {looked} what is looked for")
+            looked = "the examples of the task are" if flag == "membership" else "the one example that differs is"
+            given.error(f"--canaries: with --{flag}, {looked} what is looked for")
     if given.support and given.rate not in (None, 1.0):
-        parser.error("--rate: with --support the observer knows the batches, and all examples are in each")
+        given.error("--rate: with --support the observer knows the batches, and all examples are in each")
     lowest = {"steps": 1, "canaries": 1, "repeat": 1, "seed": 0, "examples": 0}
     wrong = [f"--{k} {getattr(given, k)}" for k, low in lowest.items() if (getattr(given, k) or low) < low]
     if wrong:
-        parser.error(f"{', '.join(wrong)}: too small")
+        given.error(f"{', '.join(wrong)}: too small")
     if len(flags) > 1:
-        parser.error(f"{' and '.join(f'--{flag}' for flag in flags)}: one of them at a time")
+        given.error(f"{' and '.join(f'--{flag}' for flag in flags)}: one of them at a time")
     subjects = [Subject.of(label, entry) for text in given.method for label, entry in _named(text)]
     kind = by_flag[flags[0]] if flags else Setting
     asked, flagged = _Asked(given), False
     for s in asked.settings(kind):
         if not (0 < s.rate <= 1 and 0 < s.delta < 1 and 0 < s.level < 1 and s.epsilon > 0):
-            parser.error("--rate lies in (0, 1], --delta and --level in (0, 1), --epsilon above 0")
+            given.error("--rate lies in (0, 1], --delta and --level in (0, 1), --epsilon above 0")
     try:
         task = asked.task(kind)
     except Refused as error:
-        parser.error(str(error))
+        given.error(str(error))
     print(HEADER)
     for subject in subjects:
         takes = kind is not Setting or given.canaries is not None or takes_canaries(subject.method, task)
@@ -363,42 +336,6 @@ class _Asked:
         if kind not in self.tasks:
             self.tasks[kind] = self.settings(kind)[0].trained()
         return self.tasks[kind]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="epsbench audit", description="Bound a method's epsilon from below, by attacking it.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument(
-        "method", nargs="+", metavar="METHOD|METHOD.py",
-        help="as registered, with options: name?key=value; 'dp-*' for all whose names begin so",
-    )  # fmt: skip
-    parser.add_argument(
-        "--epsilon", type=float, nargs="+", default=[Setting.epsilon], metavar="E", help="claims"
-    )
-    parser.add_argument("--delta", type=float)
-    parser.add_argument(
-        "--level", type=float, help="the probability of refuting a true claim (default: 0.01)"
-    )
-    parser.add_argument("--task", metavar="DATA/MODEL", help="what is trained")
-    parser.add_argument("--rate", type=float, help="expected batch over n")
-    for name, what in _COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=what)
-    parser.add_argument(
-        "--neighbours", action="store_true",
-        help="train on one of two neighbouring data sets, in place of canaries; without being asked where a method"
-        " takes no canaries and --canaries is not given",
-    )  # fmt: skip
-    parser.add_argument(
-        "--membership", action="store_true", help="infer who was in the training data, in place of canaries"
-    )
-    parser.add_argument(
-        "--support", action="store_true",
-        help="ask of every released float whether it could come of either of two neighbours, in place of canaries",
-    )  # fmt: skip
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
-    return parser
 
 
 def _named(method: str) -> list[tuple[str, registry.Entry]]:

@@ -22,9 +22,7 @@ from harness.dp.account import ACCOUNTANTS, Ledger, quiet
 from harness.dp.account.accountants import Pld
 from harness.dp.release import Relation
 
-GRID = (
-    1e-2  # of privacy losses, where many ledgers are tried: 0.2 % of an epsilon of 1.5, less of larger ones
-)
+GRID = 1e-2  # of privacy losses, where many ledgers are tried: 0.2 % of an epsilon of 1.5, less of larger ones
 CHOOSING = 0.25  # the share of canaries that thresholds and scores are chosen on
 CANDIDATES = 400  # thresholds tried
 SMALLEST = 16  # guesses fewer than this prove little

@@ -94,9 +94,7 @@ class Gated(nn.Module):
     gradient is (softmax(0) - onehot) times its feature in each of these layers, and zero elsewhere, in every step.
     """
 
-    def __init__(
-        self, body: nn.Module, shape: Iterable[int], canaries: int, layers: int, classes: int
-    ) -> None:
+    def __init__(self, body: nn.Module, shape: Iterable[int], canaries: int, layers: int, classes: int) -> None:
         super().__init__()
         self.body, self.shape = body, tuple(shape)
         self.canary = nn.ModuleList(nn.Linear(canaries, classes, bias=False) for _ in range(layers))
@@ -223,10 +221,7 @@ def _reach(method: Method, one: Planted) -> tuple[float, str | None]:
     except (ValueError, RuntimeError, NotImplementedError) as error:
         return 0.0, str(error)
     heard = {name: r for name, r in releases.items() if name == "grad" or name not in method.clip.split(1.0)}
-    shares = [
-        float(r.in_units(r.value).norm()) * one.relation.moves / r.sensitivity / r.sigma
-        for r in heard.values()
-    ]
+    shares = [float(r.in_units(r.value).norm()) * one.relation.moves / r.sensitivity / r.sigma for r in heard.values()]
     return math.hypot(*shares), None
 
 

@@ -37,9 +37,7 @@ def strongest(method: Method, task: Task, rate: float) -> Neighbours:
         raise Refused(refused)
     best: tuple[float, Neighbours] | None = None
     reason = ""
-    model = copy.deepcopy(
-        task.body
-    ).train()  # one for all: an engine tries a model once, and that takes longest
+    model = copy.deepcopy(task.body).train()  # one for all: an engine tries a model once, and that takes longest
     for pair in candidates(method.sampler.relation, task):
         try:
             there = reach(method, pair, rate, model)
@@ -70,9 +68,7 @@ def reach(method: Method, pair: Neighbours, rate: float, model: nn.Module | None
     return observer.expected(at).reach
 
 
-def climbed(
-    method: Method, best: float, pair: Neighbours, rate: float, model: nn.Module | None = None
-) -> Neighbours:
+def climbed(method: Method, best: float, pair: Neighbours, rate: float, model: nn.Module | None = None) -> Neighbours:
     """The pair after a random ascent of its reach: by patterns that crops and flips hardly change, and by any."""
     rng, size = torch.Generator().manual_seed(0), 1.0
     for number in range(CLIMB):

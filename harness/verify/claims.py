@@ -25,15 +25,6 @@ from harness.verify.verdict import NEAR, ROUNDED, Finding
 
 KIND = "claims"
 FILE, DOCUMENT = Path("suites/claims.toml"), Path("docs/claims.md")
-EXAMPLES = """\
-examples:
-  epsbench claims                          every claim in one table: under a minute on one core
-  epsbench claims modelmix-cifar10         this one: source, inputs, every figure, the reason for the verdict
-  epsbench claims --write                  docs/claims.md again
-  epsbench claims --suite mine.toml        claims of your own
-
-exit codes: 0 recomputed, whatever the verdicts; 2 the request is wrong
-"""
 
 
 # The file -------------------------------------------------------------------------------------------------
@@ -92,9 +83,7 @@ class _Reader(Reader):
                     self.bad((kind, index, "id"), f'two claims are called "{claim.id}".')
                 found[claim.id] = claim
         if not found and not self.problems:
-            self.bad(
-                (), f"the {self.kind} has no claim; write one of {', '.join(f'[[{k}]]' for k in KINDS)}."
-            )
+            self.bad((), f"the {self.kind} has no claim; write one of {', '.join(f'[[{k}]]' for k in KINDS)}.")
         if self.problems or header is None:
             raise SuiteError(self.problems)
         return Claims(self.file, header.question, tuple(found.values()))
@@ -191,32 +180,19 @@ had. Verdicts, of numbers of which the smaller is the stronger claim:
 # The command ----------------------------------------------------------------------------------------------
 
 
-def main(arguments: Sequence[str] = ()) -> int:
+def run(options: argparse.Namespace) -> int:
     """Recompute what is asked for and print it, or write the page."""
-    parser = argparse.ArgumentParser(
-        prog="epsbench claims", description="Recompute published privacy numbers from their settings.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument(
-        "ids", nargs="*", metavar="ID", help="claims to show in full (default: a table of all)"
-    )
-    parser.add_argument(
-        "--write", action="store_true", help=f"write {DOCUMENT}, or the page that --out names"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"where to (default: {DOCUMENT})")
-    parser.add_argument("--suite", type=Path, default=FILE, metavar="FILE", help=f"default: {FILE}")
-    options = parser.parse_args(list(arguments))
     if options.ids and options.write:
-        parser.error("--write writes all claims; leave out the ids")
+        options.error("--write writes all claims; leave out the ids")
     if options.out and not options.write:
-        parser.error("--out is for --write")
+        options.error("--out is for --write")
     claims = load(options.suite)
     known = {claim.id: claim for claim in claims.claims}
     for name in options.ids:
         if name not in known:
             near = did_you_mean(name, known)
             there = textwrap.fill(", ".join(known), 100)
-            parser.error(
+            options.error(
                 f"{claims.file} has no claim {name!r}" + (f'; did you mean "{near}"?' if near else f"; it has\n{there}")
             )  # fmt: skip
     chosen = [known[name] for name in dict.fromkeys(options.ids)] or claims.claims

@@ -5,7 +5,6 @@ docs/verification.md holds the table.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -21,13 +20,6 @@ from harness.verify import conformance as checks
 from harness.verify.audit import Setting, audit
 from harness.verify.refusals import Planted, planted
 
-EXAMPLES = """\
-examples:
-  epsbench faults                  all of them, and the table in this checkout's manual
-  epsbench faults --docs my.md     in a text of yours that has the two markers
-
-exit codes: 0 all are caught; 1 one is missed, and nothing is written; 2 the request is wrong
-"""
 SHOWN = 80  # letters of a refusal in the table
 BEGIN, END = "<!-- faults -->", "<!-- end of faults -->"
 DOCS = File(__file__).resolve().parents[2] / "docs" / "verification.md"
@@ -262,17 +254,8 @@ def inserted(text: str, made: str, begin: str = BEGIN, end: str = END) -> str:
     return f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
 
 
-def main(arguments: Sequence[str] = ()) -> int:
-    """Run all planted faults, print the table and write it into the manual."""
-    parser = argparse.ArgumentParser(
-        prog="epsbench faults", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES,
-        description="Plant faults that public code had; say which instrument catches each.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--docs", type=File, default=DOCS if DOCS.is_file() else None, metavar="FILE",
-        help=f"the text to put the table in, between {BEGIN} and {END}; the manual of this checkout, if there is one",
-    )  # fmt: skip
-    options = parser.parse_args(arguments)
+def run(docs: File | None) -> int:
+    """Run all planted faults, print the table and write it into the manual `docs`; the exit code."""
     lines = caught(gallery()) + refused(planted())
     made = table(lines)
     print(made)
@@ -280,6 +263,6 @@ def main(arguments: Sequence[str] = ()) -> int:
     if missed:
         print(f"not caught: {', '.join(missed)}")
         return 1
-    if options.docs:
-        options.docs.write_text(inserted(options.docs.read_text(encoding="utf-8"), made), encoding="utf-8")
+    if docs:
+        docs.write_text(inserted(docs.read_text(encoding="utf-8"), made), encoding="utf-8")
     return 0

@@ -24,9 +24,7 @@ Mask = NDArray[np.bool_]
 
 EXPECTED = 25  # exclusions that noise which is fine would show: none of so many is seen once in 2^25
 MOVED = 128
-SLACK = (
-    2.0**-6
-)  # of a step or of a unit in the last place: what a sum may be rounded by before noise is added
+SLACK = 2.0**-6  # of a step or of a unit in the last place: what a sum may be rounded by before noise is added
 FACTORS = (1.0, math.sqrt(2))  # of noise: that of an inverse error function is merged with the deviation
 OFFSETS = ((0.0, 0.0), (0.5, 0.0), (0.0, SLACK))  # of lattices, and their slack
 FINEST = 40  # steps of lattices that are tried: down to 2^-FINEST deviations
@@ -222,19 +220,13 @@ class Lattice:
 
     def follows(self, other: Image) -> bool:
         """Whether another that holds says as much, or more: steps are tried from the largest down."""
-        return (
-            isinstance(other, Lattice)
-            and other.relative == self.relative
-            and bool(other.slack) <= bool(self.slack)
-        )
+        return isinstance(other, Lattice) and other.relative == self.relative and bool(other.slack) <= bool(self.slack)
 
     def possible(self, y: Array, v: Array, s: Array) -> Mask:
         step = self.step * s if self.relative else np.float64(self.step)
         t = y.astype(float) - v
         k = t / step - self.offset
-        off = (
-            rounding(y, v) + ulp(t.astype(y.dtype)).astype(float) / 2
-        )  # the noise may have been rounded, too
+        off = rounding(y, v) + ulp(t.astype(y.dtype)).astype(float) / 2  # the noise may have been rounded, too
         possible: Mask = np.abs(k - np.rint(k)) <= off / step + self.slack
         return possible
 
@@ -286,9 +278,7 @@ def held(images: Iterable[Image], known: Known, rng: np.random.Generator) -> lis
     moved = shaken(known.y, rng)
     found: list[Image] = []
     for image in sorted(images, key=lambda image: -image.step if isinstance(image, Lattice) else -math.inf):
-        if isinstance(image, Lattice) and any(
-            isinstance(i, Lattice) and i.relative == image.relative for i in found
-        ):
+        if isinstance(image, Lattice) and any(isinstance(i, Lattice) and i.relative == image.relative for i in found):
             continue
         if never_wrong(image, known) and (~image.possible(moved, known.v, known.s)).sum() >= EXPECTED:
             found.append(image)
@@ -297,9 +287,7 @@ def held(images: Iterable[Image], known: Known, rng: np.random.Generator) -> lis
 
 def never_wrong(image: Image, known: Known) -> bool:
     """Whether an image excludes nothing of what was noised. Most that are false are so at once."""
-    return all(
-        bool(image.possible(known.y[i], known.v[i], known.s).all()) for i in (slice(0, 1), slice(None))
-    )
+    return all(bool(image.possible(known.y[i], known.v[i], known.s).all()) for i in (slice(0, 1), slice(None)))
 
 
 def guesses(known: Known, step: float | None = None) -> list[Image]:

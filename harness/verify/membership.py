@@ -124,9 +124,7 @@ def attack(method: Method, s: Setting, task: Task, sigma: float) -> Found:
     Raises Refused where the method cannot be trained so, or its outputs are not one score for each class.
     """
     if method.loss.coupled:
-        raise Refused(
-            "the loss of an example depends on the others of its batch: a slot cannot be left empty"
-        )
+        raise Refused("the loss of an example depends on the others of its batch: a slot cannot be left empty")
     if s.repeat < 3:
         raise Refused(f"{s.repeat} models are too few: an example needs shadow models that it is not in")
     n = len(task.x)
@@ -153,9 +151,7 @@ def trained(method: Method, task: Task, pool: Pool, sigma: float, schedule: Sche
     model = copy.deepcopy(task.body)
     if reason := method.engine.accepts(method.loss, method.clip, model):
         raise Refused(reason)
-    secret = SimpleNamespace(
-        **{role: derive(f"membership {role}", seed) for role in ("sampling", "noise", "path")}
-    )
+    secret = SimpleNamespace(**{role: derive(f"membership {role}", seed) for role in ("sampling", "noise", "path")})
     try:
         progress = train(method, model, pool, sigma, schedule, secret, start(method, model, schedule.steps))
     except (ValueError, RuntimeError, NotImplementedError, Diverged) as error:

@@ -258,9 +258,7 @@ class Observer:
         x, y = self.pair.x[indices], self.pair.y[indices]
         views = derive("audit fresh views", self.seed, step, k)
         present = prepare(Batch(x, y), Stream(views, "views", step))
-        if (
-            self.pair.x_other is None
-        ):  # the views of the others are the same, which makes for a closer estimate
+        if self.pair.x_other is None:  # the views of the others are the same, which makes for a closer estimate
             return Drawn(present, Batch(present.x[~at], present.y[~at]))
         other = Batch(*self.pair.without(x, y, at))
         return Drawn(present, prepare(other, Stream(views, "views", step)))

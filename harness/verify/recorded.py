@@ -36,9 +36,7 @@ def examined(one: Named, repeat: int = 0) -> dict[str, Any]:
     code = code_of(one)  # before the checks: a file that is edited meanwhile is not what was checked
     begun, busy = clock.now(), _cpu()
     lines = (
-        conformance.rehearsed(one.method, repeat)
-        if repeat
-        else conformance.examine(one.method, (one.name, one.file))
+        conformance.rehearsed(one.method, repeat) if repeat else conformance.examine(one.method, (one.name, one.file))
     )
     wall, spent = clock.since(begun), _cpu() - busy
     environment = measure.environment()
@@ -72,9 +70,7 @@ def _load() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def recorded(
-    methods: Iterable[Named], folder: Path, repeat: int = 0
-) -> Iterator[tuple[dict[str, Any], bool]]:
+def recorded(methods: Iterable[Named], folder: Path, repeat: int = 0) -> Iterator[tuple[dict[str, Any], bool]]:
     """Each method's check, made now, and whether a record that says the same was in `folder` already.
 
     The record is written once the caller has taken it and asks for the next.
@@ -168,17 +164,13 @@ def _table(found: list[dict[str, Any]], titles: list[str], cells: list[list[str]
 
 def _made(found: list[dict[str, Any]]) -> str:
     """Where and of what the records are: devices, versions, commits, and how many are not of today's code."""
-    devices = sorted(
-        {f"{one['device']['name']}, {_count(one['device']['threads'], 'thread')}" for one in found}
-    )
+    devices = sorted({f"{one['device']['name']}, {_count(one['device']['threads'], 'thread')}" for one in found})
     versions = sorted({f"torch {one['environment'].get('torch')}" for one in found})
     days = sorted({one["started"][:10] for one in found})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     old = [one["method"] for one in found if one["stale"]]
     said = f"{_count(len(found), 'method')}, {'; '.join(devices)}; {', '.join(versions)}; {when}."
-    return said + (
-        f" Of other code than that of the day the table was made: {', '.join(old)}." if old else ""
-    )
+    return said + (f" Of other code than that of the day the table was made: {', '.join(old)}." if old else "")
 
 
 def _count(number: int, what: str) -> str:

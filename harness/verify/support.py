@@ -362,9 +362,7 @@ class Attack:
             found = self.observer.worlds(at, run.known)
             for release, (name, worlds) in zip(at.releases, found.items(), strict=True):
                 if not np.array_equal(next(sums).numpy(), worlds.present if run.present else worlds.absent):
-                    raise Refused(
-                        "its sums are other ones when they are made again: the observer cannot know them"
-                    )
+                    raise Refused("its sums are other ones when they are made again: the observer cannot know them")
                 images, y = self.holding(name, worlds), numbers(release.formatted)
                 for i, v in enumerate((worlds.absent, worlds.present)):
                     can[i] &= bool(possible(images, y, v, worlds.s).all())

@@ -231,9 +231,7 @@ def _outcome(each: Checking, s: Subject) -> tuple[bool, str, bool]:
         return False, f"{violation}{where}", True
     except Inapplicable as reason:
         return True, f"does not apply: {reason}", False
-    except (
-        Exception
-    ) as error:  # an adapter may fail in any way; the verdict says how, and the other checks still run
+    except Exception as error:  # an adapter may fail in any way; the verdict says how, and the other checks still run
         return False, f"{type(error).__name__}: {error}; raised {_place(error)}", True
     return True, "", True
 

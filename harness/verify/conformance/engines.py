@@ -19,9 +19,7 @@ def other_engines(s: Subject) -> None:
     """so it is with every engine that a suite or auto may take instead"""
     s.noises()
     if not isinstance(s.method.engine, PerExample):
-        raise Inapplicable(
-            f"{type(s.method.engine).__name__} bounds in a way of its own, and is never replaced"
-        )
+        raise Inapplicable(f"{type(s.method.engine).__name__} bounds in a way of its own, and is never replaced")
     for other in replacing(s):
         label = getattr(other.method.engine, "label", type(other.method.engine).__name__)
         for scale in SCALES:

@@ -38,9 +38,7 @@ def chi_square(total: Tensor | float, freedom: float, comparisons: int = 1) -> f
 
 def deviation_at_most(total: float, freedom: int) -> float:
     """What the standard deviation stays below, but for a probability of `ALARM`, if squares sum up to `total`."""
-    least: Any = chdtri(
-        freedom, 1 - ALARM
-    )  # the sum of squares of standard normal numbers falls below it so rarely
+    least: Any = chdtri(freedom, 1 - ALARM)  # the sum of squares of standard normal numbers falls below it so rarely
     return math.sqrt(total / float(least))
 
 

@@ -19,9 +19,7 @@ from harness.verify.conformance.subject import Subject, Violation
 
 def cell(name: str, method: Method) -> Cell:
     """A run of a method in which nothing else varies."""
-    return Cell(
-        "check", name, name, {}, describe(method), {"digest": "0"}, {"epsilon": 3.0}, {"steps": 1}, {}, 0
-    )
+    return Cell("check", name, name, {}, describe(method), {"digest": "0"}, {"epsilon": 3.0}, {"steps": 1}, {}, 0)
 
 
 def identified(s: Subject) -> None:

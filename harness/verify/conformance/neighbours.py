@@ -24,9 +24,7 @@ def equals_loop(s: Subject) -> None:
     """the engine's releases are those of the naive loop, or sums of what single examples release"""
     if s.method.loss.coupled:
         name = type(s.method.loss).__name__
-        raise Inapplicable(
-            f"{name} couples the examples of a batch: no example has a contribution of its own"
-        )
+        raise Inapplicable(f"{name} couples the examples of a batch: no example has a contribution of its own")
     compared(s, s.prepared(s.data.x, s.data.y))
 
 

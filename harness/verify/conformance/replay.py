@@ -24,9 +24,7 @@ def described(s: Subject) -> None:
     """every part is a value that JSON can hold"""
     text = json.dumps(describe(s.method), allow_nan=False)
     if json.loads(text) != describe(s.method):
-        raise Violation(
-            "a part holds a value that JSON does not give back: use numbers, strings, lists and parts"
-        )
+        raise Violation("a part holds a value that JSON does not give back: use numbers, strings, lists and parts")
 
 
 def microbatch_free(s: Subject) -> None:

@@ -56,9 +56,7 @@ def ruled(s: Subject, states: Sequence[Progress]) -> None:
                 raise Violation(f"a norm of {value} has a weight that is not 0: give it 0")
         for i in range(0, len(norms), len(norms) // 20):
             if not torch.equal(clip.weights(norms[i : i + 1], state)[0], weights[i]):
-                raise Violation(
-                    "an example's weight depends on the other examples: compute it from its norms alone"
-                )
+                raise Violation("an example's weight depends on the other examples: compute it from its norms alone")
         for relation in Relation:
             _side_rule(clip, norms, state, relation)
 

@@ -28,13 +28,7 @@ LARGE = (40_000, 400)  # as of a real data set; a sampler may do otherwise with 
 DRAWN, DRAWN_LARGE, LAGS = 200, 48, 16  # steps of each of two seeds; how far apart they are compared
 LATER = 50_400  # a step in the long run, at the start of an epoch of many lengths
 PERIODS = tuple(
-    sorted(
-        {
-            base * 2**k
-            for base in (1, 3, 5, 7, 9, 25, 27, 49, 125, 189, 315, 625, 945, 3125)
-            for k in range(5, 15)
-        }
-    )
+    sorted({base * 2**k for base in (1, 3, 5, 7, 9, 25, 27, 49, 125, 189, 315, 625, 945, 3125) for k in range(5, 15)})
 )  # steps that many a length of an epoch, or of a table of batches, divides
 BILLED = 3000  # first steps whose bills are compared
 TINY, TINIES = (20, 1), 5000  # whose batches of four and more are one in sixty, and how many are drawn
@@ -113,9 +107,7 @@ def _sized(sampler: Sampler, seeds: tuple[int, int]) -> None:
         )  # fmt: skip
 
 
-def _lawful(
-    sampler: Sampler, n: int, batch: int, seeds: tuple[int, int], count: int = DRAWN, first: int = 0
-) -> None:
+def _lawful(sampler: Sampler, n: int, batch: int, seeds: tuple[int, int], count: int = DRAWN, first: int = 0) -> None:
     given, steps = GIVEN, range(first, first + count)
     events = [sampler.wrap(given, n, batch, t) for t in steps]
     rates = [_rate(event, given, n, batch) for event in events]

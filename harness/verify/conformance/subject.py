@@ -211,9 +211,7 @@ class Subject:
         s = self.single()
         later = s.releases(s.prepared(s.data.x, s.data.y), at=s.reached[1])
         kinds = [s.whole]
-        if [(k, r.value.layout) for k, r in later.items()] != [
-            (k, r.value.layout) for k, r in s.whole.items()
-        ]:
+        if [(k, r.value.layout) for k, r in later.items()] != [(k, r.value.layout) for k, r in s.whole.items()]:
             kinds.append(later)
         return [self._noised(releases) for releases in kinds]
 
@@ -232,9 +230,7 @@ class Subject:
             for r, rows in zip(given if t % 2 else zero, drawn, strict=True):
                 rows.append(self.method.noise.add(r, rng).flat - r.value.flat)
         z = [
-            torch.stack(rows).double()
-            * r.in_units(r.value.zeros_like() + 1.0).flat
-            / (r.sigma * r.sensitivity)
+            torch.stack(rows).double() * r.in_units(r.value.zeros_like() + 1.0).flat / (r.sigma * r.sensitivity)
             for r, rows in zip(given, drawn, strict=True)
         ]
         return Noised(torch.cat(z, 1), releases, blocks)
@@ -244,8 +240,7 @@ class Subject:
         name, r = max(self.single().whole.items(), key=lambda item: item[1].value.layout.numel)
         times = -(-width // r.value.layout.numel)
         wide = {
-            label: t.new_zeros(times * max(1, len(t) if t.ndim else 1), *t.shape[1:])
-            for label, t in r.value.items()
+            label: t.new_zeros(times * max(1, len(t) if t.ndim else 1), *t.shape[1:]) for label, t in r.value.items()
         }
         zero = r._replace(value=Tree.of(wide))
         rows = []

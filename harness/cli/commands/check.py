@@ -1,0 +1,124 @@
+"""``check``: all that is wrong with a suite, or what a method promises."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from harness.cli.arguments import method_option, reduced_option, results_option
+from harness.cli.command import Command
+from harness.cli.errors import FAILED, OK, UserError
+from harness.cli.selecting import add_files, file_kind, find, load
+from harness.cli.words import say_broken, table
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument("subjects", metavar="SUITE|METHOD|METHOD.py", nargs="*")
+    parser.add_argument("--repeat", type=int, metavar="N", help="the statistical checks of a method, N times")
+    parser.add_argument("--tables", action="store_true", help="then print the tables of all recorded checks")
+    parser.add_argument("--docs", type=Path, metavar="FILE",
+                       help="write them into that text too, which has the markers of docs/verification.md")  # fmt: skip
+    results_option(parser)
+    reduced_option(parser)
+    method_option(parser)
+
+
+def check(options: argparse.Namespace) -> int:
+    """Check each subject, and print the tables where asked; the worst exit code."""
+    if not options.subjects and not options.tables:
+        raise UserError("name a suite, a method or a file of methods to check, or ask for --tables.")
+    if options.docs and not options.tables:
+        raise UserError(f"--docs {options.docs}: it is for --tables.")
+    if options.repeat is not None and options.repeat < 1:
+        raise UserError(f"--repeat {options.repeat}: it is a number of repetitions; write 1 or more.")
+    subjects = [s for s in options.subjects if Path(s).name != "__init__.py"] or options.subjects
+    codes = [OK]
+    for subject in subjects:
+        alone = len(subjects) == 1
+        codes.append(_checked(argparse.Namespace(**vars(options), subject=subject, alone=alone)))
+    if options.tables:
+        codes.append(_check_tables(options))
+    return max(codes)
+
+
+def _check_tables(options: argparse.Namespace) -> int:
+    from harness import checks
+    from harness.verify import recorded
+
+    say_broken(checks.load(options.results / checks.FOLDER).broken)
+    try:
+        print(recorded.write_tables(options.results / checks.FOLDER, options.docs))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{options.docs}: {error}") from error
+    return OK
+
+
+def _checked(options: argparse.Namespace) -> int:
+    if options.subject.endswith(".toml") or _is_suite(options.subject):
+        if options.repeat:
+            raise UserError(f"--repeat: {options.subject} is a suite; it is for methods.")
+        file = find(options.subject)
+        if file_kind(file) == "claims":
+            from harness.verify import claims
+
+            held = claims.load(file)
+            print(f"{file}: {len(held.claims)} claims for epsbench claims; nothing is wrong.")
+            return OK
+        from harness.bench import plan
+
+        if plan.is_plan(file):
+            timed = plan.load(file)
+            print(f"{file}: {len(timed.workloads)} workloads for epsbench bench; nothing is wrong.")
+            return OK
+        suite = load(options, thorough=True)
+        cells = suite.cells()
+        print(f"{suite.file}: {len(cells)} runs of {len({c.group for c in cells})} settings; nothing is wrong.")
+        return OK
+    if options.reduced:
+        raise UserError(f"--reduced: {options.subject} is a method; it is for suites.")
+    add_files(options.method)
+    if options.subject.endswith(".py"):
+        add_files([options.subject])
+    else:
+        from harness import registry
+
+        registry.resolve("method", options.subject)
+    from harness import checks
+    from harness.verify import conformance, recorded
+
+    methods = conformance.named(options.subject)
+    if not methods:
+        raise UserError(f"{options.subject}: holds no method; mark a function that returns a Method with @method.")
+    code = OK
+    for made, there in recorded.recorded(methods, options.results / checks.FOLDER, options.repeat or 0):
+        shown = recorded.rows(made, failures_alone=not (options.alone and len(methods) == 1))
+        if shown:
+            print(table(shown))
+        print(recorded.summary(made) + (" (recorded before)" if there else ""), flush=True)
+        code = FAILED if checks.failing(made) else code
+    return code
+
+
+def _is_suite(name: str) -> bool:
+    """Whether a bare name is that of a suite under suites/ and of no method."""
+    from harness import registry
+
+    return (Path("suites") / f"{name}.toml").is_file() and name not in registry.index("method")
+
+
+COMMAND = Command(
+    "check",
+    20,
+    "Check a suite for all errors at once, or what a method promises.",
+    """
+    epsbench check suites/core.toml    all that is wrong with it, each with its line
+    epsbench check dp-sgd              sensitivity, ledger, microbatches, resuming, ...
+    epsbench check my.py               the same for each method of a file of yours
+    epsbench check methods/*.py        and of several files
+    epsbench check dp-sgd --repeat 20  the statistical checks alone, with fresh seeds: any false alarm?
+    epsbench check --tables            times and false alarms of what is recorded
+    """,
+    arguments,
+    check,
+)

@@ -1,0 +1,113 @@
+"""``ls``: methods, data sets, models, suites and parts."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.cli.arguments import method_option
+from harness.cli.command import Command
+from harness.cli.errors import OK
+from harness.cli.selecting import add_files
+from harness.cli.words import table, wrap
+
+KINDS = {"methods": "method", "datasets": "dataset", "models": "model"}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=(*KINDS, "suites", "parts"),
+        metavar="methods|datasets|models|suites|parts",
+    )
+    method_option(parser)
+
+
+def ls(options: argparse.Namespace) -> int:
+    """List what is asked for, or everything; the exit code."""
+    from harness import registry
+
+    add_files(options.method)
+    if options.what == "parts":
+        return _ls_parts()
+    kinds = [options.what] if options.what else [*KINDS, "suites"]
+    for kind in kinds:
+        if len(kinds) > 1:
+            print(kind)
+        if kind == "suites":
+            print(table(_suite_rows(), indent="  ") or "  none: no *.toml under suites/")
+        else:
+            _ls_entries(list(registry.index(KINDS[kind]).values()), detail=len(kinds) == 1)
+            for broken in registry.broken(KINDS[kind]):
+                print(f"  ! {broken}")
+        if len(kinds) > 1:
+            print()
+    return OK
+
+
+def _ls_parts() -> int:
+    """The parts that a suite may give a method, slot by slot."""
+    from harness import parts
+
+    for slot in parts.SLOTS:
+        print(f'{slot}: with = {{ {slot} = "NAME?OPTION=VALUE" }} under [[method]]')
+        _ls_entries(list(parts.entries(slot).values()), detail=True)
+        print()
+    return OK
+
+
+def _ls_entries(entries: Sequence[Any], detail: bool) -> None:
+    names = [f"{e.name}:{e.argument.upper()}" if e.argument else e.name for e in entries]
+    rows = [
+        [name, str(e.meta.get("family") or ""), str(e.meta.get("paper") or ""), e.summary]
+        for name, e in zip(names, entries, strict=True)
+    ]
+    used = [i for i in range(4) if any(row[i] for row in rows)]
+    lines = table([[row[i] for i in used] for row in rows], indent="  ").splitlines()
+    for entry, line in zip(entries, lines, strict=True):
+        print(line)
+        if detail and entry.parameters:
+            shown = (
+                f"{name}: {p.type}" + ("" if p.required else f" = {p.default!r}")
+                for name, p in entry.parameters.items()
+            )
+            print(wrap(", ".join(shown), " " * 6))
+
+
+_HEADERS = {
+    "suite": "suite",
+    "throughput": "bench",
+    "claims": "claims",
+}  # where a kind of file says what it is for
+
+
+def _suite_rows() -> list[list[str]]:
+    rows = []
+    for path in sorted(Path("suites").glob("*.toml")):
+        try:
+            tables = tomllib.loads(path.read_text("utf-8-sig"))
+            header = tables[_HEADERS[tables.get("kind", "suite")]]
+            rows.append([str(path), str(header["question"])])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            rows.append([str(path), f"cannot be read: epsbench check {path}"])
+    return rows
+
+
+COMMAND = Command(
+    "ls",
+    10,
+    "List methods, data sets, models and suites.",
+    """
+    epsbench ls
+    epsbench ls methods                 with paper, family, parameters and defaults
+    epsbench ls methods --method my.py  with those of a file of yours
+    epsbench ls parts                   what a suite may give a method in the place of its own
+    """,
+    arguments,
+    ls,
+)

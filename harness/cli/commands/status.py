@@ -1,0 +1,128 @@
+"""``status``: what is done, failed, stale, running and missing."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.cli.arguments import method_option, reduced_option, results_option
+from harness.cli.codes import codes_of_cells, codes_of_records
+from harness.cli.command import Command
+from harness.cli.errors import FAILED, OK
+from harness.cli.selecting import add_files, again, load, need_suite, suite_file
+from harness.cli.words import counts, first_line, say_broken, say_conflicts, table
+
+if TYPE_CHECKING:
+    from harness.cell import Cell
+    from harness.running import jobs
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
+    reduced_option(parser)
+    results_option(parser)
+    method_option(parser)
+
+
+def status(options: argparse.Namespace) -> int:
+    """Count the runs of one suite, or of all that have records; the exit code."""
+    from harness import store
+    from harness.running import jobs, progress
+
+    need_suite(options)
+    if options.suite is None:
+        add_files(options.method)
+        return _status_of_all(options.results)
+    there = (Path("suites") / f"{options.suite}.toml").is_file()
+    if re.fullmatch("[a-z0-9-]+", options.suite) and not there and not options.reduced:
+        file, options.reduced = suite_file(options.suite)
+        if file is None and (options.results / options.suite).is_dir():
+            print(f"{options.suite}: there is no such suite here, so only its records are counted")
+            return _status_of_all(options.results, options.suite)
+        options.suite = str(file or options.suite)
+    suite = load(options)
+    cells = suite.cells()
+    selection = jobs.select(cells, options.results, suite.name, codes=codes_of_cells(cells))
+    states = states_of(cells, selection)
+    print(f"suite {suite.name}: {len(cells)} runs")
+    advice = {
+        "stale": f"{again(options, 'run')} --stale", "failed": f"{again(options, 'run')} --retry",
+        "half done": again(options, "run"), "missing": again(options, "run"),
+    }  # fmt: skip
+    rows = []
+    for state in ("done", "stale", "failed", "running", "half done", "missing", "conflict"):
+        words = [word.partition(", ")[2] for word in states.values() if word.partition(", ")[0] == state]
+        if words:
+            rows.append([state, str(len(words)), counts(filter(None, words)), advice.get(state, "")])
+    print(table(rows, indent="  "))
+    for record in selection.failed:
+        print(f"  {record['id']}  {progress.describe(record['cell'])}: {record['status']}, {first_line(record)}")
+    known = {cell.id for cell in cells}
+    extra = {record["id"] for record in store.load(options.results, suite.name)} - known
+    if extra:
+        print(f"  {len(extra)} more have records but are not in the suite as it is today")
+    say_broken(selection.broken)
+    say_conflicts(selection.conflicts)
+    return FAILED if selection.failed or selection.conflicts else OK
+
+
+def _status_of_all(results: Path, suite: str | None = None) -> int:
+    from harness import store
+
+    records = store.load(results, suite)
+    codes = {id: code for id, code in codes_of_records(records).items() if isinstance(code, Mapping)}
+    current = store.current(records, codes)
+    suites: dict[str, list[store.Record]] = {}
+    for record in current:
+        suites.setdefault(record["suite"], []).append(record)
+    old = {name: [r["id"] for r in ones if r.get("stale")] for name, ones in suites.items()}
+    lost = {name: sum(r["id"] not in codes for r in ones) for name, ones in suites.items()}
+    rows = [
+        [name, str(len(ones)), counts(r["status"] for r in ones),
+         f"{len(old[name])} stale" + (f", {lost[name]} whose code cannot be told" if lost[name] else "")]
+        for name, ones in suites.items()
+    ]  # fmt: skip
+    print(
+        table(rows, ["suite", "runs", "", "code"])
+        if rows
+        else f"{results}: holds no records; epsbench run SUITE makes some"
+    )
+    for name, ids in old.items():
+        if ids:
+            more = f" and {len(ids) - 10} more; epsbench plan {name} lists all" if len(ids) > 10 else ""
+            print(f"  stale in {name}: {', '.join(ids[:10])}{more}")
+    say_broken(records.broken)
+    return FAILED if any(record["status"] in store.FAILED for record in current) else OK
+
+
+def states_of(cells: Iterable[Cell], selection: jobs.Selection) -> dict[str, str]:
+    """A word on each cell by id."""
+    from harness import store
+
+    states = dict.fromkeys((cell.id for cell in cells), "conflict")  # what else there is to say of one follows
+    states |= {record["id"]: f"done, {record['status']}" for record in selection.done}
+    states |= {record["id"]: f"stale, {record['status']}" for record in selection.stale}
+    states |= {record["id"]: f"failed, {record['status']}" for record in selection.failed}
+    for job in selection.todo:
+        if not job.folder.exists():
+            states[job.cell.id] = "missing"
+        else:
+            states[job.cell.id] = "running" if store.locked(job.folder) else "half done"
+    return states
+
+
+COMMAND = Command(
+    "status",
+    50,
+    "Count what is done, failed, stale, running and missing.",
+    """
+    epsbench status                     every suite that has results
+    epsbench status suites/core.toml    against what the suite asks for today
+    """,
+    arguments,
+    status,
+)

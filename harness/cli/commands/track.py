@@ -1,0 +1,50 @@
+"""``track``: records in MLflow."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from harness.cli.arguments import private_option, results_option
+from harness.cli.command import Command
+from harness.cli.errors import OK, UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument("--rebuild", action="store_true", help="ask the store itself, not the list of what was sent")
+    parser.add_argument("--uri", help="the tracking store (default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
+    results_option(parser)
+    private_option(parser)
+
+
+def track(options: argparse.Namespace) -> int:
+    """Bring into MLflow what it lacks; the exit code."""
+    from harness import track as tracking
+
+    if not options.results.is_dir():
+        raise UserError(f"{options.results}: no such folder; name one with --results DIR")
+    waiting = tracking.pending(options.results, options.uri, private=options.private)
+    if not waiting and not options.rebuild:
+        print("MLflow has every record; --rebuild asks the store itself")
+        return OK
+    added = tracking.rebuild(options.results, options.uri, private=options.private)
+    print(f"{added} records added to {tracking.resolve_uri(options.uri)}")
+    return OK
+
+
+COMMAND = Command(
+    "track",
+    110,
+    "Bring the records that MLflow lacks into MLflow.",
+    """
+    epsbench track                       what is not known to be there
+    epsbench track --rebuild             compare with the store itself, and add or replace what differs
+    MLFLOW_TRACKING_URI=http://host:5000 epsbench track
+    """,
+    arguments,
+    track,
+)
