@@ -46,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"store", "registry", "stages", "origin", "public"},
     "running": {
         "store", "measure", "registry", "cell", "draw", "private", "public", "screen", "dp", "codehash", "parts",
+        "records",
     },
     "launch": {"running", "run", "store", "measure", "draw"},
     "verify": {
