@@ -60,10 +60,10 @@ def closure(
     """Files that the modules import, directly or not, themselves and C files included, in order of paths.
 
     ``modules`` are import names or paths of files; ``roots`` are the folders that hold the packages, by
-    default the one that holds ``harness``; ``skip`` are modules that are left out. Imports inside functions
-    count; those under ``if TYPE_CHECKING`` do not. A package's ``__init__`` is part of the closure only
-    where something it defines is imported, or the package as a whole. Raises ``LookupError`` where a
-    starting module has no source.
+    default the one that holds ``harness``; ``skip`` are modules, and packages with all in them, that are left
+    out. Imports inside functions count; those under ``if TYPE_CHECKING`` do not. A package's ``__init__`` is
+    part of the closure only where something it defines is imported, or the package as a whole. Raises
+    ``LookupError`` where a starting module has no source.
     """
     graph = _Graph(_roots(roots), frozenset(skip))
     starts: list[tuple[Path, str]] = []
@@ -190,7 +190,8 @@ class _Graph:
         return self._trees[file]
 
     def _wanted(self, module: str) -> bool:
-        return module.split(".")[0] in self.followed and module not in self.skip
+        skipped = any(module == one or module.startswith(f"{one}.") for one in self.skip)
+        return module.split(".")[0] in self.followed and not skipped
 
     def _passed_on(self, module: str, file: Path, name: str) -> tuple[str, str] | None:
         """Where a package's ``__init__`` takes a name from, by its ``_WHERE`` map or a top-level import."""

@@ -11,27 +11,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from harness import codehash, data, measure, models, registry
-from harness.dp import cache
-from harness.dp.account import Ledger, epsilon, epsilons, explain, ranking
-from harness.dp.calibrate import calibrate_stages
+from harness import data, measure, models, registry
+from harness.cell import Cell
+from harness.dp.account import Ledger, epsilon, explain
 from harness.dp.claim import Run
-from harness.dp.engines import per_example
 from harness.dp.engines.draws import secrecy
 from harness.dp.engines.engine import Unserved, trainable
-from harness.dp.method import Method, Stage, parts, plan
+from harness.dp.method import Method, plan
 from harness.dp.native import describe as kernels
 from harness.dp.release import Relation
 from harness.dp.tree import Layout, Tree
 from harness.dp.tuning import Tuning, charge
 from harness.draw import begin, note
-from harness.parts import combine, modules
 from harness.private import opened
 from harness.records.schema import blank
+from harness.running.plan import Target, bounds, code_of, methods_of, noise_multiplier, stages_of
 from harness.seeds import Seeds
 from harness.train import (
     Diverged,
@@ -45,95 +43,9 @@ from harness.train import (
     write_checkpoint,
 )
 
-if TYPE_CHECKING:
-    from harness.suite import Cell
-
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOG_POINTS = 20  # about how many lines a trace has
 SLACK = 1e-6  # by how much an accountant's answer for the ledger may exceed the target it was calibrated for
-
-
-@dataclass(frozen=True)
-class Target:
-    """The privacy a cell asks for; epsilon None is training without privacy."""
-
-    epsilon: float | None
-    delta: float | None
-    accountant: str
-
-    @classmethod
-    def of(cls, cell: Cell) -> Target:
-        """The target in the cell's identity."""
-        privacy = cell.canonical()["privacy"]
-        return cls(privacy["epsilon"], privacy["delta"], privacy.get("accountant") or "pld")
-
-
-def methods_of(cell: Cell) -> list[Method]:
-    """The method of each stage, with the parts that the suite gives it and the engine and microbatch of the device."""
-    for file in cell.method_files:
-        registry.add_file(Path(file))
-    named = [(cell.method, cell.parameters, cell.changes)]
-    if cell.then:
-        named.append((cell.then["name"], cell.then["parameters"], {}))
-    return [
-        _on_device(combine(registry.load(registry.resolve("method", name))(**given), changes), cell)
-        for name, given, changes in named
-    ]
-
-
-def _on_device(method: Method, cell: Cell) -> Method:
-    """Only the default engine gives way to another: an engine that a method names is part of what it is."""
-    engine, microbatch = cell.device.get("engine"), cell.device.get("microbatch")
-    chosen: Any = per_example(engine) if engine and method.engine == Method().engine else method.engine
-    if microbatch and any(field.name == "microbatch" for field in dataclasses.fields(chosen)):
-        chosen = dataclasses.replace(chosen, microbatch=microbatch)
-    return dataclasses.replace(method, engine=chosen)
-
-
-def code_of(cell: Cell) -> dict[str, Any]:
-    """{"hash", "files"} of the source that decides the cell's numbers, as it is today."""
-    every = [part for method in methods_of(cell) for part in parts(method).values()]
-    named = {("method", cell.method), ("model", registry.parse_spec(cell.task["model"])[0])}
-    rooms = {module for part in every for module in modules(part)} | {"harness.train", "harness.seeds"}
-    if cell.then:
-        named.add(("method", cell.then["name"]))
-        rooms.add("harness.models.headed")
-    starts = sorted(rooms) + sorted({Path(registry.resolve(kind, name).file) for kind, name in named})
-    # Neither a clock nor the registry nor the mode of a file decides a number.
-    files = codehash.closure(starts, skip={"harness.measure", "harness.registry", "harness.private"})
-    return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
-
-
-def stages_of(cell: Cell) -> list[Stage]:
-    """The stages that touch the private data: all but one on public data."""
-    schedules = [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
-    stages = [Stage(m, s["batch"], s["steps"]) for m, s in zip(methods_of(cell), schedules, strict=True)]
-    return stages[:1] if "task" in cell.then else stages
-
-
-def noise_multiplier(stages: Sequence[Stage], target: Target, n: int) -> float:
-    """The calibrated noise multiplier of all stages; 0 where there is no noise."""
-    if target.epsilon is None or target.delta is None:
-        return 0.0
-    folder = cache.root() / "calibration"
-    return calibrate_stages(stages, n, target.epsilon, target.delta, target.accountant, folder)
-
-
-def prepare(cell: Cell) -> dict[str, Any]:
-    """What can be known before training: {"noise_multiplier", "planned" by accountant, "accountant"}."""
-    stages, target, n = stages_of(cell), Target.of(cell), cell.task["n_train"]
-    sigma = noise_multiplier(stages, target, n)
-    ledger = plan(stages, sigma, n)
-    return {"noise_multiplier": sigma or None} | _bounds("planned", ledger, target, stages[0].method)
-
-
-def _bounds(name: str, ledger: Ledger, target: Target, method: Method) -> dict[str, Any]:
-    if target.delta is None:
-        return {name: {}, "accountant": None, "epsilon": None}
-    bounds = epsilons(ledger, target.delta, method.sampler.relation)
-    first = ranking(bounds)
-    finite = {key: value if math.isfinite(value) else None for key, value in bounds.items()}
-    return {name: finite, "accountant": first, "epsilon": finite[first]}
 
 
 def execute(cell: Cell, out: Path, suite: str, jobs: int = 1, save_seconds: float = 20.0) -> dict[str, Any]:
@@ -172,8 +84,8 @@ class _Leg:
     trains: str = "all"
 
     @property
-    def law(self) -> str:
-        """The law of its batches in words."""
+    def sampling(self) -> str:
+        """The distribution of its batches in words."""
         return self.method.sampler.law(self.data.n_train, self.schedule.batch)
 
     def facts(self) -> dict[str, Any]:
@@ -181,7 +93,7 @@ class _Leg:
         batch, steps = self.schedule.batch, self.schedule.steps
         return {
             "method": self.name, "data": self.data.name, "public": self.public, "trains": self.trains,
-            "batch": batch, "steps": steps, "epochs": batch * steps / self.data.n_train, "sampling": self.law,
+            "batch": batch, "steps": steps, "epochs": batch * steps / self.data.n_train, "sampling": self.sampling,
             "relation": None if self.public else self.method.sampler.relation.value,
         }  # fmt: skip
 
@@ -259,17 +171,18 @@ class _Session:
         facts, sampler = self.cell.canonical(), self.method.sampler
         environment = measure.environment()
         return blank(
-            id=self.cell.id, group=self.cell.group, suite=suite, cell=facts, card=card(self.cell.method),
+            id=self.cell.id, group=self.cell.group, suite=suite, cell=facts,
+            card=registry.resolve("method", self.cell.method).card,
             privacy={
                 "relation": sampler.relation.value, "unit": "example",
-                "sampling": joined([leg.law for leg in self.legs if not leg.public]), "delta": self.target.delta,
+                "sampling": joined([leg.sampling for leg in self.legs if not leg.public]), "delta": self.target.delta,
                 "public_data": public_data(self.data.public_data, self.cell),
                 "privately_judged": [
                     number for number, leg in enumerate(self.legs, 1) if not leg.public
                     and (leg.method.loss.probes or self.task["evaluate"] == "validation")
                 ],
             },
-            **self.told(),
+            **self.staged(),
             randomness=self.draw.to_json() | {"dropout_bits": secrecy(self.device)},
             code=self.code | {key: environment.pop(key) for key in ("commit", "dirty")},
             device=measure.device_info(str(self.device), self.threads)
@@ -291,7 +204,7 @@ class _Session:
         planned = plan(self.stages, sigma, self.data.n_train)
         record["privacy"] |= {
             "noise_multiplier": sigma or None,
-            "planned": _bounds("", planned, self.target, m)[""],
+            "planned": bounds("", planned, self.target, m)[""],
             **self.accounting(planned),
         }
         record["privacy"] |= {} if self.cell.then else noted(self.legs[0])
@@ -320,13 +233,13 @@ class _Session:
         except Diverged as error:
             status, reason = "diverged", str(error)
         ledger, done = self.private_ledger(self.progress), self.by_stage()
-        record["privacy"] |= _bounds("spent", ledger, self.target, m)
+        record["privacy"] |= bounds("spent", ledger, self.target, m)
         record["privacy"]["claimed"] = self.claim(sigma, self.progress)
         record["privacy"]["ledger"] = ledger.to_json()
         record["measured"] |= self.measured(done)
         record["diagnostics"] |= self.diagnosed(done)
         if self.cell.then:
-            record |= self.told(done)
+            record |= self.staged(done)
         else:
             record["privacy"]["sensitivity"] = _finite_all(self.progress.sensitivity)
             record["diagnostics"] |= diagnostics(m, self.progress)
@@ -338,10 +251,10 @@ class _Session:
         if self.target.delta is None:
             return {}
         terms, tuning = (self.target.delta, self.method.sampler.relation), self.cell.privacy.get("tuning")
-        told: dict[str, Any] = {"accounting": explain(ledger, *terms)}
+        found: dict[str, Any] = {"accounting": explain(ledger, *terms)}
         if tuning:
-            told["epsilon_with_tuning"] = tuning | charge(ledger, Tuning(**tuning), *terms)
-        return told
+            found["epsilon_with_tuning"] = tuning | charge(ledger, Tuning(**tuning), *terms)
+        return found
 
     def train_all(self, sigma: float) -> None:
         """Train every stage that is not finished. A finished one leaves its last checkpoint to the next."""
@@ -361,17 +274,7 @@ class _Session:
                     ledger=Ledger() if leg.public else self.progress.ledger, sensitivity={}, loss=None, engine="",
                     microbatch=0,
                 )  # fmt: skip
-            train(
-                leg.method,
-                self.model,
-                leg.data,
-                sigma,
-                leg.schedule,
-                leg.seeds,
-                self.progress,
-                self.log,
-                self.save,
-            )
+            train(leg.method, self.model, leg.data, sigma, leg.schedule, leg.seeds, self.progress, self.log, self.save)
             if number + 1 < len(self.legs):
                 self.write(self.finished(number), self.progress)
 
@@ -404,19 +307,19 @@ class _Session:
         first = self.ended(0)
         return [first, alone(p, first)]
 
-    def told(self, done: Sequence[Progress] = ()) -> dict[str, Any]:
+    def staged(self, done: Sequence[Progress] = ()) -> dict[str, Any]:
         """{"stages": what each one is, and what came of those that were begun}; {} for a run of one."""
         if not self.cell.then:
             return {}
-        told = [leg.facts() for leg in self.legs]
-        for one, leg, p in zip(told, self.legs, done, strict=False):
+        stages = [leg.facts() for leg in self.legs]
+        for one, leg, p in zip(stages, self.legs, done, strict=False):
             one |= {
                 "sensitivity": None if leg.public else _finite_all(p.sensitivity),
                 **({} if leg.public else noted(leg)), "engine": p.engine or None,
                 "diagnostics": speed(p) | {"train_seconds": sum(p.seconds)} | diagnostics(leg.method, p),
-                **_bounds("spent", self.private_ledger(p), self.target, self.method),
+                **bounds("spent", self.private_ledger(p), self.target, self.method),
             }  # fmt: skip
-        return {"stages": told}
+        return {"stages": stages}
 
     def log(self, point: LogPoint) -> None:
         """Append a line to the trace. What it tells of private data is for diagnosis."""
@@ -426,11 +329,7 @@ class _Session:
         scores = evaluate(self.model, kept(leg, p), m.loss, leg.data)
         before = sum(one.schedule.steps for one in self.legs[: p.stage])
         line: dict[str, Any] = {"stage": p.stage + 1} if self.cell.then else {}
-        line |= {
-            "step": before + point.step,
-            "seconds": round(sum(p.seconds), 3),
-            "loss": _finite(point.loss),
-        }
+        line |= {"step": before + point.step, "seconds": round(sum(p.seconds), 3), "loss": _finite(point.loss)}
         rate = point.rate if len(p.seconds) > self.timed else None  # not that of the stage before
         line |= {"accuracy": scores["accuracy"], "examples_per_second": _finite(rate)}
         line |= {"clipped_fraction": point.clipped if m.clip.needs_norms else None}
@@ -456,9 +355,7 @@ class _Session:
         if self.target.delta is None or self.cell.then:  # claims are of one method's analysis
             return None
         n, batch, steps = self.data.n_train, self.schedule.batch, self.schedule.steps
-        claim = self.method.path.claim(
-            Run(self.method, sigma, n, batch, steps, self.target.delta), progress.parts.path
-        )
+        claim = self.method.path.claim(Run(self.method, sigma, n, batch, steps, self.target.delta), progress.parts.path)
         return claim.to_json() if claim else None
 
     def measured(self, done: Sequence[Progress]) -> dict[str, Any]:
@@ -487,11 +384,11 @@ def excess(target: Target, privacy: dict[str, Any]) -> str | None:
     return f"spent epsilon {used} by {target.accountant}, the target is {target.epsilon}"
 
 
-def joined(laws: Sequence[str]) -> str:
-    """The laws of the batches that the private data were drawn in: one, or that of each stage."""
-    if len(set(laws)) == 1:
-        return laws[0]
-    return "; ".join(f"{law} (stage {number})" for number, law in enumerate(laws, 1))
+def joined(samplings: Sequence[str]) -> str:
+    """How the batches of private data are distributed, in words: once, or for each stage."""
+    if len(set(samplings)) == 1:
+        return samplings[0]
+    return "; ".join(f"{one} (stage {number})" for number, one in enumerate(samplings, 1))
 
 
 def speed(progress: Progress) -> dict[str, Any]:
@@ -528,9 +425,8 @@ def unfit(method: Method, model: torch.nn.Module, target: Target, relation: str)
         )
     try:
         method.clip.init(Layout.of(trainable(model)))
-    except (
-        ValueError
-    ) as error:  # groups that leave a parameter out, thresholds that are not one for each group
+    except ValueError as error:
+        # Groups that leave a parameter out, thresholds that are not one for each group.
         return str(error)
     return method.engine.accepts(method.loss, method.clip, model)
 
@@ -544,12 +440,6 @@ def public_data(of_dataset: str, cell: Cell) -> str:
     if "task" in cell.then:
         found.append(f"images and labels of {cell.then['task']['dataset']}")
     return "; ".join(found) or "none"
-
-
-def card(name: str) -> dict[str, Any]:
-    """What the registry says about a method: paper, family, one line."""
-    entry = registry.resolve("method", name)
-    return {"paper": entry.meta.get("paper"), "family": entry.meta.get("family"), "summary": entry.summary}
 
 
 def digest(w: Tree) -> str:

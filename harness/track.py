@@ -16,19 +16,28 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness import public, store
+from harness import store
+from harness.records.description import (
+    Finished,
+    cleaned,
+    final_metrics,
+    identity,
+    key_of,
+    milliseconds,
+    parameters,
+    tags,
+)
+from harness.records.trace import Point, read_points
 
 Say = Callable[[str], None]
 
@@ -45,216 +54,10 @@ _ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
 }
 _BATCH = 900  # metrics in one call; MLflow's limit is 1000 things
-_LONGEST = 5000  # characters of a parameter or tag; MLflow's limit is 6000
 
 
 class TrackingError(RuntimeError):
     """The tracking store cannot be reached or refuses; the message is one line."""
-
-
-# --- what is read -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Point:
-    """One line of a trace: its step, seconds of training so far, and its finite numbers."""
-
-    step: int
-    seconds: float
-    values: dict[str, float]
-
-
-def read_points(trace: Path, offset: int = 0) -> tuple[list[Point], int]:
-    """The points after byte `offset`, and the offset after the last complete line.
-
-    A last line without its newline is still being written and is left for the next call; a line that is not
-    a point (torn by a kill, then appended to) is passed over. A file that has become shorter is read from the
-    start.
-    """
-    try:
-        with trace.open("rb") as file:
-            if file.seek(0, os.SEEK_END) < offset:
-                offset = 0
-            file.seek(offset)
-            data = file.read()
-    except FileNotFoundError:
-        return [], 0
-    end = data.rfind(b"\n") + 1
-    return [point for line in data[:end].splitlines() if (point := _point(line))], offset + end
-
-
-def _point(line: bytes) -> Point | None:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(fields, dict) or not _finite(fields.get("step")):
-        return None
-    values = {
-        key: float(value)
-        for key, value in fields.items()
-        if key not in ("step", "seconds") and _finite(value)
-    }
-    seconds = fields.get("seconds")
-    return Point(
-        int(fields["step"]), float(seconds) if seconds is not None and _finite(seconds) else 0.0, values
-    )
-
-
-def _finite(value: Any) -> bool:
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond any float
-        return False
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A record on disk: its directory, what goes out of it and of its trace, the record as bytes, and their digest.
-
-    Without what is private all times are the beginning of the day on which the run began.
-    """
-
-    run_dir: Path
-    record: dict[str, Any]
-    data: bytes
-    digest: str
-    private: bool
-
-    @classmethod
-    def read(cls, run_dir: Path, private: bool) -> Finished:
-        """The record in `run_dir`. Raises `StoreError` where it is no valid one."""
-        return cls._of(run_dir, store.read(run_dir / store.RECORD), private)
-
-    @classmethod
-    def _of(cls, run_dir: Path, record: dict[str, Any], private: bool) -> Finished:
-        if private:
-            data = (run_dir / store.RECORD).read_bytes()
-        else:
-            record = public.view(record)
-            data = store.encode(record, run_dir.name)
-        return cls(run_dir, record, data, hashlib.sha256(data).hexdigest()[:16], private)
-
-    @classmethod
-    def load(cls, results: Path, suites: Iterable[str] | None, private: bool) -> Iterator[Finished]:
-        """All valid records under `results`, or those of some suites."""
-        for suite in [None] if suites is None else sorted(set(suites)):
-            for record in store.load(results, suite):
-                yield cls._of(Path(record["path"]).parent, record, private)
-
-    def points(self) -> list[Point]:
-        """What goes out of the trace."""
-        found = read_points(self.run_dir / "trace.jsonl")[0]
-        if self.private:
-            return found
-        told = public.points(self.record, [point.values for point in found])
-        return [Point(point.step, 0.0, values) for point, values in zip(found, told, strict=False)]
-
-    @property
-    def key(self) -> str:
-        """The record's place under results/: "<suite>/<id>"."""
-        return _key(self.run_dir)
-
-
-def _key(run_dir: Path) -> str:
-    return f"{run_dir.parent.name}/{run_dir.name}"
-
-
-# --- what is written --------------------------------------------------------------------------------------
-
-
-def parameters(cell: Mapping[str, Any]) -> dict[str, str]:
-    """A cell as flat MLflow parameters: `method.lr`, `parts.clip`, `task.dataset`, ..., `seed`."""
-    method = cell.get("method") or {}
-    flat = {"method": method.get("name"), "method.label": method.get("label")}
-    flat |= {f"method.{key}": value for key, value in (method.get("parameters") or {}).items()}
-    flat |= {f"parts.{key}": _call(part) for key, part in (method.get("parts") or {}).items()}
-    for section in ("task", "privacy", "schedule", "numerics"):
-        flat |= {f"{section}.{key}": value for key, value in (cell.get(section) or {}).items()}
-    if flat.get("privacy.epsilon", 0) is None:
-        flat["privacy.epsilon"] = "inf"
-    flat["seed"] = cell.get("seed")
-    return {_name(key): _text(value) for key, value in flat.items() if value is not None}
-
-
-def final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """The record's finite numbers, named `final/...` so that they stand apart from the trace."""
-    privacy = record.get("privacy") or {}
-    flat: dict[str, Any] = dict(record.get("metrics") or {})
-    flat |= {"epsilon": privacy.get("epsilon"), "noise_multiplier": privacy.get("noise_multiplier")}
-    flat |= {f"epsilon_{name}": value for name, value in (privacy.get("spent") or {}).items()}
-    flat |= {f"planned_epsilon_{name}": value for name, value in (privacy.get("planned") or {}).items()}
-    for key, value in (record.get("measured") or {}).items():
-        flat[key] = value.get("median") if isinstance(value, dict) else value
-    for key, value in public.diagnostics(record).items():
-        flat[key] = value.get("median") if isinstance(value, dict) else value
-    return {_name(f"final/{key}"): float(value) for key, value in flat.items() if _finite(value)}
-
-
-def tags(finished: Finished) -> dict[str, str]:
-    """The tags of a finished run, all but `epsbench.record`, which is written last."""
-    record = finished.record
-    cell, card = record.get("cell") or {}, record.get("card") or {}
-    found = _identity(finished.run_dir, cell) | {
-        "epsbench.group": record.get("group"),
-        "epsbench.status": record.get("status"),
-        "epsbench.reason": record.get("reason"),
-        "epsbench.device": (record.get("device") or {}).get("name"),
-        "epsbench.code": (record.get("code") or {}).get("hash"),
-        "epsbench.paper": card.get("paper"),
-        "epsbench.family": card.get("family"),
-        "mlflow.note.content": card.get("summary"),
-    }
-    return {key: _text(value) for key, value in found.items() if value is not None}
-
-
-def _identity(run_dir: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
-    found = {
-        "epsbench.run": run_dir.name,
-        "epsbench.id": run_dir.name.partition(".")[0],
-        "epsbench.suite": run_dir.parent.name,
-        "mlflow.runName": _title(run_dir, cell),
-    }
-    return found | ({"epsbench.seed": _text(cell["seed"])} if "seed" in cell else {})
-
-
-def _title(run_dir: Path, cell: Mapping[str, Any]) -> str:
-    method, task, privacy = (cell.get(key) or {} for key in ("method", "task", "privacy"))
-    epsilon = privacy.get("epsilon")
-    parts = [
-        method.get("label") or method.get("name"),
-        task.get("name"),
-        None if epsilon is None else f"epsilon {epsilon}",
-        f"seed {cell['seed']}" if "seed" in cell else None,
-    ]
-    return ", ".join(str(part) for part in parts if part) or run_dir.name
-
-
-def _call(part: Any) -> Any:
-    """A part as it would be written in Python: {"type": "Flat", "clip": 1.0} is Flat(clip=1.0)."""
-    if not isinstance(part, dict) or "type" not in part:
-        return part
-    fields = (f"{key}={_call(value)}" for key, value in sorted(part.items()) if key != "type")
-    return f"{part['type']}({', '.join(fields)})"
-
-
-def _name(key: str) -> str:
-    return re.sub(r"[^\w./: -]", "_", key)[:250]
-
-
-def _text(value: Any) -> str:
-    return (value if isinstance(value, str) else json.dumps(value, sort_keys=True))[:_LONGEST]
-
-
-def _milliseconds(moment: Any, otherwise: float) -> int:
-    """An ISO 8601 moment, or seconds since 1970 where there is none, in MLflow's unit. A day begins in UTC."""
-    if not isinstance(moment, str):
-        return int(otherwise * 1000)
-    found = datetime.fromisoformat(moment)
-    return int((found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp() * 1000)
-
-
-# --- where it is written ----------------------------------------------------------------------------------
 
 
 def resolve_uri(uri: str | None = None, root: Path | None = None) -> str:
@@ -340,7 +143,7 @@ class _Projection:
     def runs(self, run_dir: Path) -> list[_Run]:
         """The runs that the store has for this directory, newest first."""
         self._experiment(run_dir.parent.name)
-        return self._runs.setdefault(_key(run_dir), [])
+        return self._runs.setdefault(key_of(run_dir), [])
 
     def _experiment(self, suite: str) -> str:
         if suite not in self._experiments:
@@ -370,12 +173,12 @@ class _Projection:
 
     def create(self, run_dir: Path, cell: Mapping[str, Any], start: int) -> _Run:
         """A new, running, empty run."""
-        known, identity = self.runs(run_dir), _identity(run_dir, cell)
+        known, named = self.runs(run_dir), identity(run_dir, cell)
         made = self._client.create_run(
             self._experiment(run_dir.parent.name),
             start_time=start,
-            tags=identity | {"epsbench.status": "running"},
-            run_name=identity["mlflow.runName"],
+            tags=named | {"epsbench.status": "running"},
+            run_name=named["mlflow.runName"],
         )
         known.insert(0, run := _Run(made.info.run_id, None))
         if described := parameters(cell):
@@ -396,7 +199,7 @@ class _Projection:
         self._log(
             run,
             metrics=[
-                metric(_name(key), value, int((start + point.seconds) * 1000), point.step)
+                metric(cleaned(key), value, int((start + point.seconds) * 1000), point.step)
                 for point in points
                 for key, value in point.values.items()
             ],
@@ -405,7 +208,7 @@ class _Projection:
     def _finish(self, run: _Run, finished: Finished, params: Mapping[str, str]) -> None:
         """What the record adds to the trace. The tag `epsbench.record` comes last; superseded runs go."""
         record = finished.record
-        end = _milliseconds(record.get("finished") or record.get("started"), time.time())
+        end = milliseconds(record.get("finished") or record.get("started"), time.time())
         step = int((record["cell"].get("schedule") or {}).get("steps") or 0)
         metric = self._entities.Metric
         metrics = [metric(key, value, end, step) for key, value in final_metrics(record).items()]
@@ -446,7 +249,7 @@ class _Projection:
             self.keep_only(there, finished.run_dir)
             return False
         self.keep_only(None, finished.run_dir)
-        start = _milliseconds(finished.record.get("started"), time.time())
+        start = milliseconds(finished.record.get("started"), time.time())
         run = self.create(finished.run_dir, finished.record["cell"], start)
         self.log_points(run, _new(finished.points(), set()), start / 1000)
         self._finish(run, finished, {})
@@ -496,9 +299,6 @@ def _line(error: BaseException) -> str:
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-# --- live -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -626,9 +426,6 @@ class Tracker:
             if watch.start is None:
                 watch.start = time.time() - fresh[-1].seconds  # its last point was written just now
             into.log_points(watch.run, fresh, watch.start)
-
-
-# --- from the records -------------------------------------------------------------------------------------
 
 
 def pending(

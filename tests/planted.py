@@ -1,4 +1,4 @@
-"""Methods with a fault planted in one part: wider than the faults that public code had (`harness.verify.faults`)."""
+"""Methods with a fault planted in one part: wider than the faults that public code had (`harness.verify.adapters`)."""
 
 import copy
 import dataclasses
@@ -29,7 +29,7 @@ from harness.dp import (
     Vmap,
 )
 from harness.verify import conformance as checks
-from harness.verify.faults import Naive, NotDoubled, TooLow, ViewByView
+from harness.verify.adapters import Naive, NotDoubled, TooLow, ViewByView
 
 # --- clipping rules ---
 

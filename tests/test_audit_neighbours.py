@@ -26,10 +26,10 @@ from harness.dp import (
 from harness.train import Schedule
 from harness.verify import audit as command
 from harness.verify import pair
+from harness.verify.adapters import ClippedBeforeTemperature
 from harness.verify.audit import audit
 from harness.verify.canary import Refused
 from harness.verify.candidates import candidates, reach, strongest
-from harness.verify.faults import ClippedBeforeTemperature
 from harness.verify.pair import Neighbours, Observer, Setting, Side, overheard, squared_mean
 
 STILL = InfoNCE(0.1, pad=0, flip=False, jitter=0.0)  # both views are the image: nothing is averaged over

@@ -99,7 +99,8 @@ def tree(tmp_path: Path) -> Path:
     """A small project with every way of importing."""
     files = {
         "harness/__init__.py": "",
-        "harness/registry.py": "import harness.unrelated\n",
+        "harness/registry/__init__.py": "import harness.unrelated\n",
+        "harness/registry/source.py": "",
         "harness/unrelated.py": "",
         "harness/dp/__init__.py": '_WHERE = {"Flat": "clip", "Ghost": "engines.ghost"}\n',
         "harness/dp/clip.py": "from harness.dp.tree import Tree\n",
@@ -116,7 +117,8 @@ def tree(tmp_path: Path) -> Path:
         "harness/models/nets.py": "import typing\nif typing.TYPE_CHECKING:\n    import harness.dp.clip\n",
         "methods/__init__.py": "",
         "methods/flat.py": "from harness.dp import Flat\nfrom harness.registry import method\n",
-        "methods/ghost.py": "from harness.dp import Ghost\nfrom harness.models import net\n",
+        "methods/ghost.py": "from harness.dp import Ghost\nfrom harness.models import net\n"
+        "from harness.registry import source\nfrom harness.registry.source import KINDS\n",
         "methods/whole.py": "import harness.dp as dp\nfrom harness.models import LATE\n",
         "lab/mine.py": "from harness.dp import Flat\nfrom lab import other\n",
         "lab/other.py": "import os\n",

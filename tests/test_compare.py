@@ -17,6 +17,7 @@ from test_report import record, seeds
 
 from harness import cli
 from harness.report import compare
+from harness.report.model import pairs
 
 FRACTIONS = st.floats(0, 1).map(lambda x: round(x, 6))
 PAIRS = st.lists(st.tuples(FRACTIONS, FRACTIONS), min_size=2, max_size=8)
@@ -35,7 +36,7 @@ def measured(method: str, values: list[float], metric: str, **options: Any) -> l
 
 
 @settings(max_examples=24, deadline=None)
-@given(PAIRS, st.sampled_from(list(compare.METRICS)), st.floats(0, 0.2), st.randoms())
+@given(PAIRS, st.sampled_from(list(pairs.METRICS)), st.floats(0, 0.2), st.randoms())
 def test_a_line_is_the_paired_t_interval_of_scipy(
     pairs: Any, metric: str, threshold: float, order: Any
 ) -> None:
@@ -128,20 +129,18 @@ def test_what_cannot_be_paired_is_counted() -> None:
 
 def test_names_that_mean_nothing_or_too_much() -> None:
     records = [*seeds("dp-sgd", [0.8], lr=1.0), *seeds("dp-sgd", [0.7], lr=3.0), *seeds("dp-adam", [0.7])]
-    with pytest.raises(
-        compare.CompareError, match="no record is of such a method; there are dp-adam, dp-sgd"
-    ):
+    with pytest.raises(pairs.CompareError, match="no record is of such a method; there are dp-adam, dp-sgd"):
         compare.methods(records, "dp-adma", "dp-sgd")
     with pytest.raises(
-        compare.CompareError, match=r"(?s)2 rows of core: .*write group or title:.*dp-sgd \(lr=3\)"
+        pairs.CompareError, match=r"(?s)2 rows of core: .*write group or title:.*dp-sgd \(lr=3\)"
     ):
         compare.methods(records, "dp-sgd", "dp-adam")
     (line,) = compare.methods(records, "dp-sgd (lr=3)", "dp-adam").lines
     assert line.a is not None and line.a.mean == 0.7
     assert compare.methods(records, records[0]["group"], "dp-adam").lines[0].a.mean == 0.8  # type: ignore[union-attr]
-    with pytest.raises(compare.CompareError, match="no task and epsilon in common"):
+    with pytest.raises(pairs.CompareError, match="no task and epsilon in common"):
         compare.methods([*seeds("a", [0.1], epsilon=1.0), *seeds("b", [0.1], epsilon=2.0)], "a", "b")
-    with pytest.raises(compare.CompareError, match="no cell in common"):
+    with pytest.raises(pairs.CompareError, match="no cell in common"):
         compare.folders(seeds("dp-sgd", [0.1]), seeds("dp-adam", [0.1]), "a", "b")
 
 
@@ -221,4 +220,4 @@ def test_the_command_offers_what_there_is(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         cli.main(["compare", "--help"])
     text = re.sub(r"\s+", "", capsys.readouterr().out)
-    assert "{" + ",".join(compare.METRICS) + "}" in text and "{" + ",".join(compare.BY) + "}" in text
+    assert "{" + ",".join(pairs.METRICS) + "}" in text and "{" + ",".join(compare.BY) + "}" in text

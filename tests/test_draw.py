@@ -13,6 +13,7 @@ from harness import cli, draw, launch, pack, store, suite
 from harness import run as running
 from harness.cell import Cell
 from harness.report import board, read, recipe
+from harness.running import child, jobs
 from harness.seeds import Seeds
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +69,7 @@ def test_two_attempts_share_no_noise_and_a_repeated_one_has_the_same_bits(
         words[words.index("--attempt") + 1] == "2"
         and "--attempt" not in recipe.commands(read.read([first])[0], "a.toml")[-1]
     )
-    (job,) = launch.select([cell()], tmp_path / "again", "draws", attempt=2).todo
+    (job,) = jobs.select([cell()], tmp_path / "again", "draws", attempt=2).todo
     assert job.folder.name == f"{id}.2"
     assert weights(job.folder, a, monkeypatch)["weights_sha256"] == found[2]
     # Initial weights are paired over all of them.
@@ -154,13 +155,13 @@ def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     here, there = tmp_path / "here", tmp_path / "there"
     put(here, one)
     put(there, two)
-    assert [len(getattr(launch.select([one], here, "fashion"), name)) for name in ("done", "conflicts")] == [
+    assert [len(getattr(jobs.select([one], here, "fashion"), name)) for name in ("done", "conflicts")] == [
         1,
         0,
     ]
-    asked = launch.select([two], here, "fashion", retry=True, rerun_stale=True)
+    asked = jobs.select([two], here, "fashion", retry=True, rerun_stale=True)
     assert not asked.todo and not asked.done and "another cell with the same id" in asked.conflicts[0].reason
-    asked = launch.select([one, two], tmp_path / "empty", "fashion")
+    asked = jobs.select([one, two], tmp_path / "empty", "fashion")
     assert [job.cell.digest for job in asked.todo] == [one.digest]
     assert "is the folder of two runs" in asked.conflicts[0].reason
 
@@ -187,7 +188,7 @@ def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     half = tmp_path / "half" / "fashion" / one.id
     half.mkdir(parents=True)
     draw.note(half, one, draw.Draw(1, "a" * 12))
-    asked = launch.select([two], tmp_path / "half", "fashion")
+    asked = jobs.select([two], tmp_path / "half", "fashion")
     assert not asked.todo and "half-done run of another cell" in asked.conflicts[0].reason
     with pytest.raises(draw.OtherCell, match="half-done run of another cell"):
         draw.begin(half, two, "a" * 12)
@@ -210,7 +211,7 @@ def test_a_crash_in_training_tells_nothing_of_private_data(
         folder = tmp_path / "draws" / one.id
         folder.mkdir(parents=True)
         task = {"cell": one.to_json(), "suite": "draws", "jobs": 1, "target": launch.TARGET, "code": None}
-        found = launch._execute(task, folder)
+        found = child._execute(task, folder)
         assert found["status"] == "crashed" and "RuntimeError" in found["reason"]
         assert ("3.14159" in json.dumps(found)) == (one is free)
         assert "3.14159" in (folder / "error.txt").read_text()

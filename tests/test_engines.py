@@ -32,7 +32,8 @@ from harness.dp import (
 from harness.dp.clip import Clip
 from harness.dp.engines import auto
 from harness.dp.engines.engine import Engine, Unserved, trainable
-from harness.dp.engines.gradients import Geometry, Lookup, Outer, Patches, gram_squares
+from harness.dp.engines.gradients import Lookup, Outer, gram_squares
+from harness.dp.engines.patches import Geometry, Patches
 from harness.dp.engines.rows import squared_norms
 from harness.dp.engines.rules import rule_for
 from harness.dp.engines.trial import plan_for

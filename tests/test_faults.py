@@ -4,18 +4,20 @@ import dataclasses
 
 import pytest
 
-from harness.dp import Flat, Method
+from harness.dp import Fixed, Flat, Method, Sharp
+from harness.dp.contrast import InfoNCE
+from harness.dp.engines.pairs import Pairs
+from harness.verify import adapters, faults
 from harness.verify import conformance as checks
-from harness.verify import faults
 
 GALLERY = faults.gallery()
 REPAIRED = {  # the same methods without the fault
-    "norms without biases": Method(engine=faults.Naive()),
-    "BatchNorm's statistics of the batch": Method(engine=faults.Naive()),
-    "examples that are not finite kept": Method(engine=faults.Naive()),
-    "DP-SAT's ascent for each microbatch": Method(path=faults.Sharp(0.1), engine=faults.Counting()),
+    "norms without biases": Method(engine=adapters.Naive()),
+    "BatchNorm's statistics of the batch": Method(engine=adapters.Naive()),
+    "examples that are not finite kept": Method(engine=adapters.Naive()),
+    "DP-SAT's ascent for each microbatch": Method(path=Sharp(0.1), engine=adapters.Counting()),
     "temperature left out of Logit-DP's sensitivity": Method(
-        loss=faults.InfoNCE(0.2, pad=1), engine=faults.Pairs(), clip=Flat(0.1), sampler=faults.Fixed()
+        loss=InfoNCE(0.2, pad=1), engine=Pairs(), clip=Flat(0.1), sampler=Fixed()
     ),
 }
 

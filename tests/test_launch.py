@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 
-from harness import launch, store
+from harness import store
 from harness.cell import Cell
+from harness.running import jobs, progress
 
 ROOT = Path(__file__).parent.parent
 STEPS = 30
@@ -117,6 +118,7 @@ import json, sys
 from pathlib import Path
 from harness import launch, store
 from harness.cell import Cell
+from harness.running import jobs
 
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])
@@ -124,7 +126,7 @@ if __name__ == "__main__":
     cells = [Cell.from_json(text) for text in options["cells"]]
     codes = {cell.id: {"hash": options["code"]} for cell in cells}
     results = Path(options["results"])
-    chosen = launch.select(cells, results, "core", codes=codes, retry=options["retry"], rerun_stale=options["stale"])
+    chosen = jobs.select(cells, results, "core", codes=codes, retry=options["retry"], rerun_stale=options["stale"])
     print(json.dumps({key: [r["id"] for r in getattr(chosen, key)] for key in ("done", "stale", "failed")}), flush=True)
     end = launch.run(chosen.todo, "core", at_once=options["jobs"], codes=codes, target="fakes:execute", preload=())
     print("interrupted" if end.interrupted else "over", len(end.outcomes), len(end.left), flush=True)
@@ -367,22 +369,22 @@ def test_ctrl_c_stops_and_the_next_launch_goes_on(place: Place, number: signal.S
 
 
 def test_no_more_run_at_once_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.measure, "cores", lambda: 8)
+    monkeypatch.setattr(jobs.measure, "cores", lambda: 8)
     cpu, wide = make_cell("quick"), make_cell("quick").on("cpu", threads=3)
     gpus = [make_cell("quick").on(name) for name in ("cuda", "cuda:0", "cuda:1")]
-    assert launch.slots([cpu]) == 8
-    assert launch.slots([wide]) == 2
-    assert launch.slots([make_cell("quick").on("cpu", threads=99)]) == 1
-    assert launch.slots(gpus) == 2
-    assert launch.slots([cpu], 3) == 3
+    assert jobs.slots([cpu]) == 8
+    assert jobs.slots([wide]) == 2
+    assert jobs.slots([make_cell("quick").on("cpu", threads=99)]) == 1
+    assert jobs.slots(gpus) == 2
+    assert jobs.slots([cpu], 3) == 3
 
 
 def test_progress_tells_rate_and_time_left() -> None:
-    half = launch.Progress(finished=2, total=6, partly=1.0, seconds=30.0)
+    half = progress.Progress(finished=2, total=6, partly=1.0, seconds=30.0)
     assert half.pace == "6.0 runs/min, 30 s left"
-    assert launch.Progress(0, 6, 0.0, 30.0).pace == ""
-    assert launch.Progress(0, 1, 0.75, 30.0, before=0.5).pace == "0.5 runs/min, 30 s left"
-    assert [launch.duration(s) for s in (0.44, 12, 200, 7500)] == [
+    assert progress.Progress(0, 6, 0.0, 30.0).pace == ""
+    assert progress.Progress(0, 1, 0.75, 30.0, before=0.5).pace == "0.5 runs/min, 30 s left"
+    assert [progress.duration(s) for s in (0.44, 12, 200, 7500)] == [
         "0.4 s",
         "12 s",
         "3 min 20 s",

@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import cli, data, measure, pack, public, report, run, store, suite, track, trust
+from harness import cli, data, measure, pack, public, report, run, store, suite, trust
 from harness.dp.noise import Gaussian
 from harness.dp.sampler import Poisson
+from harness.records import description
 from harness.seeds import Seeds
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +106,7 @@ def published(results: Path, reports: Path, charts: bool) -> dict[str, Any]:
     """All that goes out of a results folder where nobody asks for more; the report where `charts` are to be drawn."""
     bundle = results.with_suffix(".zip")
     assert pack.pack(results, bundle).left_out == []
-    (finished,) = track.Finished.load(results, None, private=False)
+    (finished,) = description.Finished.load(results, None, private=False)
     records = store.load(results)
     placed = [{**one, "path": str(Path(one["path"]).relative_to(results))} for one in records]
     folder = report.build("worlds", "", placed, reports, results=results).folder if charts else None
@@ -113,8 +114,8 @@ def published(results: Path, reports: Path, charts: bool) -> dict[str, Any]:
         "pack": bundle.read_bytes(),
         "MLflow": (
             finished.data,
-            track.tags(finished),
-            track.final_metrics(finished.record),
+            description.tags(finished),
+            description.final_metrics(finished.record),
             finished.points(),
         ),
         "report": {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*.*")}

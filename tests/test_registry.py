@@ -23,7 +23,7 @@ from harness.registry import (
     UnknownName,
 )
 
-ROOT = Path(registry.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 
 GOOD = '''"""A file of methods."""
 from typing import Literal

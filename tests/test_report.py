@@ -35,9 +35,10 @@ from harness.report import (
     top_rows,
 )
 from harness.report import pages as below
+from harness.report.model.words import epsilon
 from harness.report.read import visible
 from harness.report.statistics import Entrant, counted_on, mean_interval, paired_interval, rank
-from harness.report.tables import Board, Table, epsilon, place
+from harness.report.tables import Board, Table, place
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURE = ROOT / "tests" / "fixtures" / "report_records.json"

@@ -16,6 +16,7 @@ from harness import cli, report
 from harness.cli.commands import plan as plan_command
 from harness.cli.commands import status as status_command
 from harness.report import export, figures, html, pages, read, recipe, rows, tables, text
+from harness.report.model import words
 from tests.test_browser import Visit, browser, column, reports  # noqa: F401  (fixtures)
 from tests.test_report import THREE, claim, lines, make, record, seeds, table, traced, verdict
 from tests.test_store import make_record, put
@@ -49,8 +50,8 @@ def test_an_interval_reads_the_same_in_every_file(mine: list[float], base: list[
     (line,) = [one for one in lines(model) if one["title"] == "dp-adam"]
     around = f"{100 * entry.row.accuracy.half:.2f}"  # of the exact half, not of rounded ends
     accuracy, gap = " ".join(line["accuracy"][4:]), " ".join(line["difference"][4:])
-    assert accuracy == tables.interval(entry.row.accuracy) and accuracy.endswith(f"± {around}")
-    assert gap == tables.gap(entry.place.difference)
+    assert accuracy == words.interval(entry.row.accuracy) and accuracy.endswith(f"± {around}")
+    assert gap == words.gap(entry.place.difference)
     page = "".join(pages.run_pages(model, html.Places(model)).values())
     leaderboard, exported = text.markdown(model), "".join(export.files(model).values())
     for said in (accuracy, gap):
@@ -68,8 +69,8 @@ def test_the_leaderboard_shows_the_intervals_it_is_given(browser: Any, tmp_path:
     with Visit(browser, page) as shown:
         cells = dict(zip(column(shown, "title"), column(shown, "accuracy"), strict=True))
         gaps = dict(zip(column(shown, "title"), column(shown, "difference"), strict=True))
-    assert cells["dp-adam"] == f"{tables.interval(entry.row.accuracy)} n = 3"
-    assert gaps["dp-adam"] == tables.gap(entry.place.difference)
+    assert cells["dp-adam"] == f"{words.interval(entry.row.accuracy)} n = 3"
+    assert gaps["dp-adam"] == words.gap(entry.place.difference)
 
 
 # ------------------------------------------------------------ accountants

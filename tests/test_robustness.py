@@ -31,7 +31,9 @@ from support.records import make_cell, make_record, put
 from test_launch import Place
 from test_launch import make_cell as make_fake
 
-from harness import cli, launch, report, store, suite, track
+from harness import cli, launch, report, store, suite
+from harness.records import description
+from harness.running import child, jobs, process, progress
 
 ROOT = Path(__file__).parent.parent
 REAL = min((ROOT / "results" / "fashion").glob("*/record.json"))  # a record that a run wrote
@@ -219,10 +221,11 @@ def test_a_record_is_used_or_quarantined_and_the_others_are_shown(
         assert good["id"] in report.top_rows([]) + "".join(r["id"] for r in store.load(home / "all"))
         report.top_rows(store.current(found))
         for record in found:
-            launch.result_line(launch.Outcome(launch.Job(make_cell(), bad.parent), record))
-            finished = track.Finished.read(Path(record["path"]).parent, private=True)
-            assert track.tags(finished) and track.parameters(record["cell"]) and track.final_metrics(record)
-            track._milliseconds(record.get("started"), 0.0)
+            progress.result_line(progress.Outcome(jobs.Job(make_cell(), bad.parent), record))
+            finished = description.Finished.read(Path(record["path"]).parent, private=True)
+            assert description.tags(finished) and description.parameters(record["cell"])
+            assert description.final_metrics(record)
+            description.milliseconds(record.get("started"), 0.0)
     for record in found:
         store.encode(record, record["id"])
         store.dumps(record).encode()
@@ -246,7 +249,7 @@ def test_status_and_report_show_the_quarantine(
         page = (tmp_path / "reports" / "core" / name).read_text()
         assert re.search(r"Quarantined records.*" + re.escape(expected), page, re.DOTALL), name
     # It does not stand for its cell either: that is run again, beside it.
-    chosen = launch.select([make_cell(0), make_cell(1)], tmp_path / "results", "core")
+    chosen = jobs.select([make_cell(0), make_cell(1)], tmp_path / "results", "core")
     assert [job.folder.name for job in chosen.todo] == [f"{make_cell(1).id}.2"]
     assert [one.path.parent.name for one in chosen.broken] == [make_cell(1).id]
 
@@ -266,12 +269,12 @@ def test_side_files_of_any_content_end_no_launch(
     folder.mkdir(parents=True)
     for name in ("env.json", "trace.jsonl", "output.txt"):
         (folder / name).write_bytes(data + b"\n")
-    assert 0 <= launch._fraction(launch.Job(make_cell(), folder)) <= 1
-    assert isinstance(launch._tail(folder / "output.txt"), str)
-    made = launch.failure(make_cell(), "core", "crashed", "killed", folder=folder, started="2026-01-01T00:00:00+00:00",
+    assert 0 <= jobs.fraction(jobs.Job(make_cell(), folder)) <= 1
+    assert isinstance(process._tail(folder / "output.txt"), str)
+    made = child.failure(make_cell(), "core", "crashed", "killed", folder=folder, started="2026-01-01T00:00:00+00:00",
                           seconds=1.0, jobs=1)  # fmt: skip
     assert store.read(store.write_record(folder, made))["status"] == "crashed"
-    launch.result_line(launch.Outcome(launch.Job(make_cell(), folder), made))
+    progress.result_line(progress.Outcome(jobs.Job(make_cell(), folder), made))
 
 
 TOML_VALUES = st.sampled_from(
@@ -746,9 +749,9 @@ def test_kill_9_at_seven_moments_of_a_run_ends_in_the_same_bits(
     from harness import run  # noqa: F401 (loaded once, for all processes)
 
     (cell,) = suite.parse(TINY).cells()
-    monkeypatch.setattr(launch, "_resolve", lambda target: run_and_save_always)
+    monkeypatch.setattr(child, "_resolve", lambda target: run_and_save_always)
 
-    def process(results: Path) -> tuple[int, Path]:
+    def begun(results: Path) -> tuple[int, Path]:
         folder = results / "tiny" / cell.id
         task = {
             "cell": cell.to_json(),
@@ -758,27 +761,27 @@ def test_kill_9_at_seven_moments_of_a_run_ends_in_the_same_bits(
             "target": "",
             "code": None,
         }
-        return _start(lambda: launch._locked_child(task, folder)), folder
+        return _start(lambda: child._locked_child(task, folder)), folder
 
-    whole, there = process(tmp_path / "whole")
+    whole, there = begun(tmp_path / "whole")
     os.waitpid(whole, 0)
     expected = store.read(there / "record.json")
     assert expected["status"] == "ok", (there / "error.txt").read_text()
 
     choice, kills, sessions = random.Random(1), 0, 0
     while True:
-        child, folder = process(tmp_path / "killed")
+        number, folder = begun(tmp_path / "killed")
         sessions += 1
         trace = folder / "trace.jsonl"
         size = trace.stat().st_size if trace.exists() else 0
         ahead = choice.choice([0, 1, 150, 500])  # bytes of the trace to wait for, then a little more
         deadline = time.monotonic() + 60
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
+        while os.waitpid(number, os.WNOHANG) == (0, 0):
             grown = (trace.stat().st_size if trace.exists() else 0) - size
             if (kills < 7 and (grown >= ahead or grown < 0)) or time.monotonic() > deadline:
                 time.sleep(choice.uniform(0, 0.02))
-                os.kill(child, signal.SIGKILL)
-                kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+                os.kill(number, signal.SIGKILL)
+                kills += os.waitpid(number, 0)[1] == signal.SIGKILL
                 break
             time.sleep(0.001)
         for file in folder.glob("checkpoint/*.safetensors"):
@@ -805,26 +808,26 @@ def test_kill_9_at_seven_moments_of_a_run_ends_in_the_same_bits(
 
 def test_stopping_records_what_finished_and_nothing_of_what_was_killed(tmp_path: Path) -> None:
     """Of two runs that are stopped together one had just written its record: the other is half done, not crashed."""
-    jobs = [
-        launch.Job(make_cell(n), store.Folder(tmp_path, "core", make_cell(n).id).attempt(1)) for n in (0, 1)
+    both = [
+        jobs.Job(make_cell(n), store.Folder(tmp_path, "core", make_cell(n).id).attempt(1)) for n in (0, 1)
     ]
-    for job in jobs:
+    for job in both:
         job.folder.mkdir(parents=True)
     put(tmp_path, make_record(0))
-    process = SimpleNamespace(pid=2**22 + 1, exitcode=-9, join=lambda seconds: None, kill=lambda: None)
+    dead = SimpleNamespace(pid=2**22 + 1, exitcode=-9, join=lambda seconds: None, kill=lambda: None)
     launcher: Any = launch._Launcher.__new__(launch._Launcher)
-    launcher.running = [launch._Running(job, process, 0.0, "2026-01-01T00:00:00", None) for job in jobs]
+    launcher.running = [process.Running(job, dead, 0.0, "2026-01-01T00:00:00", None) for job in both]
     launcher.summary, launcher.total, launcher.began, launcher.before = launch.Summary(), 2, 0.0, 0.0
     launcher.reporter, launcher.codes, launcher.suite, launcher.slots = (
-        launch.Lines(lambda text: None),
+        progress.Lines(lambda text: None),
         {},
         "core",
         2,
     )
     launcher.kill_all()
-    assert [outcome.job for outcome in launcher.summary.outcomes] == jobs[:1]
-    assert [run.job for run in launcher.running] == jobs[1:]
-    assert not (jobs[1].folder / "record.json").exists()
+    assert [outcome.job for outcome in launcher.summary.outcomes] == both[:1]
+    assert [run.job for run in launcher.running] == both[1:]
+    assert not (both[1].folder / "record.json").exists()
 
 
 def test_several_launchers_that_die_and_return_do_nothing_twice(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from harness.dp.account import Ledger, epsilon
 from harness.dp.calibrate import calibrate_stages
 from harness.dp.method import Stage, plan
 from harness.dp.release import Relation
+from harness.running.plan import stages_of
 from harness.seeds import Seeds
 from harness.train import LogPoint, start, train
 
@@ -160,7 +161,7 @@ def test_the_stages_add_up_to_the_run_and_are_those_of_its_trace(whole):
     assert privacy["sensitivity"] is None and "train_loss" not in measured
     assert privacy["sampling"] == first["sampling"] == second["sampling"]
     (cell,) = cells(HEAD)
-    half = plan(run.stages_of(cell)[:1], privacy["noise_multiplier"], cell.task["n_train"])
+    half = plan(stages_of(cell)[:1], privacy["noise_multiplier"], cell.task["n_train"])
     assert first["epsilon"] == epsilon(half, 1e-5, Relation(first["relation"]), first["accountant"])
 
 
@@ -240,7 +241,7 @@ def test_both_stages_are_one_release_and_one_ledger(then, which, request):
     assert 2.97 < privacy["epsilon"] <= 3.0 and privacy["planned"] == privacy["spent"]
     first, second = record["stages"]
     assert 0 < first["epsilon"] < second["epsilon"] == privacy["epsilon"]
-    less = plan(run.stages_of(cell)[:1], privacy["noise_multiplier"] / 1.05, cell.task["n_train"])
+    less = plan(stages_of(cell)[:1], privacy["noise_multiplier"] / 1.05, cell.task["n_train"])
     assert epsilon(less, 1e-5, Relation.ADD_OR_REMOVE, "pld") < 3.0  # the second stage is paid for
     errors = [
         e.message for e in jsonschema.Draft202012Validator(SCHEMA).iter_errors(json.loads(json.dumps(record)))

@@ -22,11 +22,11 @@ from harness.cell import Cell
 from harness.dp import EMA, LookAhead, Method, Mix
 from harness.dp.method import describe
 from harness.lines import Lines
-from harness.run import code_of, methods_of
+from harness.running.plan import code_of, methods_of
 from harness.seeds import Seeds
 from harness.suite import Suite, SuiteError
 
-ROOT = Path(registry.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "ids.json"
 
 # The suite whose ids are pinned in golden/ids.json. It uses every key of the format.

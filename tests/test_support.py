@@ -15,8 +15,8 @@ from harness.dp import SGD, Gaussian, Method, Quantile, Release, Tree, Views
 from harness.dp.random import Stream
 from harness.peers.noise import NOISES
 from harness.verify import support
+from harness.verify.adapters import FloatSum
 from harness.verify.canary import Refused
-from harness.verify.faults import FloatSum
 from harness.verify.images import Fused, Known, Lattice, Product, Short, Sum, guesses, held
 from harness.verify.support import Setting, attacked, neighbours
 
@@ -206,7 +206,7 @@ def test_what_cannot_be_attacked_is_refused():
 OWN = """
 from harness.dp import Method
 from harness.registry import method
-from harness.verify.faults import FloatSum
+from harness.verify.adapters import FloatSum
 
 @method("floats")
 def floats() -> Method:

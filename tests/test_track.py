@@ -20,6 +20,7 @@ from mlflow.tracking import MlflowClient
 from support.records import make_record
 
 from harness import track
+from harness.records.description import milliseconds
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST, SECOND = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
@@ -173,7 +174,7 @@ def test_what_is_private_stays_behind_and_so_does_the_clock(tmp_path: Path) -> N
     stamps = [
         m.timestamp for key in run.data.metrics for m in client.get_metric_history(run.info.run_id, key)
     ]
-    day = track._milliseconds("2026-01-02T00:00:00+00:00", 0)
+    day = milliseconds("2026-01-02T00:00:00+00:00", 0)
     assert {run.info.start_time, run.info.end_time, *stamps} == {day}
     record = json.loads(
         Path(client.download_artifacts(run.info.run_id, "record.json", str(tmp_path))).read_text()

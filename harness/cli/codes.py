@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def codes_of_cells(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
     """Today's code of each cell, by id; worked out once for each method and model."""
-    from harness import run
+    from harness.running.plan import code_of
 
     known: dict[str, dict[str, Any]] = {}
     codes: dict[str, dict[str, Any]] = {}
@@ -24,7 +24,7 @@ def codes_of_cells(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
             cell.then.get("name"), cell.then.get("parameters"), cell.then.get("trains"),
         ])  # fmt: skip
         if key not in known:
-            known[key] = run.code_of(cell)
+            known[key] = code_of(cell)
         codes[cell.id] = known[key]
     return codes
 

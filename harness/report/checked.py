@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .read import visible
 
 if TYPE_CHECKING:
-    from .tables import Row
+    from .model.rows import Row
 
 _WORSE = {"good": 0, "warn": 1, "bad": 2}
 

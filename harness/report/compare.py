@@ -14,102 +14,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from . import text
-from .read import RecordLike, Run, Setting, natural
+from .model.pairs import METRICS, CompareError, Metric, Pairing, named, order_of, partner, series, where
+from .model.rows import examples
+from .model.words import bounds, by_status, epsilon, percent, tally
+from .read import RecordLike, Setting, natural
 from .statistics import LEVEL, Interval, mean_interval, rounding
-from .tables import Row, board, bounds, count, epsilon, examples, percent, tally
 
-__all__ = ["BY", "METRICS", "CompareError", "Comparison", "Line", "Metric", "Pairing", "folders", "methods"]
+__all__ = ["BY", "Comparison", "Line", "folders", "methods"]
 
 BY = ("setting", "method", "task", "epsilon", "suite", "all")
 """What a line of the table may be; ``setting`` is one suite, method, task and epsilon."""
-
-
-class CompareError(ValueError):
-    """What was asked for cannot be compared; the message says why and what to write instead."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What is compared: its value in a run, whether more is better (1) or less (-1), whether changes are ratios, and
-    whether it is a timing, which other work on the machine spoils."""
-
-    name: str
-    unit: str
-    better: int
-    relative: bool
-    of: Callable[[Run], float | None]
-    timed: bool = False
-
-    def change(self, a: float, b: float) -> float | None:
-        """From `a` to `b`: their difference, or ``b / a - 1``; None where that has no meaning."""
-        if not self.relative:
-            return b - a
-        return b / a - 1 if a > 0 else None
-
-    def shown(self, value: float | None) -> str:
-        """A value as text: an accuracy in percent, plain otherwise."""
-        return count(value) if self.relative else percent(value)
-
-
-METRICS = {
-    one.name: one
-    for one in (
-        Metric("accuracy", "fraction", 1, False, lambda run: run.accuracy),
-        Metric("examples_per_second", "1/s", 1, True, lambda run: run.rate, timed=True),
-        Metric("peak_memory_mib", "MiB", -1, True, lambda run: run.peak_memory),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Side:
-    """The runs of one side of a pairing."""
-
-    title: str
-    runs: tuple[Run, ...]
-
-    @cached_property
-    def finished(self) -> dict[int, Run]:
-        """The runs that count, by seed."""
-        return {run.seed: run for run in self.runs if run.ok and run.seed is not None}
-
-    @cached_property
-    def failed(self) -> set[int]:
-        """Seeds that were tried and gave no result."""
-        return {run.seed for run in self.runs if run.seed is not None} - self.finished.keys()
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """Runs of one suite and setting on two sides. `method` is what both run, empty where it is what differs."""
-
-    suite: str
-    setting: Setting
-    method: str
-    a: Side
-    b: Side
-
-    def pairs(self, metric: Metric) -> dict[int, tuple[float, float, float]]:
-        """(value of A, value of B, change) by seed, where both finished and may be compared."""
-        found = {}
-        for seed in self.a.finished.keys() & self.b.finished.keys():
-            one, other = self.a.finished[seed], self.b.finished[seed]
-            x, y = metric.of(one), metric.of(other)
-            if (
-                x is None
-                or y is None
-                or (metric.relative and one.device.fingerprint != other.device.fingerprint)
-            ):
-                continue
-            if (change := metric.change(x, y)) is not None:
-                found[seed] = (x, y, change)
-        return found
 
 
 @dataclass(frozen=True)
@@ -174,16 +93,8 @@ class Comparison:
         }  # fmt: skip
 
 
-# ------------------------------------------------------------ --- pairing
-
-
 def methods(
-    records: Iterable[RecordLike],
-    a: str,
-    b: str,
-    metric: str = "accuracy",
-    by: str = "setting",
-    threshold: float = 0.0,
+    records: Iterable[RecordLike], a: str, b: str, metric: str = "accuracy", by: str = "setting", threshold: float = 0.0
 ) -> Comparison:
     """Compare two methods of one results folder, within each suite on each task and epsilon.
 
@@ -191,12 +102,12 @@ def methods(
     privacy target is compared with the other at every epsilon. Raises CompareError where a name matches nothing, or
     several rows of one setting.
     """
-    found = _series(records)
-    one, other = _named(found, a), _named(found, b)
+    found = series(records)
+    one, other = named(found, a), named(found, b)
     pairings = []
     used_a, used_b = set[tuple[str, Setting]](), set[tuple[str, Setting]]()
-    for suite, setting in sorted(one.keys() | other.keys(), key=_order):
-        key_a, key_b = _partner(one, suite, setting), _partner(other, suite, setting)
+    for suite, setting in sorted(one.keys() | other.keys(), key=order_of):
+        key_a, key_b = partner(one, suite, setting), partner(other, suite, setting)
         if key_a is not None and key_b is not None:
             pairings.append(Pairing(suite, setting, "", one[key_a], other[key_b]))
             used_a.add(key_a)
@@ -204,7 +115,7 @@ def methods(
     if not pairings:
         raise CompareError(f"{a} and {b} have no task and epsilon in common, so there is nothing to pair.")
     only_a, only_b = (
-        tuple(_where(*key) for key in sorted(side.keys() - used, key=_order))
+        tuple(where(*key) for key in sorted(side.keys() - used, key=order_of))
         for side, used in ((one, used_a), (other, used_b))
     )
     return _comparison(a, b, metric, by, threshold, pairings, (only_a, only_b))
@@ -221,17 +132,13 @@ def folders(
 ) -> Comparison:
     """Compare the same cells in two results folders, called `a` and `b`. Raises CompareError where none is in both."""
     sides = [
-        {
-            (suite, row.first.group): (setting, side)
-            for (suite, setting), rows in found.items()
-            for row, side in rows
-        }
-        for found in map(_series, (before, after))
+        {(suite, row.first.group): (setting, side) for (suite, setting), rows in found.items() for row, side in rows}
+        for found in map(series, (before, after))
     ]
 
     def order(key: tuple[str, str]) -> tuple[Any, ...]:
         setting, side = sides[0].get(key) or sides[1][key]
-        return (*_order((key[0], setting)), natural(side.title), key)
+        return (*order_of((key[0], setting)), natural(side.title), key)
 
     pairings = [
         Pairing(key[0], sides[0][key][0], sides[0][key][1].title, sides[0][key][1], sides[1][key][1])
@@ -242,81 +149,10 @@ def folders(
             f"{a} and {b} have no cell in common: pairs are runs of one suite that are equal but for the code."
         )
     only_a, only_b = (
-        tuple(
-            f"{one[key][1].title}, {_where(key[0], one[key][0])}"
-            for key in sorted(one.keys() - other, key=order)
-        )
+        tuple(f"{one[key][1].title}, {where(key[0], one[key][0])}" for key in sorted(one.keys() - other, key=order))
         for one, other in ((sides[0], sides[1].keys()), (sides[1], sides[0].keys()))
     )
     return _comparison(a, b, metric, by, threshold, pairings, (only_a, only_b))
-
-
-_Series = dict[tuple[str, Setting], list[tuple[Row, Side]]]
-
-
-def _series(records: Iterable[RecordLike]) -> _Series:
-    """The runs that are equal but for the seed, wherever they ran, by suite and setting."""
-    suites: dict[str, list[RecordLike]] = defaultdict(list)
-    for record in records:
-        suites[str(record.get("suite"))].append(record)
-    found: _Series = {}
-    for suite, members in suites.items():
-        groups: dict[tuple[Setting, str], list[Row]] = defaultdict(list)
-        for row in board(suite, "", members).rows:
-            groups[row.setting, row.first.group].append(row)
-        for (setting, _), rows in groups.items():
-            side = Side(rows[0].title, tuple(run for row in rows for run in row.runs))
-            found.setdefault((suite, setting), []).append((rows[0], side))
-    return found
-
-
-def _named(found: _Series, name: str) -> dict[tuple[str, Setting], Side]:
-    """What a user's name means, by suite and setting."""
-    tests: tuple[Callable[[Row], bool], ...] = (
-        lambda row: row.label == name, lambda row: row.title == name, lambda row: row.first.method == name,
-        lambda row: row.first.group == name,
-    )  # fmt: skip
-    for test in tests:
-        chosen = {key: [(row, side) for row, side in rows if test(row)] for key, rows in found.items()}
-        chosen = {key: rows for key, rows in chosen.items() if rows}
-        if not chosen:
-            continue
-        for (suite, setting), rows in chosen.items():
-            if len(rows) > 1:
-                there = "".join(f"\n  {row.first.group}  {row.title}" for row, _ in rows[:10])
-                raise CompareError(
-                    f"{name}: {len(rows)} rows of {_where(suite, setting)} are called so; write group or title:"
-                    + there
-                )
-        return {key: rows[0][1] for key, rows in chosen.items()}
-    known = sorted({row.first.method for rows in found.values() for row, _ in rows}, key=natural)
-    raise CompareError(f"{name}: no record is of such a method; there are {', '.join(known) or 'none'}.")
-
-
-def _partner(
-    side: Mapping[tuple[str, Setting], Side], suite: str, setting: Setting
-) -> tuple[str, Setting] | None:
-    """The setting of a side that stands beside this one: the same, else the one without a privacy target."""
-    if (suite, setting) in side:
-        return suite, setting
-    place = (setting.task, setting.digest, setting.split)
-    for other, one in side:
-        if other == suite and math.isinf(one.epsilon) and (one.task, one.digest, one.split) == place:
-            return other, one
-    return None
-
-
-def _order(key: tuple[str, Setting]) -> tuple[Any, ...]:
-    suite, s = key
-    return natural(suite), natural(s.task), s.split, s.epsilon, s.digest, s.delta or 0.0, s.relation, s.unit
-
-
-def _where(suite: str, setting: Setting) -> str:
-    split = "" if setting.split == "test" else f" ({setting.split})"
-    return f"{suite}: {setting.task}{split}, ε = {epsilon(setting.epsilon)}"
-
-
-# ------------------------------------------------------------ --- comparing
 
 
 def _comparison(
@@ -368,10 +204,7 @@ def _line(
     a, b = (mean_interval(values, least) for values in means[:2])
     difference = mean_interval(means[2], 2 * least)
     alone = [
-        sum(
-            len(getattr(p, side).finished.keys() - pairs.keys())
-            for p, pairs in zip(pairings, every, strict=True)
-        )
+        sum(len(getattr(p, side).finished.keys() - pairs.keys()) for p, pairs in zip(pairings, every, strict=True))
         for side in ("a", "b")
     ]
     busy = sum(
@@ -418,23 +251,10 @@ def _verdict(difference: Interval | None, better: int, threshold: float, broken:
     return "worse" if high < -threshold else "better" if low > threshold else "undecided"
 
 
-# ------------------------------------------------------------ --- as text
-
-
 def _titles(comparison: Comparison) -> list[str]:
     unit = "%" if comparison.metric.relative else "points"
     names = [name for name, _ in comparison.lines[0].names]
-    return [
-        *names,
-        "A",
-        "B",
-        f"change, {unit}",
-        "95 % interval",
-        "pairs",
-        "runs of A",
-        "runs of B",
-        "verdict",
-    ]
+    return [*names, "A", "B", f"change, {unit}", "95 % interval", "pairs", "runs of A", "runs of B", "verdict"]
 
 
 def _cells(comparison: Comparison) -> list[list[str]]:
@@ -444,15 +264,11 @@ def _cells(comparison: Comparison) -> list[list[str]]:
             *(epsilon(value) if isinstance(value, float) else value for _, value in line.names),
             *(metric.shown(one.mean if one else None) for one in (line.a, line.b)),
             percent(line.difference.mean if line.difference else None, signed=True),
-            bounds(line.difference, signed=True) or "–", str(len(line.seeds)), *map(_tally, line.statuses),
+            bounds(line.difference, signed=True) or "–", str(len(line.seeds)), *map(by_status, line.statuses),
             line.verdict,
         ]
         for line in comparison.lines
     ]  # fmt: skip
-
-
-def _tally(statuses: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} {status}" for status, n in statuses.items())
 
 
 def _notes(comparison: Comparison) -> list[str]:
@@ -472,25 +288,19 @@ def _notes(comparison: Comparison) -> list[str]:
         notes.append(f"{empty} of {len(lines)} lines have no paired seed.")
     if incomplete := sum(line.incomplete for line in lines):
         every = sum(line.pairings for line in lines)
-        notes.append(
-            f"{incomplete} of {every} pairings are left out, since they lack a seed that others have."
-        )
+        notes.append(f"{incomplete} of {every} pairings are left out, since they lack a seed that others have.")
     alone = [sum(line.unpaired[i] for line in lines) for i in range(2)]
     if any(alone):
         why = " (or with one on another device)" if metric.relative else ""
         notes.append(f"Finished runs without a partner{why}: {alone[0]} of A, {alone[1]} of B.")
     if busy := sum(line.busy for line in lines):
-        notes.append(
-            f"{busy} pairs hold a run during which other work ran on the machine: their times decide nothing."
-        )
+        notes.append(f"{busy} pairs hold a run during which other work ran on the machine: their times decide nothing.")
     for name, only in zip("AB", comparison.missing, strict=True):
         if only:
             more = f"; and {len(only) - 5} more" if len(only) > 5 else ""
             notes.append(f"Only in {name}, {len(only)}: {'; '.join(only[:5])}{more}.")
     if broken := sum(line.broken for line in lines):
-        notes.append(
-            f"{broken} runs that A finished failed in B; that is a regression whatever the threshold."
-        )
+        notes.append(f"{broken} runs that A finished failed in B; that is a regression whatever the threshold.")
     decided = sum(line.verdict in ("worse", "better", "undecided") for line in lines)
     if decided > 1:
         notes.append(
@@ -504,11 +314,7 @@ def _notes(comparison: Comparison) -> list[str]:
 
 def _json(line: Line) -> dict[str, Any]:
     def interval(value: Interval | None) -> dict[str, Any] | None:
-        return (
-            None
-            if value is None
-            else {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
-        )
+        return None if value is None else {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
 
     names = {name: None if value == math.inf else value for name, value in line.names}
     return {

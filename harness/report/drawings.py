@@ -6,18 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .figures import (
-    SERIES,
-    Bars,
-    accuracy_data,
-    curves_data,
-    memory_data,
-    pareto_data,
-    throughput_data,
-)
+from .figures import SERIES, Bars, accuracy_data, curves_data, memory_data, pareto_data, throughput_data
+from .model.rows import BASELINE, REFERENCE, Row
+from .model.words import BUSY, bounds, count, epsilon, percent
 from .plot import Axis, Dot, bars, chart
 from .statistics import Interval
-from .tables import BASELINE, BUSY, REFERENCE, Board, Row, bounds, count, epsilon, percent
+from .tables import Board
 
 PRIVATE = "Computed from private data: shown to understand training, not private to publish."
 

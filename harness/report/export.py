@@ -18,20 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from . import text
-from .tables import (
-    BASELINE,
-    Board,
-    Entry,
-    Table,
-    count,
-    epsilon,
-    gap,
-    heading,
-    interval,
-    place,
-    statement,
-    timing,
-)
+from .model.rows import BASELINE
+from .model.words import count, epsilon, gap, interval
+from .tables import Board, Entry, Table, heading, place, statement, timing
 
 __all__ = ["UNITS", "files", "tex", "write"]
 

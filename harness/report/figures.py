@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from .model.rows import BASELINE, REFERENCE, Row
+from .model.words import BUSY, device_text, epsilon
 from .read import natural
 from .statistics import Interval, mean_interval, rounding
-from .tables import BASELINE, BUSY, REFERENCE, Board, Row, _device, epsilon, heading, quietest
+from .tables import Board, heading, quietest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,7 +139,7 @@ def _bars(board: Board, measure: Callable[[Row], float | None], timed: bool) -> 
         values = {t: v / base for t, v in middle.items()} if base else middle
         spoilt = base is not None and chosen[REFERENCE][1]
         busy = frozenset(t for t, (_, one) in chosen.items() if one or spoilt)
-        title = f"{task}, {_device(rows[0].device)}" if several else task
+        title = f"{task}, {device_text(rows[0].device)}" if several else task
         panels.append(Bars(title, bool(base), dict(_some(values)), engines, busy))
     return panels
 
@@ -178,7 +180,7 @@ def pareto_data(board: Board) -> list[tuple[str, list[Choice]]]:
         quiet = [i for i, row in enumerate(rows) if not row.busy]
         front = {quiet[i] for i in _front([(-a, e, s) for _, a, e, s in (points[i] for i in quiet)])}
         choices = [Choice(*point, i in front, rows[i].busy) for i, point in enumerate(points)]
-        panels.append((f"{task}, {_device(rows[0].device)}" if several else task, choices))
+        panels.append((f"{task}, {device_text(rows[0].device)}" if several else task, choices))
     return panels
 
 

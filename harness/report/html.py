@@ -21,10 +21,12 @@ from urllib.parse import quote, urlencode
 
 from . import drawings
 from .checked import Checked
+from .model.rows import Row
+from .model.words import epsilon, half, percent
 from .read import natural
 from .rows import COLUMNS, FIELDS, Audit, Column, dumps, payload
 from .statistics import RULE
-from .tables import Board, Entry, Row, Table, epsilon, half, percent
+from .tables import Board, Entry, Table
 from .text import VERDICTS, measure, measured, outcome
 
 if TYPE_CHECKING:

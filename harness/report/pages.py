@@ -17,31 +17,22 @@ from harness.store import COMPUTED
 from . import drawings, recipe, stage_table
 from .checked import Checked, Mark, mark, of_row
 from .html import MARK, Places, columns, environment, paragraphs
-from .read import Run, natural, scalar, visible
-from .rows import REACH, Audit, audit_of, dumps, exceeds, merged, target
-from .tables import (
-    BASELINE,
+from .model.rows import BASELINE, REDUCED_SUITE, Row, statuses
+from .model.words import (
     BUSY,
-    REDUCED_SUITE,
-    Board,
-    Entry,
-    Row,
-    Table,
-    _device,
     by_accountant,
     count,
+    device_text,
     epsilon,
     gap,
-    heading,
     interval,
     percent,
-    place,
     ratio,
     refusals,
-    statement,
-    statuses,
-    timing,
 )
+from .read import Run, natural, scalar, visible
+from .rows import REACH, Audit, audit_of, dumps, exceeds, merged, target
+from .tables import Board, Entry, Table, heading, place, statement, timing
 from .text import difference
 
 SLOTS = ("sampler", "loss", "engine", "clip", "noise", "optimizer", "path")
@@ -145,7 +136,7 @@ def _details(row: Row) -> list[tuple[str, str]]:
         ("Noise", f"multiplier {run.sigma:.6g}" if run.sigma is not None else ""),
         ("Sampling", row.shared("sampling") or ""),
         ("Public data", row.shared("public_data") or ""),
-        ("Device", _device(row.device)),
+        ("Device", device_text(row.device)),
         ("Runs at a time", ", ".join(map(str, jobs))),
         ("Group", run.group),
     ]

@@ -15,23 +15,11 @@ from typing import Any
 from urllib.parse import quote
 
 from .checked import Checked, of_row
+from .model.rows import Row, statuses
+from .model.words import ABSENT, bounds, device_text, epsilon, half, percent
 from .read import listing, natural, number, scalar
 from .statistics import Interval
-from .tables import (
-    ABSENT,
-    Board,
-    Entry,
-    Row,
-    Table,
-    _device,
-    bounds,
-    epsilon,
-    half,
-    heading,
-    percent,
-    statement,
-    statuses,
-)
+from .tables import Board, Entry, Table, heading, statement
 
 REACH = 0.99
 """A run has reached dp-sgd's accuracy at this share of dp-sgd's mean."""
@@ -228,7 +216,7 @@ def _row(
         "method": run.method,
         "family": run.family,
         "public": row.shared("public_data") or "",
-        "device": _device(row.device),
+        "device": device_text(row.device),
         "status": list(row.counts),
         "accuracy": _interval(row.accuracy),
         "difference": None if entry.baseline else _interval(place.difference, signed=True),

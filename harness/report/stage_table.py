@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
+from .model.rows import Row
+from .model.words import BUSY, count, epsilon
 from .staged import Stage
-from .tables import BUSY, Row, count, epsilon
 
 UNKNOWN = "not recorded"
 HEADS = (

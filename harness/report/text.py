@@ -8,27 +8,12 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from .model.published import Verdict
+from .model.rows import BASELINE, cross_checked, statuses
+from .model.words import count, epsilon, gap, interval, percent, ratio
 from .read import Run, listing
 from .statistics import RULE, Interval
-from .tables import (
-    BASELINE,
-    Board,
-    Entry,
-    Table,
-    Verdict,
-    count,
-    cross_checked,
-    epsilon,
-    gap,
-    heading,
-    interval,
-    percent,
-    place,
-    ratio,
-    statement,
-    statuses,
-    timing,
-)
+from .tables import Board, Entry, Table, heading, place, statement, timing
 
 # ------------------------------------------------------------ --- Markdown
 
@@ -71,10 +56,7 @@ def markdown(board: Board) -> str:
     out += ["## How ranks are made", "", RULE, ""]
     if board.published:
         out += ["## Published and measured", "", VERDICTS, ""]
-        out += grid(
-            VERDICT_COLUMNS,
-            ([escape(cell) for cell in verdict_cells(v)] for v in board.published),
-        )
+        out += grid(VERDICT_COLUMNS, ([escape(cell) for cell in verdict_cells(v)] for v in board.published))
     if board.tuning:
         out += ["## How hyper-parameters were chosen", ""]
         out += [*(f"- **{escape(name)}**: {escape(text)}" for name, text in board.tuning), ""]

@@ -17,7 +17,8 @@ from harness import registry
 from harness.dp.method import Method
 from harness.dp.noise import Gaussian, Noise
 from harness.peers.noise import NOISES
-from harness.verify.faults import FloatSum, inserted
+from harness.verify.adapters import FloatSum
+from harness.verify.faults import inserted
 from harness.verify.finding import claim
 from harness.verify.support import Setting, attacked, neighbours
 

@@ -41,7 +41,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def compare(options: argparse.Namespace) -> int:
     """Print a comparison, and write it where asked; the exit code, of failure where a cell lost too much."""
-    from harness.report.compare import CompareError, folders, methods
+    from harness.report.compare import folders, methods
+    from harness.report.model.pairs import CompareError
 
     places = [Path(one) for one in (options.a, options.b)]
     there = [place.is_dir() for place in places]

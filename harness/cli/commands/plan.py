@@ -27,11 +27,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan(options: argparse.Namespace) -> int:
     """Print a line for each run, and the time that is left; the exit code."""
-    from harness import launch
+    from harness.running import jobs
 
     suite, cells = chosen(options)
     codes = codes_of_cells(cells)
-    selection = launch.select(cells, options.results, suite.name, codes=codes)
+    selection = jobs.select(cells, options.results, suite.name, codes=codes)
     states = states_of(cells, selection)
     prepared = _prepared(cells)
     accountants = list(dict.fromkeys(name for one in prepared.values() for name in one.get("planned") or {}))
@@ -49,7 +49,7 @@ def plan(options: argparse.Namespace) -> int:
     print(table(rows, names))
     say_conflicts(selection.conflicts)
     print(f"\n{len(cells)} runs of suite {suite.name}: {counts(states.values())}")
-    at_once = launch.slots(cells)
+    at_once = jobs.slots(cells)
     print(_time_left([job.cell for job in selection.todo], options.results, at_once))
     return OK
 
@@ -62,23 +62,23 @@ def _lengths(cell: Cell, name: str) -> str:
 
 def _planned(planned: Mapping[str, float | None], accountant: str) -> str:
     """The planned epsilon by an accountant, in the words of a report; "-" where none was asked."""
-    from harness.report import tables
+    from harness.report.model import words
 
     value = planned.get(accountant)
     if value is None and accountant in planned:
-        return tables.ABSENT if any(one is not None for one in planned.values()) else tables.epsilon(math.inf)
+        return words.ABSENT if any(one is not None for one in planned.values()) else words.epsilon(math.inf)
     return number(value)
 
 
 def _prepared(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
     """Noise multiplier and planned epsilon by group, or the reason why there are none."""
-    from harness import run
+    from harness.running.plan import prepare
 
     found: dict[str, dict[str, Any]] = {}
     for cell in cells:
         if cell.group not in found:
             try:
-                found[cell.group] = run.prepare(cell)
+                found[cell.group] = prepare(cell)
             except ValueError as error:  # no noise reaches the target: the run would end as skipped
                 found[cell.group] = {"reason": f"would be skipped: {error}"}
     return found
@@ -86,7 +86,8 @@ def _prepared(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
 
 def _time_left(todo: Sequence[Cell], results: Path, at_once: int) -> str:
     """The time for what is to be run, from the pace of finished runs of the same kind on this device."""
-    from harness import launch, measure, public, store
+    from harness import measure, public, store
+    from harness.running import progress
 
     if not todo:
         return "nothing is left to run"
@@ -112,7 +113,7 @@ def _time_left(todo: Sequence[Cell], results: Path, at_once: int) -> str:
     text = f"time for the {len(todo)} to run, {at_once} at once: "
     if unknown == len(todo):
         return text + "unknown, no run of these methods and tasks has finished on this device"
-    text += launch.duration(total / at_once)
+    text += progress.duration(total / at_once)
     return text + (f" and that of {unknown} runs of which none has finished on this device" if unknown else "")
 
 

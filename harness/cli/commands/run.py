@@ -19,6 +19,7 @@ from harness.cli.words import counts, first_line, say_broken, say_conflicts
 if TYPE_CHECKING:
     from harness import launch
     from harness.cell import Cell
+    from harness.running import jobs, progress
     from harness.suite import Suite
 
 
@@ -43,20 +44,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run what is missing; the exit code."""
     from harness import launch
+    from harness.running import jobs, progress
 
     suite, cells = chosen(options)
     codes = codes_of_cells(cells)
-    selection = launch.select(
+    selection = jobs.select(
         cells, options.results, suite.name, codes=codes, retry=options.retry, rerun_stale=options.stale,
         attempt=options.attempt,
     )  # fmt: skip
     for spec in dict.fromkeys(str(job.cell.device.get("device") or "cpu") for job in selection.todo):
         need_device(spec)
     suite.try_models([job.cell for job in selection.todo])
-    at_once = launch.slots([job.cell for job in selection.todo], options.jobs)
+    at_once = jobs.slots([job.cell for job in selection.todo], options.jobs)
     _say_selection(options, suite, cells, selection, at_once)
     on_terminal = sys.stdout.isatty() and bool(selection.todo)
-    reporter: launch.Reporter = launch.Bar() if on_terminal else launch.Lines()
+    reporter: progress.Reporter = progress.Bar() if on_terminal else progress.Lines()
     tracker = None if options.no_track else _tracker(options, suite.name, selection, reporter)
     summary = launch.run(
         selection.todo,
@@ -80,11 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _say_selection(
-    options: argparse.Namespace,
-    suite: Suite,
-    cells: Sequence[Cell],
-    selection: launch.Selection,
-    at_once: int,
+    options: argparse.Namespace, suite: Suite, cells: Sequence[Cell], selection: jobs.Selection, at_once: int
 ) -> None:
     from harness import measure
 
@@ -110,7 +108,7 @@ def _say_selection(
         print(f"  {options.jobs} runs of {threads} threads share {measure.cores()} cores: their throughput will suffer")
 
 
-def _tracker(options: argparse.Namespace, suite: str, selection: launch.Selection, reporter: launch.Reporter) -> Any:
+def _tracker(options: argparse.Namespace, suite: str, selection: jobs.Selection, reporter: progress.Reporter) -> Any:
     """What follows runs into MLflow; None where nothing is new, so that MLflow is not even imported."""
     from harness import track
 
@@ -131,15 +129,15 @@ def _end(
     summary: launch.Summary,
 ) -> int:
     """Say how it stands now, write the report where asked, and give the exit code."""
-    from harness import launch
+    from harness.running import jobs, progress
 
-    now = launch.select(cells, options.results, suite.name, codes=codes)
+    now = jobs.select(cells, options.results, suite.name, codes=codes)
     if summary.outcomes:
         ends = counts(outcome.record["status"] for outcome in summary.outcomes)
         place = options.results / suite.name
         print(f"{len(summary.outcomes)} runs finished: {ends}; records are in {place}")
     for record in now.failed:
-        print(f"  {record['id']}  {launch.describe(record['cell'])}: {record['status']}, {first_line(record)}")
+        print(f"  {record['id']}  {progress.describe(record['cell'])}: {record['status']}, {first_line(record)}")
     if options.report:
         write_report(options, suite, codes)
     return FAILED if now.failed or now.conflicts or summary.conflicts else OK

@@ -31,10 +31,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def show(options: argparse.Namespace) -> int:
     """Print one record; the exit code."""
-    from harness import launch, origin, public, store
+    from harness import origin, public, store
     from harness.records.record import Diagnostics, Measured, Private
     from harness.records.schema import names
-    from harness.report import read, tables
+    from harness.report import read
+    from harness.report.model import words
+    from harness.running import progress
     from harness.stages import told
 
     record, others = _one_record(options.results, options.id)
@@ -81,11 +83,11 @@ def show(options: argparse.Namespace) -> int:
         f"public data: {privacy.get('public_data') or '-'}",
     )
     seen = read.read([record])[0]
-    spent = tables.by_accountant(seen.spent, seen.refused) or tables.epsilon(seen.epsilon)
-    row("planned", tables.by_accountant(seen.planned, seen.refused))
+    spent = words.by_accountant(seen.spent, seen.refused) or words.epsilon(seen.epsilon)
+    row("planned", words.by_accountant(seen.planned, seen.refused))
     row("spent", spent, privacy.get("accountant") and f"{privacy['accountant']} ranks")
     if seen.refused:
-        row("", tables.refusals(seen.refused))
+        row("", words.refusals(seen.refused))
     claim = privacy.get("claimed") or {}
     row("claimed", pairs({"epsilon": claim.get("epsilon")} if claim else None), claim.get("source"))
     rows += [["", line] for line in _assumptions(claim)]
@@ -93,7 +95,7 @@ def show(options: argparse.Namespace) -> int:
     speed = "of each stage" if stages else _speed(private.get("examples_per_second") or {})
     row("speed", speed, f"{measured.get('jobs')} at once")
     if private.get("wall_seconds") is not None:
-        row("time", launch.duration(private["wall_seconds"]), f"{measured.get('sessions') or 1} session(s)")
+        row("time", progress.duration(private["wall_seconds"]), f"{measured.get('sessions') or 1} session(s)")
     row("memory", f"{number(private.get('peak_memory_mib'), 5)} MiB at the peak")
     row("device", device.get("name"), device.get("spec"), f"{device.get('threads')} threads")
     used = [name for name in names(Measured, Private) if name in measured and name not in ROWS]
@@ -108,7 +110,7 @@ def show(options: argparse.Namespace) -> int:
     )
     row("weights", record.get("weights_sha256"))
     row("ran", f"{record.get('started')} to {record.get('finished')}")
-    print(launch.describe(cell))
+    print(progress.describe(cell))
     print(table(rows, indent="  "))
     for other in others:
         print(f"  another attempt: {other['path']}: {other['status']}")

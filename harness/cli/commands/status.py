@@ -16,8 +16,8 @@ from harness.cli.selecting import add_files, again, load, need_suite, suite_file
 from harness.cli.words import counts, first_line, say_broken, say_conflicts, table
 
 if TYPE_CHECKING:
-    from harness import launch
     from harness.cell import Cell
+    from harness.running import jobs
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def status(options: argparse.Namespace) -> int:
     """Count the runs of one suite, or of all that have records; the exit code."""
-    from harness import launch, store
+    from harness import store
+    from harness.running import jobs, progress
 
     need_suite(options)
     if options.suite is None:
@@ -45,7 +46,7 @@ def status(options: argparse.Namespace) -> int:
         options.suite = str(file or options.suite)
     suite = load(options)
     cells = suite.cells()
-    selection = launch.select(cells, options.results, suite.name, codes=codes_of_cells(cells))
+    selection = jobs.select(cells, options.results, suite.name, codes=codes_of_cells(cells))
     states = states_of(cells, selection)
     print(f"suite {suite.name}: {len(cells)} runs")
     advice = {
@@ -59,7 +60,7 @@ def status(options: argparse.Namespace) -> int:
             rows.append([state, str(len(words)), counts(filter(None, words)), advice.get(state, "")])
     print(table(rows, indent="  "))
     for record in selection.failed:
-        print(f"  {record['id']}  {launch.describe(record['cell'])}: {record['status']}, {first_line(record)}")
+        print(f"  {record['id']}  {progress.describe(record['cell'])}: {record['status']}, {first_line(record)}")
     known = {cell.id for cell in cells}
     extra = {record["id"] for record in store.load(options.results, suite.name)} - known
     if extra:
@@ -98,7 +99,7 @@ def _status_of_all(results: Path, suite: str | None = None) -> int:
     return FAILED if any(record["status"] in store.FAILED for record in current) else OK
 
 
-def states_of(cells: Iterable[Cell], selection: launch.Selection) -> dict[str, str]:
+def states_of(cells: Iterable[Cell], selection: jobs.Selection) -> dict[str, str]:
     """A word on each cell by id."""
     from harness import store
 

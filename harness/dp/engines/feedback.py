@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointError
@@ -19,10 +17,9 @@ from torch.utils.checkpoint import CheckpointError
 from harness.dp.clip import Clip, State, Unclipped
 from harness.dp.clip.flat import shortened
 from harness.dp.clip.rule import within_reach
+from harness.dp.engines.chain import PRODUCTS, SCALINGS, Layer, Tape, cut, layers_of
 from harness.dp.engines.engine import SPEED, Engine, Unserved, joined, losses_of, trainable
-from harness.dp.engines.gradients import Gradient, Rows
 from harness.dp.engines.rows import full_precision
-from harness.dp.engines.rules import convolution, linear
 from harness.dp.engines.survey import modes, moved, probe_batch, refuse_mixing, untouched, watching
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
@@ -31,13 +28,9 @@ from harness.dp.random import Stream
 from harness.dp.release import Bounded, Observed, Relation, Release
 from harness.dp.tree import Tree
 
-PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)  # z = W a + b: a trained one starts a piece of the network
-SCALINGS = (nn.GroupNorm, nn.LayerNorm)  # z = w * a + b, of normalised a: a trained one lies within a piece
 MICROBATCH = 1024
-PROBES = (
-    5,
-    3,
-)  # examples in the two passes of a survey: two, lest a length be taken for the number of examples
+# Examples in the two passes of a survey: two, lest a length be taken for the number of examples.
+PROBES = (5, 3)
 
 
 @dataclass(frozen=True)
@@ -73,9 +66,7 @@ class Feedback(Engine):
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         """None, or the reason. What only a pass can show, `bounded` shows before it uses a model: see `survey`."""
         if type(clip) is not Unclipped:
-            return (
-                f"feedback alignment bounds each example itself: write Unclipped() for {type(clip).__name__}"
-            )
+            return f"feedback alignment bounds each example itself: write Unclipped() for {type(clip).__name__}"
         if loss.rows != 1:
             return f"{type(loss).__name__} makes an example of {loss.rows} rows, and feedback alignment takes one"
         return unserved(model)
@@ -96,9 +87,8 @@ class Feedback(Engine):
 
         Raises ValueError for a model that is no chain of layers, or whose examples depend on each other.
         """
-        if (
-            type(clip) is not Unclipped or loss.rows != 1
-        ):  # a rule would be ignored, and a claim might rest on it
+        # A rule would be ignored, and a claim might rest on it.
+        if type(clip) is not Unclipped or loss.rows != 1:
             raise Unserved(str(self.accepts(loss, clip, model)))
         keep_freed_memory()
         layers = layers_of(model, w)
@@ -180,49 +170,18 @@ class Feedback(Engine):
             if points:
                 sent = error
                 if piece < last:
-                    sent = (
-                        error
-                        @ matrix(
-                            self.seed, piece, end[0].numel(), error.shape[1], error.dtype, error.device
-                        ).T
-                    )
+                    shape = end[0].numel(), error.shape[1]
+                    sent = error @ matrix(self.seed, piece, *shape, error.dtype, error.device).T
                 deltas += torch.autograd.grad(end, points, sent.view_as(end))
         return deltas
 
 
 @lru_cache(maxsize=64)
-def matrix(
-    seed: int, piece: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def matrix(seed: int, piece: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """B of a piece of the network, [rows, columns]: independent normal entries of variance 1 / rows."""
-    drawn = Stream(seed, "feedback", piece).normal(
-        rows * columns
-    )  # on the CPU in float32, the same everywhere
+    # On the CPU in float32, the same everywhere.
+    drawn = Stream(seed, "feedback", piece).normal(rows * columns)
     return drawn.view(rows, columns).div(math.sqrt(rows)).to(device, dtype)
-
-
-# --- layers ---
-
-
-class Layer(NamedTuple):
-    """A module with trained parameters, and the names of its weight and bias where they are trained."""
-
-    path: str
-    module: nn.Module
-    weight: str | None
-    bias: str | None
-
-
-def layers_of(model: nn.Module, w: Mapping[str, Any] | Tree) -> dict[str, Layer]:
-    """The modules that own the parameters in `w`, by path."""
-    found: dict[str, dict[str, str]] = {}
-    for name in w:
-        path, _, last = name.rpartition(".")
-        found.setdefault(path, {})[last] = name
-    return {
-        path: Layer(path, model.get_submodule(path), own.get("weight"), own.get("bias"))
-        for path, own in found.items()
-    }
 
 
 def unserved(model: nn.Module) -> str | None:
@@ -251,144 +210,6 @@ def unserved(model: nn.Module) -> str | None:
             if module.padding_mode != "zeros":
                 return f"{what} pads by {module.padding_mode}, and feedback alignment serves padding by zeros"
     return None if layers else "the model has no trained parameter"
-
-
-# --- passes ---
-
-
-@dataclass
-class Call:
-    """A layer's call: the piece it lies in, its input `a` (normalised, for a scaling) and its output `z`, [B, ...]."""
-
-    layer: Layer
-    piece: int
-    a: Tensor
-    z: Tensor
-
-    def reach(self) -> Tensor:
-        """Norms [B], float64: an example's contribution is at most this times the norm of its error.
-
-        Of a product, the norm of all features at all positions. A scaling's contribution has a row for each channel,
-        the sum over positions of the channel's error times its features, so the largest norm of a channel's will do.
-        """
-        module = self.layer.module
-        a = self.a.double()
-        if type(module) in SCALINGS:
-            channels = by_channel(module, a)  # [B, T, C]
-            positions = channels.shape[1]
-            squares = channels.square().sum(1).amax(1)
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            spatial = self.z.shape[2:]
-            positions, squares = spatial.numel(), a.square().sum(1)
-            for d in reversed(range(len(spatial))):  # how many windows see each row, and each column
-                squares = squares @ windows(module, d, a.shape[2 + d], spatial[d]).to(squares)
-        else:
-            positions, squares = self.z[0].numel() // self.z.shape[-1], a.square().flatten(1).sum(1)
-        if self.layer.weight is None:
-            squares = torch.zeros_like(squares)
-        return (squares + (positions if self.layer.bias else 0)).sqrt()
-
-    def add(self, total: Mapping[str, Tensor], delta: Tensor, a: Tensor, v: Tensor) -> None:
-        """Add the sum over examples of v[i] delta_i^T [a_i, 1], in float64; `v` [B] is what both were shortened by."""
-        if not len(a):
-            return
-        module, examples = self.layer.module, len(a)
-        wide = delta.double()  # which no sum over positions takes beyond its range
-        if type(module) in SCALINGS:
-            shared = by_channel(module, wide)
-            weight: Gradient = Rows((shared * by_channel(module, a.double())).sum(1))
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            shared, weight = (
-                wide.flatten(2).mT,
-                convolution(module, a, delta, examples, ("weight",))["weight"],
-            )
-        else:
-            assert isinstance(module, nn.Linear)
-            shared = wide.reshape(examples, -1, delta.shape[-1])
-            weight = linear(module, a, delta, examples, ("weight",))["weight"]
-        for name, gradient in ((self.layer.weight, weight), (self.layer.bias, Rows(shared.sum(1)))):
-            if name:
-                total[name].add_(gradient.weighted(v).view_as(total[name]))
-
-
-def by_channel(module: nn.Module, t: Tensor) -> Tensor:
-    """What a GroupNorm or LayerNorm scales, as [B, positions, channels]: one channel for each of its weights."""
-    if isinstance(module, nn.GroupNorm):
-        return t.reshape(*t.shape[:2], -1).transpose(1, 2)
-    assert isinstance(module, nn.LayerNorm)
-    return t.reshape(len(t), -1, math.prod(module.normalized_shape))
-
-
-def normalised(module: nn.Module, x: Tensor) -> Tensor:
-    """What a GroupNorm or LayerNorm scales and shifts."""
-    if isinstance(module, nn.GroupNorm):
-        return F.group_norm(x, module.num_groups, None, None, module.eps)
-    assert isinstance(module, nn.LayerNorm)
-    return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
-
-
-def padded(module: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
-    """The padding before and after each spatial dimension."""
-    ends = module._reversed_padding_repeated_twice
-    return [(ends[i], ends[i + 1]) for i in range(0, len(ends), 2)][::-1]
-
-
-def windows(module: nn.Conv1d | nn.Conv2d, d: int, size: int, out: int) -> Tensor:
-    """How many windows of a convolution see each of the `size` entries along its spatial dimension `d`."""
-    starts = torch.arange(out)[:, None] * module.stride[d] - padded(module)[d][0]
-    seen = starts + torch.arange(module.kernel_size[d]) * module.dilation[d]
-    return torch.bincount(seen[(seen >= 0) & (seen < size)], minlength=size)
-
-
-class Tape:
-    """One forward pass, cut into pieces: the calls, and each piece's end, which still hangs on the piece alone."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.ends: list[Tensor] = []
-
-    def close(self, outputs: Tensor) -> None:
-        """The model's outputs end the last piece."""
-        self.ends.append(outputs)
-
-
-@contextmanager
-def cut(layers: Mapping[str, Layer]) -> Iterator[Tape]:
-    """Watch `layers` in the forward passes within. A trained product's input ends a piece; its output begins one."""
-    tape = Tape()
-    handles: list[Any] = []
-
-    def watch(layer: Layer) -> None:
-        product = type(layer.module) in PRODUCTS
-        seen: list[Tensor] = []
-
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
-            if len(args) != 1 or not isinstance(args[0], Tensor):
-                raise Unserved(f"{layer.path} is called by keyword: pass its input by position")
-            if product:
-                tape.ends.append(args[0])
-                seen.append(args[0].detach())
-                return (seen[-1],)
-            with torch.no_grad():
-                seen.append(normalised(module, args[0]))
-            return None
-
-        def after(module: nn.Module, args: tuple[Any, ...], z: Tensor) -> Tensor:
-            if product or not z.requires_grad:
-                z = z.detach().requires_grad_()
-            tape.calls.append(Call(layer, len(tape.ends), seen.pop(), z))
-            return z.clone()  # what follows may write into it
-
-        handles.append(layer.module.register_forward_pre_hook(before))
-        handles.append(layer.module.register_forward_hook(after))
-
-    try:
-        for layer in layers.values():
-            watch(layer)
-        yield tape
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --- what only a pass can show ---
@@ -433,9 +254,7 @@ def survey(layers: Mapping[str, Layer], model: nn.Module, w: Tree, x: Tensor) ->
         order = tuple(call.layer.path for call in tapes[0].calls)
         for path in layers:
             if order.count(path) != 1:
-                raise Unserved(
-                    f"{path} is called {order.count(path)} times, and feedback alignment serves one call"
-                )
+                raise Unserved(f"{path} is called {order.count(path)} times, and feedback alignment serves one call")
         try:
             refuse_branches(tapes[0], given, own)
         except CheckpointError as error:
@@ -497,28 +316,22 @@ def refuse_branches(tape: Tape, given: Tensor, leaves: Mapping[str, Tensor]) -> 
                     " serves layers in a chain, without shortcuts or parameters used elsewhere"
                 )
             if g is None and at == piece and source is not given:
-                raise Unserved(
-                    f"{name} does not depend on {label}: feedback alignment serves layers in a chain"
-                )
+                raise Unserved(f"{name} does not depend on {label}: feedback alignment serves layers in a chain")
 
 
 def refuse_uneven(many: Tape, few: Tape) -> None:
     """Raise ValueError where a tensor's first dimension is not that of the examples, or a row depends on others."""
-    sizes = PROBES
     here, there = (
-        [(call.layer.path, t) for call in tape.calls for t in (call.a, call.z)]
-        + [("the output", tape.ends[-1])]
+        [(call.layer.path, t) for call in tape.calls for t in (call.a, call.z)] + [("the output", tape.ends[-1])]
         for tape in (many, few)
     )
     for (path, a), (_, b) in zip(here, there, strict=True):
-        if (len(a), len(b)) != sizes or a.shape[1:] != b.shape[1:]:
+        if (len(a), len(b)) != PROBES or a.shape[1:] != b.shape[1:]:
             raise Unserved(
-                f"{path} sees shapes {list(a.shape)} and {list(b.shape)} for {sizes[0]} and {sizes[1]} examples:"
+                f"{path} sees shapes {list(a.shape)} and {list(b.shape)} for {PROBES[0]} and {PROBES[1]} examples:"
                 " feedback alignment serves layers whose first dimension is that of the examples"
             )
-        a, b = a.detach()[: sizes[1]].double(), b.detach().double()
+        a, b = a.detach()[: PROBES[1]].double(), b.detach().double()
         slack = 1e-3 * a.abs().amax().nan_to_num(0.0, 0.0, 0.0)
         if not torch.allclose(a, b, rtol=0.0, atol=float(slack), equal_nan=True):
-            raise Unserved(
-                f"{path} gives another result for an example when others are left out of the batch"
-            )
+            raise Unserved(f"{path} gives another result for an example when others are left out of the batch")

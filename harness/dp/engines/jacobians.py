@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from harness.dp.contrast import unit
 from harness.dp.engines.engine import Unserved, trainable
-from harness.dp.engines.gradients import Gradient, Outer, Patches
+from harness.dp.engines.gradients import Gradient, Outer
+from harness.dp.engines.patches import Patches
 from harness.dp.engines.plan import Plan, gradients
 from harness.dp.engines.rows import AT_ONCE, factor_squares, squared_norms, weighted_rows, wide
 from harness.dp.engines.survey import watching
@@ -170,9 +171,8 @@ def _row_gradients(
         for name, g in zip(done.plan.free, grads, strict=True)
         if g is not None
     }
-    fresh = [
-        replace(call, inputs=list(call.inputs)) for call in calls
-    ]  # a rule may repeat an input in its place
+    # A rule may repeat an input in its place.
+    fresh = [replace(call, inputs=list(call.inputs)) for call in calls]
     taped = Run(value.detach(), fresh, cotangents, free, False)
     batch = Batch(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
     return gradients(done.plan, model, w.views, taped, Coordinate(coordinate), batch)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.dp.engines import attention, recurrent
-from harness.dp.engines.gradients import Geometry, Gradient, Lookup, Outer, Patches, Rows
+from harness.dp.engines.gradients import Gradient, Lookup, Outer, Rows
+from harness.dp.engines.patches import Geometry, Patches
 from harness.dp.engines.rows import wide
 from harness.dp.native import kernels
 

@@ -1,0 +1,161 @@
+"""A record as MLflow is to hold it: what goes out of it, as flat parameters, metrics and tags."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from harness import public, store
+from harness.records.trace import Point, finite, read_points
+
+_LONGEST = 5000  # characters of a parameter or tag; MLflow's limit is 6000
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A record on disk: its directory, what goes out of it and of its trace, the record as bytes, and their digest.
+
+    Without what is private all times are the beginning of the day on which the run began.
+    """
+
+    run_dir: Path
+    record: dict[str, Any]
+    data: bytes
+    digest: str
+    private: bool
+
+    @classmethod
+    def read(cls, run_dir: Path, private: bool) -> Finished:
+        """The record in `run_dir`. Raises `StoreError` where it is no valid one."""
+        return cls._of(run_dir, store.read(run_dir / store.RECORD), private)
+
+    @classmethod
+    def _of(cls, run_dir: Path, record: dict[str, Any], private: bool) -> Finished:
+        if private:
+            data = (run_dir / store.RECORD).read_bytes()
+        else:
+            record = public.view(record)
+            data = store.encode(record, run_dir.name)
+        return cls(run_dir, record, data, hashlib.sha256(data).hexdigest()[:16], private)
+
+    @classmethod
+    def load(cls, results: Path, suites: Iterable[str] | None, private: bool) -> Iterator[Finished]:
+        """All valid records under `results`, or those of some suites."""
+        for suite in [None] if suites is None else sorted(set(suites)):
+            for record in store.load(results, suite):
+                yield cls._of(Path(record["path"]).parent, record, private)
+
+    def points(self) -> list[Point]:
+        """What goes out of the trace."""
+        found = read_points(self.run_dir / "trace.jsonl")[0]
+        if self.private:
+            return found
+        shown = public.points(self.record, [point.values for point in found])
+        return [Point(point.step, 0.0, values) for point, values in zip(found, shown, strict=False)]
+
+    @property
+    def key(self) -> str:
+        """The place of its folder, as `key_of` gives it."""
+        return key_of(self.run_dir)
+
+
+def key_of(run_dir: Path) -> str:
+    """The place of a run's folder under results/: "<suite>/<id>"."""
+    return f"{run_dir.parent.name}/{run_dir.name}"
+
+
+def parameters(cell: Mapping[str, Any]) -> dict[str, str]:
+    """A cell as flat MLflow parameters: `method.lr`, `parts.clip`, `task.dataset`, ..., `seed`."""
+    method = cell.get("method") or {}
+    flat = {"method": method.get("name"), "method.label": method.get("label")}
+    flat |= {f"method.{key}": value for key, value in (method.get("parameters") or {}).items()}
+    flat |= {f"parts.{key}": _call(part) for key, part in (method.get("parts") or {}).items()}
+    for section in ("task", "privacy", "schedule", "numerics"):
+        flat |= {f"{section}.{key}": value for key, value in (cell.get(section) or {}).items()}
+    if flat.get("privacy.epsilon", 0) is None:
+        flat["privacy.epsilon"] = "inf"
+    flat["seed"] = cell.get("seed")
+    return {cleaned(key): _text(value) for key, value in flat.items() if value is not None}
+
+
+def final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """The record's finite numbers, named `final/...` so that they stand apart from the trace."""
+    privacy = record.get("privacy") or {}
+    flat: dict[str, Any] = dict(record.get("metrics") or {})
+    flat |= {"epsilon": privacy.get("epsilon"), "noise_multiplier": privacy.get("noise_multiplier")}
+    flat |= {f"epsilon_{name}": value for name, value in (privacy.get("spent") or {}).items()}
+    flat |= {f"planned_epsilon_{name}": value for name, value in (privacy.get("planned") or {}).items()}
+    for key, value in ((record.get("measured") or {}) | public.diagnostics(record)).items():
+        flat[key] = value.get("median") if isinstance(value, dict) else value
+    return {cleaned(f"final/{key}"): float(value) for key, value in flat.items() if finite(value)}
+
+
+def tags(finished: Finished) -> dict[str, str]:
+    """The tags of a finished run, all but `epsbench.record`, which is written last."""
+    record = finished.record
+    cell, card = record.get("cell") or {}, record.get("card") or {}
+    found = identity(finished.run_dir, cell) | {
+        "epsbench.group": record.get("group"),
+        "epsbench.status": record.get("status"),
+        "epsbench.reason": record.get("reason"),
+        "epsbench.device": (record.get("device") or {}).get("name"),
+        "epsbench.code": (record.get("code") or {}).get("hash"),
+        "epsbench.paper": card.get("paper"),
+        "epsbench.family": card.get("family"),
+        "mlflow.note.content": card.get("summary"),
+    }
+    return {key: _text(value) for key, value in found.items() if value is not None}
+
+
+def identity(run_dir: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The tags that say whose run this is, as far as its cell is known."""
+    found = {
+        "epsbench.run": run_dir.name,
+        "epsbench.id": run_dir.name.partition(".")[0],
+        "epsbench.suite": run_dir.parent.name,
+        "mlflow.runName": _title(run_dir, cell),
+    }
+    return found | ({"epsbench.seed": _text(cell["seed"])} if "seed" in cell else {})
+
+
+def _title(run_dir: Path, cell: Mapping[str, Any]) -> str:
+    method, task, privacy = (cell.get(key) or {} for key in ("method", "task", "privacy"))
+    epsilon = privacy.get("epsilon")
+    parts = [
+        method.get("label") or method.get("name"),
+        task.get("name"),
+        None if epsilon is None else f"epsilon {epsilon}",
+        f"seed {cell['seed']}" if "seed" in cell else None,
+    ]
+    return ", ".join(str(part) for part in parts if part) or run_dir.name
+
+
+def _call(part: Any) -> Any:
+    """A part as it would be written in Python: {"type": "Flat", "clip": 1.0} is Flat(clip=1.0)."""
+    if not isinstance(part, dict) or "type" not in part:
+        return part
+    fields = (f"{key}={_call(value)}" for key, value in sorted(part.items()) if key != "type")
+    return f"{part['type']}({', '.join(fields)})"
+
+
+def cleaned(key: str) -> str:
+    """A key without the letters that MLflow does not take."""
+    return re.sub(r"[^\w./: -]", "_", key)[:250]
+
+
+def _text(value: Any) -> str:
+    return (value if isinstance(value, str) else json.dumps(value, sort_keys=True))[:_LONGEST]
+
+
+def milliseconds(moment: Any, otherwise: float) -> int:
+    """An ISO 8601 moment, or seconds since 1970 where there is none, in MLflow's unit. A day begins in UTC."""
+    if not isinstance(moment, str):
+        return int(otherwise * 1000)
+    found = datetime.fromisoformat(moment)
+    return int((found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp() * 1000)
