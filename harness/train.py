@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from harness.dp.account import Ledger
 from harness.dp.engines.draws import fill
-from harness.dp.engines.engine import trainable
+from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.weights import held, restored
 from harness.dp.loss import Batch, Data, Loss, Split
 from harness.dp.method import Method
@@ -184,8 +184,11 @@ def train(
     different noise even so: the difference of two that should be equal would show what one of them sums.
 
     Every random draw is a function of (seed, step), so a run continued from a checkpoint is the run that was never
-    interrupted. Raises Diverged as soon as a log point sees weights that are not finite.
+    interrupted. Raises Unserved, before anything is drawn, where the engine does not serve this loss, clipping rule or
+    model, and Diverged as soon as a log point sees weights that are not finite.
     """
+    if reason := method.engine.accepts(method.loss, method.clip, model):
+        raise Unserved(reason)
     n, device = data.n_train, progress.w.flat.device
     denominator = method.sampler.denominator(n, schedule.batch)
     clock = Clock(device)

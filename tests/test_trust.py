@@ -174,6 +174,10 @@ FORGED: dict[str, tuple[Callable[[], store.Record], Callable[[store.Record], obj
     "a second stage": (genuine, _set("cell.then", copy.deepcopy(staged()["cell"]["then"])), "its id"),
     "a field that no run has": (genuine, _set("cell.privacy.bonus", 1), "its id"),
     "a place that no cell has": (genuine, _set("cell.extra", 1), "something that no run has: extra"),
+    "a part that no method has": (
+        genuine, lambda r: (_set("cell.method.with", {"noise": "NoNoise"})(r), r.update(named(r))),
+        "cell.method.with has a part that no method has: noise",
+    ),
     "accuracy": (genuine, _set("metrics.accuracy", 1.01), "metrics.accuracy is 1.01"),
     "fewer examples": (
         genuine, lambda r: r.update(named(r | {"cell": r["cell"] | {"task": r["cell"]["task"] | {"n_train": 10**6}}})),
