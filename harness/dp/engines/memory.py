@@ -59,29 +59,33 @@ def remembered(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], T
     take one batch, `x` or others, and then `x`. Where a model cannot be copied it is run itself, and numbers, which may
     count passes, are not compared.
     """
-    firsts = [x, x, x[:1].expand_as(x), x[-1:].expand_as(x) if whole(x) else 1.7 * x + 0.3]
-    device = x.device
+    others = [x[:1].expand_as(x), x[-1:].expand_as(x) if whole(x) else 1.7 * x + 0.3]
     compared: tuple[type, ...] = (*KEPT, Tensor, np.ndarray)
-    with untouched(model, device):
-        try:
-            copies = [_copied(model) for _ in firsts]
-        except Exception:  # some models hold what cannot be copied, and say so in many ways
-            copies, compared = [model] * len(firsts), (Tensor, np.ndarray)
-        draws, found = generators(device), []
-        for one, first in zip(copies, firsts, strict=True):
-            rewind(device, draws)
+    with untouched(model, x.device):
+        draws = generators(x.device)
+
+        def after(first: Tensor) -> dict[Place, Any]:
+            nonlocal compared
+            try:
+                one = _copied(model)
+            except Exception:  # some models hold what cannot be copied, and say so in many ways
+                one, compared = model, (Tensor, np.ndarray)
+            rewind(x.device, draws)
             for inputs in (first, x):
                 _pass(one, run, inputs.clone())
-            found.append(dict(_state(one, compared)))
-        once, again, *others = found
+            return dict(_state(one, compared))
+
+        once, again = after(x), after(x)
+        steady = {
+            place: value for place, value in once.items() if place in again and _equal(value, again[place])
+        }
         for other in others:
-            for name, value in once.items():
-                if (
-                    name in again
-                    and _equal(value, again[name])
-                    and not (name in other and _equal(value, other[name]))
-                ):
-                    return name
+            # Examples that the model does not take leave nothing.
+            with suppress(RuntimeError, ValueError, IndexError):
+                found = after(other)
+                for place, value in steady.items():
+                    if place not in found or not _equal(value, found[place]):
+                        return place
     return None
 
 
