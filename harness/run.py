@@ -267,8 +267,7 @@ class _Session:
                 "noise_multiplier": None, "planned": {}, "spent": {}, "accountant": None, "epsilon": None,
                 "claimed": None, "ledger": [],
                 "privately_judged": [
-                    number for number, leg in enumerate(self.legs, 1) if not leg.public
-                    and (leg.method.loss.probes or self.task["evaluate"] == "validation")
+                    number for number, leg in enumerate(self.legs, 1) if self.privately_judged(leg)
                 ],
             },
             "metrics": {}, **self.told(), "measured": {}, "diagnostics": {}, "weights_sha256": None,
@@ -312,8 +311,7 @@ class _Session:
                 raise RuntimeError(f"the ledger differs from the plan: {spent} is not {planned}")
             weights = kept(self.legs[-1], self.progress)
             judged = self.legs[-1]
-            scores = evaluate(self.model, weights, judged.method.loss, judged.data)
-            record["metrics"] = scores | {"examples": judged.data.n_test}
+            record["metrics"] = self.scores(judged, weights) | {"examples": judged.data.n_test}
             record["weights_sha256"] = digest(weights)
         except Unserved as error:
             status, reason = "skipped", str(error)
@@ -425,7 +423,7 @@ class _Session:
         p, leg = point.progress, self.legs[point.progress.stage]
         m = leg.method
         self.peak = max(self.peak, measure.peak_memory_mib(self.device))
-        scores = evaluate(self.model, kept(leg, p), m.loss, leg.data)
+        scores = self.scores(leg, kept(leg, p))
         before = sum(one.schedule.steps for one in self.legs[: p.stage])
         line: dict[str, Any] = {"stage": p.stage + 1} if self.cell.then else {}
         line |= {
@@ -443,6 +441,20 @@ class _Session:
             file.write(json.dumps(line) + "\n")
             file.flush()
             p.trace = file.tell()
+
+    def privately_judged(self, leg: _Leg) -> bool:
+        """Whether a stage's scores count private examples or follow their labels."""
+        return not leg.public and (leg.method.loss.probes or self.task["evaluate"] == "validation")
+
+    def scores(self, leg: _Leg, weights: Tree) -> dict[str, float | None]:
+        """How weights do on the data of a stage, null where a score is not finite.
+
+        Raises Diverged where the loss is not, unless private examples judge: whether it is would tell of one of them.
+        """
+        found = evaluate(self.model, weights, leg.method.loss, leg.data)
+        if not self.privately_judged(leg) and not math.isfinite(found["loss"]):
+            raise Diverged("outputs are not finite")
+        return {name: _finite(value) for name, value in found.items()}
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -268,12 +267,9 @@ def evaluating(model: nn.Module, w: Tree) -> Iterator[None]:
 
 
 def evaluate(model: nn.Module, w: Tree, loss: Loss, data: Data, split: Split = "test") -> dict[str, float]:
-    """How weights `w` do on a split, as `loss` judges. Raises Diverged if the mean loss is not finite."""
+    """How weights `w` do on a split, as `loss` judges. A score may be infinite, or not a number."""
     with evaluating(model, w):
-        found = loss.scores(model, data, w.flat.device, split)
-    if not math.isfinite(found["loss"]):
-        raise Diverged("outputs are not finite")
-    return found
+        return loss.scores(model, data, w.flat.device, split)
 
 
 # --- checkpoints: one safetensors file, the structure as JSON in its header; nothing in it can be executed ---
