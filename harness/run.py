@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
 from harness import codehash, data, measure, models, public, registry
@@ -87,6 +88,15 @@ def _on_device(method: Method, cell: Cell) -> Method:
     if microbatch and any(field.name == "microbatch" for field in dataclasses.fields(chosen)):
         chosen = dataclasses.replace(chosen, microbatch=microbatch)
     return dataclasses.replace(method, engine=chosen)
+
+
+def setting(cell: Cell, device: str, threads: int) -> str:
+    """12 hex digits over what decides a run's sums to the bit besides cell, code and noise multiplier."""
+    facts = {
+        "device": measure.device_info(device, threads), "microbatch": cell.device.get("microbatch"),
+        "libraries": [torch.__version__, numpy.__version__], "kernels": kernels(),
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def code_of(cell: Cell) -> dict[str, Any]:
@@ -229,7 +239,7 @@ class _Session:
         self.target, self.stages = Target.of(cell), stages_of(cell)
         self.data = _load(self.task, self.device, dtype)
         self.code = code_of(cell)
-        self.draw = begin(out, cell, self.code["hash"])
+        self.draw = begin(out, cell, self.code["hash"], setting(cell, str(self.device), self.threads))
         drawn = self.draw.to_json()
         seeds = Seeds(cell, **drawn)
         data = self.data

@@ -69,9 +69,11 @@ def step(
     releases, observed = m.engine.bounded(
         m.loss, m.clip, model, probe, batch, s.clip, sigma, m.sampler.relation, number
     )
+    # Which engine `Auto` chose is a matter of time, and no two engines share noise.
+    noise = rng.noise.under(observed.engine)
     # Raw values die here. Noise may leave them in the format of the sum; weights divide them in their own.
     public = {
-        name: r._replace(value=m.noise.add(r, rng.noise)).formatted / denominator
+        name: r._replace(value=m.noise.add(r, noise)).formatted / denominator
         for name, r in wanted(releases, w).items()
     }
     g = public.pop("grad")
@@ -204,7 +206,8 @@ def train(
         batch = method.loss.prepare(Batch(*data.batch(indices)), views)
         fill(device, Stream(seeds.path, "dropout", p.step))
         streams = Streams(
-            Stream(seeds.noise, f"noise of {method.engine.role}", p.step), Stream(seeds.path, "path", p.step)
+            Stream(seeds.noise, f"noise of {method.engine.role} at {sigma!r}", p.step),
+            Stream(seeds.path, "path", p.step),
         )
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams, p.step)
         p.ledger.add(bill(method, done.sigmas, n, schedule.batch, p.step))

@@ -178,7 +178,8 @@ def test_no_number_that_is_published_is_the_size_of_a_batch(tmp_path: Path) -> N
         folder = tmp_path / "worlds" / one.id
         record = execute(one, folder, elsewhere=False)
         n, schedule = one.task["n_train"], one.schedule
-        seed = Seeds(one, attempt=record["randomness"]["attempt"], code=record["randomness"]["code"]).sampling
+        drawn = {name: record["randomness"][name] for name in ("attempt", "code", "setting")}
+        seed = Seeds(one, **drawn).sampling
         last = len(Poisson().draw(n, schedule["batch"], schedule["steps"] - 1, seed))
         assert record["diagnostics"]["microbatch"] == last
         if last not in (48, n):  # numbers that a record has for other reasons
