@@ -30,7 +30,7 @@ from harness.parts import SLOTS
 
 __all__ = ["WORD", "Verdict", "examine"]
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-5
 """Relative: by how much an epsilon may differ from that of the same ledger by another version of its accountant."""
 LEAST = 0.98
 """The share of its target that a run spends at the least: noise is calibrated to 1e-4, and meets it to a thousandth."""
