@@ -32,30 +32,34 @@ class OtherCell(Exception):
 
 @dataclass(frozen=True)
 class Draw:
-    """What the seeds of a run are derived from besides its cell: the number of the attempt, and a hash of its code."""
+    """What the seeds of a run are derived from besides its cell: the number of the attempt, and a hash of its code.
+
+    And `setting`, a hash of what else decides its sums to the bit: device, threads, microbatch, libraries, kernels.
+    """
 
     attempt: int
     code: str
+    setting: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As a record's ``randomness`` holds it."""
         return dataclasses.asdict(self)
 
 
-def begin(folder: Path, cell: Cell, code: str) -> Draw:
-    """The draw of the run in `folder`: the one that its checkpoint began with, else the folder's number and `code`.
+def begin(folder: Path, cell: Cell, code: str, setting: str = "") -> Draw:
+    """The draw of the run in `folder`: the one that its checkpoint began with, else the folder's number and the rest.
 
-    A checkpoint of other code, or one that does not say what it drew, is forgotten with its trace: half of a run by one
-    code and half by another is a run of neither. Raises OtherCell where it is of another cell.
+    A checkpoint of other code or another setting, or one that does not say what it drew, is forgotten with its trace:
+    half of a run by one and half by another is a run of neither. Raises OtherCell where it is of another cell.
     """
     if reason := stranger(folder, cell):
         raise OtherCell(f"{folder}: {reason}")
     before = begun(folder)
-    if before is not None and before["draw"].code == code:
+    if before is not None and (before["draw"].code, before["draw"].setting) == (code, setting):
         return before["draw"]
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     (folder / TRACE).unlink(missing_ok=True)
-    return Draw(_number(folder), code)
+    return Draw(_number(folder), code, setting)
 
 
 def note(folder: Path, cell: Cell, draw: Draw) -> None:
@@ -75,12 +79,12 @@ def begun(folder: Path) -> dict[str, Any] | None:
     """``cell`` (its digest) and ``draw`` of the half-done run in `folder`; None without a note that can be read."""
     try:
         note = json.loads((folder / CHECKPOINT / NOTE).read_bytes())
-        cell, attempt, code = note["cell"], note["attempt"], note["code"]
+        cell, attempt, code, setting = (note[name] for name in ("cell", "attempt", "code", "setting"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    if not isinstance(cell, str) or type(attempt) is not int or not isinstance(code, str):
+    if type(attempt) is not int or not all(isinstance(one, str) for one in (cell, code, setting)):
         return None
-    return {"cell": cell, "draw": Draw(attempt, code)}
+    return {"cell": cell, "draw": Draw(attempt, code, setting)}
 
 
 def stranger(folder: Path, cell: Cell) -> str:

@@ -139,10 +139,13 @@ def _folder(record: store.Record, private: bool, left_out: list[store.Broken]) -
         except OSError as error:
             left_out.append(store.Broken(path, f"cannot be read: {error.strerror}"))
             data = None
-        reason = "" if data is None else _flaw(path, data)
-        if data is not None and not reason:
-            data = data if private else _published(record, name, data)
-            reason = "" if data is None else _gives_away(name, data)
+        reason = ""
+        try:
+            data = data if private or data is None else _published(record, name, data)
+        except (ValueError, RecursionError, store.StoreError) as error:
+            reason = f"not JSON: {error}"
+        # What is private of a file must not decide whether the rest of it is published.
+        reason = reason or ("" if data is None else _flaw(path, data) or _gives_away(name, data))
         if reason:
             left_out.append(store.Broken(path, reason))
         if data is not None and not reason:

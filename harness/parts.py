@@ -209,7 +209,12 @@ def _parameter(type_text: str, default: ast.expr | None) -> Parameter | None:
 
 
 def combine(method: Method, changes: Mapping[str, str]) -> Method:
-    """The method with the parts that ``changes`` (slot to spec) name. Raises ValueError where they do not fit."""
+    """The method with the parts that ``changes`` (slot to spec) name. Raises ValueError where they do not fit.
+
+    And where there is no such slot: a name more would make another id of the same method.
+    """
+    for slot in changes.keys() - set(SLOTS):
+        raise ValueError(f'a method has no part "{slot}"; it has {", ".join(SLOTS)}')
     for slot in SLOTS:
         if slot in changes:
             method = put(method, slot, changes[slot])

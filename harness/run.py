@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from harness import data, measure, models, registry
@@ -46,6 +47,15 @@ from harness.train import (
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LOG_POINTS = 20  # about how many lines a trace has
 SLACK = 1e-6  # by how much an accountant's answer for the ledger may exceed the target it was calibrated for
+
+
+def setting(cell: Cell, device: str, threads: int) -> str:
+    """12 hex digits over what decides a run's sums to the bit besides cell, code and noise multiplier."""
+    facts = {
+        "device": measure.device_info(device, threads), "microbatch": cell.device.get("microbatch"),
+        "libraries": [torch.__version__, numpy.__version__], "kernels": kernels(),
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def execute(cell: Cell, out: Path, suite: str, jobs: int = 1, save_seconds: float = 20.0) -> dict[str, Any]:
@@ -142,7 +152,7 @@ class _Session:
         self.target, self.stages = Target.of(cell), stages_of(cell)
         self.data = _load(self.task, self.device, dtype)
         self.code = code_of(cell)
-        self.draw = begin(out, cell, self.code["hash"])
+        self.draw = begin(out, cell, self.code["hash"], setting(cell, str(self.device), self.threads))
         drawn = self.draw.to_json()
         seeds = Seeds(cell, **drawn)
         data = self.data
@@ -178,8 +188,7 @@ class _Session:
                 "sampling": joined([leg.sampling for leg in self.legs if not leg.public]), "delta": self.target.delta,
                 "public_data": public_data(self.data.public_data, self.cell),
                 "privately_judged": [
-                    number for number, leg in enumerate(self.legs, 1) if not leg.public
-                    and (leg.method.loss.probes or self.task["evaluate"] == "validation")
+                    number for number, leg in enumerate(self.legs, 1) if self.privately_judged(leg)
                 ],
             },
             **self.staged(),
@@ -223,8 +232,7 @@ class _Session:
                 raise RuntimeError(f"the ledger differs from the plan: {spent} is not {planned}")
             weights = kept(self.legs[-1], self.progress)
             judged = self.legs[-1]
-            scores = evaluate(self.model, weights, judged.method.loss, judged.data)
-            record["metrics"] = scores | {"examples": judged.data.n_test}
+            record["metrics"] = self.scores(judged, weights) | {"examples": judged.data.n_test}
             record["weights_sha256"] = digest(weights)
         except Unserved as error:
             status, reason = "skipped", str(error)
@@ -326,7 +334,7 @@ class _Session:
         p, leg = point.progress, self.legs[point.progress.stage]
         m = leg.method
         self.peak = max(self.peak, measure.peak_memory_mib(self.device))
-        scores = evaluate(self.model, kept(leg, p), m.loss, leg.data)
+        scores = self.scores(leg, kept(leg, p))
         before = sum(one.schedule.steps for one in self.legs[: p.stage])
         line: dict[str, Any] = {"stage": p.stage + 1} if self.cell.then else {}
         line |= {"step": before + point.step, "seconds": round(sum(p.seconds), 3), "loss": _finite(point.loss)}
@@ -340,6 +348,20 @@ class _Session:
             file.write(json.dumps(line) + "\n")
             file.flush()
             p.trace = file.tell()
+
+    def privately_judged(self, leg: _Leg) -> bool:
+        """Whether a stage's scores count private examples or follow their labels."""
+        return not leg.public and (leg.method.loss.probes or self.task["evaluate"] == "validation")
+
+    def scores(self, leg: _Leg, weights: Tree) -> dict[str, float | None]:
+        """How weights do on the data of a stage, null where a score is not finite.
+
+        Raises Diverged where the loss is not, unless private examples judge: whether it is would tell of one of them.
+        """
+        found = evaluate(self.model, weights, leg.method.loss, leg.data)
+        if not self.privately_judged(leg) and not math.isfinite(found["loss"]):
+            raise Diverged("outputs are not finite")
+        return {name: _finite(value) for name, value in found.items()}
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from harness.dp.account import Ledger
 from harness.dp.engines.draws import fill
-from harness.dp.engines.engine import trainable
+from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.weights import held, restored
 from harness.dp.loss import Batch, Data, Loss, Split
 from harness.dp.method import Method
@@ -70,9 +69,11 @@ def step(
     releases, observed = m.engine.bounded(
         m.loss, m.clip, model, probe, batch, s.clip, sigma, m.sampler.relation, number
     )
+    # Which engine `Auto` chose is a matter of time, and no two engines share noise.
+    noise = rng.noise.under(observed.engine)
     # Raw values die here. Noise may leave them in the format of the sum; weights divide them in their own.
     public = {
-        name: r._replace(value=m.noise.add(r, rng.noise)).formatted / denominator
+        name: r._replace(value=m.noise.add(r, noise)).formatted / denominator
         for name, r in wanted(releases, w).items()
     }
     g = public.pop("grad")
@@ -184,8 +185,11 @@ def train(
     different noise even so: the difference of two that should be equal would show what one of them sums.
 
     Every random draw is a function of (seed, step), so a run continued from a checkpoint is the run that was never
-    interrupted. Raises Diverged as soon as a log point sees weights that are not finite.
+    interrupted. Raises Unserved, before anything is drawn, where the engine does not serve this loss, clipping rule or
+    model, and Diverged as soon as a log point sees weights that are not finite.
     """
+    if reason := method.engine.accepts(method.loss, method.clip, model):
+        raise Unserved(reason)
     n, device = data.n_train, progress.w.flat.device
     denominator = method.sampler.denominator(n, schedule.batch)
     clock = Clock(device)
@@ -202,7 +206,8 @@ def train(
         batch = method.loss.prepare(Batch(*data.batch(indices)), views)
         fill(device, Stream(seeds.path, "dropout", p.step))
         streams = Streams(
-            Stream(seeds.noise, f"noise of {method.engine.role}", p.step), Stream(seeds.path, "path", p.step)
+            Stream(seeds.noise, f"noise of {method.engine.role} at {sigma!r}", p.step),
+            Stream(seeds.path, "path", p.step),
         )
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams, p.step)
         p.ledger.add(bill(method, done.sigmas, n, schedule.batch, p.step))
@@ -265,12 +270,9 @@ def evaluating(model: nn.Module, w: Tree) -> Iterator[None]:
 
 
 def evaluate(model: nn.Module, w: Tree, loss: Loss, data: Data, split: Split = "test") -> dict[str, float]:
-    """How weights `w` do on a split, as `loss` judges. Raises Diverged if the mean loss is not finite."""
+    """How weights `w` do on a split, as `loss` judges. A score may be infinite, or not a number."""
     with evaluating(model, w):
-        found = loss.scores(model, data, w.flat.device, split)
-    if not math.isfinite(found["loss"]):
-        raise Diverged("outputs are not finite")
-    return found
+        return loss.scores(model, data, w.flat.device, split)
 
 
 # --- checkpoints: one safetensors file, the structure as JSON in its header; nothing in it can be executed ---

@@ -26,10 +26,11 @@ from harness.dp.method import Method, Stage, describe, plan
 from harness.dp.path import Path as Straight
 from harness.dp.release import Relation
 from harness.dp.tuning import Tuning, charge
+from harness.parts import SLOTS
 
 __all__ = ["WORD", "Verdict", "examine"]
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-5
 """Relative: by how much an epsilon may differ from that of the same ledger by another version of its accountant."""
 LEAST = 0.98
 """The share of its target that a run spends at the least: noise is calibrated to 1e-4, and meets it to a thousandth."""
@@ -132,6 +133,8 @@ def _keys(cell: Cell) -> None:
         needed, allowed = KEYS[where.rpartition(".")[2]]
         for name in sorted(part.keys() - needed - allowed):
             raise _Refused(f"cell.{where}.{name} is {_short(part[name])}, and no cell has such a key")
+    for name in sorted(cell.changes.keys() - set(SLOTS)):
+        raise _Refused(f"cell.method.with has a part that no method has: {name}")
 
 
 def _plain(record: store.Record, cell: Cell) -> None:
@@ -152,7 +155,7 @@ def _plain(record: store.Record, cell: Cell) -> None:
     if ok and cell.private:
         _demand("privacy.relation", privacy["relation"], asked["relation"])
     accuracy, loss = (record["metrics"].get(name) for name in ("accuracy", "loss"))
-    if accuracy is not None and not 0 <= accuracy <= 1:
+    if accuracy is not None and (isinstance(accuracy, bool) or not 0 <= accuracy <= 1):
         raise _Refused(f"metrics.accuracy is {_short(accuracy)}, which is no fraction")
     examples = record["metrics"].get("examples")
     if accuracy is not None and examples is not None and not 0 < examples < math.inf:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from harness import cli, draw, launch, pack, store, suite
 from harness import run as running
 from harness.cell import Cell
+from harness.dp import SGD, Auto, BookKeeping, Full, Ghost, Loop, Method
+from harness.dp.engines.engine import PerExample
 from harness.report import board, read, recipe
 from harness.running import child, jobs
 from harness.seeds import Seeds
+from harness.train import Schedule, start, train
 
 ROOT = Path(__file__).parent.parent
 SUITE = """
@@ -55,13 +61,19 @@ def test_two_attempts_share_no_noise_and_a_repeated_one_has_the_same_bits(
     """By other code or in another attempt: other noise. The same cell, attempt and code: the same bits, anywhere."""
     id, a, b = cell().id, "a" * 12, "b" * 12
     first = weights(tmp_path / "x" / id, a, monkeypatch)
-    assert first["randomness"] == {"attempt": 1, "code": a, "dropout_bits": 256}
+    assert first["randomness"] == {
+        "attempt": 1,
+        "code": a,
+        "setting": first["randomness"]["setting"],
+        "dropout_bits": 256,
+    }
     again = weights(tmp_path / "y" / id, a, monkeypatch)
     second = weights(tmp_path / "x" / f"{id}.2", a, monkeypatch)
     other = weights(tmp_path / "z" / id, b, monkeypatch)
     found = [one["weights_sha256"] for one in (first, again, second, other)]
     assert found[0] == found[1] and len(set(found)) == 3
-    assert second["randomness"] == {"attempt": 2, "code": a, "dropout_bits": 256}
+    setting = second["randomness"]["setting"]
+    assert second["randomness"] == {"attempt": 2, "code": a, "setting": setting, "dropout_bits": 256}
     # What repeats it is the attempt that it was, in a folder where it has no record yet.
     (run,) = read.read([second])
     words = recipe.commands(run, "draws.toml")[-1].split()
@@ -73,8 +85,63 @@ def test_two_attempts_share_no_noise_and_a_repeated_one_has_the_same_bits(
     assert job.folder.name == f"{id}.2"
     assert weights(job.folder, a, monkeypatch)["weights_sha256"] == found[2]
     # Initial weights are paired over all of them.
-    seeds = [Seeds(cell(), attempt=n, code=code) for n in (1, 2) for code in (a, b)]
-    assert len({one.init for one in seeds}) == 1 and len({one.noise for one in seeds}) == 4
+    seeds = [
+        Seeds(cell(), attempt=n, code=code, setting=s)
+        for n in (1, 2)
+        for code in (a, b)
+        for s in (a, setting)
+    ]
+    assert len({one.init for one in seeds}) == 1 and len({one.noise for one in seeds}) == 8
+
+
+def test_what_decides_sums_to_the_bit_decides_the_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of a cell that differ in device, microbatch, libraries, noise multiplier or engine share none."""
+    one = cell()
+    here = running.setting(one, "cpu", 1)
+    others = {running.setting(one, "cpu", 2), running.setting(one.on("cpu", microbatch=7), "cpu", 1)}
+    monkeypatch.setattr(running.numpy, "__version__", "0")
+    assert len({here, running.setting(one, "cpu", 1), *others}) == 4
+    released = []
+    for engine, sigma in (
+        (BookKeeping(), 1.0),
+        (BookKeeping(), 1.1),
+        (Loop(), 1.0),
+        (Chosen(), 1.0),
+        (Other(), 1.0),
+    ):
+        model, method = nn.Linear(2, 2), Method(engine=engine, sampler=Full(), optimizer=SGD(1.0))
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+        still = SimpleNamespace(
+            n_train=4, batch=lambda indices: (torch.zeros(4, 2), torch.zeros(4, dtype=torch.long))
+        )
+        end = train(
+            method,
+            model,
+            still,
+            sigma,
+            Schedule(1, 4, 1),
+            Seeds(one, attempt=1, code=""),
+            start(method, model, 1),
+        )
+        released.append(end.w.flat[:4] / sigma)
+    assert len({tuple(w.tolist()) for w in released}) == 5
+
+
+class Chosen(Auto):
+    """As if the first had been the fastest here, and `Other` elsewhere."""
+
+    role = "Auto"
+
+    def chosen(self, *arguments: Any) -> PerExample:
+        return BookKeeping()
+
+
+class Other(Chosen):
+    def chosen(self, *arguments: Any) -> PerExample:
+        return Ghost()
 
 
 class Stop(Exception):
@@ -98,7 +165,9 @@ def test_a_run_goes_on_with_what_it_began_with_or_begins_anew(
             inner.setattr(running, "write_checkpoint", write_and_die)
             with pytest.raises(Stop):
                 weights(folder, a, monkeypatch, save_seconds=0.0)
-        assert draw.begun(folder) == {"cell": cell().digest, "draw": draw.Draw(1, a)}
+        begun = draw.begun(folder)
+        assert begun is not None and begun["cell"] == cell().digest
+        assert (begun["draw"].attempt, begun["draw"].code) == (1, a)
         for file in (folder / "checkpoint").iterdir():
             assert file.stat().st_mode & 0o077 == 0, file
 
@@ -110,7 +179,7 @@ def test_a_run_goes_on_with_what_it_began_with_or_begins_anew(
     (tmp_path / "taken" / id).rename(tmp_path / "taken" / f"{id}.2")
     resumed = weights(tmp_path / "taken" / f"{id}.2", a, monkeypatch)
     assert resumed["measured"]["sessions"] == 2 and resumed["weights_sha256"] == whole[a]
-    assert resumed["randomness"] == {"attempt": 1, "code": a, "dropout_bits": 256}
+    assert (resumed["randomness"]["attempt"], resumed["randomness"]["code"]) == (1, a)
 
     cut(tmp_path / "changed" / id)
     anew = weights(tmp_path / "changed" / id, b, monkeypatch)

@@ -64,18 +64,32 @@ def cell(case: str) -> Any:
     return suite.parse(text, "worlds.toml").cells()[0]
 
 
-def other_world(patch: pytest.MonkeyPatch, one: Any) -> None:
-    """All that is private is another: examples, labels, held-out examples, who is in a batch, time and memory.
-
-    The last batch is empty.
-    """
-    load, draw, peak = run._load, Poisson.draw, measure.peak_memory_mib
+def in_floats(patch: pytest.MonkeyPatch) -> None:
+    """Pixels as floats, which may be anything."""
+    load = run._load
 
     def loaded(*arguments: Any) -> data.Dataset:
         found = load(*arguments)
-        told = {"x_train": found.x_train * 7 + 1, "y_train": found.y_train.flip(0)}
+        return replace(found, x_train=found.x_train / 255, x_test=found.x_test / 255)
+
+    patch.setattr(run, "_load", loaded)
+
+
+def other_world(patch: pytest.MonkeyPatch, one: Any) -> None:
+    """All that is private is another: examples, labels, held-out examples, who is in a batch, time and memory.
+
+    The last batch is empty. One example is beyond what a network can compute with, and so is one that is held out.
+    """
+    load, draw, peak = run._load, Poisson.draw, measure.peak_memory_mib
+
+    def far(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.full_like(x[:1], 3e38), x[1:]])
+
+    def loaded(*arguments: Any) -> data.Dataset:
+        found = load(*arguments)
+        told = {"x_train": far(found.x_train * 7 + 1), "y_train": found.y_train.flip(0)}
         if one.task["evaluate"] == "validation":
-            told |= {"y_test": found.y_test.flip(0)}
+            told |= {"x_test": far(found.x_test), "y_test": found.y_test.flip(0)}
         return replace(found, **told)
 
     def drawn(self: Poisson, n: int, batch: int, step: int, seed: int) -> torch.Tensor:
@@ -94,6 +108,7 @@ def execute(one: Any, folder: Path, elsewhere: bool) -> store.Record:
             Gaussian, "add",
             lambda self, release, rng: add(self, release._replace(value=release.value.zeros_like()), rng),
         )  # fmt: skip
+        in_floats(patch)
         if elsewhere:
             other_world(patch, one)
         record = run.execute(one, folder, "worlds")
@@ -164,7 +179,8 @@ def test_no_number_that_is_published_is_the_size_of_a_batch(tmp_path: Path) -> N
         folder = tmp_path / "worlds" / one.id
         record = execute(one, folder, elsewhere=False)
         n, schedule = one.task["n_train"], one.schedule
-        seed = Seeds(one, attempt=record["randomness"]["attempt"], code=record["randomness"]["code"]).sampling
+        drawn = {name: record["randomness"][name] for name in ("attempt", "code", "setting")}
+        seed = Seeds(one, **drawn).sampling
         last = len(Poisson().draw(n, schedule["batch"], schedule["steps"] - 1, seed))
         assert record["diagnostics"]["microbatch"] == last
         if last not in (48, n):  # numbers that a record has for other reasons

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +15,7 @@ from harness.dp.engines.bookkeeping import BookKeeping
 from harness.dp.engines.engine import PerExample, Unserved, trainable
 from harness.dp.engines.ghost import Ghost
 from harness.dp.engines.loop import Loop
+from harness.dp.engines.vmap import Vmap
 from harness.dp.loss import Batch, CrossEntropy
 from harness.dp.release import Relation
 from harness.dp.tree import Tree
@@ -48,6 +50,58 @@ class Memory(Net):
         context = 0.0 if self.bank is None else self.bank
         self.bank = h.detach().mean(0)
         out: Tensor = self.b(h + context)
+        return out
+
+
+class Centred(Net):
+    """Measures the mean of its inputs in training; evaluation subtracts it, and training too after so many passes."""
+
+    def __init__(self, after: float = math.inf) -> None:
+        super().__init__()
+        self.mean, self.passes, self.after = torch.zeros(8), 0, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.nan_to_num().clamp(-5, 5)
+        if self.training:
+            self.passes, self.mean = self.passes + 1, 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return super().forward(x - self.mean if not self.training or self.passes > self.after else x)
+
+
+class Hooked(Net):
+    """The same of a layer, in what a hook encloses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        seen = [torch.zeros(16)]
+
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+            seen[0] = 0.9 * seen[0] + 0.1 * output.detach().mean(0)
+
+        self.a.register_forward_hook(hook)
+
+
+class Graded(Net):
+    """The same of gradients."""
+
+    norm = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if h.requires_grad:
+            h.register_hook(lambda g: setattr(self, "norm", 0.9 * self.norm + float(g.norm())))
+        out: Tensor = self.b(torch.tanh(h))
+        return out
+
+
+class Cached(Net):
+    """What it keeps of a batch is gone with the next, and it counts its passes: neither tells of an example."""
+
+    last: Tensor | None = None
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last, self.passes = torch.tanh(self.a(x)), self.passes + 1
+        out: Tensor = self.b(self.last)
         return out
 
 
@@ -125,3 +179,21 @@ def test_generators_that_no_run_seeds_are_named() -> None:
 def test_a_model_without_trained_parameters_is_named() -> None:
     with pytest.raises(ValueError, match="no parameter that is trained"):
         check(Net().requires_grad_(False), (8,), 3)
+
+
+@pytest.mark.parametrize("build", [Centred, lambda: Centred(500), Hooked, Graded])
+def test_what_a_model_keeps_of_examples_beyond_the_next_batch_is_refused(
+    build: Callable[[], nn.Module],
+) -> None:
+    with pytest.raises(ValueError, match="keeps something of the examples"):
+        check(build(), (8,), 3)
+    for engine in (Loop(), Ghost(), BookKeeping(), Vmap()):
+        model = build()
+        with pytest.raises(Unserved, match="keeps something of the examples"):
+            release(engine, model)
+
+
+def test_what_is_gone_with_the_next_batch_is_no_memory() -> None:
+    check(Cached(), (8,), 3)
+    for engine in (Loop(), Ghost(), BookKeeping(), Vmap()):
+        release(engine, Cached())

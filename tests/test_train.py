@@ -21,11 +21,14 @@ from harness.dp import (
     NoNoise,
     Plain,
     Poisson,
+    Relation,
     Tree,
     Unclipped,
     Vmap,
 )
-from harness.dp.engines.engine import trainable
+from harness.dp.clip.grouped import GroupWise
+from harness.dp.engines.engine import Unserved, trainable
+from harness.dp.engines.whole import Whole
 from harness.dp.native import kernels
 from harness.dp.random import Stream
 from harness.train import (
@@ -124,6 +127,21 @@ def test_the_denominator_is_public():
         nn.functional.cross_entropy(model(data.x[:1]), data.y[:1]), list(model.parameters())
     )
     assert torch.allclose(moved(1) * 10, torch.cat([g.flatten() for g in single]))
+
+
+def test_what_an_engine_does_not_serve_is_refused_before_anything_is_drawn():
+    """`accepts` is asked by the loop itself, not by the harness alone: epsilon would be that of another release."""
+    model, data = net(), Toy()
+    for engine, clip in ((Plain(), Flat(1.0)), (Whole(), GroupWise(by="parameter", thresholds=(1.0,) * 4))):
+        method = Method(engine=engine, clip=clip, sampler=Full())
+        with pytest.raises(Unserved):
+            train(method, model, data, 1.0, Schedule(2, len(data.x), 2), SEEDS, start(method, model, 2))
+        w = Tree.of(trainable(model))
+        batch = Batch(*data.batch(torch.arange(3)))
+        with pytest.raises(Unserved):
+            engine.bounded(
+                method.loss, clip, model, w, batch, clip.init(w.layout), 1.0, Relation.ADD_OR_REMOVE
+            )
 
 
 def test_learning_rate_zero_leaves_the_weights():

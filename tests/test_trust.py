@@ -107,6 +107,12 @@ def _quiet(record: store.Record) -> None:
     respent(record, Ledger.from_json(record["privacy"]["ledger"]))
 
 
+def _fainter(record: store.Record) -> None:
+    """Less noise by a share that accountants' digits might explain, and epsilons of the noise that there should be."""
+    record["privacy"]["noise_multiplier"] *= 0.9996
+    _ledger(record, noise_multiplier=record["privacy"]["noise_multiplier"])
+
+
 def _noisier(record: store.Record) -> None:
     """A noise multiplier that was never calibrated, to show off a small epsilon; honest about all that follows."""
     record["privacy"]["noise_multiplier"] *= 50
@@ -174,6 +180,11 @@ FORGED: dict[str, tuple[Callable[[], store.Record], Callable[[store.Record], obj
     "a second stage": (genuine, _set("cell.then", copy.deepcopy(staged()["cell"]["then"])), "its id"),
     "a field that no run has": (genuine, _set("cell.privacy.bonus", 1), "its id"),
     "a place that no cell has": (genuine, _set("cell.extra", 1), "something that no run has: extra"),
+    "a little less noise": (genuine, lambda r: _fainter(r), "privacy.planned"),
+    "a part that no method has": (
+        genuine, lambda r: (_set("cell.method.with", {"noise": "NoNoise"})(r), r.update(named(r))),
+        "cell.method.with has a part that no method has: noise",
+    ),
     "accuracy": (genuine, _set("metrics.accuracy", 1.01), "metrics.accuracy is 1.01"),
     "fewer examples": (
         genuine, lambda r: r.update(named(r | {"cell": r["cell"] | {"task": r["cell"]["task"] | {"n_train": 10**6}}})),

@@ -48,6 +48,11 @@ class Stream:
         self._key: tuple[int, ...] = struct.unpack("<8I", digest)
         self._block = 0
 
+    def under(self, role: str) -> Stream:
+        """The stream of a role within this one's, from its beginning. It has nothing in common with this one."""
+        key = struct.pack("<8I", *self._key)
+        return Stream(int.from_bytes(key, "little"), role, 0)
+
     def normal(
         self, n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:

@@ -8,9 +8,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from harness.dp.engines.memory import FORGET, remembered
 from harness.dp.engines.weights import held, restored
 from harness.models import mixing, reading
-from harness.models.passes import REMEDY, WHOLE, CrossExampleLayer, kind, seeded
+from harness.models.passes import REMEDY, WHOLE, CrossExampleLayer, called, kind, seeded
 
 __all__ = ["REMEDY", "CrossExampleLayer", "check"]
 
@@ -28,7 +29,7 @@ def check(
 
     - in training mode one example is changed, to near and to very far values, and examples are left out; the outputs
       of the others must stay as they are, in a small and in a large batch; so must every buffer, and no pass may
-      change anything in the network;
+      change anything in the network; nothing that it keeps of a batch may outlive the next;
     - other weights are written into its parameters, and put there as a run does; outputs and gradients must agree in
       both modes, and again after evaluation, and gradients must reach every parameter that is used.
 
@@ -55,6 +56,10 @@ def check(
         values = _shaken(model)
         with held(model, values):
             draws = mixing.drawn(model, tuple(input_shape), tokens)
+            # First: what is kept of an infinite example would hide all that comes after it.
+            if found := remembered(model, draws[0](mixing.PROBE), called):
+                owner = model.get_submodule(found.path)
+                raise CrossExampleLayer(found.path or WHOLE, type(owner).__name__, str(found), FORGET)
             for draw in draws:
                 mixing.probe(model, classes, draw)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}

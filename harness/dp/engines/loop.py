@@ -11,6 +11,7 @@ from torch import nn
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Clipped, PerExample, Unserved, Used, group_norms, losses_of
+from harness.dp.engines.memory import refuse_memory
 from harness.dp.engines.reads import refuse_strangers
 from harness.dp.engines.survey import moved, probe_batch, refuse_traces
 from harness.dp.engines.weights import held
@@ -36,6 +37,7 @@ class Loop(PerExample):
             few = probe_batch(used.batch)
             with held(used.model, used.w.clone().views):
                 refuse_traces(used.loss, used.model, few)
+                refuse_memory(used.loss, used.model, few)
             refuse_strangers(used.loss, used.model, moved(used.w.views, 1.0), few)
             _tried.add(used.model)
 

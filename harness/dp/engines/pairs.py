@@ -107,8 +107,9 @@ class Pairs(Engine):
         relation: Relation,
         step: int = 0,
     ) -> Bounded:
-        if not isinstance(loss, InfoNCE):
-            raise Unserved(str(self.accepts(loss, clip, model)))
+        reason = self.accepts(loss, clip, model)
+        if reason or not isinstance(loss, InfoNCE):
+            raise Unserved(str(reason))
         keep_freed_memory()
         bound = self.reach(loss, clip.sensitivity(state, Relation.ADD_OR_REMOVE), len(batch), relation)
         taken = min(len(batch), self.cap or len(batch))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from harness.dp.clip import Clip, State
-from harness.dp.engines.engine import SPEED, Clipped, PerExample, laid_out, losses_of
+from harness.dp.engines.engine import SPEED, Clipped, PerExample, Unserved, laid_out, losses_of
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
@@ -44,6 +44,8 @@ class Plain(PerExample):
         batch: Batch,
         state: State,
     ) -> Clipped:
+        if reason := self.accepts(loss, clip, model):
+            raise Unserved(reason)
         values, batch = laid_out(w, batch, self.channels_last)
         with held(model, values) as leaves:
             losses = losses_of(loss, model, batch)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from harness.dp.engines.engine import Unserved, losses_of
 from harness.dp.engines.gradients import Gradient
+from harness.dp.engines.memory import refuse_memory
 from harness.dp.engines.plan import Plan, gradients
 from harness.dp.engines.reads import refuse_strangers
 from harness.dp.engines.rules import call_rule_for, rule_for
@@ -120,6 +121,7 @@ def tame(
             continue
         refuse_mixing(loss, model, values, batch, random)
         with held(model, values) as leaves:
+            refuse_memory(loss, model, batch)
             taped = run(loss, model, leaves, batch)
             layouts, counts = survey(model, batch)
             made = Counter(call.path for call in taped.calls)

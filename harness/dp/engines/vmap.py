@@ -17,6 +17,7 @@ from harness.dp.clip import Clip, State
 from harness.dp.engines.audit import audit
 from harness.dp.engines.engine import Clipped, PerExample, Unserved, Used, group_norms, losses_of
 from harness.dp.engines.loop import Loop
+from harness.dp.engines.memory import refuse_memory
 from harness.dp.engines.reads import refuse_strangers
 from harness.dp.engines.rows import full_precision, squared_norms, weighted_rows
 from harness.dp.engines.survey import (
@@ -114,6 +115,7 @@ def compare(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch)
     with silenced(model, random):
         with held(model, w):
             steady = refuse_traces(loss, model, batch) is not None
+            refuse_memory(loss, model, batch)
         for distance in (1.0, 0.0):
             values = moved(w, distance)
             with held(model, values) as leaves:

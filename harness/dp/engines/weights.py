@@ -32,18 +32,16 @@ def held(model: nn.Module, w: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor
 
 @contextmanager
 def written(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """`values` in the parameters' own memory, as an optimizer writes."""
+    """Inside the block `values` are in the parameters' own memory, as an optimizer writes them."""
     parameters = dict(model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in values}
     try:
-        with torch.no_grad():
-            for name, value in values.items():
-                parameters[name].copy_(value)
+        for name, value in values.items():
+            parameters[name].data.copy_(value)
         yield
     finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                parameters[name].copy_(value)
+        for name, value in before.items():
+            parameters[name].data.copy_(value)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from harness.dp.clip import Clip, State
-from harness.dp.engines.engine import Engine, losses_of, trainable
+from harness.dp.engines.engine import Engine, Unserved, losses_of, trainable
 from harness.dp.engines.rows import squared_norms
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
@@ -53,6 +53,8 @@ class Whole(Engine):
         relation: Relation,
         step: int = 0,
     ) -> Bounded:
+        if reason := self.accepts(loss, clip, model):
+            raise Unserved(reason)
         total, losses = torch.zeros_like(w.flat, dtype=torch.float64), w.flat.new_zeros(0)
         clipped = bad = torch.zeros((), dtype=torch.long, device=w.flat.device)
         if len(batch):
