@@ -31,6 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import draw, measure, store
+from harness.records.files import Broken, Unwritable
+from harness.records.lock import lock, locked, unlock
+from harness.records.record import FAILED
 from harness.running import child
 from harness.running.jobs import Codes, Job, device_of, fraction, is_cuda, slots, take_over_checkpoint, threads_of
 from harness.running.process import Running, cause_of_death, kernel_ooms, kill, server
@@ -58,12 +61,12 @@ class Summary:
     outcomes: list[Outcome] = field(default_factory=list)
     left: list[Job] = field(default_factory=list)
     interrupted: bool = False
-    conflicts: list[store.Broken] = field(default_factory=list)
+    conflicts: list[Broken] = field(default_factory=list)
 
     @property
     def failed(self) -> list[Outcome]:
         """The runs that ended as crashed, oom or timeout."""
-        return [o for o in self.outcomes if o.record["status"] in store.FAILED]
+        return [o for o in self.outcomes if o.record["status"] in FAILED]
 
 
 def run(
@@ -86,7 +89,7 @@ def run(
     suite, at_once) -> record``, `preload` are modules that the server imports for all (default: what a run
     needs).
 
-    Ctrl-C, SIGTERM and SIGHUP stop the runs and return with ``interrupted``. Raises `store.Unwritable`
+    Ctrl-C, SIGTERM and SIGHUP stop the runs and return with ``interrupted``. Raises `Unwritable`
     where nothing can be written; runs that had begun are then half done.
     """
     if not jobs:
@@ -153,7 +156,7 @@ class _Launcher:
             if not self.fits(job):
                 continue
             self.queue.remove(job)
-            if store.locked(job.folder):
+            if locked(job.folder):
                 self.leave_to_other(job)
             else:
                 self.start(job)
@@ -233,9 +236,9 @@ class _Launcher:
             return
         for number, code in child.NO_PLACE.items():
             if run.process.exitcode == code and not path.exists():
-                raise store.Unwritable(run.job.folder, OSError(number, os.strerror(number)))
+                raise Unwritable(run.job.folder, OSError(number, os.strerror(number)))
         if not path.exists():
-            held = store.lock(run.job.folder)
+            held = lock(run.job.folder)
             if held is None:  # another launcher has taken it over since it died
                 self.leave_to_other(run.job)
                 return
@@ -244,7 +247,7 @@ class _Launcher:
                     self.write_failure(run)
                     child.drop_empty(run.job.folder / child.OUTPUT)
             finally:
-                store.unlock(run.job.folder, held)
+                unlock(run.job.folder, held)
         self.add_read(run.job, elsewhere=run.process.exitcode == child.ALREADY)
 
     def write_failure(self, run: Running) -> None:
@@ -276,7 +279,7 @@ class _Launcher:
             self.reporter.finished(self.summary.outcomes[-1], self.progress())
 
     def conflict(self, job: Job, reason: str) -> None:
-        self.summary.conflicts.append(store.Broken(job.folder, reason))
+        self.summary.conflicts.append(Broken(job.folder, reason))
         self.reporter.say(f"conflict: {self.summary.conflicts[-1]}")
 
     def look_elsewhere(self) -> None:
@@ -288,7 +291,7 @@ class _Launcher:
             if (job.folder / store.RECORD).exists():
                 self.elsewhere.remove(job)
                 self.add_read(job, elsewhere=True)
-            elif not store.locked(job.folder):
+            elif not locked(job.folder):
                 self.elsewhere.remove(job)
                 self.queue.append(job)
 

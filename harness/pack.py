@@ -39,7 +39,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from harness import public, store
-from harness.records.schema import unknown
+from harness.records import merge as merging
+from harness.records.files import MOST_BYTES, Broken, StoreError, content, dumps, replace_file
+from harness.records.merge import MergeResult
+from harness.records.record import SCHEMA
+from harness.records.schema import decode, unknown, unreadable
 
 __all__ = ["FORMAT", "BundleError", "Packed", "ineligible", "merge", "pack", "unpack"]
 
@@ -71,10 +75,10 @@ _UNREADABLE = (
 )
 
 
-class BundleError(store.StoreError):
+class BundleError(StoreError):
     """A bundle is refused. Nothing was added; the message names every file at fault."""
 
-    def __init__(self, bundle: Path, faults: Sequence[store.Broken]) -> None:
+    def __init__(self, bundle: Path, faults: Sequence[Broken]) -> None:
         shown = "".join(f"\n  {one}" for one in faults[:20])
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
         super().__init__(f"{bundle}: refused, nothing of it was added:{shown}{more}")
@@ -88,7 +92,7 @@ class Packed:
     path: Path
     sha256: str
     records: list[str]
-    left_out: list[store.Broken] = field(default_factory=list)
+    left_out: list[Broken] = field(default_factory=list)
 
 
 # Packing --------------------------------------------------------------------------------------------------
@@ -112,17 +116,17 @@ def pack(results: Path, into: Path, suite: str | None = None, private: bool = Fa
     if not files:
         why = "".join(f"\n  {one}" for one in left_out[:20])
         place = results / suite if suite else results
-        raise store.StoreError(f"{place}: holds no records that can be packed{why}")
+        raise StoreError(f"{place}: holds no records that can be packed{why}")
     data = _zip({MANIFEST: _manifest(files), **dict(sorted(files.items()))})
     if into.is_file() and into.read_bytes() != data:
-        raise store.StoreError(f"{into}: exists already and is another bundle; name a new file with -o")
+        raise StoreError(f"{into}: exists already and is another bundle; name a new file with -o")
     if not into.is_file():
-        store.replace_file(into, data)
+        replace_file(into, data)
     records = sorted(name.rpartition("/")[0] for name in files if name.endswith(RECORD))
     return Packed(into, hashlib.sha256(data).hexdigest(), records, left_out)
 
 
-def _folder(record: store.Record, private: bool, left_out: list[store.Broken]) -> dict[str, bytes]:
+def _folder(record: store.Record, private: bool, left_out: list[Broken]) -> dict[str, bytes]:
     """The files of one run that travel, by name in the bundle."""
     files: dict[str, bytes] = {}
     folder = Path(record["path"]).parent
@@ -130,24 +134,24 @@ def _folder(record: store.Record, private: bool, left_out: list[store.Broken]) -
         path = folder / name
         try:
             if not stat.S_ISREG(path.lstat().st_mode):
-                left_out.append(store.Broken(path, "not a plain file"))
+                left_out.append(Broken(path, "not a plain file"))
                 data = None
             else:
-                data = store.content(path)
+                data = content(path)
         except FileNotFoundError:
             data = None
         except OSError as error:
-            left_out.append(store.Broken(path, f"cannot be read: {error.strerror}"))
+            left_out.append(Broken(path, f"cannot be read: {error.strerror}"))
             data = None
         reason = ""
         try:
             data = data if private or data is None else _published(record, name, data)
-        except (ValueError, RecursionError, store.StoreError) as error:
+        except (ValueError, RecursionError, StoreError) as error:
             reason = f"not JSON: {error}"
         # What is private of a file must not decide whether the rest of it is published.
         reason = reason or ("" if data is None else _flaw(path, data) or _gives_away(name, data))
         if reason:
-            left_out.append(store.Broken(path, reason))
+            left_out.append(Broken(path, reason))
         if data is not None and not reason:
             files[f"{folder.parent.name}/{folder.name}/{name}"] = data
         elif name == RECORD:
@@ -164,7 +168,7 @@ def _published(record: store.Record, name: str, data: bytes) -> bytes | None:
 
 def _manifest(files: Mapping[str, bytes]) -> bytes:
     listed = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    return store.dumps({"bundle": FORMAT, "schema": store.SCHEMA, "files": listed}).encode()
+    return dumps({"bundle": FORMAT, "schema": SCHEMA, "files": listed}).encode()
 
 
 def _zip(files: Mapping[str, bytes]) -> bytes:
@@ -183,8 +187,8 @@ def _zip(files: Mapping[str, bytes]) -> bytes:
 
 def _flaw(path: Path, data: bytes) -> str:
     """What keeps a file, named ``.../<suite>/<id>/<name>``, from being one of a run; empty where nothing does."""
-    if len(data) > store.MOST_BYTES:
-        return f"larger than {store.MOST_BYTES // 2**20} MiB"
+    if len(data) > MOST_BYTES:
+        return f"larger than {MOST_BYTES // 2**20} MiB"
     if path.name == RECORD:
         record, reason = store.parse_at(path, data)
         return reason if record is None else store.mismatch(record) or _schema_flaw(record)
@@ -194,13 +198,13 @@ def _flaw(path: Path, data: bytes) -> str:
         return f"not JSON: {error}"
     if not all(isinstance(value, dict) for value in values):
         return "not a JSON object" if path.name == "env.json" else "a line of it is not a JSON object"
-    return next(filter(None, map(store.unreadable, values)), "")
+    return next(filter(None, map(unreadable, values)), "")
 
 
 def _values(name: str, data: bytes) -> Iterator[Any]:
     """The JSON values of a file: one a line in a trace, else one."""
     texts = data.decode().splitlines() if name.endswith(".jsonl") else [data.decode()]
-    yield from (store.strict_json(text) for text in texts if text.strip() or not name.endswith(".jsonl"))
+    yield from (decode(text) for text in texts if text.strip() or not name.endswith(".jsonl"))
 
 
 def _schema_flaw(record: store.Record) -> str:
@@ -244,8 +248,8 @@ def _texts(value: object, where: str) -> Iterator[tuple[str, str]]:
 # Taking in ------------------------------------------------------------------------------------------------
 
 
-def merge(sources: Sequence[Path], into: Path) -> store.MergeResult:
-    """As :func:`harness.store.merge`, where a source may also be a bundle, and no record is believed.
+def merge(sources: Sequence[Path], into: Path) -> MergeResult:
+    """As :func:`harness.records.merge.merge`, where a source may also be a bundle, and no record is believed.
 
     What can be computed again of a record is (:mod:`harness.trust`), and one that says otherwise is refused by name.
     Every bundle is checked before anything is added. Raises BundleError.
@@ -267,10 +271,10 @@ def merge(sources: Sequence[Path], into: Path) -> store.MergeResult:
                 digest = hashlib.sha256(source.read_bytes()).hexdigest()
                 called[folder] = f"{source.name}, SHA-256 {digest[:16]}"
             folders.append(folder)
-        result = store.merge(folders, into, vet, called)
+        result = merging.merge(folders, into, vet, called)
     origin = dict(zip(folders, sources, strict=True))
     for ones in (result.conflicts, result.refused):
-        ones[:] = [store.Broken(_named(one.path, origin), one.reason) for one in ones]
+        ones[:] = [Broken(_named(one.path, origin), one.reason) for one in ones]
     return result
 
 
@@ -287,23 +291,23 @@ def unpack(bundle: Path, into: Path) -> list[str]:
 
     Raises BundleError where anything is wrong with it; what is then in `into` is worth nothing.
     """
-    faults: list[store.Broken] = []
+    faults: list[Broken] = []
     try:
         with bundle.open("rb") as file, zipfile.ZipFile(file) as archive:
             members = _members(archive, faults)
             listed = _listed(archive, faults) if not faults else {}
             for name in sorted(listed.keys() - members.keys()):
-                faults.append(store.Broken(Path(name), f"listed in {MANIFEST}, but not there"))
+                faults.append(Broken(Path(name), f"listed in {MANIFEST}, but not there"))
             total = 0
             for name, info in members.items():
                 data = _read(archive, info, faults)
                 total += len(data or b"")
                 if total > MOST_TOTAL:
-                    faults.append(store.Broken(Path(name), f"more than {MOST_TOTAL // 2**30} GiB up to here"))
+                    faults.append(Broken(Path(name), f"more than {MOST_TOTAL // 2**30} GiB up to here"))
                     break
                 reason = "" if data is None else _unlisted(listed.get(name), data) or _flaw(Path(name), data)
                 if reason:
-                    faults.append(store.Broken(Path(name), reason))
+                    faults.append(Broken(Path(name), reason))
                 if data is not None and not faults:
                     place = into / PurePosixPath(name)
                     place.parent.mkdir(parents=True, exist_ok=True)
@@ -311,30 +315,30 @@ def unpack(bundle: Path, into: Path) -> list[str]:
     except _UNREADABLE as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        faults.append(store.Broken(bundle, f"not a bundle: {error}"))
+        faults.append(Broken(bundle, f"not a bundle: {error}"))
     if faults:
         raise BundleError(bundle, faults)
     return sorted(name.rpartition("/")[0] for name in members if name.endswith(RECORD))
 
 
-def _members(archive: zipfile.ZipFile, faults: list[store.Broken]) -> dict[str, zipfile.ZipInfo]:
+def _members(archive: zipfile.ZipFile, faults: list[Broken]) -> dict[str, zipfile.ZipInfo]:
     """The files beside the manifest by name; a name, kind or size that no bundle has is a fault."""
     infos = archive.infolist()
     if len(infos) > MOST_FILES:
-        faults.append(store.Broken(Path(MANIFEST), f"{len(infos)} files, more than {MOST_FILES}"))
+        faults.append(Broken(Path(MANIFEST), f"{len(infos)} files, more than {MOST_FILES}"))
         return {}
     times = Counter(info.filename for info in infos)
     for info in infos:
         reason = _odd(info) or ("there twice" if times[info.filename] > 1 else "")
         if reason:
-            faults.append(store.Broken(Path(info.orig_filename), reason))
+            faults.append(Broken(Path(info.orig_filename), reason))
     if MANIFEST not in times:
-        faults.append(store.Broken(Path(MANIFEST), "missing: this is no bundle of epsbench pack"))
+        faults.append(Broken(Path(MANIFEST), "missing: this is no bundle of epsbench pack"))
     for name in sorted(times):
         if name != MANIFEST and f"{name.rpartition('/')[0]}/{RECORD}" not in times:
-            faults.append(store.Broken(Path(name), f"without its {RECORD}"))
+            faults.append(Broken(Path(name), f"without its {RECORD}"))
     if times.keys() == {MANIFEST}:
-        faults.append(store.Broken(Path(MANIFEST), "the bundle holds no records"))
+        faults.append(Broken(Path(MANIFEST), "the bundle holds no records"))
     return {info.filename: info for info in infos if info.filename != MANIFEST}
 
 
@@ -349,29 +353,29 @@ def _odd(info: zipfile.ZipInfo) -> str:
         return "encrypted"
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return "compressed in a way that bundles are not"
-    if info.file_size > store.MOST_BYTES:
-        return f"larger than {store.MOST_BYTES // 2**20} MiB"
+    if info.file_size > MOST_BYTES:
+        return f"larger than {MOST_BYTES // 2**20} MiB"
     return ""
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, faults: list[store.Broken]) -> bytes | None:
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, faults: list[Broken]) -> bytes | None:
     """The bytes of an entry, no more than a file may have whatever its header says; None after a fault."""
     try:
         with archive.open(info) as file:
-            return file.read(store.MOST_BYTES + 1)
+            return file.read(MOST_BYTES + 1)
     except _UNREADABLE as error:
-        faults.append(store.Broken(Path(info.filename), f"damaged: {error}"))
+        faults.append(Broken(Path(info.filename), f"damaged: {error}"))
         return None
 
 
-def _listed(archive: zipfile.ZipFile, faults: list[store.Broken]) -> dict[str, Any]:
+def _listed(archive: zipfile.ZipFile, faults: list[Broken]) -> dict[str, Any]:
     """The manifest's list of files, empty after a fault."""
     data = _read(archive, archive.getinfo(MANIFEST), faults)
     if data is None:
         return {}
     reason = ""
     try:
-        manifest = store.strict_json(data)
+        manifest = decode(data)
         if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
             reason = 'holds no list of "files"'
         elif manifest.get("bundle") != FORMAT:
@@ -379,7 +383,7 @@ def _listed(archive: zipfile.ZipFile, faults: list[store.Broken]) -> dict[str, A
     except (ValueError, RecursionError) as error:
         reason = f"not JSON: {error}"
     if reason:
-        faults.append(store.Broken(Path(MANIFEST), reason))
+        faults.append(Broken(Path(MANIFEST), reason))
         return {}
     files: dict[str, Any] = manifest["files"]
     return files

@@ -15,8 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from harness import store
 from harness.cell import canonical_json
+from harness.records.files import MOST_BYTES, Broken, StoreError, Unwritable, dumps, write_once
+from harness.records.schema import decode, unreadable
 
 __all__ = ["Found", "Item", "Shelf", "attempt"]
 
@@ -28,7 +29,7 @@ Item = dict[str, Any]
 class Found(list[Item]):
     """What a folder holds, each with its ``"path"``; ``broken`` are the files that hold nothing valid."""
 
-    def __init__(self, items: Iterable[Item] = (), broken: Iterable[store.Broken] = ()) -> None:
+    def __init__(self, items: Iterable[Item] = (), broken: Iterable[Broken] = ()) -> None:
         super().__init__(items)
         self.broken = list(broken)
 
@@ -67,18 +68,18 @@ class Shelf:
     def write(self, folder: Path, item: Item) -> Path:
         """Write `item` as the next file of its id in `folder`, in one step, and return its path.
 
-        Nothing is overwritten. Raises `store.StoreError` where it is not valid or cannot be written.
+        Nothing is overwritten. Raises `StoreError` where it is not valid or cannot be written.
         """
         path = self.attempts(folder, str(item.get("id")))[-1]
-        data = store.dumps({key: value for key, value in item.items() if key != "path"}).encode()
+        data = dumps({key: value for key, value in item.items() if key != "path"}).encode()
         _, reason = self._parse(data, path.name)
         if reason:
-            raise store.StoreError(f"the {self.kind} for {path} is not valid: {reason}")
+            raise StoreError(f"the {self.kind} for {path} is not valid: {reason}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise store.Unwritable(folder, error) from error
-        store.write_once(path, data)
+            raise Unwritable(folder, error) from error
+        write_once(path, data)
         return path
 
     def load(self, folder: Path) -> Found:
@@ -89,29 +90,29 @@ class Shelf:
         except (FileNotFoundError, NotADirectoryError):
             return found
         except OSError as error:
-            found.broken.append(store.Broken(folder, f"cannot be read: {error.strerror}"))
+            found.broken.append(Broken(folder, f"cannot be read: {error.strerror}"))
             return found
         for name in names:
             path = folder / name
             try:
                 with path.open("rb") as file:
-                    data = file.read(store.MOST_BYTES + 1)
+                    data = file.read(MOST_BYTES + 1)
             except OSError as error:
-                found.broken.append(store.Broken(path, f"cannot be read: {error.strerror}"))
+                found.broken.append(Broken(path, f"cannot be read: {error.strerror}"))
                 continue
             item, reason = self._parse(data, name)
             if item is None:
-                found.broken.append(store.Broken(path, reason))
+                found.broken.append(Broken(path, reason))
             else:
                 found.append(item | {"path": str(path)})
         return found
 
     def _parse(self, data: bytes, name: str) -> tuple[Item | None, str]:
         """The item, or None and the reason why the bytes hold none."""
-        if len(data) > store.MOST_BYTES:
-            return None, f"larger than {store.MOST_BYTES // 2**20} MiB"
+        if len(data) > MOST_BYTES:
+            return None, f"larger than {MOST_BYTES // 2**20} MiB"
         try:
-            item = store.strict_json(data)
+            item = decode(data)
         except (ValueError, RecursionError) as error:
             return None, f"not JSON: {error}"
         reason = self._reason(item, name)
@@ -127,7 +128,7 @@ class Shelf:
         for key, kind in {**common, **self.fields}.items():
             if key not in item or not fits(item[key], kind):
                 return f'"{key}" is missing or not of its type'
-        if reason := store.unreadable(item):
+        if reason := unreadable(item):
             return reason
         if not isinstance(item["code"].get("hash"), str):
             return '"code.hash" is missing or not a text'

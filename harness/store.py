@@ -372,12 +372,3 @@ def mismatch(record: Record) -> str:
             return f"its {name} {record[name]!r} is not that of its cell, which is {value!r}"
     return ""
 
-
-def __getattr__(name):  # TEMPORARY
-    from importlib import import_module
-
-    for m in ("files", "lock", "merge", "record", "schema"):
-        module = import_module(f"harness.records.{m}")
-        if hasattr(module, {"strict_json": "decode"}.get(name, name)):
-            return getattr(module, {"strict_json": "decode"}.get(name, name))
-    raise AttributeError(name)

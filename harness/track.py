@@ -37,6 +37,7 @@ from harness.records.description import (
     parameters,
     tags,
 )
+from harness.records.files import StoreError
 from harness.records.trace import Point, read_points
 
 Say = Callable[[str], None]
@@ -398,7 +399,7 @@ class Tracker:
         recorded = (watch.run_dir / store.RECORD).exists()  # asked first, so that the trace is whole
         try:
             finished = Finished.read(watch.run_dir, self._private) if recorded else None
-        except store.StoreError as error:
+        except StoreError as error:
             self._say(f"MLflow leaves out a record: {_line(error)}")
             return True
         if finished and watch.run is None:

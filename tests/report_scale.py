@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import report, store
+from harness.records.files import dumps
 from tests.test_report import hash_, record
 
 SEEDS = 4
@@ -68,7 +69,7 @@ def write(n: int, results: Path, suite: str = "scale") -> None:
         trace = one.pop("trace")
         for key in ("path", "stale"):
             one.pop(key)
-        (folder / "record.json").write_text(store.dumps(one), encoding="utf-8")
+        (folder / "record.json").write_text(dumps(one), encoding="utf-8")
         (folder / "trace.jsonl").write_text("".join(json.dumps(p) + "\n" for p in trace), encoding="utf-8")
 
 

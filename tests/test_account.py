@@ -34,6 +34,7 @@ from harness.dp import Fixed, Flat, Full, Ledger, Method, NoNoise, Poisson, Rela
 from harness.dp.account import ACCOUNTANTS, arrays, epsilon, epsilons, explain, quiet, ranking
 from harness.dp.account.accountants import ROUNDING, Pld, Rdp
 from harness.dp.calibrate import calibrate
+from harness.records.files import StoreError
 
 ROOT = Path(__file__).parent.parent
 ADD, REPLACE = Relation.ADD_OR_REMOVE, Relation.REPLACE_ONE
@@ -354,5 +355,5 @@ def test_an_epsilon_without_its_terms_is_no_record(key):
     unknown["privacy"][key] = None
     for record in (absent, unknown):
         assert not schema.is_valid(record)
-        with pytest.raises(store.StoreError, match=f"privacy.{key}"):
+        with pytest.raises(StoreError, match=f"privacy.{key}"):
             store.encode(record, record["id"])

@@ -10,9 +10,10 @@ from dp_accounting import PoissonSampledDpEvent
 from scipy.stats import norm
 
 from harness import audits as stored
-from harness import registry, store
+from harness import registry
 from harness.dp import SGD, Flat, Gaussian, Method, Relation, Shuffle
 from harness.dp.random import Stream
+from harness.records.files import StoreError
 from harness.verify import audit as audits
 from harness.verify import finding
 from harness.verify.audit import Setting, audit
@@ -269,7 +270,7 @@ def test_audits_are_written_once_and_damaged_ones_are_named(tmp_path, one):
     ids=str,
 )
 def test_what_is_no_valid_audit_is_not_written(tmp_path, one, change):
-    with pytest.raises(store.StoreError):
+    with pytest.raises(StoreError):
         stored.write(tmp_path, one | change)
     assert list(tmp_path.iterdir()) == []
 

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness import checks, cli, store
+from harness import checks, cli
+from harness.records.files import StoreError
 from harness.report import checked, html, rows
 from harness.report import pages as below
 from harness.verify import conformance, recorded
@@ -234,7 +235,7 @@ def test_what_is_no_valid_check_is_not_written(tmp_path, change):
     one = record() | change
     if "repeat" in change:
         one["id"] = checks.identity(one)
-    with pytest.raises(store.StoreError, match="not valid"):
+    with pytest.raises(StoreError, match="not valid"):
         checks.write(tmp_path, one)
     assert list(tmp_path.iterdir()) == []
 

@@ -17,6 +17,8 @@ from harness import run as running
 from harness.cell import Cell
 from harness.dp import SGD, Auto, BookKeeping, Full, Ghost, Loop, Method
 from harness.dp.engines.engine import PerExample
+from harness.records.files import StoreError
+from harness.records.merge import merge
 from harness.report import board, read, recipe
 from harness.running import child, jobs
 from harness.seeds import Seeds
@@ -234,17 +236,17 @@ def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     assert [job.cell.digest for job in asked.todo] == [one.digest]
     assert "is the folder of two runs" in asked.conflicts[0].reason
 
-    result = store.merge([there], here)
+    result = merge([there], here)
     assert not result.added and "another cell with the same id" in result.conflicts[0].reason
     store.write_record(store.Folder(there, "fashion", one.id).attempt(3), record_of(two))
-    result = store.merge([there], here)  # under another number neither
+    result = merge([there], here)  # under another number neither
     assert not result.added and len(result.conflicts) == 2
 
     mixed = tmp_path / "mixed"
     put(mixed, one)
     put(mixed, two, 2)
     assert len(store.current(store.load(mixed))) == 2  # no attempts at one run
-    with pytest.raises(store.StoreError, match="two cells with the same id"):
+    with pytest.raises(StoreError, match="two cells with the same id"):
         pack.pack(mixed, tmp_path / "mixed.zip")
     assert cli.main(["show", one.id[:6], "--results", str(mixed)]) == 2
     assert "two cells with the same id" in capsys.readouterr().err
@@ -262,7 +264,7 @@ def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(draw.OtherCell, match="half-done run of another cell"):
         draw.begin(half, two, "a" * 12)
     assert draw.begun(half) is not None  # and it is kept
-    assert not store.merge([there], tmp_path / "half").added
+    assert not merge([there], tmp_path / "half").added
 
 
 def test_a_crash_in_training_tells_nothing_of_private_data(

@@ -22,6 +22,7 @@ import pytest
 
 from harness import store
 from harness.cell import Cell
+from harness.records.lock import lock, unlock
 from harness.running import jobs, progress
 
 ROOT = Path(__file__).parent.parent
@@ -343,12 +344,12 @@ def test_two_launchers_share_the_work(place: Place) -> None:
 def test_a_run_elsewhere_is_awaited_and_taken_over_when_it_dies(place: Place) -> None:
     cell = make_cell("steps")
     folder = store.Folder(place.results, "core", cell.id).attempt(1)
-    held = store.lock(folder)
+    held = lock(folder)
     assert held is not None
     launcher = place.start([cell])
     time.sleep(1.5)
     assert launcher.poll() is None and not place.journal()
-    store.unlock(folder, held)
+    unlock(folder, held)
     output, _ = launcher.communicate(timeout=60)
     assert "is running elsewhere" in output and "over 1 0" in output
     assert place.record(cell)["status"] == "ok"

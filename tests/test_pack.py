@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from harness import cli, pack, store
 from harness.public import SWITCH
+from harness.records.files import StoreError, dumps
 
 ROOT = Path(__file__).parent.parent
 TRACE = '{"step": 1, "loss": 0.5}\n'
@@ -154,7 +155,7 @@ def test_a_file_changed_with_its_checksum_of_the_zip_is_still_named(tmp_path: Pa
     assert name in said and "it was changed after it was packed" in said
     said = refusal(bundle({name: same_size}), tmp_path)
     assert name in said and "not that of its cell" in said
-    odd = store.dumps(record | {"metrics": {"accuracy": 2.0, "loss": 0.0}}).encode()
+    odd = dumps(record | {"metrics": {"accuracy": 2.0, "loss": 0.0}}).encode()
     said = refusal(bundle({name: odd}), tmp_path)
     assert name in said and '"metrics.accuracy": expected float <= 1.0' in said
     more = store.encode(record | {"privacy": {**record["privacy"], "more": 1}}, record["id"])
@@ -261,10 +262,10 @@ def test_what_names_the_sender_or_is_no_record_stays_behind(
     pack.merge([packed.path], tmp_path / "into")
     assert "trace.jsonl" in {p.name for p in (tmp_path / "into").rglob("*")}
     assert not {"env.json", "error.txt", "checkpoint"} & {p.name for p in (tmp_path / "into").rglob("*")}
-    with pytest.raises(store.StoreError, match="another bundle"):
+    with pytest.raises(StoreError, match="another bundle"):
         put(tmp_path / "r", make(6))
         pack.pack(tmp_path / "r", tmp_path / "b.zip")
-    with pytest.raises(store.StoreError, match="no records that can be packed"):
+    with pytest.raises(StoreError, match="no records that can be packed"):
         pack.pack(tmp_path / "nothing", tmp_path / "c.zip")
 
 
@@ -330,7 +331,7 @@ def test_the_commands(
     assert cli.main(["merge", "smoke.zip", "--results", "other"]) == cli.USER_ERROR
     assert "record.json: damaged" in capsys.readouterr().err and not Path("other").exists()
     assert cli.main(["pack", "nothing"]) == cli.main(["merge", "nothing.zip"]) == cli.USER_ERROR
-    left = json.loads(store.dumps(make(2) | {"reason": "/home/me", "status": "crashed"}))
+    left = json.loads(dumps(make(2) | {"reason": "/home/me", "status": "crashed"}))
     put(Path("results"), left)
     assert (
         cli.main(["pack", "results", "-o", "told.zip"]) == cli.OK

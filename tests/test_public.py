@@ -18,6 +18,8 @@ from harness import cli, data, measure, pack, public, report, run, store, suite,
 from harness.dp.noise import Gaussian
 from harness.dp.sampler import Poisson
 from harness.records import description
+from harness.records.files import dumps
+from harness.records.record import FAILED
 from harness.seeds import Seeds
 
 ROOT = Path(__file__).parent.parent
@@ -231,7 +233,7 @@ def test_a_bundle_without_diagnostics_is_taken_in_and_is_the_same_as_one_with_th
     assert (tmp_path / "whole" / there / "record.json").read_bytes() == path.read_bytes()
     changed = json.loads(path.read_bytes())
     changed["metrics"]["accuracy"] += 0.01
-    (full / there / "record.json").write_bytes(store.dumps(changed).encode())
+    (full / there / "record.json").write_bytes(dumps(changed).encode())
     assert pack.merge([full], into).conflicts
 
 
@@ -239,7 +241,7 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from((*store.FAILED, "skipped")), WORDS, st.integers(1, 8), WORDS)
+@given(st.sampled_from((*FAILED, "skipped")), WORDS, st.integers(1, 8), WORDS)
 def test_who_fails_tells_neither_why_nor_how_far_it_came(
     status: str, why: str, steps: int, other: str
 ) -> None:

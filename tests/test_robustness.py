@@ -33,6 +33,9 @@ from test_launch import make_cell as make_fake
 
 from harness import cli, launch, report, store, suite
 from harness.records import description
+from harness.records.files import MOST_BYTES, Unwritable, dumps, replace_file, sweep
+from harness.records.lock import lock, unlock
+from harness.records.merge import merge
 from harness.running import child, jobs, process, progress
 
 ROOT = Path(__file__).parent.parent
@@ -228,7 +231,7 @@ def test_a_record_is_used_or_quarantined_and_the_others_are_shown(
             description.milliseconds(record.get("started"), 0.0)
     for record in found:
         store.encode(record, record["id"])
-        store.dumps(record).encode()
+        dumps(record).encode()
     assert bad.read_bytes() == data  # quarantined where it is
     assert {str(one.path) for one in found.broken} <= {str(bad)} and all(
         "\n" not in str(o) for o in found.broken
@@ -331,7 +334,7 @@ def test_any_folder_can_be_a_merge_source(tmp_path: Path, capsys: pytest.Capture
     (core / ids[4] / "record.json").symlink_to("nowhere")
     (core / ids[5] / "record.json").mkdir()
     with (core / ids[6] / "record.json").open("wb") as file:
-        file.truncate(store.MOST_BYTES + 1)
+        file.truncate(MOST_BYTES + 1)
     with socket.socket(socket.AF_UNIX) as listener:
         os.chdir(core / ids[7])
         listener.bind("record.json")
@@ -354,7 +357,7 @@ def test_any_folder_can_be_a_merge_source(tmp_path: Path, capsys: pytest.Capture
     (here / "core" / ids[12]).write_text("mine")
     before, outside = tree(here), tree(there)
     with contained(here):
-        result = store.merge([there], here)
+        result = merge([there], here)
     after = tree(here)
     assert result.added == [f"core/{ids[0]}"]
     assert after.pop(f"core/{ids[0]}/origin.json")
@@ -376,7 +379,7 @@ def test_any_folder_can_be_a_merge_source(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "\x1b" not in said and said.count("conflict:") == 4 and "remove it and merge again" in said
     os.rename(here / "core" / ids[10] / "record.json", secret)
-    assert store.merge([there], here).added == [f"core/{ids[10]}"]
+    assert merge([there], here).added == [f"core/{ids[10]}"]
 
 
 # Full and read-only disks -------------------------------------------------------------------------------------------
@@ -446,12 +449,12 @@ def _half_done(results: Path) -> Path:
 
 
 def _merge(home: Path) -> None:
-    store.merge([home / "there"], home / "results")
+    merge([home / "there"], home / "results")
 
 
 def _write(home: Path) -> None:
     folder = home / "results" / "core" / make_cell(0).id
-    store.replace_file(folder / "env.json", b"{}\n")
+    replace_file(folder / "env.json", b"{}\n")
     store.write_record(folder, make_record(0))
 
 
@@ -474,7 +477,7 @@ def test_a_disk_that_is_full_at_any_moment_loses_nothing(
             try:
                 act(home)
                 failed = False
-            except store.Unwritable as error:
+            except Unwritable as error:
                 failed = True
                 assert (
                     error.errno == number and str(folder) in str(error) and os.strerror(number) in str(error)
@@ -531,7 +534,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
                     file.write(b"x" * size)
             except OSError:
                 size //= 2
-        with pytest.raises(store.Unwritable, match="No space left on device"):
+        with pytest.raises(Unwritable, match="No space left on device"):
             put(tmp_path, make_record(1))
         assert store.load(tmp_path)[0]["id"] == make_cell(0).id and len(store.load(tmp_path)) == 1
         assert not store.load(tmp_path).broken and not list(tmp_path.rglob("*.tmp"))
@@ -567,12 +570,12 @@ def test_a_folder_that_may_not_be_written_or_read(tmp_path: Path) -> None:
             "cannot be read: Permission denied"
         ]
         for act in (
-            lambda: store.merge([Path("there")], Path("results")),
-            lambda: store.merge([Path("there")], Path("new")),
+            lambda: merge([Path("there")], Path("results")),
+            lambda: merge([Path("there")], Path("new")),
             lambda: put(Path("results"), make_record(3)),
-            lambda: store.lock(Path("results/core/x")),
+            lambda: lock(Path("results/core/x")),
         ):
-            with pytest.raises(store.Unwritable, match=r"results|new") as caught:
+            with pytest.raises(Unwritable, match=r"results|new") as caught:
                 act()
             assert "Permission denied" in str(caught.value)
         for request in (["status"], ["merge", "there"]):
@@ -627,24 +630,24 @@ def _worker(home: Path, seed: int) -> None:
         number = choice.randrange(CELLS)
         record = make_record(number)
         if number % 4 == 0:
-            store.merge([home / f"there-{number}"], results)
+            merge([home / f"there-{number}"], results)
             continue
         place = store.Folder(results, "core", record["id"])
         folder = place.attempt(1)
-        held = store.lock(folder)
+        held = lock(folder)
         if held is None:
             continue
         guard = home / "guards" / record["id"]  # who is in there: the lock says that nobody else is
         guard.write_text(str(os.getpid()))
         if not (folder / "record.json").exists():
-            store.sweep(folder)
-            store.replace_file(folder / "env.json", store.dumps({"n": number}).encode())
+            sweep(folder)
+            replace_file(folder / "env.json", dumps({"n": number}).encode())
             store.write_record(folder, record)
             with (home / "journal").open("a") as journal:
                 journal.write(record["id"] + "\n")
         if guard.read_text() != str(os.getpid()):
             (home / "rivals").touch()
-        store.unlock(folder, held)
+        unlock(folder, held)
 
 
 def _start(body: Callable[[], None]) -> int:

@@ -14,6 +14,10 @@ import pytest
 from support.records import make_cell, make_record, put
 
 from harness import store
+from harness.records.files import AlreadyWritten, StoreError, dumps
+from harness.records.lock import lock, locked, unlock
+from harness.records.merge import merge
+from harness.records.record import SCHEMA
 
 
 def _race(folder: str, accuracy: float, start: float, won: str) -> None:
@@ -22,7 +26,7 @@ def _race(folder: str, accuracy: float, start: float, won: str) -> None:
     time.sleep(max(0.0, start - time.time()))
     try:
         store.write_record(Path(folder), record)
-    except store.AlreadyWritten:
+    except AlreadyWritten:
         return
     (Path(won) / str(accuracy)).touch()
 
@@ -52,17 +56,17 @@ def test_records_are_strict_json_and_sorted(tmp_path: Path) -> None:
     again = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert again["metrics"]["loss"] is None and again["environment"] == {"a": None, "list": [1, None]}
     assert list(again) == sorted(again)
-    assert store.dumps(again) == text
+    assert dumps(again) == text
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"schema": store.SCHEMA + 1}, "update epsbench"), ({"status": "fine"}, "none of"), ({"metrics": None}, "metrics"),
+    [({"schema": SCHEMA + 1}, "update epsbench"), ({"status": "fine"}, "none of"), ({"metrics": None}, "metrics"),
      ({"id": "0" * 12}, "not that of its folder")],
 )  # fmt: skip
 def test_what_is_not_a_record_is_not_written(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     folder = tmp_path / "core" / make_cell().id
-    with pytest.raises(store.StoreError, match=said):
+    with pytest.raises(StoreError, match=said):
         store.write_record(folder, make_record() | change)
     assert not (folder / "record.json").exists()
 
@@ -87,7 +91,7 @@ def test_bad_files_are_set_apart_and_do_not_hide_good_ones(tmp_path: Path) -> No
 
 def test_thousands_of_records_load(tmp_path: Path) -> None:
     record = make_record(ledger=[[{"type": "Poisson", "q": 0.1, "z": 1.1}, 10]] * 20)
-    text = store.dumps(record)
+    text = dumps(record)
     for n in range(2000):
         folder = tmp_path / "core" / f"{n:012x}"
         folder.mkdir(parents=True)
@@ -133,7 +137,7 @@ def test_merge_adds_and_never_overwrites(tmp_path: Path) -> None:
     put(there, forged)
     kept = (here / "core" / make_cell(0).id / "record.json").read_bytes()
 
-    result = store.merge([there], here)
+    result = merge([there], here)
     two = make_cell(2).id
     assert sorted(result.added) == [f"core/{two}", f"core/{two}.2"]
     assert result.same == [f"core/{make_cell(1).id}"]
@@ -143,11 +147,11 @@ def test_merge_adds_and_never_overwrites(tmp_path: Path) -> None:
     assert (here / "core" / make_cell(0).id / "record.json").read_bytes() == kept
     assert (here / "core" / two / "trace.jsonl").exists()
     assert not (here / "core" / make_cell(3).id).exists()
-    again = store.merge([there], here)
+    again = merge([there], here)
     assert not again.added and len(again.same) == 3
     for wrong in (here, tmp_path / "missing", tmp_path):
-        with pytest.raises(store.StoreError, match=str(wrong)):
-            store.merge([wrong], here)
+        with pytest.raises(StoreError, match=str(wrong)):
+            merge([wrong], here)
 
 
 def test_a_merged_record_supersedes_a_half_done_run_but_not_a_running_one(tmp_path: Path) -> None:
@@ -156,17 +160,17 @@ def test_a_merged_record_supersedes_a_half_done_run_but_not_a_running_one(tmp_pa
     folder = here / "core" / make_cell(0).id
     (folder / "checkpoint").mkdir(parents=True)
     (folder / "trace.jsonl").write_text("old\n")
-    held = store.lock(folder)
-    assert held is not None and store.locked(folder)
-    assert "is running now" in store.merge([there], here).conflicts[0].reason
-    store.unlock(folder, held)
-    assert not store.locked(folder)
-    assert store.merge([there], here).added == [f"core/{make_cell(0).id}"]
+    held = lock(folder)
+    assert held is not None and locked(folder)
+    assert "is running now" in merge([there], here).conflicts[0].reason
+    unlock(folder, held)
+    assert not locked(folder)
+    assert merge([there], here).added == [f"core/{make_cell(0).id}"]
     assert sorted(path.name for path in folder.iterdir()) == ["origin.json", "record.json"]
 
 
 def _hold(folder: str, ready: Any) -> None:
-    store.lock(Path(folder))
+    lock(Path(folder))
     ready.set()
     time.sleep(60)
 
@@ -177,11 +181,11 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     holder = context.Process(target=_hold, args=(str(tmp_path / "run"), ready))
     holder.start()
     assert ready.wait(20)
-    assert store.lock(tmp_path / "run") is None
+    assert lock(tmp_path / "run") is None
     assert holder.pid is not None
     os.kill(holder.pid, 9)
     holder.join(20)
-    held = store.lock(tmp_path / "run")
+    held = lock(tmp_path / "run")
     assert held is not None
-    store.unlock(tmp_path / "run", held)
+    unlock(tmp_path / "run", held)
     assert list((tmp_path / "run").iterdir()) == []

@@ -86,7 +86,7 @@ def _engines(options: Any, chosen: Any) -> list[str]:
 def _write(out: Path, records: Sequence[Any]) -> None:
     """Table and figure of all records of a folder, beside them."""
     from harness.bench import figure, table
-    from harness.store import replace_file
+    from harness.records.files import replace_file
 
     replace_file(out / "table.md", table.markdown(records).encode())
     replace_file(out / "figure.svg", figure.draw(records).encode())

@@ -22,7 +22,7 @@ from harness.bench.plan import Workload
 from harness.bench.race import race
 from harness.bench.table import Record
 from harness.bench.trial import trial
-from harness.store import dumps, replace_file
+from harness.records.files import dumps, replace_file
 
 SCHEMA = 1
 MARK = "session.tmp"

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from harness.records.files import Broken
+
 if TYPE_CHECKING:
     from harness import store
 
@@ -52,13 +54,13 @@ def first_line(record: store.Record) -> str:
     return (str(record.get("reason") or "no reason given").splitlines() or [""])[0][:200]
 
 
-def say_conflicts(conflicts: Sequence[store.Broken]) -> None:
+def say_conflicts(conflicts: Sequence[Broken]) -> None:
     """Print which folders hold a run of another cell than the one that is asked for."""
     for one in conflicts:
         print(f"  ! conflict: {one}")
 
 
-def say_broken(broken: Sequence[store.Broken]) -> None:
+def say_broken(broken: Sequence[Broken]) -> None:
     """Print what could not be used."""
     for one in broken:
         print(f"  ! quarantined: {one}")

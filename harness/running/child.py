@@ -26,6 +26,9 @@ from typing import Any
 from harness import draw, measure, registry, store
 from harness.cell import Cell
 from harness.private import opened
+from harness.records.files import Unwritable, dumps, replace_file, sweep
+from harness.records.lock import lock, unlock
+from harness.records.record import FINAL
 from harness.records.schema import blank, fault
 from harness.running.jobs import device_of, is_cuda, threads_of
 
@@ -48,7 +51,7 @@ def main(text: str) -> None:
     folder = Path(task["folder"])
     try:
         _locked_child(task, folder)
-    except (OSError, store.Unwritable) as error:
+    except (OSError, Unwritable) as error:
         if error.errno not in NO_PLACE:
             raise
         _mute()
@@ -56,32 +59,32 @@ def main(text: str) -> None:
 
 
 def _locked_child(task: Mapping[str, Any], folder: Path) -> None:
-    held = store.lock(folder)
+    held = lock(folder)
     if held is None:
         sys.exit(BUSY)
     if (folder / store.RECORD).exists():
-        store.unlock(folder, held)
+        unlock(folder, held)
         sys.exit(ALREADY)
     if draw.stranger(folder, Cell.from_json(task["cell"])):
-        store.unlock(folder, held)
+        unlock(folder, held)
         sys.exit(OTHERS)
-    store.sweep(folder)
+    sweep(folder)
     _redirect(folder / OUTPUT)
     record = _execute(task, folder)
     store.write_record(folder, record)
-    if record["status"] in store.FINAL:
+    if record["status"] in FINAL:
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     with contextlib.suppress(OSError):  # the record is there; what was printed matters no more
         sys.stdout.flush()
         sys.stderr.flush()
         drop_empty(folder / OUTPUT)
-    store.unlock(folder, held)
+    unlock(folder, held)
 
 
 def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
     """The record of the run; an exception becomes the status crashed or oom, its traceback error.txt.
 
-    Raises OSError or `store.Unwritable` where the run could not write: that says nothing about the run.
+    Raises OSError or `Unwritable` where the run could not write: that says nothing about the run.
     """
     started, since = now(), time.monotonic()
     cell = Cell.from_json(task["cell"])
@@ -146,7 +149,7 @@ def _prepare(cell: Cell, folder: Path, code: Mapping[str, Any] | None) -> None:
         (folder / "trace.jsonl").unlink(missing_ok=True)
     device = measure.device_info(device_of(cell), threads_of(cell))
     place = {**measure.environment(), "device": device, "code": today}
-    store.replace_file(folder / "env.json", store.dumps(place).encode())
+    replace_file(folder / "env.json", dumps(place).encode())
     memory = cell.budget.get("memory_mib")
     if is_cuda(cell) and memory is not None:
         import torch
@@ -164,7 +167,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _unwritable(error: Exception, folder: Path) -> bool:
     """Whether there is no room to write, or no leave to write in the run's folder."""
-    if isinstance(error, store.Unwritable):
+    if isinstance(error, Unwritable):
         return True
     if not isinstance(error, OSError):
         return False

@@ -15,6 +15,9 @@ from typing import Any
 
 from harness import draw, measure, store
 from harness.cell import Cell
+from harness.records.files import Broken, StoreError, Unwritable
+from harness.records.lock import lock, unlock
+from harness.records.record import FAILED
 from harness.running.progress import describe
 
 Codes = Mapping[str, Mapping[str, Any]]
@@ -39,8 +42,8 @@ class Selection:
     done: list[store.Record] = field(default_factory=list)
     stale: list[store.Record] = field(default_factory=list)
     failed: list[store.Record] = field(default_factory=list)
-    broken: list[store.Broken] = field(default_factory=list)
-    conflicts: list[store.Broken] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+    conflicts: list[Broken] = field(default_factory=list)
 
 
 def select(
@@ -78,7 +81,7 @@ def select(
         half_done = latest > 0 and place.unfinished() == place.attempt(latest)
         if record is None or half_done:
             again = True
-        elif record["status"] in store.FAILED:
+        elif record["status"] in FAILED:
             again = retry
             selection.failed.append(record)
         elif record.get("stale"):
@@ -92,21 +95,21 @@ def select(
     return selection
 
 
-def _conflict(cell: Cell, place: store.Folder, attempts: Iterable[store.Record], asked: Cell) -> store.Broken | None:
+def _conflict(cell: Cell, place: store.Folder, attempts: Iterable[store.Record], asked: Cell) -> Broken | None:
     """What is, or will be, in the folders of a cell and is of another cell with its id; None where nothing is."""
     if asked.digest != cell.digest:
         other = describe(asked.canonical())
-        return store.Broken(
+        return Broken(
             place.attempt(1),
             f"is the folder of two runs: {describe(cell.canonical())} has the same id as {other}; change a "
             "hyper-parameter of one, or run it into another folder with --results",
         )
     for record in attempts:
         if reason := store.stranger(record, cell):
-            return store.Broken(Path(record["path"]), reason)
+            return Broken(Path(record["path"]), reason)
     newest = place.attempt(max(1, place.latest()))
     reason = draw.stranger(newest, cell)
-    return store.Broken(newest, reason) if reason else None
+    return Broken(newest, reason) if reason else None
 
 
 def slots(cells: Iterable[Cell], jobs: int | None = None) -> int:
@@ -171,13 +174,13 @@ def take_over_checkpoint(job: Job, code: Mapping[str, Any] | None) -> None:
         return
     try:
         record = store.read(before / store.RECORD)
-    except (OSError, store.StoreError):
+    except (OSError, StoreError):
         return  # nobody can say what that checkpoint is worth
-    if record["status"] not in store.FAILED or store.stale(record, code) or store.stranger(record, job.cell):
+    if record["status"] not in FAILED or store.stale(record, code) or store.stranger(record, job.cell):
         return
     held = None
     for _ in range(200):  # another launcher may be at it
-        held = store.lock(before)
+        held = lock(before)
         if held is not None:
             break
         time.sleep(0.05)
@@ -198,7 +201,7 @@ def take_over_checkpoint(job: Job, code: Mapping[str, Any] | None) -> None:
             made.rename(job.folder)
             shutil.rmtree(before / "checkpoint", ignore_errors=True)
     except OSError as error:
-        raise store.Unwritable(job.folder, error) from error
+        raise Unwritable(job.folder, error) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
-        store.unlock(before, held)
+        unlock(before, held)

@@ -11,6 +11,7 @@ from harness.cli.codes import codes_of_records
 from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files
+from harness.records.files import Broken
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +56,7 @@ def _say_ineligible(added: Sequence[str], results: Path) -> None:
         print(f"{sum(map(len, found.values()))} of them cannot be ranked as they are:")
     for why, places in sorted(found.items()):
         more = f" and {len(places) - 5} more" if len(places) > 5 else ""
-        print(f"  {store.Broken(Path(why), ', '.join(places[:5]))}{more}")
+        print(f"  {Broken(Path(why), ', '.join(places[:5]))}{more}")
 
 
 COMMAND = Command(

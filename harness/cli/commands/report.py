@@ -14,6 +14,7 @@ from harness.cli.errors import OK, UserError
 from harness.cli.selecting import again, load, need_suite, suite_file
 from harness.cli.words import say_broken
 from harness.public import LEFT_OUT
+from harness.records.files import Broken
 
 if TYPE_CHECKING:
     from harness import store
@@ -114,7 +115,7 @@ def _build(
     name: str,
     question: str,
     records: Iterable[store.Record],
-    quarantine: Sequence[store.Broken],
+    quarantine: Sequence[Broken],
     **more: Any,
 ) -> None:
     from harness import audits, checks

@@ -13,6 +13,7 @@ from harness.cli.command import Command
 from harness.cli.errors import OK, UserError
 from harness.cli.selecting import suite_file
 from harness.cli.words import epsilon, number, table
+from harness.records.files import dumps
 
 if TYPE_CHECKING:
     from harness import store
@@ -41,7 +42,7 @@ def show(options: argparse.Namespace) -> int:
 
     record, others = _one_record(options.results, options.id)
     if options.json:
-        print(store.dumps(store.written(record)), end="")
+        print(dumps(store.written(record)), end="")
         return OK
     cell, privacy, measured = record["cell"], record["privacy"], record["measured"]
     private = public.diagnostics(record)

@@ -14,6 +14,8 @@ from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files, again, load, need_suite, suite_file
 from harness.cli.words import counts, first_line, say_broken, say_conflicts, table
+from harness.records.lock import locked
+from harness.records.record import FAILED as FAILURES
 
 if TYPE_CHECKING:
     from harness.cell import Cell
@@ -96,12 +98,11 @@ def _status_of_all(results: Path, suite: str | None = None) -> int:
             more = f" and {len(ids) - 10} more; epsbench plan {name} lists all" if len(ids) > 10 else ""
             print(f"  stale in {name}: {', '.join(ids[:10])}{more}")
     say_broken(records.broken)
-    return FAILED if any(record["status"] in store.FAILED for record in current) else OK
+    return FAILED if any(record["status"] in FAILURES for record in current) else OK
 
 
 def states_of(cells: Iterable[Cell], selection: jobs.Selection) -> dict[str, str]:
     """A word on each cell by id."""
-    from harness import store
 
     states = dict.fromkeys((cell.id for cell in cells), "conflict")  # what else there is to say of one follows
     states |= {record["id"]: f"done, {record['status']}" for record in selection.done}
@@ -111,7 +112,7 @@ def states_of(cells: Iterable[Cell], selection: jobs.Selection) -> dict[str, str
         if not job.folder.exists():
             states[job.cell.id] = "missing"
         else:
-            states[job.cell.id] = "running" if store.locked(job.folder) else "half done"
+            states[job.cell.id] = "running" if locked(job.folder) else "half done"
     return states
 
 
