@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.records import TASK
 
 from harness import store
 from harness.cell import Cell
@@ -137,9 +138,9 @@ if __name__ == "__main__":
 def make_cell(label: str, seed: int = 0, seconds: float | None = None, memory: float | None = None) -> Cell:
     return Cell(
         suite="core", method="dp-sgd", label=label, parameters={"label": label}, parts={},
-        task={"name": "t", "dataset": "d", "model": "m"},
+        task={**TASK, "name": "t"},
         privacy={"epsilon": 3.0, "delta": 1e-5, "relation": "add-or-remove", "unit": "example", "accountant": "pld"},
-        schedule={"batch": 1, "steps": STEPS}, numerics={}, seed=seed,
+        schedule={"batch": 1, "steps": STEPS}, numerics={"dtype": "float32", "tf32": False}, seed=seed,
         device={"device": "cpu", "threads": 1, "engine": None, "microbatch": None},
         budget={"seconds": seconds, "memory_mib": memory},
     )  # fmt: skip
@@ -220,7 +221,7 @@ def test_every_end_is_a_record_with_a_reason(place: Place) -> None:
         "segfault": ("crashed", "SIGSEGV; its last output was: last words"),
         "killed": ("crashed", "SIGKILL, which the launcher did not send"),
         "exits": ("crashed", "exit code 3"),
-        "nonsense": ("crashed", '"id" is missing'),
+        "nonsense": ("crashed", "is missing"),
     }
     cells = {
         label: make_cell(label, seconds=2.0 if label == "forever" else None,

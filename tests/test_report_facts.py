@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.records import make_record, put
 
 import harness
 from harness import cli, report
@@ -19,7 +20,6 @@ from harness.report import export, figures, html, pages, read, recipe, rows, tab
 from harness.report.model import words
 from tests.test_browser import Visit, browser, column, reports  # noqa: F401  (fixtures)
 from tests.test_report import THREE, claim, lines, make, record, seeds, table, traced, verdict
-from tests.test_store import make_record, put
 
 ONLY = "only plain Gaussians are exact"
 
