@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "origin": set(),
     "store": {"cell", "draw", "origin", "public"},
     "frame": {"store", "public"},
-    "trust": {"run", "store", "dp", "registry", "data", "cell", "public"},
+    "trust": {"run", "store", "dp", "registry", "data", "cell", "parts", "public"},
     "pack": {"store", "trust", "public"},
     "track": {"store", "public"},
     "audits": {"shelf"},
