@@ -207,7 +207,7 @@ def test_the_pair_is_chosen_for_its_reach():
 
 
 def test_the_parts_say_which_instrument_serves(tmp_path, capsys):
-    request = ["--repeat", "100", "--examples", "2", "--epsilon", "8", "--results", str(tmp_path)]
+    request = ["--repeat", "300", "--examples", "2", "--epsilon", "8", "--results", str(tmp_path)]
     for spec, instrument in (
         ("dp-sgd", "gradient canaries"), ("dp-rotation", "neighbours"), ("logit-dp", "neighbours"),
         ("contrastive", "gradient canaries"),
@@ -218,7 +218,7 @@ def test_the_parts_say_which_instrument_serves(tmp_path, capsys):
     assert cli.main(["audit", "dp-rotation", "contrastive", *request]) == 0
     found = {a["method"]: a for a in stored.load(tmp_path / "audits")}
     assert found["dp-rotation"]["instrument"] == "neighbours" and found["dp-rotation"]["epsilon_audited"] > 0
-    assert found["dp-rotation"]["canaries"] == 1 and found["dp-rotation"]["trials"] == 100
+    assert found["dp-rotation"]["canaries"] == 1 and found["dp-rotation"]["trials"] == 300
     assert set(found["dp-rotation"]["instruments"]) == {"error rates", "trade-off"}
     assert "without noise" in found["contrastive"]["reason"]
     assert cli.main(["audit", "dp-sgd", "--neighbours", *request]) == 0

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "origin": set(),
     "store": {"cell", "draw", "origin", "public", "records"},
     "frame": {"store", "public", "records"},
-    "trust": {"run", "store", "dp", "registry", "data", "cell", "public"},
+    "trust": {"run", "store", "dp", "registry", "data", "cell", "parts", "public"},
     "pack": {"store", "trust", "public", "records"},
     "records": {"store", "public", "cell", "draw", "origin"},
     "track": {"records", "store", "public"},

@@ -115,7 +115,9 @@ def gradient(flat: torch.Tensor, step: int, clip: float, cut: float = math.inf) 
         longest = cut * max(float(g.norm()), clip)
         total += g.clamp(-longest, longest) * min(1.0, clip / float(g.norm()))
     return (
-        Stream(SEEDS.noise, f"noise of {Vmap().role}", step).noised(total, grid(SIGMA, clip, len(total)))
+        Stream(SEEDS.noise, f"noise of {Vmap().role} at {SIGMA!r}", step)
+        .under(Vmap().label)
+        .noised(total, grid(SIGMA, clip, len(total)))
         / BATCH
     )
 

@@ -197,3 +197,49 @@ def test_what_is_gone_with_the_next_batch_is_no_memory() -> None:
     check(Cached(), (8,), 3)
     for engine in (Loop(), Ghost(), BookKeeping(), Vmap()):
         release(engine, Cached())
+
+
+class Majority(Net):
+    """Gradients take the sign of a sum over the batch: outputs and all norms stay what they are."""
+
+    def __init__(self, way: str, after: int = 0) -> None:
+        super().__init__()
+        self.way, self.after = way, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.a(x)
+        if len(x) <= self.after or not z.requires_grad:
+            pass
+        elif self.way == "hook":
+            z.register_hook(lambda g: g * torch.where(g.sum() >= 0, 1.0, -1.0))
+        else:
+            z = z.detach() + torch.where(x[:, 0].sum() >= 0, 1.0, -1.0) * (z - z.detach())
+        out: Tensor = self.b(torch.tanh(z))
+        return out
+
+
+@pytest.mark.parametrize("way", ["hook", "straight through"])
+def test_what_mixes_examples_on_the_way_back_alone_is_refused(way: str) -> None:
+    for model in (Majority(way), Majority(way, after=32)):
+        with pytest.raises(CrossExampleLayer, match="mixes examples in its backward pass"):
+            check(model, (8,), 3)
+    for engine in (Ghost(), BookKeeping()):
+        with pytest.raises(Unserved, match="the backward pass mixes them"):
+            release(engine, Majority(way))
+
+
+class Own(Net):
+    """Each example's gradient is brought to length 1 on its way: not linear, and nobody else's business."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.a(x)
+        if z.requires_grad:
+            z.register_hook(lambda g: g / (g.norm(dim=1, keepdim=True) + 1e-3))
+        out: Tensor = self.b(torch.tanh(z))
+        return out
+
+
+def test_what_turns_each_gradient_by_itself_is_served() -> None:
+    check(Own(), (8,), 3)
+    for engine in (Loop(), Ghost(), BookKeeping()):
+        release(engine, Own())

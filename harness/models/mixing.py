@@ -11,10 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from harness.dp.engines.draws import SEEDS, Loaded
-from harness.models.passes import REMEDY, WHOLE, CrossExampleLayer, Pass, forward, kind, same
+from harness.dp.engines.separable import DRAWS, mixed
+from harness.dp.loss import Batch
+from harness.models.passes import REMEDY, WHOLE, CrossExampleLayer, Pass, called, forward, kind, same, seeded
 
 # Five examples: few, and unlikely to be the length of another leading dimension.
 PROBE = 5
+# Relative: sums of gradients in float32, or of what half precision computed, may be off by so much.
+ROUGH = 0.02
 MANY = 300  # examples of the largest batch that is tried
 SOME = 33  # and of that for a large network: some normalise over a batch only if it is not small
 UNEVEN = (
@@ -110,6 +114,34 @@ def probe(model: nn.Module, classes: int | None, draw: Draw) -> None:
         right = base if part is x else forward(model, part)
         if not same(left.output[-len(part) :], right.output[-len(part) :]):
             raise culprit(model, whole, part, "is left out")
+    _separable(model, x, many)
+
+
+def _separable(model: nn.Module, x: Tensor, many: Tensor) -> None:
+    """What goes back through a network to its parameters must be each example's own, in a small and a large batch."""
+    leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights: list[Tensor] = []
+
+    def values(batch: Batch) -> Tensor:
+        with torch.enable_grad(), seeded(x.device, 0):
+            outputs = called(model, batch.x.clone()).flatten(1).float()
+        if not weights:
+            weights.append(
+                torch.randn(outputs.shape[1], generator=torch.Generator().manual_seed(1)).to(outputs)
+            )
+        return outputs @ weights[0]
+
+    # What cannot be differentiated shows in another place, by its reason.
+    with suppress(RuntimeError):
+        for batch, size, draws in ((x, 1, DRAWS), (many, PROBE, 1)):
+            name = mixed(values, leaves, Batch(batch, batch.new_zeros(len(batch))), ROUGH, size, draws)
+            if name:
+                raise CrossExampleLayer(
+                    WHOLE, type(model).__name__,
+                    f'mixes examples in its backward pass: the gradient of "{name}" in a batch is not the sum of its'
+                    " examples' own",
+                    "Let no hook and no straight-through estimator look along the batch.",
+                )  # fmt: skip
 
 
 def _chance(model: nn.Module, x: Tensor, others: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from harness.dp.engines.draws import SEEDS, Loaded, generators, rewind
 from harness.dp.engines.engine import Unserved, losses_of
 from harness.dp.engines.rows import squared_norms
+from harness.dp.engines.separable import mixed
 from harness.dp.engines.tape import hooked, taping
 from harness.dp.engines.weights import held, in_float64
 from harness.dp.loss import Batch, Loss
@@ -155,10 +156,10 @@ def refuse_mixing(
     with silenced(model, random):
         try:
             with in_float64(model), held(model, {n: t.double() for n, t in w.items()}) as leaves:
-                found = apart_and_together(loss, model, leaves, Batch(x, batch.y))
+                found, crossed = apart_and_together(loss, model, leaves, Batch(x, batch.y))
         except (RuntimeError, TypeError):
             with held(model, w) as leaves:
-                found = apart_and_together(loss, model, leaves, batch)
+                found, crossed = apart_and_together(loss, model, leaves, batch)
     if found is None:
         return
     together, alone, scale, tolerance = found
@@ -170,18 +171,25 @@ def refuse_mixing(
                 f"the gradient of {name} differs between an example on its own and the same example in a batch: "
                 'some layer mixes examples, and only engine = "loop" gives it a meaning'
             )
+    if crossed:
+        raise Unserved(
+            f"the gradient of {crossed} in a batch is not the sum of its examples' own: the backward pass mixes them (a"
+            ' hook or a straight-through estimator that looks along the batch), and only engine = "loop" gives it a'
+            " meaning"
+        )
 
 
 def apart_and_together(
     loss: Loss, model: nn.Module, leaves: Mapping[str, Tensor], batch: Batch
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float] | None:
+) -> tuple[tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float] | None, str | None]:
     """Squared norms [B] by parameter, of examples together and of each alone; their scale, and what rounding may do.
 
-    The model holds `leaves`. None for a model that draws random numbers all the same.
+    And a parameter with gradients that `mixed` finds. The model holds `leaves`. None for a model that draws random
+    numbers all the same.
     """
     first = refuse_traces(loss, model, batch)
     if first is None:
-        return None
+        return None, None
     try:
         single = torch.cat([losses_of(loss, model, one) for one in singles(batch)])
     except ValueError as why:
@@ -192,7 +200,9 @@ def apart_and_together(
     scale = (
         torch.stack(list(together.values())).sum() if together else first.new_zeros((), dtype=torch.float64)
     )
-    return together, alone, scale, 1e-6 if first.dtype is torch.float64 else 0.05
+    tolerance = 1e-6 if first.dtype is torch.float64 else 0.05
+    crossed = mixed(lambda few: losses_of(loss, model, few), leaves, batch, tolerance)
+    return (together, alone, scale, tolerance), crossed
 
 
 def refuse_traces(loss: Loss, model: nn.Module, batch: Batch) -> Tensor | None:

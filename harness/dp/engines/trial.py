@@ -35,6 +35,7 @@ from harness.dp.engines.survey import (
     refuse_chance,
     refuse_coupling,
     refuse_mixing,
+    rounding,
     row_by_row,
     served,
     signature,
@@ -130,7 +131,7 @@ def tame(
             rows = row_by_row(taped.losses, leaves)
             truth = squares_of(rows, leaves)
             if all(t.isfinite().all() for t in truth.values()):
-                return tried(loss, model, values, leaves, batch, taped, layouts, random, truth)
+                return tried(loss, model, values, leaves, batch, taped, layouts, random, truth, rows)
     raise NoProbe("the model's gradients are not finite even on tame inputs, so no plan can be verified")
 
 
@@ -144,10 +145,19 @@ def tried(
     layouts: dict[str, tuple[Layout, ...]],
     random: frozenset[str],
     truth: dict[str, Tensor],
+    rows: list[tuple[Tensor | None, ...]],
 ) -> Plan:
-    """The plan whose norms are right, for a model that holds `values`, its parameters being `leaves`."""
+    """The plan whose norms and sums are right, for a model that holds `values`, its parameters being `leaves`."""
     crossed = crossing(loss, model, batch, layouts)
-    trial = Trial(loss, model, leaves, values, batch, taped, layouts, random, crossed, truth)
+    v = torch.randn(len(batch), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        batch.x.device
+    )
+    sums = {
+        name: sum(own.double() * v[i] for i, own in enumerate(column) if own is not None)
+        for name, column in zip(leaves, zip(*rows, strict=True), strict=True)
+        if name in truth
+    }
+    trial = Trial(loss, model, leaves, values, batch, taped, layouts, random, crossed, truth, v, sums)
     free, spread = trial.copies()
     sources = first_sources(model, truth)
     for name in (*free, *(name for names in spread.values() for name in names.values())):
@@ -287,6 +297,8 @@ class Trial:
     random: frozenset[str]
     crossed: frozenset[str]
     truth: dict[str, Tensor]
+    v: Tensor
+    sums: dict[str, Tensor]
 
     def copies(self) -> tuple[tuple[str, ...], dict[str, dict[str, str]]]:
         """The parameters, and the modules, that need only a copy for each example: they belong to none before."""
@@ -354,7 +366,13 @@ class Trial:
         }
 
     def agrees(self, name: str, found: Mapping[str, Gradient]) -> bool:
-        """Whether the squared norms are right, up to rounding."""
-        truth = self.truth[name]
-        squares = found[name].squares() if name in found else torch.zeros_like(truth)
-        return agree(squares, truth, torch.stack(list(self.truth.values())).sum(0), self.w[name].dtype)
+        """Whether the squared norms are right, and a sum with random weights, up to rounding."""
+        truth, everything = self.truth[name], torch.stack(list(self.truth.values())).sum(0)
+        if name not in found:
+            return agree(torch.zeros_like(truth), truth, everything, self.w[name].dtype)
+        # Norms first, as in a step: what was made for them is what is summed.
+        if not agree(found[name].squares(), truth, everything, self.w[name].dtype):
+            return False
+        off = (found[name].weighted(self.v) - self.sums[name]).square().sum()
+        scale = (self.v.square() * (truth + 1e-6 * everything)).sum()
+        return bool(off <= rounding(self.w[name].dtype) * scale)
