@@ -239,6 +239,15 @@ def test_what_the_fourier_transform_rounds_is_charged(q, sigma, steps, delta):
     assert "rounding may hide" in explain(ledger, hidden, ADD)["pld"]
 
 
+@pytest.mark.parametrize("delta", [1e-5, 1e-10, 1e-15])
+def test_a_single_release_is_charged_no_rounding(delta):
+    """However many plain Gaussians in a row: they are one."""
+    for count in (1, 400):
+        ledger = Ledger([(GaussianDpEvent(8.0 * math.sqrt(count)), count)])
+        exact = epsilon(ledger, delta, ADD, "gdp")
+        assert exact <= epsilon(ledger, delta, ADD, "pld") <= exact * 1.001
+
+
 def _tilted(q, sigma, steps, epsilon):
     """Delta of sampled Gaussians, an example removed: losses rounded to a grid with their mean kept."""
     interval = min(5e-4, q / sigma / 10)

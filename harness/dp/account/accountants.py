@@ -76,7 +76,9 @@ class Pld(PLDAccountant):
     def _compose(self, sigma: float, rate: float, count: int) -> None:
         self._count += count
         steps = arrays.gaussian_pld(sigma, rate, count, self._value_discretization_interval)
-        self._pld: PrivacyLossDistribution = self._pld.compose(steps)
+        # A single release is composed with nothing, not even with the distribution of none.
+        alone = self._count == 1
+        self._pld: PrivacyLossDistribution = steps if alone else self._pld.compose(steps)
 
     def get_epsilon(self, target_delta: float) -> float:
         """The larger epsilon of the two directions. Raises `Unproved` where delta is below what rounding may hide."""
@@ -88,8 +90,8 @@ class Pld(PLDAccountant):
 
 
 def _left(delta: float, count: int) -> float:
-    """`delta` without what rounding may hide where `count` releases are composed."""
-    left = delta - ROUNDING * count
+    """`delta` without what rounding may hide where `count` releases are composed; nothing is where there is one."""
+    left = delta - ROUNDING * (count if count > 1 else 0)
     if left <= 0:
         raise Unproved(
             f"delta is below what rounding may hide, {ROUNDING * count:.2g}, in {count} composed releases"
