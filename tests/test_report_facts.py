@@ -116,7 +116,7 @@ def test_no_bound_and_an_infinite_one_have_two_names(
 def test_a_row_is_timed_by_its_quiet_runs_and_marked_without(tmp_path: Path) -> None:
     mixed = [loaded(one, load) for one, load in zip(seeds("dp-sgd", THREE), (9.0, 1.0, 1.2), strict=True)]
     for one, rate in zip(mixed, (10.0, 4000.0, 6000.0), strict=True):
-        one["measured"]["examples_per_second"]["median"] = rate
+        one["diagnostics"]["examples_per_second"]["median"] = rate
     crowded = [loaded(one, 9.0) for one in seeds("dp-adam", THREE, rate=1000.0)]
     model = make([*mixed, *crowded])
     entries = {e.row.title: e for e in table(model).entries}
