@@ -70,7 +70,7 @@ def examine(record: store.Record) -> Verdict:
             raise _Refused(reason)
         cell = store.cell_of(record)
         _plain(record, cell)
-        for part in (_data, _privacy):
+        for part in (_model, _data, _privacy):
             try:
                 part(record, cell)
             except _Unknown as reason:
@@ -149,9 +149,10 @@ def _plain(record: store.Record, cell: Cell) -> None:
         _demand(f"privacy.{name}", privacy.get(name), asked[name])
     _demand("cell.privacy.unit", asked["unit"], "example")
     _demand("cell.task.evaluate", cell.task["evaluate"], "test", "validation")
-    _demand("cell.numerics.dtype", cell.numerics["dtype"], *run.DTYPES)
+    dtype = cell.numerics["dtype"]
+    _demand("cell.numerics.dtype", dtype, *run.DTYPES)
+    _demand("cell.numerics.tf32", cell.numerics["tf32"], False, *[True] * (dtype == "float32"))
     ok = record["status"] == "ok"
-    _model(cell.task)
     if ok and cell.private:
         _demand("privacy.relation", privacy["relation"], asked["relation"])
     accuracy, loss = (record["metrics"].get(name) for name in ("accuracy", "loss"))
@@ -176,29 +177,39 @@ def _plain(record: store.Record, cell: Cell) -> None:
             raise _Refused(f"randomness.attempt is {_short(made['attempt'])}, and this is attempt {attempt}")
 
 
-def _model(task: Mapping[str, Any]) -> None:
-    """The model's name and options, as far as its spec gives them; its defaults may have been others."""
-    try:
-        given = registry.parse_spec(task["model"])[1]
-        entry, arguments = registry.lookup("model", task["model"])
-    except registry.RegistryError:
-        return  # a model of theirs
-    if entry.argument is None:
-        _demand("cell.task.architecture.name", task["architecture"]["name"], entry.name)
-    for name in given:
-        _demand(
-            f"cell.task.architecture.options.{name}",
-            task["architecture"]["options"].get(name),
-            arguments[name],
+def _model(record: store.Record, cell: Cell) -> None:
+    """The models' names and options, as far as their specs give them; their defaults may have been others."""
+    unknown = []
+    for where, task in _tasks(cell):
+        try:
+            given = registry.parse_spec(task["model"])[1]
+            entry, arguments = registry.lookup("model", task["model"])
+        except registry.RegistryError:
+            unknown.append(_short(task["model"]))
+            continue
+        if entry.argument is None:
+            _demand(f"{where}.architecture.name", task["architecture"]["name"], entry.name)
+        else:
+            unknown.append(_short(task["model"]))
+        for name in given:
+            options = task["architecture"]["options"]
+            _demand(f"{where}.architecture.options.{name}", options.get(name), arguments[name])
+    if unknown:
+        raise _Unknown(
+            f"its model {unknown[0]} is of another library, so that its architecture, and that it keeps its examples "
+            "apart, is its word"
         )
+
+
+def _tasks(cell: Cell) -> list[tuple[str, Mapping[str, Any]]]:
+    """The task of each stage that names one, and where it stands."""
+    then = [("cell.then.task", cell.then["task"])] if "task" in cell.then else []
+    return [("cell.task", cell.task), *then]
 
 
 def _data(record: store.Record, cell: Cell) -> None:
     """The data set and the model, where their names alone say what they are: no path of a stranger is followed."""
-    tasks = [
-        ("cell.task", cell.task),
-        *([("cell.then.task", cell.then["task"])] if "task" in cell.then else []),
-    ]
+    tasks = _tasks(cell)
     made_of, digests = [], []
     for where, task in tasks:
         spec = task["dataset"]

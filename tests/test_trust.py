@@ -237,18 +237,28 @@ def test_what_is_forged_is_refused_by_name(name: str) -> None:
     assert reason in refused
 
 
+@pytest.mark.parametrize(("dtype", "tf32"), [("float32", "yes"), ("float64", True)])
+def test_a_switch_that_no_device_has_is_refused(dtype: str, tf32: object) -> None:
+    record = genuine()
+    record["cell"]["numerics"] = {"dtype": dtype, "tf32": tf32}
+    assert "cell.numerics.tf32 is" in trust.examine(named(record)).refused
+
+
 def test_a_ledger_that_nobody_can_compute_is_their_word() -> None:
     """A method that is not known here, parts that are not those of today: not refused, and said."""
     for change, told in (
         (_set("cell.method.name", "no-such-method"), "its method cannot be built here"),
         (_set("cell.method.parts.clip.clip", 0.123), "its method has another clip here"),
+        # BatchNorm mixes its examples, which a run is refused for and this record does not show.
+        (_set("cell.task.model", "timm:resnet18"), 'its model "timm:resnet18" is of another library'),
+        (_set("cell.task.model", "no-such-model"), 'its model "no-such-model" is of another library'),
     ):
         record = genuine()
         change(record)
         verdict = trust.examine(named(record))
         assert not verdict.refused and told in verdict.unknown[0]
         _epsilons(record, 0.001)  # and still its epsilons are those of its ledger
-        assert "privacy.spent" in trust.examine(named(record)).refused
+        assert "and its ledger gives" in trust.examine(named(record)).refused
 
 
 def put(results: Path, record: store.Record, attempt: int = 1) -> Path:
