@@ -13,9 +13,10 @@ __version__ = "0.1.0"
 
 
 def load_results(folder: str | os.PathLike[str] = "results") -> pandas.DataFrame:
-    """The records under `folder` as a pandas table, one row a record; see :func:`harness.frame.load_results`."""
+    """The records under `folder` as a pandas table, one row a record; see
+    :func:`harness.records.frame.load_results`."""
     from pathlib import Path
 
-    from harness import frame
+    from harness.records import frame
 
     return frame.load_results(Path(folder))

@@ -1,4 +1,5 @@
-"""Methods with a fault planted in one part: wider than the faults that public code had (`harness.verify.adapters`)."""
+"""Methods with a fault planted in one part: wider than the faults that public code had
+(`harness.verify.faults.adapters`)."""
 
 import copy
 import dataclasses
@@ -29,7 +30,7 @@ from harness.dp import (
     Vmap,
 )
 from harness.verify import conformance as checks
-from harness.verify.adapters import Naive, NotDoubled, TooLow, ViewByView
+from harness.verify.faults.adapters import Naive, NotDoubled, TooLow, ViewByView
 
 # --- clipping rules ---
 
@@ -53,9 +54,7 @@ class Window(Flat):
     """Does not clip norms between 30 and 1000."""
 
     def weights(self, norms, state):
-        return torch.where(
-            (norms > 30) & (norms < 1000), torch.ones_like(norms), super().weights(norms, state)
-        )
+        return torch.where((norms > 30) & (norms < 1000), torch.ones_like(norms), super().weights(norms, state))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import report, store
+from harness import report
+from harness.records import store
 from harness.records.files import dumps
 from tests.test_report import hash_, record
 
@@ -89,6 +90,4 @@ if __name__ == "__main__":
         wall, busy = time.perf_counter(), time.process_time()
         done = build(place / "results", place / "reports")
         wall, busy = time.perf_counter() - wall, time.process_time() - busy
-        print(
-            f"{number} records: {'written' if done.written else 'unchanged'} in {wall:.1f} s, {busy:.1f} s of CPU"
-        )
+        print(f"{number} records: {'written' if done.written else 'unchanged'} in {wall:.1f} s, {busy:.1f} s of CPU")

@@ -29,11 +29,11 @@ from scipy import fft
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from harness import store
 from harness.dp import Fixed, Flat, Full, Ledger, Method, NoNoise, Poisson, Relation, Shuffle
 from harness.dp.account import ACCOUNTANTS, arrays, epsilon, epsilons, explain, quiet, ranking
 from harness.dp.account.accountants import ROUNDING, Pld, Rdp
 from harness.dp.calibrate import calibrate
+from harness.records import store
 from harness.records.files import StoreError
 
 ROOT = Path(__file__).parent.parent
@@ -83,9 +83,7 @@ def test_calibration_meets_the_golden_multipliers_and_is_tight(n, batch, epochs,
 def test_a_single_gaussian_is_calibrated_as_the_analytic_formula_says(target, sigma):
     found = calibrate(Method(sampler=Full()), 1000, 1000, 1, target, 1e-6)
     assert found == pytest.approx(sigma, abs=1e-3)
-    spent = norm.cdf(0.5 / found - target * found) - math.exp(target) * norm.cdf(
-        -0.5 / found - target * found
-    )
+    spent = norm.cdf(0.5 / found - target * found) - math.exp(target) * norm.cdf(-0.5 / found - target * found)
     assert spent <= 1.001e-6
 
 
@@ -227,9 +225,7 @@ def test_losses_are_those_of_the_library_to_the_last_bit(q, sigma, steps):
         assert ours.get_epsilon(10.0**exponent) == library.get_epsilon(10.0**exponent - hidden)
 
 
-@pytest.mark.parametrize(
-    ("q", "sigma", "steps"), [(1e-3, 3.0, 1_000_000), (0.01, 1.0, 100_000), (0.01, 0.6, 10_000)]
-)
+@pytest.mark.parametrize(("q", "sigma", "steps"), [(1e-3, 3.0, 1_000_000), (0.01, 1.0, 100_000), (0.01, 0.6, 10_000)])
 @pytest.mark.parametrize("delta", [1e-10, 1e-12, 1e-14])
 def test_what_the_fourier_transform_rounds_is_charged(q, sigma, steps, delta):
     """Beside losses that are tilted, so that the tail is where the transform has its digits."""
@@ -307,10 +303,7 @@ def test_what_an_accountant_cannot_say_it_explains():
         "rdp": f"order {_binding(sampled, 1e-5):g} binds",
         "gdp": "PoissonSampledDpEvent: only plain Gaussians are exact",
     }
-    assert (
-        explain(sampled, 1e-5, REPLACE)["pld"]
-        == "PoissonSampledDpEvent: Poisson sampling needs add-or-remove"
-    )
+    assert explain(sampled, 1e-5, REPLACE)["pld"] == "PoissonSampledDpEvent: Poisson sampling needs add-or-remove"
     plain = Ledger([(GaussianDpEvent(3.0), 2)])
     assert set(explain(plain, 1e-5, REPLACE)) == {"rdp"}
     bare = Ledger([(GaussianDpEvent(3.0), 2), (NonPrivateDpEvent(), 1)])

@@ -9,15 +9,14 @@ import torch
 from dp_accounting import PoissonSampledDpEvent
 from scipy.stats import norm
 
-from harness import audits as stored
 from harness import registry
 from harness.dp import SGD, Flat, Gaussian, Method, Relation, Shuffle
 from harness.dp.random import Stream
+from harness.records import audits as stored
 from harness.records.files import StoreError
-from harness.verify import audit as audits
-from harness.verify import finding
-from harness.verify.audit import Setting, audit
-from harness.verify.audit_bounds import (
+from harness.verify.audits import command as audits
+from harness.verify.audits import finding
+from harness.verify.audits.bounds import (
     Mistakes,
     Profile,
     Rates,
@@ -28,7 +27,8 @@ from harness.verify.audit_bounds import (
     p_value,
     upper,
 )
-from harness.verify.canary import SIDED, Planted, Task, plant
+from harness.verify.audits.canary import SIDED, Planted, Task, plant
+from harness.verify.audits.command import Setting, audit
 
 SMALL = Setting(canaries=500, repeat=4)
 
@@ -128,9 +128,7 @@ def test_a_canary_is_alone_in_its_coordinates_and_as_long_as_the_rule_allows():
     planted, reach = plant(method, task, coins)
     assert reach == pytest.approx(1, abs=1e-5)
     x, _ = planted.batch(torch.arange(planted.n_train))
-    assert (
-        planted.n_train == len(task.x) + 3 and len(x) == len(task.x) + 2
-    )  # the slot of the second stays empty
+    assert planted.n_train == len(task.x) + 3 and len(x) == len(task.x) + 2  # the slot of the second stays empty
     own_features = x[:, -3:]
     assert (own_features[: len(task.x)] == 0).all() and (own_features != 0).sum() == 2
     replaced = Planted(task, coins, Relation.REPLACE_ONE).batch(torch.arange(planted.n_train))[0]
@@ -144,9 +142,7 @@ def test_what_an_engine_releases_besides_gradients_is_heard():
     assert planted.chained and planted.count == SIDED and len(planted.sides) == 2
     assert reach == pytest.approx(1, abs=1e-6)
     for side in planted.sides.values():
-        assert side.values.shape[0] == SIDED and side.values.square().sum(1).sqrt().allclose(
-            torch.ones(SIDED).double()
-        )
+        assert side.values.shape[0] == SIDED and side.values.square().sum(1).sqrt().allclose(torch.ones(SIDED).double())
         assert len(side.at.unique()) == side.at.numel()  # each canary has places of its own
     found = audit(method, Setting(epsilon=8, canaries=100, repeat=4, steps=1, rate=1))
     assert not found.refuted and found.audited > 1 and found.planted["mean_reach"] > 0.9

@@ -7,7 +7,6 @@ import pytest
 import torch
 from planted import OneOfSeveral, WholeCounts
 
-from harness import audits as stored
 from harness import cli, registry
 from harness.dp import (
     Fixed,
@@ -23,14 +22,14 @@ from harness.dp import (
     Views,
     Whole,
 )
-from harness.train import Schedule
-from harness.verify import audit as command
-from harness.verify import pair
-from harness.verify.adapters import ClippedBeforeTemperature
-from harness.verify.audit import audit
-from harness.verify.canary import Refused
-from harness.verify.candidates import candidates, reach, strongest
-from harness.verify.pair import Neighbours, Observer, Setting, Side, overheard, squared_mean
+from harness.records import audits as stored
+from harness.running.train import Schedule
+from harness.verify.audits import command, pair
+from harness.verify.audits.canary import Refused
+from harness.verify.audits.candidates import candidates, reach, strongest
+from harness.verify.audits.command import audit
+from harness.verify.audits.pair import Neighbours, Observer, Setting, Side, overheard, squared_mean
+from harness.verify.faults.adapters import ClippedBeforeTemperature
 
 STILL = InfoNCE(0.1, pad=0, flip=False, jitter=0.0)  # both views are the image: nothing is averaged over
 COUNTED = {"by": "flat", "budget": 0.8}  # most of the budget goes to the counts
@@ -77,11 +76,7 @@ def test_what_the_observer_expects_is_the_targets_clipped_gradient_and_the_sum_o
     expected = observer.expected(step)
     assert expected.moved.allclose(gradients[0] / (2 * 0.5), atol=1e-6)  # over sigma times sensitivity
     assert expected.base.allclose(sum(gradients[1:]) / (2 * 0.5), atol=1e-6)
-    assert (
-        expected.reach
-        == pytest.approx(float(gradients[0].norm()) / 0.5, rel=1e-5)
-        == pytest.approx(1, rel=1e-5)
-    )
+    assert expected.reach == pytest.approx(float(gradients[0].norm()) / 0.5, rel=1e-5) == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize("sampler", [Poisson(), Fixed()], ids=["add-or-remove", "replace-one"])
@@ -222,9 +217,7 @@ def test_the_parts_say_which_instrument_serves(tmp_path, capsys):
     assert set(found["dp-rotation"]["instruments"]) == {"error rates", "trade-off"}
     assert "without noise" in found["contrastive"]["reason"]
     assert cli.main(["audit", "dp-sgd", "--neighbours", *request]) == 0
-    assert {a["instrument"] for a in stored.load(tmp_path / "audits") if a["method"] == "dp-sgd"} == {
-        "neighbours"
-    }
+    assert {a["instrument"] for a in stored.load(tmp_path / "audits") if a["method"] == "dp-sgd"} == {"neighbours"}
     asked = ["dp-rotation", "--canaries", "5", *request]  # canaries were asked for by name
     assert cli.main(["audit", *asked]) == 0 and "not auditable" in capsys.readouterr().out
     for wrong in (["--canaries", "5"], ["--membership"]):

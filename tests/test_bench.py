@@ -14,7 +14,7 @@ from harness import cli
 from harness.bench import figure, plan, session, table
 from harness.bench.race import interleave, race, turns
 from harness.bench.trial import trial
-from harness.measure import Clock
+from harness.provenance.measure import Clock
 from harness.suite import SuiteError
 
 ROOT = Path(__file__).parent.parent
@@ -126,11 +126,7 @@ def write(folder: Path, *records: dict[str, Any]) -> Path:
 
 
 def test_all_that_is_wrong_with_a_file_is_said_at_once() -> None:
-    wrong = (
-        TINY.replace('"ghost"', '"gost"')
-        .replace("mlp?hidden=4", "mpl")
-        .replace("default = 4", "default = 5", 1)
-    )
+    wrong = TINY.replace('"ghost"', '"gost"').replace("mlp?hidden=4", "mpl").replace("default = 4", "default = 5", 1)
     wrong = wrong.replace('name = "tokens"', 'name = "small"').replace('kind = "throughput"', "[train]")
     misshapen = TINY.replace("target", "targget").replace("[3]", "[]")
     for text, expected in (
@@ -206,9 +202,7 @@ def test_an_engine_that_is_wrong_in_float32_alone_is_found_beside_the_loop() -> 
 
 
 def test_slow_engines_join_fewer_rounds_and_failing_ones_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "harness.bench.race.TURN", 0.0
-    )  # then a turn is two calls, of which the second counts
+    monkeypatch.setattr("harness.bench.race.TURN", 0.0)  # then a turn is two calls, of which the second counts
     assert turns({"a": 0.5, "b": 0.05, "c": 50.0}, 20, 15.0) == {"a": 5, "b": 20, "c": 1}  # of two calls each
     order: list[str] = []
 

@@ -123,9 +123,7 @@ def test_sorting_by_keyboard_within_settings_and_as_one_list(browser: Any, repor
         assert sort(page, "accuracy") is None and column(page, "title") == by_rank and "sort" not in page.url
     with Visit(browser, reports / "core" / "index.html", "#?flat=1&sort=rate.desc") as page:
         rates = numbers(column(page, "rate"))
-        assert (
-            len(rates) > 20 and rates == sorted(rates, reverse=True) and page.locator("tr.group").count() == 0
-        )
+        assert len(rates) > 20 and rates == sorted(rates, reverse=True) and page.locator("tr.group").count() == 0
 
 
 def test_filters_live_in_the_address(browser: Any, reports: Path) -> None:
@@ -157,9 +155,7 @@ def test_a_row_leads_to_its_page_and_that_one_back(browser: Any, reports: Path) 
         assert page.locator("svg.plot circle title").first.text_content().startswith("seed 0")
         page.get_by_role("link", name="Leaderboard of this setting").click()
         page.wait_for_url("**/index.html#?*")
-        assert (len(column(page, "title")) >= 4 and set(column(page, "target")) == {"8", "∞"}) or column(
-            page, "title"
-        )
+        assert (len(column(page, "title")) >= 4 and set(column(page, "target")) == {"8", "∞"}) or column(page, "title")
         page.get_by_role("link", name="epsbench", exact=True).click()
         page.wait_for_url("**/index.html")
         page.get_by_label("Suite", exact=True).select_option("core")
@@ -169,11 +165,7 @@ def test_a_row_leads_to_its_page_and_that_one_back(browser: Any, reports: Path) 
 def test_an_audit_above_its_claim_is_flagged(browser: Any, reports: Path) -> None:
     with Visit(browser, reports / "core" / "index.html", "#?epsilon=3&task=mnist-5k/tanh-cnn") as page:
         cells = dict(zip(column(page, "title"), column(page, "audited"), strict=True))
-        assert (
-            "above the claim" in cells["dp-sgd"]
-            and cells["dp-adam"] == "1.2 95 %"
-            and cells["dp-lamb"] == "–"
-        )
+        assert "above the claim" in cells["dp-sgd"] and cells["dp-adam"] == "1.2 95 %" and cells["dp-lamb"] == "–"
 
 
 def test_light_and_dark(browser: Any, reports: Path) -> None:
@@ -212,16 +204,11 @@ def test_controls_have_names_and_tables_heads(browser: Any, reports: Path) -> No
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
         nameless = "e => !(e.labels?.length || e.textContent.trim() || e.getAttribute('aria-label'))"
-        assert (
-            page.evaluate(f"[...document.querySelectorAll('button,select,input')].filter({nameless}).length")
-            == 0
-        )
+        assert page.evaluate(f"[...document.querySelectorAll('button,select,input')].filter({nameless}).length") == 0
         assert page.evaluate("[...document.querySelectorAll('table')].filter(t => !t.caption).length") == 0
         assert page.evaluate("[...document.querySelectorAll('th')].filter(t => !t.scope).length") == 0
         page.keyboard.press("Tab")
-        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid", (
-            "focus is seen"
-        )
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid", "focus is seen"
 
 
 def test_hostile_names_are_shown_as_text(browser: Any, reports: Path) -> None:
@@ -233,18 +220,15 @@ def test_hostile_names_are_shown_as_text(browser: Any, reports: Path) -> None:
             assert page.locator("img, iframe, object, script, [onerror]").count() == scripts, path
     with Visit(browser, reports / "evil" / "index.html") as page:
         shown = " ".join(column(page, "title"))
-        assert (
-            "<script>alert(1)</script>" in shown
-            and "\\u202etxt.exe" in shown
-            and "\u202e" not in page.content()
-        )
+        assert "<script>alert(1)</script>" in shown and "\\u202etxt.exe" in shown and "\u202e" not in page.content()
         page.get_by_label("Method", exact=True).select_option(EVIL[0])
         assert 0 < len(column(page, "title")) < 4 and all(EVIL[0] in title for title in column(page, "title"))
 
 
 def test_thousands_of_records_stay_a_page_of_rows(browser: Any, tmp_path: Path) -> None:
     """What bounds the time is that at most a page of rows is in the document, whatever is asked of the table."""
-    from harness.report import board, html
+    from harness.report import board
+    from harness.report.page import html
 
     path = tmp_path / "index.html"
     model = board("scale", "", report_scale.records(4 * MANY))

@@ -143,9 +143,7 @@ def test_compiled_code_of_others_is_never_run(tmp_path: Path) -> None:
         assert not cache.trusted(file)
 
 
-def test_kernels_are_built_where_the_cache_may_be_anybodys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_are_built_where_the_cache_may_be_anybodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted library is replaced, not loaded; in a folder that stays open to all, one is built for the process."""
     sources = tmp_path / "sources"
     sources.mkdir()

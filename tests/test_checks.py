@@ -10,10 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness import checks, cli
+from harness import cli
+from harness.records import checks
 from harness.records.files import StoreError
-from harness.report import checked, html, rows
-from harness.report import pages as below
+from harness.report.model import checked
+from harness.report.page import html
+from harness.report.page import pages as below
+from harness.report.page import payload as rows
 from harness.verify import conformance, recorded
 from tests.test_report import make, seeds
 from tests.test_stage_pages import staged
@@ -48,9 +51,7 @@ CHEAP = (conformance.described, conformance.replaced, conformance.clip_rule, con
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
     monkeypatch.setattr(conformance, "CHECKS", CHEAP)
-    monkeypatch.setattr(
-        sys.modules[conformance.Subject.__module__], "AGES", (3, 9)
-    )  # a thousand steps, elsewhere
+    monkeypatch.setattr(sys.modules[conformance.Subject.__module__], "AGES", (3, 9))  # a thousand steps, elsewhere
 
 
 def mine(folder, name, change="/ 2"):
@@ -91,7 +92,7 @@ def test_methods_of_a_users_file_are_checked_and_recorded(tmp_path, capsys):
     assert sound["cpu_seconds"] > 0 and {"commit", "dirty"} <= set(sound["code"])
     files = set(sound["code"]["files"])
     assert {"checked-mine.py", "harness/dp/clip/flat.py", "harness/verify/conformance/noise.py"} <= files
-    assert files.isdisjoint({"harness/checks.py", "harness/verify/audit.py"})
+    assert files.isdisjoint({"harness/records/checks.py", "harness/verify/audits/command.py"})
     assert not any(file.startswith("harness/cli") for file in files)
     assert str(tmp_path) not in json.dumps(sound | {"path": ""}), "no path of the machine"
 
@@ -142,9 +143,7 @@ def test_an_error_says_where_it_was_raised():
 
 def test_every_check_says_what_to_look_at():
     assert set(conformance.WHERE) >= {*CHEAP, *conformance.STATISTICAL}
-    everything = [
-        one for one in vars(conformance).values() if getattr(one, "__name__", "") in conformance.__all__
-    ]
+    everything = [one for one in vars(conformance).values() if getattr(one, "__name__", "") in conformance.__all__]
     assert {each.__name__ for each in conformance.WHERE} <= {one.__name__ for one in everything}
 
 
@@ -338,21 +337,13 @@ def test_rows_and_cards_say_whether_the_method_is_checked():
     again = record(repeat=200) | {"stale": False}
     mark, made = shown(good, again)
     assert mark[:2] == ["checked", "good"] and mark[2] == "2 of 2 checks that apply hold, 2026-01-02"
-    assert (
-        '<span class="mark good">checked</span> 2 of 2 checks that apply hold, 2026-01-02.' in made["cards"]
-    )
-    assert (
-        "200 repetitions of 2 statistical checks with fresh seeds raised no alarm, 2026-01-02."
-        in made["cards"]
-    )
+    assert '<span class="mark good">checked</span> 2 of 2 checks that apply hold, 2026-01-02.' in made["cards"]
+    assert "200 repetitions of 2 statistical checks with fresh seeds raised no alarm, 2026-01-02." in made["cards"]
     assert "checked: 2 of 2 checks that apply hold" in made["runs"] and "FAILED" not in made["cards"]
     mark, made = shown(bad)
     assert mark[:2] == ["FAILED", "bad"] and "1 of 2 checks that apply hold" in mark[2]
     assert "Failed: the ledger is the plan" in mark[2] and "FAILED: 1 of 2" in made["runs"]
-    assert (
-        made["cards"].count('<span class="mark bad">FAILED</span>') == 2
-        and "name &lt;it&gt;" in made["cards"]
-    )
+    assert made["cards"].count('<span class="mark bad">FAILED</span>') == 2 and "name &lt;it&gt;" in made["cards"]
     alarmed = record(ok=False, repeat=200)
     mark, made = shown(good, alarmed | {"stale": False})
     assert mark[:2] == ["FAILED", "bad"] and "raised 1 alarm, " in made["cards"]
@@ -371,11 +362,7 @@ def test_a_row_of_two_stages_is_checked_where_both_methods_are():
     assert checked.of_row(checked.checks([first, second]), row).text == "checked"
     assert checked.of_row(checked.checks([first]), row).text == "not checked"
     mark = checked.of_row(checked.checks([first, failed]), row)
-    assert (
-        mark.text == "FAILED"
-        and "logit-dp: checked, 2 of 2" in mark.words
-        and "then dp-adam: FAILED" in mark.words
-    )
+    assert mark.text == "FAILED" and "logit-dp: checked, 2 of 2" in mark.words and "then dp-adam: FAILED" in mark.words
     public = dataclasses.replace(row.first.stages[1], public=True)
     alone = dataclasses.replace(row.first, stages=(row.first.stages[0], public))
     assert checked.of_row(checked.checks([first]), SimpleNamespace(first=alone)).text == "checked"

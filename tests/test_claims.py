@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from harness import cli
 from harness.suite import SuiteError
-from harness.verify import accounts, claims
-from harness.verify.accounts import Sampled
-from harness.verify.kinds import Claim
-from harness.verify.verdict import AGREES, ASSUMES, OVERSTATES, UNDERSTATES, Figure, Finding, judge
+from harness.verify.claims import accounts
+from harness.verify.claims import command as claims
+from harness.verify.claims.accounts import Sampled
+from harness.verify.claims.kinds import Claim
+from harness.verify.claims.verdict import AGREES, ASSUMES, OVERSTATES, UNDERSTATES, Figure, Finding, judge
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,9 +106,7 @@ def test_claims_recompute_to_golden_values_verdicts_and_the_page():
     # On the authors' classes the largest contribution was 1.285 C, with norms read 0.78 to 0.87 of the true ones.
     seeds = [v for name, v in values["fast-clipping-cnn"].items() if name.startswith("seed ")]
     assert min(seeds) < 1.285 < max(seeds) and all(1.2 < one < 1.35 for one in seeds)
-    assert claims.markdown(file, findings) == (ROOT / claims.DOCUMENT).read_text(), (
-        "run epsbench claims --write"
-    )
+    assert claims.markdown(file, findings) == (ROOT / claims.DOCUMENT).read_text(), "run epsbench claims --write"
 
 
 # Accountants ------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from support.records import record_of
 
-from harness import cli, store, suite
+from harness import cli, suite
 from harness.cli import parser, selecting
+from harness.records import store
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -92,9 +93,7 @@ def test_every_command_teaches_by_example(capsys: pytest.CaptureFixture[str]) ->
         assert "examples:" in text and f"epsbench {verb}" in text and "exit codes:" in text
 
 
-def test_a_user_error_says_what_where_and_what_to_write(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_user_error_says_what_where_and_what_to_write(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "broken.toml").write_text(TINY.replace("dp-sgd", "dp-sdg").replace("[train]", "[trian]"))
     (home / "syntax.toml").write_text("[suite\n")
     (home / "empty.py").write_text("x = 1\n")
@@ -160,9 +159,7 @@ def test_a_suite_from_nothing_to_leaderboard(home: Path, capsys: pytest.CaptureF
     first = commands(request, home=home)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "2 to run" in first.stdout and "[2/2] ok" in first.stdout and "ok 2" in first.stdout
-    assert (
-        "leaderboard: reports/tiny/index.html" in first.stdout and (home / "reports/tiny/index.html").exists()
-    )
+    assert "leaderboard: reports/tiny/index.html" in first.stdout and (home / "reports/tiny/index.html").exists()
     assert re.search(r"rank +method +accuracy", first.stdout)  # the top rows
     records = store.load(home / "results")
     assert len(records) == 2 and not records.broken

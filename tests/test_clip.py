@@ -43,7 +43,7 @@ from harness.dp.engines.engine import trainable
 from harness.dp.native import kernels
 from harness.dp.random import Stream
 from harness.dp.tree import Layout
-from harness.train import evaluate, read_checkpoint, write_checkpoint
+from harness.running.train import evaluate, read_checkpoint, write_checkpoint
 from harness.verify import conformance as checks
 
 ADD, REPLACE = Relation.ADD_OR_REMOVE, Relation.REPLACE_ONE
@@ -215,9 +215,7 @@ def test_no_neighbour_moves_a_release_beyond_its_sensitivity(positions, engine, 
             for one, other in neighbours:
                 ours, theirs = one.releases[key], other.releases[key]
                 assert ours[1:] == theirs[1:] == declared[1:]
-                moved.append(
-                    float(declared.in_units(ours.value - theirs.value).norm()) / declared.sensitivity
-                )
+                moved.append(float(declared.in_units(ours.value - theirs.value).norm()) / declared.sensitivity)
             assert max(moved) <= 1 + 1e-9, (relation, key)
             assert max(moved) >= 0.99, (relation, key)  # the bound is reached: these neighbours can tell
 
@@ -275,12 +273,8 @@ def test_the_noise_of_each_group_is_as_the_allocation_says(allocation):
     for name, size, deviation in zip(("a", "b"), sizes, want[allocation].tolist(), strict=True):
         unit = (release.scale or dict.fromkeys(shape.names, 1.0))[name]
         assert sigma * release.sensitivity * unit == pytest.approx(deviation, rel=1e-12)
-        assert float(noise[name].square().mean().sqrt()) == pytest.approx(
-            deviation, rel=5 / math.sqrt(2 * size)
-        )
-    assert float(torch.corrcoef(torch.stack([noise["a"][:10_000], noise["b"]]))[0, 1]) == pytest.approx(
-        0, abs=0.05
-    )
+        assert float(noise[name].square().mean().sqrt()) == pytest.approx(deviation, rel=5 / math.sqrt(2 * size))
+    assert float(torch.corrcoef(torch.stack([noise["a"][:10_000], noise["b"]]))[0, 1]) == pytest.approx(0, abs=0.05)
 
 
 @given(
@@ -512,9 +506,7 @@ def test_refined_clipping_is_what_its_definition_says(clip):
 @settings(max_examples=24, deadline=None)
 def test_refined_contributions_keep_both_bounds(row, clip, share):
     x = torch.tensor(row, dtype=torch.float64).view(1, 1, 6)
-    ours = [
-        bounded(engine, Refined(clip, share), x).releases["grad"].value.flat for engine in (Vmap(), Loop())
-    ]
+    ours = [bounded(engine, Refined(clip, share), x).releases["grad"].value.flat for engine in (Vmap(), Loop())]
     assert torch.allclose(*ours, rtol=1e-12, atol=0)
     assert float(ours[0].norm()) <= clip * (1 + 1e-12)
     assert float(ours[0].abs().max()) <= share * clip * (1 + 1e-12)
@@ -537,9 +529,7 @@ def test_views_are_crops_of_the_padded_image_and_their_mirror_images():
     seen = []
     for i in range(30):
         crops = {
-            (down, right, mirrored): padded[i, :, down : down + 6, right : right + 6].flip(
-                [2] if mirrored else []
-            )
+            (down, right, mirrored): padded[i, :, down : down + 6, right : right + 6].flip([2] if mirrored else [])
             for down in range(5)
             for right in range(5)
             for mirrored in (False, True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import codehash
+from harness.provenance import code as codehash
 
 SOURCE = '''"""A module."""
 import math
@@ -134,8 +134,7 @@ def tree(tmp_path: Path) -> Path:
         ("methods.flat", "harness/dp/clip harness/dp/tree methods/flat"),
         (
             "methods.ghost",
-            "harness/dp/engines/ghost harness/dp/engines/shared harness/dp/tree "
-            "harness/models/nets methods/ghost",
+            "harness/dp/engines/ghost harness/dp/engines/shared harness/dp/tree harness/models/nets methods/ghost",
         ),
         (
             "methods.whole",
@@ -158,9 +157,7 @@ def test_closure(tree: Path, start: str, expected: str) -> None:
 
 
 def test_closure_of_a_lone_file_and_of_nothing(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    lone = write(
-        tmp_path_factory.mktemp("lone") / "mine.py", "from harness.dp import Flat\nfrom . import x\n"
-    )
+    lone = write(tmp_path_factory.mktemp("lone") / "mine.py", "from harness.dp import Flat\nfrom . import x\n")
     found = codehash.closure([lone], [tree])
     assert list(codehash.hashes(found, [tree])) == ["harness/dp/clip.py", "harness/dp/tree.py", "mine.py"]
     with pytest.raises(LookupError, match=r"absent.* has no Python source"):
@@ -170,10 +167,10 @@ def test_closure_of_a_lone_file_and_of_nothing(tree: Path, tmp_path_factory: pyt
 def test_a_method_of_this_project_depends_on_the_mathematics_and_on_no_other_method() -> None:
     found = codehash.hashes(codehash.closure(["methods.dp_sgd"]))
     assert {"methods/dp_sgd.py", "harness/dp/clip/flat.py", "harness/dp/noise.py"} <= set(found)
-    assert {"harness/dp/random.py", "harness/dp/native/gaussian.c", "harness/dp/native/vector.h"} <= set(
-        found
-    )
+    assert {"harness/dp/random.py", "harness/dp/native/gaussian.c", "harness/dp/native/vector.h"} <= set(found)
     assert [name for name in found if name.startswith("methods/")] == ["methods/dp_sgd.py"]
-    assert not {"harness/registry.py", "harness/dp/engines/ghost.py", "harness/dp/clip/scaling.py"} & set(
-        found
-    )
+    assert not {
+        "harness/registry/registry.py",
+        "harness/dp/engines/taped/ghost.py",
+        "harness/dp/clip/scaling.py",
+    } & set(found)

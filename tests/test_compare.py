@@ -37,32 +37,22 @@ def measured(method: str, values: list[float], metric: str, **options: Any) -> l
 
 @settings(max_examples=24, deadline=None)
 @given(PAIRS, st.sampled_from(list(pairs.METRICS)), st.floats(0, 0.2), st.randoms())
-def test_a_line_is_the_paired_t_interval_of_scipy(
-    pairs: Any, metric: str, threshold: float, order: Any
-) -> None:
+def test_a_line_is_the_paired_t_interval_of_scipy(pairs: Any, metric: str, threshold: float, order: Any) -> None:
     a, b = ([x + SCALE[metric] for x in side] for side in zip(*pairs, strict=True))
     records = [*measured("dp-sgd", a, metric), *measured("dp-adam", b, metric)]
     order.shuffle(records)
     made = compare.methods(records, "dp-sgd", "dp-adam", metric, threshold=threshold)
     (line,) = made.lines
     changes = [y - x if metric == "accuracy" else y / x - 1 for x, y in pairs_of(a, b)]
-    assert line.difference is not None and line.difference.mean == pytest.approx(
-        math.fsum(changes) / len(changes)
-    )
+    assert line.difference is not None and line.difference.mean == pytest.approx(math.fsum(changes) / len(changes))
     if len({round(x, 12) for x in changes}) > 1:
         expected = scipy.stats.ttest_1samp(changes, 0.0).confidence_interval(0.95)
-        assert (line.difference.low, line.difference.high) == pytest.approx(
-            (expected.low, expected.high), abs=1e-12
-        )
+        assert (line.difference.low, line.difference.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
         if metric == "accuracy":
             paired = scipy.stats.ttest_rel(b, a).confidence_interval(0.95)
-            assert (line.difference.low, line.difference.high) == pytest.approx(
-                (paired.low, paired.high), abs=1e-12
-            )
+            assert (line.difference.low, line.difference.high) == pytest.approx((paired.low, paired.high), abs=1e-12)
     assert line.difference.low is not None and line.difference.high is not None
-    lost = (
-        line.difference.low > threshold if metric == "peak_memory_mib" else line.difference.high < -threshold
-    )
+    lost = line.difference.low > threshold if metric == "peak_memory_mib" else line.difference.high < -threshold
     assert made.regressions == lost == (line.verdict == "worse")
 
 
@@ -76,9 +66,7 @@ def test_lines_of_several_settings_are_means_seed_by_seed() -> None:
     records = []
     for epsilon, gain in gains.items():
         records += seeds("dp-sgd", [0.5, 0.6, 0.7], epsilon=epsilon)
-        records += seeds(
-            "dp-adam", [x + g for x, g in zip([0.5, 0.6, 0.7], gain, strict=True)], epsilon=epsilon
-        )
+        records += seeds("dp-adam", [x + g for x, g in zip([0.5, 0.6, 0.7], gain, strict=True)], epsilon=epsilon)
     (line,) = compare.methods(records, "dp-sgd", "dp-adam", by="task").lines
     expected = scipy.stats.ttest_1samp([0.02, 0.02, 0.04], 0.0).confidence_interval(0.95)
     assert line.difference is not None and line.pairings == 2
@@ -131,9 +119,7 @@ def test_names_that_mean_nothing_or_too_much() -> None:
     records = [*seeds("dp-sgd", [0.8], lr=1.0), *seeds("dp-sgd", [0.7], lr=3.0), *seeds("dp-adam", [0.7])]
     with pytest.raises(pairs.CompareError, match="no record is of such a method; there are dp-adam, dp-sgd"):
         compare.methods(records, "dp-adma", "dp-sgd")
-    with pytest.raises(
-        pairs.CompareError, match=r"(?s)2 rows of core: .*write group or title:.*dp-sgd \(lr=3\)"
-    ):
+    with pytest.raises(pairs.CompareError, match=r"(?s)2 rows of core: .*write group or title:.*dp-sgd \(lr=3\)"):
         compare.methods(records, "dp-sgd", "dp-adam")
     (line,) = compare.methods(records, "dp-sgd (lr=3)", "dp-adam").lines
     assert line.a is not None and line.a.mean == 0.7
@@ -156,9 +142,7 @@ def test_turning_a_comparison_round_turns_its_sign(pairs: Any, threshold: float)
     assert not compare.folders(before, before, "a", "a").regressions
     plain = json.loads(json.dumps(there.json(), allow_nan=False))
     assert plain["lines"][0]["change"]["mean"] == one.mean and plain["lines"][0]["epsilon"] == 3.0
-    cells = [
-        len(re.findall(r"(?<!\\)\|", line)) for line in there.markdown().splitlines() if line.startswith("|")
-    ]
+    cells = [len(re.findall(r"(?<!\\)\|", line)) for line in there.markdown().splitlines() if line.startswith("|")]
     assert len(set(cells)) == 1
 
 
@@ -181,17 +165,12 @@ def test_the_command_and_its_exit_codes(
     assert "worse" in capsys.readouterr().out and "worse" in Path("out.md").read_text()
     assert json.loads(Path("out.json").read_text())["regressions"] == 1
     assert code("after before") == cli.OK
-    assert (
-        code("before after --threshold 0.04") == cli.FAILED
-        and code("before after --threshold 0.06") == cli.OK
-    )
+    assert code("before after --threshold 0.04") == cli.FAILED and code("before after --threshold 0.06") == cli.OK
     assert code("before/core after/core --by all") == cli.FAILED  # a suite's own folders
     capsys.readouterr()
     for seed in range(3):  # a change that makes every run crash is no success
         put(Path("crash"), make_record(seed, status="crashed", reason="for the test", metrics={}))
-    assert (
-        code("before crash") == cli.FAILED and "3 runs that A finished failed in B" in capsys.readouterr().out
-    )
+    assert code("before crash") == cli.FAILED and "3 runs that A finished failed in B" in capsys.readouterr().out
     put(Path("one"), make_record(0, metrics={"accuracy": 0.1}))
     assert code("before one") == cli.OK and "there is no interval" in capsys.readouterr().out
     broken = Path("same/core") / ("e" * 12)

@@ -28,7 +28,7 @@ from harness.dp import (
     Unclipped,
     Views,
 )
-from harness.options import Parameter
+from harness.registry.options import Parameter
 from harness.verify import conformance as checks
 from harness.verify.conformance import adversary, evidence, identity
 from harness.verify.conformance.options import others
@@ -79,9 +79,7 @@ def test_a_verdict_says_which_check_failed(monkeypatch):
     some = (checks.described, checks.billed, checks.still, checks.twins, checks.empty_step)
     monkeypatch.setattr(checks, "CHECKS", some)
     lines = checks.examine(Method(path=Drift()))
-    assert [line.name for line in lines if not line.ok] == [
-        "a learning rate of 0 leaves the weights where they are"
-    ]
+    assert [line.name for line in lines if not line.ok] == ["a learning rate of 0 leaves the weights where they are"]
 
 
 # --- problems, and what does not apply ---
@@ -137,9 +135,7 @@ def test_an_id_that_depends_on_the_hash_seed_is_caught(tmp_path):
     s = dataclasses.replace(checks.subject(one.method), identity=(one.name, one.file))
     with pytest.raises(checks.Violation, match="another process"):
         checks.identified(s)
-    assert (
-        identity.elsewhere(one.file)["dp-sgd"] == identity.cell("dp-sgd", checks.named("dp-sgd")[0].method).id
-    )
+    assert identity.elsewhere(one.file)["dp-sgd"] == identity.cell("dp-sgd", checks.named("dp-sgd")[0].method).id
 
 
 # --- options ---
@@ -209,15 +205,9 @@ def test_p_values_are_those_of_scipy_or_above():
     assert evidence.normal(2.5) == pytest.approx(2 * stats.norm.sf(2.5))
     assert evidence.normal(torch.tensor([0.3, -3.0]), 2) == pytest.approx(4 * stats.norm.sf(3.0))
     assert evidence.chi_square(700.0, 500) == pytest.approx(2 * stats.chi2.sf(700, 500))
-    assert evidence.chi_square(torch.tensor([500.0, 350.0]), 500, 2) == pytest.approx(
-        4 * stats.chi2.cdf(350, 500)
-    )
+    assert evidence.chi_square(torch.tensor([500.0, 350.0]), 500, 2) == pytest.approx(4 * stats.chi2.cdf(350, 500))
     exact = stats.kstest(z.numpy() * 1.2, "norm")
-    assert (
-        exact.pvalue
-        <= evidence.kolmogorov(z * 1.2)
-        == pytest.approx(2 * math.exp(-1000 * exact.statistic**2))
-    )
+    assert exact.pvalue <= evidence.kolmogorov(z * 1.2) == pytest.approx(2 * math.exp(-1000 * exact.statistic**2))
     tail = stats.binom.sf(149, 1000, 0.1)
     assert tail <= evidence.bernstein(50.0, 90.0, 0.9) < 1e-4
     counted = evidence.binomial(149, 1000, 0.1), evidence.binomial(60, 1000, 0.1)

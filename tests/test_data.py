@@ -65,8 +65,7 @@ def save(path: Path, **content: np.ndarray) -> str:
 def same(a: data.Dataset, b: data.Dataset) -> bool:
     parts = ("x_train", "y_train", "x_test", "y_test")
     return a.digest == b.digest and all(
-        torch.equal(getattr(a, p), getattr(b, p)) and getattr(a, p).stride() == getattr(b, p).stride()
-        for p in parts
+        torch.equal(getattr(a, p), getattr(b, p)) and getattr(a, p).stride() == getattr(b, p).stride() for p in parts
     )
 
 
@@ -121,9 +120,7 @@ def test_mnist1d_is_the_package_s_data_before_centring() -> None:
     assert (d.n_train, d.n_test, d.name, d.input_shape) == (160, 40, "mnist1d?n=200", (1, 40))
     grid = d.x_train.double() * 2**14
     assert torch.equal(grid, grid.round())
-    np.testing.assert_allclose(
-        np.sort(d.x_train.numpy().ravel()), np.sort(x[:160].ravel()), atol=2**-15 + 1e-9
-    )
+    np.testing.assert_allclose(np.sort(d.x_train.numpy().ravel()), np.sort(x[:160].ravel()), atol=2**-15 + 1e-9)
 
 
 def test_damaged_cache_is_made_again(tmp_path: Path) -> None:
@@ -213,9 +210,7 @@ def test_idx_files_equal_the_npz(tmp_path: Path) -> None:
 
 def test_a_named_file_with_other_content_is_refused(nowhere: Path) -> None:
     save(nowhere / "cifar10.npz", **arrays())
-    with pytest.raises(
-        DatasetMismatch, match=r"(?s)cifar10.*n_train is 30, not 50000.*cifar10\.npz.*npz:PATH"
-    ):
+    with pytest.raises(DatasetMismatch, match=r"(?s)cifar10.*n_train is 30, not 50000.*cifar10\.npz.*npz:PATH"):
         data.load("cifar10")
 
 
@@ -269,9 +264,7 @@ def test_image_folder(tmp_path: Path) -> None:
         data.load(f"imagefolder:{tmp_path}")
 
 
-def test_facts_of_a_file_are_remembered_until_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_facts_of_a_file_are_remembered_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = save(tmp_path / "a.npz", **arrays())
     facts = data.describe(spec)
     assert facts["digest"] == data.load(spec).digest and facts["input_shape"] == (3, 6, 5)

@@ -24,9 +24,7 @@ ADAPTERS = [
 
 def test_documented_methods_conform(tmp_path):
     file = tmp_path / "documented.py"
-    file.write_text(
-        "\n".join(code for _, code in ADAPTERS)
-    )  # all in one: a process of its own makes ids of a file
+    file.write_text("\n".join(code for _, code in ADAPTERS))  # all in one: a process of its own makes ids of a file
     methods = named(str(file))
     assert len(methods) == len(ADAPTERS)
     assert [line for one in methods for line in failed(one.method, (one.name, one.file))] == []
@@ -47,9 +45,7 @@ def test_records_fit_the_published_schema():
     validator = jsonschema.Draft202012Validator(SCHEMA)
     assert RECORDS, "the repository holds the records of its reference suites"
     for path in RECORDS:
-        errors = [
-            f"{path}: {e.json_path}: {e.message}" for e in validator.iter_errors(json.loads(path.read_text()))
-        ]
+        errors = [f"{path}: {e.json_path}: {e.message}" for e in validator.iter_errors(json.loads(path.read_text()))]
         assert errors == []
 
 

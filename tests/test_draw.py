@@ -12,17 +12,20 @@ import pytest
 import torch
 from torch import nn
 
-from harness import cli, draw, launch, pack, store, suite
-from harness import run as running
-from harness.cell import Cell
+from harness import cli, suite
 from harness.dp import SGD, Auto, BookKeeping, Full, Ghost, Loop, Method
 from harness.dp.engines.engine import PerExample
+from harness.records import draw, store
+from harness.records.cell import Cell
 from harness.records.files import StoreError
 from harness.records.merge import merge
-from harness.report import board, read, recipe
-from harness.running import child, jobs
-from harness.seeds import Seeds
-from harness.train import Schedule, start, train
+from harness.report import board, recipe
+from harness.report.model import runs as read
+from harness.running import child, jobs, launch
+from harness.running import run as running
+from harness.running.seeds import Seeds
+from harness.running.train import Schedule, start, train
+from harness.verify.exchange import bundle as pack
 
 ROOT = Path(__file__).parent.parent
 SUITE = """
@@ -50,9 +53,7 @@ def cell() -> Cell:
     return suite.parse(SUITE, "draws.toml").cells()[0]
 
 
-def weights(
-    folder: Path, code: str, monkeypatch: pytest.MonkeyPatch, save_seconds: float = 20.0
-) -> dict[str, Any]:
+def weights(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch, save_seconds: float = 20.0) -> dict[str, Any]:
     monkeypatch.setattr(running, "code_of", lambda cell: {"hash": code, "files": {}})
     return running.execute(cell(), folder, "draws", save_seconds=save_seconds)
 
@@ -87,18 +88,11 @@ def test_two_attempts_share_no_noise_and_a_repeated_one_has_the_same_bits(
     assert job.folder.name == f"{id}.2"
     assert weights(job.folder, a, monkeypatch)["weights_sha256"] == found[2]
     # Initial weights are paired over all of them.
-    seeds = [
-        Seeds(cell(), attempt=n, code=code, setting=s)
-        for n in (1, 2)
-        for code in (a, b)
-        for s in (a, setting)
-    ]
+    seeds = [Seeds(cell(), attempt=n, code=code, setting=s) for n in (1, 2) for code in (a, b) for s in (a, setting)]
     assert len({one.init for one in seeds}) == 1 and len({one.noise for one in seeds}) == 8
 
 
-def test_what_decides_sums_to_the_bit_decides_the_noise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_decides_sums_to_the_bit_decides_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of a cell that differ in device, microbatch, libraries, noise multiplier or engine share none."""
     one = cell()
     here = running.setting(one, "cpu", 1)
@@ -116,9 +110,7 @@ def test_what_decides_sums_to_the_bit_decides_the_noise(
         model, method = nn.Linear(2, 2), Method(engine=engine, sampler=Full(), optimizer=SGD(1.0))
         nn.init.zeros_(model.weight)
         nn.init.zeros_(model.bias)
-        still = SimpleNamespace(
-            n_train=4, batch=lambda indices: (torch.zeros(4, 2), torch.zeros(4, dtype=torch.long))
-        )
+        still = SimpleNamespace(n_train=4, batch=lambda indices: (torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)))
         end = train(
             method,
             model,
@@ -150,9 +142,7 @@ class Stop(Exception):
     pass
 
 
-def test_a_run_goes_on_with_what_it_began_with_or_begins_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_with_what_it_began_with_or_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same code ends in the same bits, in a later attempt's folder too; other code forgets what was begun."""
     id, a, b = cell().id, "a" * 12, "b" * 12
     whole = {code: weights(tmp_path / code / id, code, monkeypatch)["weights_sha256"] for code in (a, b)}
@@ -195,9 +185,7 @@ def test_a_run_goes_on_with_what_it_began_with_or_begins_anew(
 def pair() -> tuple[Cell, Cell]:
     """Two cells with one id, as a search of some minutes finds them."""
     file = next(
-        file
-        for file in sorted(ROOT.glob("results/fashion/*/record.json"))
-        if file.parent.name == "25f4369fbb2d"
+        file for file in sorted(ROOT.glob("results/fashion/*/record.json")) if file.parent.name == "25f4369fbb2d"
     )
     found = []
     for lr in (1.60385475, 4.41856865):
@@ -251,9 +239,7 @@ def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     assert cli.main(["show", one.id[:6], "--results", str(mixed)]) == 2
     assert "two cells with the same id" in capsys.readouterr().err
 
-    rows = board(
-        "fashion", "?", [record_of(x) | {"group": one.group, "path": "a/b/c"} for x in (one, two)]
-    ).rows
+    rows = board("fashion", "?", [record_of(x) | {"group": one.group, "path": "a/b/c"} for x in (one, two)]).rows
     assert len(rows) == 2  # a group's digits may be shared as well
 
     half = tmp_path / "half" / "fashion" / one.id
@@ -267,15 +253,13 @@ def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     assert not merge([there], tmp_path / "half").added
 
 
-def test_a_crash_in_training_tells_nothing_of_private_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_in_training_tells_nothing_of_private_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception may quote a label or a norm: its text stays in error.txt, which is for its owner alone."""
 
     def step(*args: Any, **options: Any) -> None:
         raise RuntimeError("Target 13 is out of bounds, norm 3.14159")
 
-    monkeypatch.setattr("harness.train.step", step)
+    monkeypatch.setattr("harness.running.train.step", step)
     private = cell()
     free = suite.parse(SUITE.replace('"dp-sgd"', '"non-private"'), "draws.toml").cells()[0]
     for one in (private, free):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from harness.dp import Auto, Batch, BookKeeping, CrossEntropy, Flat, Ghost, Loop, Method, Relation, Tree, Vmap
 from harness.dp.engines.engine import PerExample, Unserved, trainable
-from harness.train import Schedule, start, train
+from harness.running.train import Schedule, start, train
 
 FAST = [Vmap, Ghost, BookKeeping]
 ALL = [Loop, *FAST]
@@ -494,9 +494,7 @@ def test_a_loss_that_couples_is_named(kind, loss):
 
 
 @pytest.mark.parametrize("kind", FAST)
-@pytest.mark.parametrize(
-    "labels", [[1, 2, 1, 1, 0, 0], [0, 0, 0, 1, 2, 1], [0, 1, 0, 2, 0, 0], [0, 0, 0, 0, 0, 0]]
-)
+@pytest.mark.parametrize("labels", [[1, 2, 1, 1, 0, 0], [0, 0, 0, 1, 2, 1], [0, 1, 0, 2, 0, 0], [0, 0, 0, 0, 0, 0]])
 def test_a_loss_that_is_not_a_number_adds_nothing_wherever_it_is(kind, labels):
     (x, _), y = data(6), torch.tensor(labels)
     want = total(Loop(), Net(), x[y > 0], y[y > 0])

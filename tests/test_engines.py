@@ -32,11 +32,11 @@ from harness.dp import (
 from harness.dp.clip import Clip
 from harness.dp.engines import auto
 from harness.dp.engines.engine import Engine, Unserved, trainable
-from harness.dp.engines.gradients import Lookup, Outer, gram_squares
 from harness.dp.engines.patches import Geometry, Patches
 from harness.dp.engines.rows import squared_norms
-from harness.dp.engines.rules import rule_for
-from harness.dp.engines.trial import plan_for
+from harness.dp.engines.taped.gradients import Lookup, Outer, gram_squares
+from harness.dp.engines.taped.rules import rule_for
+from harness.dp.engines.taped.trial import plan_for
 from harness.dp.native import kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:Using padding='same'")
@@ -57,14 +57,10 @@ class Halves(Clip):
 
     def weights(self, norms, state):
         weights = (norms.new_tensor(self.bounds)[: norms.shape[1]] / norms).clamp(max=1)
-        return (
-            weights * norms.isfinite().all(1, keepdim=True) if norms.isfinite().all() else self._safe(norms)
-        )
+        return weights * norms.isfinite().all(1, keepdim=True) if norms.isfinite().all() else self._safe(norms)
 
     def _safe(self, norms):
-        return torch.where(
-            norms.isfinite().all(1, keepdim=True), self.weights(norms.nan_to_num(1, 1, 1), None), 0
-        )
+        return torch.where(norms.isfinite().all(1, keepdim=True), self.weights(norms.nan_to_num(1, 1, 1), None), 0)
 
     def sensitivity(self, state, relation):
         return math.hypot(*self.bounds) * relation.moves
@@ -92,9 +88,7 @@ def test_no_two_engines_share_their_noise_and_none_changes_it_when_its_file_move
     assert len(roles) == len(kinds)
     moved = type("Loop", (Loop,), {"__module__": "harness.dp.elsewhere", "__qualname__": "Loop"})
     assert moved().role == Loop().role
-    mine = [
-        type("Loop", (Loop,), {"__module__": m, "__qualname__": "Loop"})().role for m in ("lab.a", "lab.b")
-    ]
+    mine = [type("Loop", (Loop,), {"__module__": m, "__qualname__": "Loop"})().role for m in ("lab.a", "lab.b")]
     assert len({Loop().role, *mine}) == 3
 
 
@@ -164,9 +158,7 @@ def way(request, monkeypatch):
     if request.param == "torch alone":
         monkeypatch.setattr(kernels, "_typed", lambda: None)
     elif native.library() is None:
-        pytest.skip(
-            f"no kernels were built ({native.describe()}): install a C compiler, such as Debian's gcc"
-        )
+        pytest.skip(f"no kernels were built ({native.describe()}): install a C compiler, such as Debian's gcc")
     return request.param
 
 
@@ -206,9 +198,7 @@ def test_neighbours(name, kind):
             rest = [j for j in range(len(x)) if j != i]
             part, _ = release(kind(), model, x[rest], y[rest], clip)
             assert (whole - part).norm() <= sensitivity * (1 + 1e-6)
-        if (
-            name != "norms"
-        ):  # normalising an example of zeros magnifies rounding a hundredfold, layer by layer
+        if name != "norms":  # normalising an example of zeros magnifies rounding a hundredfold, layer by layer
             good = [0, 1, 3, 5, 6]
             want, _ = release(Loop(), model, x[good], y[good], clip)
             assert error(whole, want) < 1e-5
@@ -306,9 +296,7 @@ def test_other_peoples_hooks_are_heard():
     "build",
     [
         lambda: nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3)),
-        lambda: nn.Sequential(
-            nn.Unflatten(1, (5, 1)), nn.LSTM(1, 4, 2, batch_first=True, dropout=0.5), First()
-        ),
+        lambda: nn.Sequential(nn.Unflatten(1, (5, 1)), nn.LSTM(1, 4, 2, batch_first=True, dropout=0.5), First()),
     ],
 )
 @pytest.mark.parametrize("kind", FAST)
@@ -441,17 +429,13 @@ def test_no_example_exceeds_its_bound(kind, way):
 def test_kernels_of_convolutions(data, channels, outputs, examples, dims, last):
     """Tiles of every height and width, either memory layout, images wide and narrow: against torch in float64."""
     if native.library() is None:
-        pytest.skip(
-            f"no kernels were built ({native.describe()}): install a C compiler, such as Debian's gcc"
-        )
+        pytest.skip(f"no kernels were built ({native.describe()}): install a C compiler, such as Debian's gcc")
 
     def each(low, high):
         return tuple(data.draw(st.integers(low, high)) for _ in range(dims))
 
     geometry = Geometry(each(1, 3), each(1, 2), each(0, 2), each(1, 2), 1)
-    extent = tuple(
-        1 + d * (k - 1) + e for d, k, e in zip(geometry.dilation, geometry.kernel, each(0, 19), strict=True)
-    )
+    extent = tuple(1 + d * (k - 1) + e for d, k, e in zip(geometry.dilation, geometry.kernel, each(0, 19), strict=True))
     x = torch.randn(examples, channels, *extent)
     convolve = (F.conv1d, F.conv2d)[dims - 1]
     options = geometry.stride, geometry.padding, geometry.dilation
@@ -462,13 +446,9 @@ def test_kernels_of_convolutions(data, channels, outputs, examples, dims, last):
     want = Patches(x[:, None].double(), g[:, None].double(), geometry)
     scale = want.rows.flatten(1).norm(dim=1).max()
     assert ours.served and not want.served
-    excess = (
-        ours._gram()[0] - want.squares()
-    )  # Gram matrices cancel, and the margin for it makes them err upwards
+    excess = ours._gram()[0] - want.squares()  # Gram matrices cancel, and the margin for it makes them err upwards
     assert (excess >= -1e-5 * want.squares()).all()
-    assert (
-        excess <= 1e-5 * math.prod(geometry.kernel) * x.double().square().sum() * g.double().square().sum()
-    ).all()
+    assert (excess <= 1e-5 * math.prod(geometry.kernel) * x.double().square().sum() * g.double().square().sum()).all()
     assert (ours.rows - want.rows).abs().max() <= 1e-5 * scale
     assert torch.allclose(ours.squares(), want.squares(), rtol=1e-5)
     v = torch.rand(examples)
@@ -486,9 +466,7 @@ def test_kernels_of_convolutions(data, channels, outputs, examples, dims, last):
 @settings(max_examples=16, deadline=None)
 def test_kernels_of_norms(groups, channels, extent, examples, last, rms):
     if native.library() is None:
-        pytest.skip(
-            f"no kernels were built ({native.describe()}): install a C compiler, such as Debian's gcc"
-        )
+        pytest.skip(f"no kernels were built ({native.describe()}): install a C compiler, such as Debian's gcc")
     width = groups * channels
     x, g = torch.randn(2, examples, width, extent, 1) + 3
     if last:
@@ -528,9 +506,7 @@ def agree(gradient, want):
         assert torch.allclose(squares, want.flatten(1).square().sum(1), rtol=1e-9, atol=1e-12 * float(scale))
     assert torch.allclose(gradient.rows, want, rtol=1e-9, atol=1e-12 * float(scale.sqrt()))
     assert gradient.shape == want.shape[1:]
-    assert torch.allclose(
-        gradient.weighted(v), total, rtol=1e-9, atol=1e-12 * float(scale.sqrt())
-    )  # now from rows
+    assert torch.allclose(gradient.weighted(v), total, rtol=1e-9, atol=1e-12 * float(scale.sqrt()))  # now from rows
 
 
 @given(
@@ -554,9 +530,7 @@ def test_any_convolution(data, dims, groups, channels, outputs, examples, rows, 
     stride = (1,) * dims if padding == "same" else each(1, 3)
     extent = tuple(max(2, 1 + d * (k - 1)) + e for d, k, e in zip(dilation, kernel, each(0, 3), strict=True))
     kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
-    layer = kind(
-        groups * channels, groups * outputs, kernel, stride, padding, dilation, groups, bias, mode
-    ).double()
+    layer = kind(groups * channels, groups * outputs, kernel, stride, padding, dilation, groups, bias, mode).double()
     x = torch.randn(examples * rows, groups * channels, *extent, dtype=torch.float64)
     z = layer(x)
     g = torch.randn_like(z)
@@ -739,9 +713,7 @@ def test_recurrent_outputs_that_are_written_to_later(cell, kind):
 
     torch.manual_seed(0)
     model, y = Clamped().double(), torch.tensor([0, 1, 2, 0])
-    release(
-        kind(), model, 1e-2 * torch.randn(4, 5, 4).double(), y, Flat(0.1)
-    )  # planned where nothing is clamped
+    release(kind(), model, 1e-2 * torch.randn(4, 5, 4).double(), y, Flat(0.1))  # planned where nothing is clamped
     x = 9 * torch.randn(4, 5, 4).double()
     got, want = (release(engine, model, x, y, Flat(0.1))[0] for engine in (kind(), Loop()))
     assert error(got, want) < 1e-9
@@ -838,9 +810,7 @@ def test_norms_do_not_read_low_where_positions_cancel():
     assert torch.allclose(ours, theirs, rtol=1e-2)  # the loop rounds in float32 too
     for one in batch.x.split(1):
         single = Batch(one, batch.y[:1])
-        alone = Ghost().bounded(
-            CrossEntropy(), Flat(1.0), model, w, single, None, 1.0, Relation.ADD_OR_REMOVE
-        )
+        alone = Ghost().bounded(CrossEntropy(), Flat(1.0), model, w, single, None, 1.0, Relation.ADD_OR_REMOVE)
         assert float(alone.releases["grad"].value.norm()) <= 1 + 1e-4
 
 

@@ -20,8 +20,9 @@ from support.records import make_record, put
 from test_report import PUBLISHED, QUESTION, fixture_records, hostile, seeds
 
 import harness
-from harness import frame
-from harness.report import board, build, export, tables, text
+from harness.records import frame
+from harness.report import board, build, export, text
+from harness.report.model import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIL = "\\end{tabular} & 100% of $x_1^2$ #1 {~<a>|[b]*`\"--' 中 é \\\\"
@@ -202,6 +203,6 @@ def test_epsilons_and_attempts_and_damage(tmp_path: Path) -> None:
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
-    code = "import sys; import harness; print({'pandas', 'torch', 'numpy', 'harness.store'} & set(sys.modules))"
+    code = "import sys; import harness; print({'pandas', 'torch', 'numpy', 'harness.records.store'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"

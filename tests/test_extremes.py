@@ -30,12 +30,12 @@ from harness.dp import (
     Vmap,
 )
 from harness.dp.clip import Clip
-from harness.dp.contrast import InfoNCE
 from harness.dp.engines.audit import unaudited
 from harness.dp.engines.engine import Engine, trainable
 from harness.dp.engines.pairs import Pairs
 from harness.dp.engines.whole import Whole
 from harness.dp.loss import Loss
+from harness.dp.loss.contrast import InfoNCE
 from harness.dp.native import kernels
 
 ADD = Relation.ADD_OR_REMOVE

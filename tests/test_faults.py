@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 
 from harness.dp import Fixed, Flat, Method, Sharp
-from harness.dp.contrast import InfoNCE
 from harness.dp.engines.pairs import Pairs
-from harness.verify import adapters, faults
+from harness.dp.loss.contrast import InfoNCE
 from harness.verify import conformance as checks
+from harness.verify.faults import adapters
+from harness.verify.faults import gallery as faults
 
 GALLERY = faults.gallery()
 REPAIRED = {  # the same methods without the fault
@@ -57,9 +58,7 @@ def test_the_table_stands_between_its_markers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(faults, "gallery", lambda: [f for f in GALLERY if "not billed" in f.name])
     assert faults.run(manual) == 0
     text = manual.read_text()
-    assert text.startswith(f"before\n{faults.BEGIN}\n| fault |") and text.endswith(
-        f"|\n{faults.END}\nafter\n"
-    )
+    assert text.startswith(f"before\n{faults.BEGIN}\n| fault |") and text.endswith(f"|\n{faults.END}\nafter\n")
     assert "the count of adaptive clipping not billed" in text and "\nold\n" not in text
     assert "the ledger is the plan" in capsys.readouterr().out
     with pytest.raises(ValueError, match="each once"):

@@ -129,9 +129,7 @@ def test_digest_covers_pictures_network_and_transform(tmp_path: Path) -> None:
     others.append(data.digest_of(spec.replace("scattering", LITE0)))
     others.append(data.digest_of(spec.replace("scattering", LITE0) + "&size=64"))
     order = np.random.default_rng(1).permutation(20)
-    moved = save(
-        tmp_path / "b.npz", **made | {"x_train": made["x_train"][order], "y_train": made["y_train"][order]}
-    )
+    moved = save(tmp_path / "b.npz", **made | {"x_train": made["x_train"][order], "y_train": made["y_train"][order]})
     assert data.digest_of(SCATTERED.format(moved)) == digest
     made["x_test"] = made["x_test"] ^ 1
     others.append(data.digest_of(SCATTERED.format(save(tmp_path / "b.npz", **made))))
@@ -292,9 +290,7 @@ def test_a_full_batch_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def waves(side: int = 16) -> torch.Tensor:
     i = torch.arange(float(side))
-    return (
-        0.5 + 0.25 * torch.cos(0.9 * i[:, None] + 0.4 * i**1.5) + 0.2 * torch.sin(2.1 * i - 0.3 * i[:, None])
-    )
+    return 0.5 + 0.25 * torch.cos(0.9 * i[:, None] + 0.4 * i**1.5) + 0.2 * torch.sin(2.1 * i - 0.3 * i[:, None])
 
 
 def test_scattering_is_kymatio_s() -> None:
@@ -308,9 +304,7 @@ def test_scattering_is_kymatio_s() -> None:
     fine = [0.0808, 0.05307, 0.02222, 0.01235, 0.014, 0.02283, 0.06381, 0.08969]
     coarse = [0.04146, 0.03967, 0.01995, 0.01722, 0.0185, 0.02178, 0.02402, 0.02597]
     pairs = [0.00393, 0.00332, 0.00296, 0.00404, 0.00527, 0.004, 0.00419, 0.00435]
-    torch.testing.assert_close(
-        s[0].diagonal(), torch.tensor([0.52615, 0.51844, 0.49803, 0.50352]), atol=5e-5, rtol=0
-    )
+    torch.testing.assert_close(s[0].diagonal(), torch.tensor([0.52615, 0.51844, 0.49803, 0.50352]), atol=5e-5, rtol=0)
     torch.testing.assert_close(means[1:9].roll(-1), torch.tensor(fine), atol=3e-5, rtol=0)
     torch.testing.assert_close(means[9:17].roll(-1), torch.tensor(coarse), atol=1e-4, rtol=0)
     torch.testing.assert_close(means[25:33].roll(-1), torch.tensor(pairs), atol=5e-5, rtol=0)
@@ -329,9 +323,7 @@ def test_scattering_is_deterministic_stable_and_blind_to_light() -> None:
     wavelets, window = filters(20, 24)
     assert float(wavelets[..., 0, 0].abs().max()) < 1e-7 and abs(float(window[0, 0]) - 1) < 1e-5
     energy = (wavelets**2 + wavelets.flip(-1, -2).roll((1, 1), (-1, -2)) ** 2).sum((0, 1)) / 2 + window**2
-    assert (
-        float(energy.max()) < 1.05
-    )  # so it lengthens nothing, and two pictures are not further apart after it
+    assert float(energy.max()) < 1.05  # so it lengthens nothing, and two pictures are not further apart after it
     with pytest.raises(ValueError, match="too small"):
         scatter(torch.zeros(1, 1, 4, 9))
 
@@ -371,9 +363,7 @@ def test_packaged_weights_fit_by_name_too() -> None:
     found = torch.load(Packaged()._file() or "", weights_only=True)
     net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     blocks = [f"blocks.{i}.{j}" for i, stage in enumerate(net.blocks) for j in range(len(stage))]
-    by_name = {
-        renamed(key, dict(zip(map(str, range(16)), blocks, strict=True))): t for key, t in found.items()
-    }
+    by_name = {renamed(key, dict(zip(map(str, range(16)), blocks, strict=True))): t for key, t in found.items()}
     state = net.state_dict()
     ordered = in_order(found, state)
     assert by_name.keys() == ordered.keys() == state.keys() and len(blocks) == 16
@@ -398,9 +388,7 @@ def test_packaged_network_sees_what_it_should() -> None:
         f = compute(pictures.resized(x, 224, card.interpolation)) * 1e3
         assert int((f @ head["_fc.weight"].T + head["_fc.bias"]).argmax()) == label
     g = torch.linspace(0, 1, 128)
-    x = torch.stack(
-        [g[:, None] * g, (0.5 + 0.5 * torch.sin(9 * g))[:, None].expand(128, 128), 1 - g.expand(128, 128)]
-    )
+    x = torch.stack([g[:, None] * g, (0.5 + 0.5 * torch.sin(9 * g))[:, None].expand(128, 128), 1 - g.expand(128, 128)])
     row = extractor(lite.build(), card.mean, card.std, "unit")(x[None])[0]
     found = row[[71, 974, 113, 25, 361, 661, 989, 0]]
     golden = torch.tensor([0.2508, 0.2143, 0.2037, 0.0240, 0.0674, 0.0276, 0.0730, 0.0])
@@ -490,10 +478,7 @@ def test_a_folder_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("harness.data.own._read_split", None)  # the reader that holds all pictures
     d = data.load(spec)
     assert (d.n_train, d.n_test, d.classes, d.input_shape) == (24, 8, 2, (3 * 81 * 4,))
-    assert (
-        d.y_train.bincount().tolist() == [12, 12]
-        and d.name == "features:imagefolder:f?backbone=scattering&size=8"
-    )
+    assert d.y_train.bincount().tolist() == [12, 12] and d.name == "features:imagefolder:f?backbone=scattering&size=8"
     one = tmp_path / "f" / "train" / "bee" / "3.png"
     with Image.open(one) as opened:
         x = torch.from_numpy(np.array(opened)).permute(2, 0, 1)[None] / 255

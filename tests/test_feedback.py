@@ -29,7 +29,7 @@ from harness.dp import (
 )
 from harness.dp.engines import feedback
 from harness.dp.engines.engine import Unserved, trainable
-from harness.train import Schedule, evaluate, start, train
+from harness.running.train import Schedule, evaluate, start, train
 
 
 def release(engine, model, x, y, relation=Relation.ADD_OR_REMOVE):
@@ -77,9 +77,7 @@ def by_hand(engine: Feedback, model: nn.Sequential, x: Tensor, y: Tensor) -> Ten
             stop = products[piece] if piece < len(products) else len(modules)
             end = inputs[stop].numel()
             sent = (
-                e
-                if stop == len(modules)
-                else feedback.matrix(engine.seed, piece, end, len(e), e.dtype, e.device) @ e
+                e if stop == len(modules) else feedback.matrix(engine.seed, piece, end, len(e), e.dtype, e.device) @ e
             )
             for j in range(i, stop):
                 if not list(modules[j].parameters()):
@@ -113,9 +111,7 @@ def by_hand(engine: Feedback, model: nn.Sequential, x: Tensor, y: Tensor) -> Ten
     return torch.cat([t.detach().reshape(-1) for t in total.values()])
 
 
-def network(
-    dims: int, kernel: int, stride: int, dilation: int, padding: int | str, bias: bool
-) -> nn.Sequential:
+def network(dims: int, kernel: int, stride: int, dilation: int, padding: int | str, bias: bool) -> nn.Sequential:
     conv = nn.Conv1d if dims == 1 else nn.Conv2d
     pool = nn.MaxPool1d if dims == 1 else nn.MaxPool2d
     torch.manual_seed(dims + kernel)
@@ -147,9 +143,9 @@ def test_equals_outer_products_made_by_hand(dims, kernel, stride, dilation, padd
     """In every geometry, with both thresholds binding for some examples, for all and for none."""
     model = network(dims, kernel, 1 if padding == "same" else stride, dilation, padding, bias)
     rng = torch.Generator().manual_seed(1)
-    x = torch.randn(3, 2, *[9] * dims, generator=rng, dtype=torch.float64) * torch.tensor(
-        [0.1, 1.0, 5.0]
-    ).view(-1, *[1] * (dims + 1))
+    x = torch.randn(3, 2, *[9] * dims, generator=rng, dtype=torch.float64) * torch.tensor([0.1, 1.0, 5.0]).view(
+        -1, *[1] * (dims + 1)
+    )
     y = torch.arange(3)
     model(x)
     engine = Feedback(*thresholds, seed=7)
@@ -160,9 +156,7 @@ def test_equals_outer_products_made_by_hand(dims, kernel, stride, dilation, padd
 def test_a_step_of_a_sequence_and_frozen_halves():
     """Positions of a linear layer, a trained LayerNorm, a frozen weight and a frozen bias, for one example."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.LayerNorm(4), nn.Linear(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)
-    ).double()
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)).double()
     model[1].weight.requires_grad_(False)
     model[4].bias.requires_grad_(False)
     x, y = torch.randn(1, 3, 4, dtype=torch.float64), torch.tensor([2])
@@ -435,9 +429,7 @@ def test_models_that_mix_examples_are_refused(kind):
         x = torch.randn(16, 10)
     w, batch = Tree.of(trainable(model)), Batch(x, torch.arange(16) % 3)
     with pytest.raises(Unserved):
-        Feedback().bounded(
-            CrossEntropy(), Unclipped(), model.train(), w, batch, None, 1.0, Relation.ADD_OR_REMOVE
-        )
+        Feedback().bounded(CrossEntropy(), Unclipped(), model.train(), w, batch, None, 1.0, Relation.ADD_OR_REMOVE)
 
 
 def test_a_rule_that_would_be_ignored_is_refused():

@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import nn
 
-from harness import models, parts, registry
+from harness import models, registry
 from harness.bench import last_layer as bench
 from harness.dp import (
     SGD,
@@ -41,9 +41,10 @@ from harness.dp import (
 )
 from harness.dp.account import epsilon
 from harness.dp.calibrate import calibrate
+from harness.dp.optimizer.symmetric import packed, projected, unpacked
 from harness.dp.random import Stream
-from harness.dp.symmetric import packed, projected, unpacked
-from harness.train import Schedule, Streams, start, step, train
+from harness.registry import parts
+from harness.running.train import Schedule, Streams, start, step, train
 from harness.verify import conformance as checks
 
 DELTA = 1e-6
@@ -78,13 +79,11 @@ def neighbourhoods(draw):
     """Features [B, D] of norms from far below the radius to far above, perhaps one not finite, and a replacement."""
     width, classes, count = draw(st.integers(1, 4)), draw(st.integers(2, 3)), draw(st.integers(1, 5))
     numbers = st.floats(-1, 1, allow_subnormal=False)
-    rows = draw(
-        st.lists(st.lists(numbers, min_size=width, max_size=width), min_size=count + 1, max_size=count + 1)
-    )
+    rows = draw(st.lists(st.lists(numbers, min_size=width, max_size=width), min_size=count + 1, max_size=count + 1))
     x = torch.tensor(rows, dtype=torch.float64)
-    x *= torch.tensor(
-        draw(st.lists(st.sampled_from((1e-9, 1.0, 1e9)), min_size=count + 1, max_size=count + 1))
-    )[:, None]
+    x *= torch.tensor(draw(st.lists(st.sampled_from((1e-9, 1.0, 1e9)), min_size=count + 1, max_size=count + 1)))[
+        :, None
+    ]
     if draw(st.booleans()):
         x[draw(st.integers(0, count)), 0] = draw(st.sampled_from((math.inf, -math.inf, math.nan)))
     y = torch.tensor(draw(st.lists(st.integers(0, classes - 1), min_size=count + 1, max_size=count + 1)))
@@ -164,9 +163,7 @@ def test_moments_are_the_derivatives_of_their_loss_at_zero(bias):
     found, w = released(m, model, batch), start(m, model, 1).w
 
     def loss(flat):
-        return m.loss.of(
-            lambda x: torch.func.functional_call(model, w.with_flat(flat).views, (x,)), batch
-        ).sum()
+        return m.loss.of(lambda x: torch.func.functional_call(model, w.with_flat(flat).views, (x,)), batch).sum()
 
     grad = torch.func.grad(loss)(w.flat)
     assert torch.allclose(found["grad"].value.flat, grad)
@@ -230,9 +227,7 @@ def test_a_packed_matrix_keeps_its_length_and_its_entries(side, seed):
     assert torch.allclose(unpacked(packed(square)), square)
     nearest = projected(square)
     assert torch.linalg.eigvalsh(nearest).min() > -1e-9
-    assert (
-        float(((nearest - square) @ nearest).norm()) < 1e-9
-    )  # what is taken off is orthogonal to what stays
+    assert float(((nearest - square) @ nearest).norm()) < 1e-9  # what is taken off is orthogonal to what stays
 
 
 def test_what_cannot_be_served_is_refused_with_the_reason():
@@ -256,9 +251,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason():
         with pytest.raises(ValueError, match=lacks):
             optimizer.update(w, optimizer.init(w, 1), w)
     with pytest.raises(ValueError, match="linear head"):
-        Preconditioned().update(
-            Tree.of({"a": torch.zeros(2, 2, 2)}), {"values": w.flat, "vectors": w.flat}, w
-        )
+        Preconditioned().update(Tree.of({"a": torch.zeros(2, 2, 2)}), {"values": w.flat, "vectors": w.flat}, w)
 
 
 # --- accounting ---
@@ -323,9 +316,7 @@ class OneRowForAllClasses(Gaussian):
             rng.normal(t.numel() // count, torch.float64).repeat(count)
             for count, (_, t) in zip(rows, release.value.items(), strict=True)
         ]
-        return release.value.with_flat(
-            release.value.flat + release.sigma * release.sensitivity * torch.cat(noise)
-        )
+        return release.value.with_flat(release.value.flat + release.sigma * release.sensitivity * torch.cat(noise))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,9 +365,7 @@ def test_moments_of_several_steps_are_averaged():
     m, model, batch = method("dp-ls"), head(4, 3), toy()
     seen, state = [], m.optimizer.init(start(m, model, 1).w, 3)
     for t in range(3):
-        public = {
-            name: m.noise.add(r, Stream(t, name, t)) / 40 for name, r in released(m, model, batch).items()
-        }
+        public = {name: m.noise.add(r, Stream(t, name, t)) / 40 for name, r in released(m, model, batch).items()}
         seen.append(dict(public))
         g = public.pop("grad")
         w, state = m.optimizer.update(g, m.optimizer.receive(state, public), g)
@@ -398,9 +387,7 @@ def test_preconditioning_solves_what_gradient_descent_does_not():
     batch, model, loss = ill_conditioned(), head(5, 2), Squares(0.5)
 
     def reached(engine, optimizer):
-        m = Method(
-            loss=loss, engine=engine, clip=Flat(1e6), noise=NoNoise(), sampler=Full(), optimizer=optimizer
-        )
+        m = Method(loss=loss, engine=engine, clip=Flat(1e6), noise=NoNoise(), sampler=Full(), optimizer=optimizer)
         w = trained(m, model, batch, 10).w
         return float(loss.of(lambda x: torch.func.functional_call(model, w.views, (x,)), batch).mean())
 

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from support.records import TASK
 
-from harness import store
-from harness.cell import Cell
+from harness.records import store
+from harness.records.cell import Cell
 from harness.records.lock import lock, unlock
 from harness.running import jobs, progress
 
@@ -118,8 +118,8 @@ def nonsense(cell, folder, suite):
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from harness import launch, store
-from harness.cell import Cell
+from harness.running import launch; from harness.records import store
+from harness.records.cell import Cell
 from harness.running import jobs
 
 if __name__ == "__main__":
@@ -259,9 +259,7 @@ def test_finished_runs_are_kept_and_only_what_is_asked_for_runs_again(place: Pla
     assert "over 0 0" in place.launch(cells, code="d" * 12)  # stale is said, and left as it is
     assert len(place.records()) == 4
 
-    cells[3] = dataclasses.replace(
-        late, budget={"seconds": 20.0}, label="quick"
-    )  # the budget is not its identity
+    cells[3] = dataclasses.replace(late, budget={"seconds": 20.0}, label="quick")  # the budget is not its identity
     assert "over 2 0" in place.launch(cells, retry=True)
     assert place.record(crashed, 2)["status"] == "crashed"
     assert place.record(late, 2)["status"] == "ok"
@@ -312,9 +310,7 @@ def test_kill_9_loses_nothing_and_repeats_nothing(place: Place, seed: int) -> No
             launcher.kill()
             launcher.wait()
             kills += 1
-            wait_until(
-                lambda: all(gone(pid) for _, pid, _ in place.journal())
-            )  # runs die with their launcher
+            wait_until(lambda: all(gone(pid) for _, pid, _ in place.journal()))  # runs die with their launcher
         now = {str(path): path.read_bytes() for path in place.results.rglob("record.json")}
         assert kept.items() <= now.items()
         kept = now

@@ -12,55 +12,20 @@ ROOT = Path(__file__).parent.parent
 # What each room may import of this project. Nobody may import methods, report or cli.
 ALLOWED: dict[str, set[str]] = {
     "dp": set(),
-    "measure": set(),
-    "cell": set(),
-    "lines": set(),
-    "options": set(),
-    "codehash": set(),
-    "registry": {"options"},
-    "parts": {"options", "registry", "dp"},
-    "seeds": {"cell"},
-    "data": {"registry", "dp", "screen"},
+    "provenance": set(),
+    "registry": {"dp"},
+    "records": {"registry", "provenance"},
+    "data": {"registry", "dp", "records"},
     "models": {"registry", "dp"},
-    "suite": {"registry", "cell", "lines", "data", "dp", "parts", "models"},
-    "private": set(),
-    "public": {"records"},
-    "screen": set(),
-    "train": {"dp", "measure", "private"},
-    "draw": {"cell", "private"},
-    "run": {
-        "running", "train", "dp", "measure", "data", "models", "registry", "seeds", "draw", "cell", "private",
-        "records",
-    },
-    "origin": set(),
-    "store": {"cell", "draw", "origin", "public", "records"},
-    "frame": {"store", "public", "records"},
-    "trust": {"run", "store", "dp", "registry", "data", "cell", "parts", "public"},
-    "pack": {"store", "trust", "public", "records"},
-    "records": {"store", "public", "cell", "draw", "origin"},
-    "track": {"records", "store", "public"},
-    "audits": {"shelf"},
-    "shelf": {"store", "cell"},
-    "checks": {"shelf", "codehash", "registry"},
-    "stages": set(),
-    "report": {"store", "registry", "stages", "origin", "public"},
-    "running": {
-        "store", "measure", "registry", "cell", "draw", "private", "public", "screen", "dp", "codehash", "parts",
-        "records",
-    },
-    "launch": {"running", "run", "store", "measure", "draw"},
-    "verify": {
-        "train", "dp", "data", "models", "registry", "measure", "suite", "lines", "store", "codehash", "parts", "cell",
-        "audits", "checks", "options", "seeds", "peers",
-    },
     "peers": {"dp", "models"},
-    "bench": {
-        "train", "dp", "data", "models", "registry", "measure", "peers", "suite", "lines", "store", "codehash",
-    },
+    "suite": {"registry", "records", "data", "dp", "models"},
+    "running": {"dp", "provenance", "registry", "records", "data", "models"},
+    "bench": {"running", "dp", "data", "models", "registry", "provenance", "peers", "suite", "records"},
+    "verify": {"running", "dp", "data", "models", "registry", "provenance", "suite", "records", "peers"},
+    "report": {"records", "registry"},
     "methods": {"dp", "registry"},
     "cli": {
-        "audits", "bench", "cell", "checks", "data", "launch", "measure", "models", "pack", "origin", "parts", "public",
-        "registry", "report", "run", "running", "screen", "stages", "store", "suite", "track", "verify",
+        "bench", "data", "models", "provenance", "records", "registry", "report", "running", "suite", "verify",
     },
 }  # fmt: skip
 MATHEMATICS = {
@@ -103,9 +68,7 @@ def room(name: str) -> str | None:
     parts = name.split(".")
     if parts[0] == "methods":
         return "methods"
-    known = len(parts) > 1 and (
-        (ROOT / "harness" / parts[1]).is_dir() or (ROOT / f"harness/{parts[1]}.py").exists()
-    )
+    known = len(parts) > 1 and ((ROOT / "harness" / parts[1]).is_dir() or (ROOT / f"harness/{parts[1]}.py").exists())
     return parts[1] if parts[0] == "harness" and known else None
 
 
@@ -131,9 +94,7 @@ def test_the_allowed_imports_have_no_circle() -> None:
         assert free, f"a circle among {sorted(left)}"
         done |= set(free)
         left = {name: uses for name, uses in left.items() if name not in done}
-    assert not {"methods", "report", "cli"} & {
-        one for name, uses in ALLOWED.items() if name != "cli" for one in uses
-    }
+    assert not {"methods", "report", "cli"} & {one for name, uses in ALLOWED.items() if name != "cli" for one in uses}
 
 
 def test_methods_do_not_import_each_other() -> None:

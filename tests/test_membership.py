@@ -5,10 +5,11 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from harness import audits, cli, registry
-from harness.verify import membership
-from harness.verify.canary import Refused
-from harness.verify.membership import Found, Setting, attack, auc, confidence, lira
+from harness import cli, registry
+from harness.records import audits
+from harness.verify.audits import membership
+from harness.verify.audits.canary import Refused
+from harness.verify.audits.membership import Found, Setting, attack, auc, confidence, lira
 
 SMALL = Setting(examples=300, steps=60, repeat=9, rate=0.5)
 

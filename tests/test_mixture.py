@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.special import erfc
 
-from harness.dp.mixture import ORDERS, amplified, log_moment, worst
+from harness.dp.account.mixture import ORDERS, amplified, log_moment, worst
 
 OFFICIAL = {
     "sigma": 0.335, "clip": 20.0, "share": 0.1, "batch": 1500, "n": 50_000, "steps": 3400, "delta": 1e-5, "tau": 0.15,
@@ -50,9 +50,7 @@ def test_the_numbers_of_the_paper():
         1e-3: 7.77,
     }.items():  # without a bound on coordinates; with ever more coordinates
         assert amplified(**OFFICIAL | {"share": share}) == pytest.approx(expected, rel=1.1e-3)
-    assert amplified(**OFFICIAL | {"tau": 1e-9}) == pytest.approx(
-        6938, abs=0.5
-    )  # no uniform noise to speak of
+    assert amplified(**OFFICIAL | {"tau": 1e-9}) == pytest.approx(6938, abs=0.5)  # no uniform noise to speak of
     assert amplified(**OFFICIAL | {"tau": 1e-9}) == pytest.approx(gaussian_alone(0.335, 0.03, 3400, 1e-5))
     assert amplified(**OFFICIAL | {"sigma": 0.0}) == math.inf
 
@@ -70,9 +68,7 @@ def test_moments_equal_an_independent_quadrature(shift, width):
             p, q = density(x - shift, width), density(x, width)
             return q * math.expm1(k * math.log(p / q))
 
-        assert log_moment(k, shift, width) == pytest.approx(
-            math.log1p(integral(excess, knots)), rel=1e-7, abs=1e-13
-        )
+        assert log_moment(k, shift, width) == pytest.approx(math.log1p(integral(excess, knots)), rel=1e-7, abs=1e-13)
 
 
 @pytest.mark.parametrize("k", [2, 7, 19])
@@ -140,9 +136,7 @@ def test_the_order_at_the_constants_of_the_paper():
 
     def at(a: int) -> float:
         q, p = 0.03, 100
-        logs = [0.0, 0.0] + [
-            p * log_moment(k, 0.1 / 0.335, 0.15 * 1500 / (0.335 * 20)) for k in range(2, a + 1)
-        ]
+        logs = [0.0, 0.0] + [p * log_moment(k, 0.1 / 0.335, 0.15 * 1500 / (0.335 * 20)) for k in range(2, a + 1)]
         terms = [math.log(math.comb(a, k) * (1 - q) ** (a - k) * q**k) + v for k, v in enumerate(logs)]
         return (3400 * np.logaddexp.reduce(terms) + math.log(1e5)) / (a - 1)
 

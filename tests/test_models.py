@@ -117,9 +117,7 @@ def test_layout_is_part_of_the_name(model: str) -> None:
     layouts = ["", "order=conv-gn-relu"]
     if model == "wrn-16-4":  # the four orders of arXiv:2508.15141, Table 6
         layouts += ["order=conv-gn-relu&shortcut=conv-relu-gn", "shortcut=conv-gn-relu"]
-    nets = [
-        build(f"{model}?width=2&groups=2" + (f"&{text}" if text else ""), shape, 10, 0) for text in layouts
-    ]
+    nets = [build(f"{model}?width=2&groups=2" + (f"&{text}" if text else ""), shape, 10, 0) for text in layouts]
     outputs = [net(x) for net in nets]
     assert len({size(net) for net in nets}) == 1
     for i, one in enumerate(outputs):
@@ -148,9 +146,7 @@ PRINTED = {
 def test_cells_of_dpnas_are_the_printed_ones(name: str) -> None:
     torch.manual_seed(0)
     cell, x = Cell(CELLS[name], inputs=4, channels=8).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
-    own = {
-        (source, target): module for (target, source), module in zip(cell.edges, cell.operations, strict=True)
-    }
+    own = {(source, target): module for (target, source), module in zip(cell.edges, cell.operations, strict=True)}
     values = {0: F.group_norm(F.conv2d(x, cell.before[0].weight), 8)}
     for operation, source, target in PRINTED[name]:
         if operation == 0:
@@ -284,9 +280,7 @@ def test_a_layer_that_counts_examples_is_found() -> None:
     ],
 )
 def test_known_mixing_layers_are_refused_by_path(module: nn.Module, name: str) -> None:
-    with pytest.raises(
-        CrossExampleLayer, match=rf'module "1\.1" \({name}\).*(GroupNorm|track_running_stats=False)'
-    ):
+    with pytest.raises(CrossExampleLayer, match=rf'module "1\.1" \({name}\).*(GroupNorm|track_running_stats=False)'):
         check(around(module))
 
 
@@ -303,9 +297,7 @@ def test_conversion_to_groupnorm() -> None:
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     norm.bias.requires_grad_(False)
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3), norm, nn.Sequential(nn.Conv2d(6, 7, 3), nn.BatchNorm2d(7, affine=False))
-    )
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Sequential(nn.Conv2d(6, 7, 3), nn.BatchNorm2d(7, affine=False)))
     new = to_groupnorm(model, groups=4)
     assert model[1] is norm and any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     first, second = new[1], new[2][1]
@@ -400,9 +392,7 @@ class Remembering(nn.Module):
 )  # fmt: skip
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_what_mixes_only_at_times_is_found(module: nn.Module, message: str, dropout: float) -> None:
-    model = nn.Sequential(
-        nn.Linear(4, 8), nn.Sequential(nn.Identity(), module), nn.Dropout(dropout), nn.Linear(8, 2)
-    )
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Identity(), module), nn.Dropout(dropout), nn.Linear(8, 2))
     with pytest.raises(CrossExampleLayer, match=message):
         check(model, (4,), 2)
 
@@ -446,9 +436,7 @@ class Reading(nn.Module):
             self.cache = w.detach().clone()
         h = F.linear(x, w)
         if "checkpoint" in self.way:
-            return checkpoint(
-                lambda z: (z @ self.weight2).tanh(), h, use_reentrant=self.way == "checkpoint, old"
-            )
+            return checkpoint(lambda z: (z @ self.weight2).tanh(), h, use_reentrant=self.way == "checkpoint, old")
         return (h @ self.weight2).tanh()
 
 

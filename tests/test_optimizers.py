@@ -132,9 +132,7 @@ def test_a_constant_schedule_is_the_optimizer_itself_and_every_second_is_half_of
 def test_the_schedule_of_every_second_spans_its_moves():
     """Of 8 queries 4 move, so a schedule inside has 4 steps."""
     path = trajectory(EverySecond(Scheduled(SGD(1.0), "cosine")), 8)
-    lengths = [
-        float((b - a).norm() / g.norm()) for g, a, b in zip(gradients(8), path[:-1], path[1:], strict=True)
-    ]
+    lengths = [float((b - a).norm() / g.norm()) for g, a, b in zip(gradients(8), path[:-1], path[1:], strict=True)]
     factors = [Scheduled(SGD(), "cosine").factor(t, 4) for t in range(4)]
     assert lengths[::2] == [0.0] * 4 and lengths[1::2] == pytest.approx(factors)
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness import data, run, suite
+from harness import data, suite
 from harness.data import DatasetError, DatasetMismatch
 from harness.data.own import open_picture
+from harness.running import run
 
 
 @pytest.fixture(autouse=True)
@@ -199,9 +200,7 @@ def archive(path: Path, x: np.ndarray, y: np.ndarray | None = None, **more: np.n
         ((9, 2, 5, 7), "float64", "nchw"),
     ],
 )
-def test_channels_are_never_guessed(
-    tmp_path: Path, shape: tuple[int, ...], dtype: str, plain: str | None
-) -> None:
+def test_channels_are_never_guessed(tmp_path: Path, shape: tuple[int, ...], dtype: str, plain: str | None) -> None:
     x = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
     spec = archive(tmp_path / "a.npz", x)
     as_is, turned = (shape[1:], (shape[3], *shape[1:3]))

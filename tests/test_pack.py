@@ -17,9 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import cli, pack, store
-from harness.public import SWITCH
+from harness import cli
+from harness.records import store
 from harness.records.files import StoreError, dumps
+from harness.records.public import SWITCH
+from harness.verify.exchange import bundle as pack
 
 ROOT = Path(__file__).parent.parent
 TRACE = '{"step": 1, "loss": 0.5}\n'
@@ -34,9 +36,7 @@ def real() -> store.Record:
 REAL = real()
 
 
-def make(
-    seed: int = 0, lr: float = 0.5, change: Callable[[store.Record], object] = lambda r: None
-) -> store.Record:
+def make(seed: int = 0, lr: float = 0.5, change: Callable[[store.Record], object] = lambda r: None) -> store.Record:
     """A record of another seed or step size, with the id of its cell."""
     record = copy.deepcopy(REAL)
     record["cell"]["seed"], record["cell"]["method"]["parameters"]["lr"] = seed, lr
@@ -105,10 +105,7 @@ def test_packing_and_merging_is_the_identity(runs: list[Any], order: Any) -> Non
             order.shuffle(runs)
         packed = pack.pack(here, Path(place) / "a.zip", private=True)
         assert not packed.left_out
-        assert (
-            pack.pack(again, Path(place) / "b.zip", private=True).path.read_bytes()
-            == packed.path.read_bytes()
-        )
+        assert pack.pack(again, Path(place) / "b.zip", private=True).path.read_bytes() == packed.path.read_bytes()
         result = pack.merge([packed.path], into)
         assert sorted(result.added) == packed.records and not result.conflicts and not result.refused
         merged = tree(into)
@@ -127,8 +124,7 @@ def test_a_changed_byte_is_named_or_changes_nothing(sound: bytes, data: st.DataO
     changed[at] ^= data.draw(st.integers(1, 255))
     with zipfile.ZipFile(io.BytesIO(sound)) as archive:
         inside = [
-            (info.filename, info.header_offset + 30 + len(info.filename), info.file_size)
-            for info in archive.infolist()
+            (info.filename, info.header_offset + 30 + len(info.filename), info.file_size) for info in archive.infolist()
         ]
         whole = {name: archive.read(name) for name, _, _ in inside if name != pack.MANIFEST}
     with tempfile.TemporaryDirectory() as place:
@@ -202,9 +198,7 @@ def test_links_doubles_strays_and_bombs_are_refused(
     assert f"{name}: there twice" in refusal(out.getvalue(), tmp_path)
 
     side = f"smoke/{record['id']}/env.json"
-    assert f"{side}: not listed in manifest.json" in refusal(
-        bundle({name: data, side: b"{}"}, {name: data}), tmp_path
-    )
+    assert f"{side}: not listed in manifest.json" in refusal(bundle({name: data, side: b"{}"}, {name: data}), tmp_path)
     assert f"{side}: listed in manifest.json, but not there" in refusal(
         bundle({name: data}, {name: data, side: b"{}"}), tmp_path
     )
@@ -222,9 +216,7 @@ def test_links_doubles_strays_and_bombs_are_refused(
 
     monkeypatch.setattr(store, "MOST_BYTES", 2**20)
     out = io.BytesIO()
-    with zipfile.ZipFile(
-        out, "w", zipfile.ZIP_DEFLATED
-    ) as archive:  # a kilobyte that unpacks to two megabytes
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:  # a kilobyte that unpacks to two megabytes
         archive.writestr(pack.MANIFEST, pack._manifest({name: data}))
         archive.writestr(name, b" " * 2**21)
     assert f"{name}: larger than 1 MiB" in refusal(out.getvalue(), tmp_path)
@@ -234,9 +226,7 @@ def test_links_doubles_strays_and_bombs_are_refused(
     assert "GiB up to here" in refusal(bundle(two), tmp_path)
 
 
-def test_what_names_the_sender_or_is_no_record_stays_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_names_the_sender_or_is_no_record_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "secret-host.lab.example")
     kept = put(tmp_path / "r", make(0), env_json='{"cpu": "x", "node": "secret-host"}', trace_jsonl=TRACE)
     (kept / "error.txt").write_text("Traceback: /home/me/x.py")
@@ -277,12 +267,8 @@ def test_the_reasons_that_keep_a_record_from_a_rank(tmp_path: Path) -> None:
     made = {
         "": [make(0), make(1)],
         "missing interval: 1 finished seed": [make(0, 2.0)],
-        "unverified: it was made with uncommitted changes": [
-            make(0, 3.0, lambda r: r["code"].update(dirty=True))
-        ],
-        "unverified: it was made by code whose commit": [
-            make(0, 4.0, lambda r: r["code"].update(commit=None))
-        ],
+        "unverified: it was made with uncommitted changes": [make(0, 3.0, lambda r: r["code"].update(dirty=True))],
+        "unverified: it was made by code whose commit": [make(0, 4.0, lambda r: r["code"].update(commit=None))],
         "unverified: no method": [make(0, 5.0)],
         "stale: it was made by code": [make(0, 6.0, lambda r: r["code"].update(hash="b" * 12))],
         "a search": [make(0, 7.0, validated)],
@@ -302,15 +288,11 @@ def test_the_reasons_that_keep_a_record_from_a_rank(tmp_path: Path) -> None:
             )
 
 
-def test_the_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     put(Path("results"), make(0))
     put(Path("results"), make(1, change=lambda r: r["cell"]["method"].update(name="elsewhere")))
-    assert (
-        cli.main(["pack", "smoke", SWITCH]) == cli.OK and "2 records in smoke.zip" in capsys.readouterr().out
-    )
+    assert cli.main(["pack", "smoke", SWITCH]) == cli.OK and "2 records in smoke.zip" in capsys.readouterr().out
     assert cli.main(["pack", "results/smoke", "-o", "same.zip", SWITCH]) == cli.OK
     assert Path("same.zip").read_bytes() == Path("smoke.zip").read_bytes()
     capsys.readouterr()
@@ -324,17 +306,13 @@ def test_the_commands(
     record = next(Path("new").rglob("record.json"))
     record.write_bytes(record.read_bytes().replace(b'"sessions": 1', b'"sessions": 2'))
     assert cli.main(["merge", "smoke.zip", "--results", "new"]) == cli.FAILED
-    assert (
-        f"conflict: smoke.zip/smoke/{record.parent.name}/record.json: differs from" in capsys.readouterr().out
-    )
+    assert f"conflict: smoke.zip/smoke/{record.parent.name}/record.json: differs from" in capsys.readouterr().out
     Path("smoke.zip").write_bytes(Path("smoke.zip").read_bytes().replace(b'"sessions": 1', b'"sessions": 3'))
     assert cli.main(["merge", "smoke.zip", "--results", "other"]) == cli.USER_ERROR
     assert "record.json: damaged" in capsys.readouterr().err and not Path("other").exists()
     assert cli.main(["pack", "nothing"]) == cli.main(["merge", "nothing.zip"]) == cli.USER_ERROR
     left = json.loads(dumps(make(2) | {"reason": "/home/me", "status": "crashed"}))
     put(Path("results"), left)
-    assert (
-        cli.main(["pack", "results", "-o", "told.zip"]) == cli.OK
-    )  # a reason is private, and this one stays here
+    assert cli.main(["pack", "results", "-o", "told.zip"]) == cli.OK  # a reason is private, and this one stays here
     assert cli.main(["pack", "results", "-o", "part.zip", SWITCH]) == cli.FAILED
     assert "left out: results/smoke/" in capsys.readouterr().out

@@ -31,20 +31,18 @@ from harness.dp import (
     Unclipped,
     Whole,
 )
-from harness.dp.contrast import probe, unit
 from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.jacobians import Factors, energies, forward, jacobians
 from harness.dp.engines.pairs import add_factors, pair_squares, safe_norms, sensitivity
+from harness.dp.loss.contrast import probe, unit
 from harness.dp.random import Stream
-from harness.train import Schedule, start, train
+from harness.running.train import Schedule, start, train
 
 ADD, REPLACE = Relation.ADD_OR_REMOVE, Relation.REPLACE_ONE
 TEMPERATURES = (1.0, 0.5, 0.2, 0.1)
 
 
-def released(
-    x: Tensor, model: nn.Module, clip: Any, tau: float = 0.5, relation: Relation = ADD, **pairs: Any
-) -> Any:
+def released(x: Tensor, model: nn.Module, clip: Any, tau: float = 0.5, relation: Relation = ADD, **pairs: Any) -> Any:
     """The release "grad" of pairs of views [n, 2, ...]."""
     batch, w, loss = Batch(x, torch.zeros(len(x))), Tree.of(trainable(model)), InfoNCE(tau)
     return Pairs(**pairs).bounded(loss, clip, model, w, batch, None, 1.0, relation)
@@ -206,10 +204,7 @@ def test_without_clipping_it_is_the_gradient_of_the_loss() -> None:
 def test_float32_norms_do_not_read_low(name: str) -> None:
     """Views that differ by little: the two halves of a pair's gradient cancel, and float32 keeps little of the rest."""
     model, x = member(name)
-    x = (
-        x[:1].expand_as(x)
-        + torch.logspace(-1, -6, 10, dtype=torch.float64).view(5, 2, *[1] * (x.ndim - 2)) * x
-    )
+    x = x[:1].expand_as(x) + torch.logspace(-1, -6, 10, dtype=torch.float64).view(5, 2, *[1] * (x.ndim - 2)) * x
     true = one_by_one(model, x, 0.5)[0].norm(dim=2)
     single, rows = model.float(), x.float().flatten(0, 1)
     w = Tree.of(trainable(single))
@@ -319,9 +314,7 @@ def placed(n: int, last: tuple[float, float] | None) -> tuple[nn.Module, Tensor]
         model.bias.zero_()
     angles = [(0.0, math.pi + STEP)] * (n - 1) + ([] if last is None else [last])
     at = torch.tensor(angles, dtype=torch.float64)
-    return model, torch.stack([at.cos(), at.sin()], 2) * torch.tensor([1e-6, 1.0], dtype=torch.float64)[
-        :, None
-    ]
+    return model, torch.stack([at.cos(), at.sin()], 2) * torch.tensor([1e-6, 1.0], dtype=torch.float64)[:, None]
 
 
 STEP = 1e-3
@@ -667,9 +660,7 @@ def test_positions_that_cancel_are_measured_as_they_are_added(large: float, boun
     other[1] = x[1].flip(0) * torch.tensor([1.0, -1.0])[:, None]
     y, w = torch.zeros(2, dtype=torch.long), Tree.of(trainable(model))
     here, there = (
-        Pairs()
-        .bounded(InfoNCE(0.5), Flat(bound), model, w, Batch(one, y), None, 1.0, REPLACE)
-        .releases["grad"]
+        Pairs().bounded(InfoNCE(0.5), Flat(bound), model, w, Batch(one, y), None, 1.0, REPLACE).releases["grad"]
         for one in (x, other)
     )
     assert here.sensitivity >= float((here.value - there.value).norm()) > 0

@@ -34,12 +34,12 @@ from harness.dp import (
     Tree,
     Vmap,
 )
+from harness.dp.account.mixture import amplified
 from harness.dp.claim import Run
 from harness.dp.engines.engine import trainable
 from harness.dp.gaussian import grid
-from harness.dp.mixture import amplified
 from harness.dp.random import Stream
-from harness.train import Schedule, read_checkpoint, start, train, write_checkpoint
+from harness.running.train import Schedule, read_checkpoint, start, train, write_checkpoint
 
 SEEDS = SimpleNamespace(sampling=11, noise=22, path=33)
 N, BATCH, SIGMA = 60, 10, 1.0
@@ -290,9 +290,7 @@ def test_mixing_is_uniform_and_independent_over_coordinates_and_steps():
     for table in (centred, centred.T):  # steps by coordinates, and the other way round
         correlation = table @ table.T / table.shape[1] - torch.eye(400)
         off = correlation[~torch.eye(400, dtype=torch.bool)]
-        assert float(off.abs().max()) < 6 / math.sqrt(400) and float(off.std()) == pytest.approx(
-            0.05, rel=0.05
-        )
+        assert float(off.abs().max()) < 6 / math.sqrt(400) and float(off.std()) == pytest.approx(0.05, rel=0.05)
 
 
 def claim_of(method: Method, state=None, sigma: float = SIGMA):
@@ -351,10 +349,7 @@ def test_weight_decay_narrows_what_is_mixed_and_the_claim_knows():
     lr, decay = 0.2, 2.0
     path, state = Mix(GAP), Mix(GAP).init(START)
     g = START.zeros_like()
-    ends = [
-        SGD(lr, weight_decay=decay).update(g, None, path.base(START, state, Constant(a)))[0]
-        for a in (0.0, 1.0)
-    ]
+    ends = [SGD(lr, weight_decay=decay).update(g, None, path.base(START, state, Constant(a)))[0] for a in (0.0, 1.0)]
     width = (ends[1] - ends[0]).flat
     assert torch.allclose(width, torch.full_like(width, GAP * (1 - lr * decay)), rtol=0, atol=1e-14)
     decayed = dataclasses.replace(MODELMIX, optimizer=SGD(lr, weight_decay=decay))

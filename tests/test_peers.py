@@ -37,8 +37,7 @@ STOPPED = {
     "backpack": {"borrowed parameters", "repeated calls"},
 }
 SERVED = {  # at the least
-    "opacus-hooks": TWINS - {"convolutions"}
-    | {"repeated calls", "tied linear", "class token", "weight norm"},
+    "opacus-hooks": TWINS - {"convolutions"} | {"repeated calls", "tied linear", "class token", "weight norm"},
     "opacus-functorch": TWINS | {"tied head", "lstm", "norms", "projections"},
     "opacus-ew": TWINS | {"tied by function", "repeated calls", "residual"},
     "opacus-ghost": TWINS - {"convolutions"} | {"class token", "weight norm"},
@@ -132,12 +131,7 @@ def test_nothing_is_left_behind(name):
 
     def traces():
         modules = [(id(m), type(m), sorted(vars(m))) for m in model.modules()]
-        hooks = [
-            len(h)
-            for m in model.modules()
-            for k, h in vars(m).items()
-            if k.endswith("_hooks") and h is not None
-        ]
+        hooks = [len(h) for m in model.modules() for k, h in vars(m).items() if k.endswith("_hooks") and h is not None]
         own = [(id(p), sorted(vars(p)), p.requires_grad, p.grad, p._version) for p in model.parameters()]
         return modules, hooks, own, torch.get_rng_state().tolist(), torch.is_grad_enabled()
 
@@ -161,9 +155,7 @@ def test_what_is_made_for_a_model_dies_with_it(name):
 
 
 def picture(*layers):
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)), torch.randn(
-        5, 4, 6, 6
-    )
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)), torch.randn(5, 4, 6, 6)
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import cli, data, measure, pack, public, report, run, store, suite, trust
+from harness import cli, data, report, suite
 from harness.dp.noise import Gaussian
 from harness.dp.sampler import Poisson
-from harness.records import description
+from harness.provenance import measure
+from harness.records import description, public, store
 from harness.records.files import dumps
 from harness.records.record import FAILED
-from harness.seeds import Seeds
+from harness.running import run
+from harness.running.seeds import Seeds
+from harness.verify.exchange import bundle as pack
+from harness.verify.exchange import trust
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "record.schema.json").read_text()))
@@ -135,9 +139,7 @@ def published(results: Path, reports: Path, charts: bool) -> dict[str, Any]:
             description.final_metrics(finished.record),
             finished.points(),
         ),
-        "report": {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*.*")}
-        if folder
-        else "",
+        "report": {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*.*")} if folder else "",
     }
 
 
@@ -160,9 +162,7 @@ def test_runs_that_differ_in_what_is_private_publish_the_same_to_the_bit(
         folder = tmp_path / world / "results" / "worlds" / one.id
         folder.mkdir(parents=True)
         records.append(execute(one, folder, world == "elsewhere"))
-        told.append(
-            published(tmp_path / world / "results", tmp_path / world / "reports", "threshold" in case)
-        )
+        told.append(published(tmp_path / world / "results", tmp_path / world / "reports", "threshold" in case))
     assert [record["status"] for record in records] == ["ok", "ok"]
     a, b = (public.diagnostics(record) for record in records)
     stages = [[stage["diagnostics"] for stage in record.get("stages", [record])] for record in records]
@@ -190,9 +190,7 @@ def test_no_number_that_is_published_is_the_size_of_a_batch(tmp_path: Path) -> N
     told = {**public.view(record), "environment": None}
     trace = public.trace(record, (folder / "trace.jsonl").read_bytes()) or b""
     assert last not in list(leaves(told)) and record["device"]["microbatch"] is None
-    assert trace and all(
-        json.loads(line).keys() == {"step", "accuracy", "epsilon"} for line in trace.splitlines()
-    )
+    assert trace and all(json.loads(line).keys() == {"step", "accuracy", "epsilon"} for line in trace.splitlines())
 
 
 def test_older_records_are_read_and_lose_what_is_private_wherever_it_was(tmp_path: Path) -> None:
@@ -242,9 +240,7 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from((*FAILED, "skipped")), WORDS, st.integers(1, 8), WORDS)
-def test_who_fails_tells_neither_why_nor_how_far_it_came(
-    status: str, why: str, steps: int, other: str
-) -> None:
+def test_who_fails_tells_neither_why_nor_how_far_it_came(status: str, why: str, steps: int, other: str) -> None:
     """What a process printed last, at how much memory it was killed, and at which step an audit ended it."""
     record = store.read(OLD[0])
     record["status"] = status

@@ -131,9 +131,7 @@ def test_boxes_remainders_and_wedges_make_up_the_density():
             drawn[other] += mpmath.mpf(whole - threshold) / whole
         width, half = mpmath.mpf(1) / 128, len(drawn) // 2
         ends = [mpmath.exp(-((c * width) ** 2) / 2) for c in range(half + 1)]
-        masses = [
-            mpmath.sqrt(mpmath.pi / 2) * mpmath.erfc(c * width / mpmath.sqrt(2)) for c in range(half + 1)
-        ]
+        masses = [mpmath.sqrt(mpmath.pi / 2) * mpmath.erfc(c * width / mpmath.sqrt(2)) for c in range(half + 1)]
         accepted = []
         for c in range(half):
             wedge = masses[c] - masses[c + 1] - width * ends[c + 1]
@@ -155,9 +153,7 @@ def test_a_try_is_decided_as_exact_arithmetic_decides_it():
         part = min(int(tables().thresholds[piece]), 2**52 - 1)
         high, low = part >> 20, (part & 0xFFFFF) << 12 | piece
         block[:2] = torch.tensor([high, low], dtype=torch.uint32).view(torch.int32)
-    blocks = torch.cat(
-        [blocks, ties, torch.zeros(1, 16, dtype=torch.int32), -torch.ones(1, 16, dtype=torch.int32)]
-    )
+    blocks = torch.cat([blocks, ties, torch.zeros(1, 16, dtype=torch.int32), -torch.ones(1, 16, dtype=torch.int32)])
     found = from_rest(blocks, gaussian.MARGIN).tolist()
     exact = [decide(block) for block in blocks.numpy().view(np.uint32).tolist()]
     assert found == exact
@@ -240,12 +236,7 @@ def test_numbers_are_independent_within_a_stream_and_between_streams():
 def test_streams_of_close_seeds_steps_and_roles_differ():
     """Every pair: the seed's whole length counts, and no digit of it runs into the step's."""
     seeds = (0, 1, 11, 2**32, 2**64 + 1, 2**255, -1)
-    keys = [
-        (seed, role, step)
-        for seed in seeds
-        for step in (0, 1, 2, 11)
-        for role in ("noise", "path", "dropout")
-    ]
+    keys = [(seed, role, step) for seed in seeds for step in (0, 1, 2, 11) for role in ("noise", "path", "dropout")]
     assert len({Stream(*key)._key for key in keys}) == len(keys)
     assert Stream(3, "noise", 4)._key == Stream(np.int64(3), "noise", np.int64(4))._key
 
@@ -270,7 +261,5 @@ def test_another_device_draws_the_same_bits():
     drawn = []
     for device in ("cpu", "cuda"):
         stream = Stream(1, "noise", 1)
-        drawn.append(
-            [stream.normal(MILLION, device=device).cpu(), stream.noised(value.to(device), points).cpu()]
-        )
+        drawn.append([stream.normal(MILLION, device=device).cpu(), stream.noised(value.to(device), points).cpu()])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*drawn, strict=True))

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_flatten
 
-from harness.dp.engines import attention, recurrent
-from harness.dp.engines.gradients import Rows
+from harness.dp.engines.taped import attention, recurrent
+from harness.dp.engines.taped.gradients import Rows
 from harness.dp.native import describe, kernels, library
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
@@ -82,9 +82,7 @@ CELLS = {
     st.sampled_from(sorted(CELLS)), st.integers(1, 3), flags, flags, flags, flags, flags,
     st.sampled_from([1, 1, 2]), st.sampled_from([1, 5]), st.sets(st.integers(0, 2)), st.integers(0, 99),
 )  # fmt: skip
-def test_recurrent(
-    cell, layers, bidirectional, bias, batch_first, given_states, project, k, steps, used, seed
-):
+def test_recurrent(cell, layers, bidirectional, bias, batch_first, given_states, project, k, steps, used, seed):
     torch.manual_seed(seed)
     project = project and cell == "lstm"
     options = {"proj_size": 2} if project else {}
@@ -109,9 +107,7 @@ def test_recurrent(
     st.sampled_from([None, "bool", "float", "each"]), st.sampled_from([None, "bool", "float"]),
     st.sets(st.integers(0, 1)), st.integers(0, 99),
 )  # fmt: skip
-def test_attention(
-    bias, added, zero, batch_first, need_weights, average, causal, kind, k, mask, padding, used, seed
-):
+def test_attention(bias, added, zero, batch_first, need_weights, average, causal, kind, k, mask, padding, used, seed):
     torch.manual_seed(seed)
     sizes = {"kdim": 3, "vdim": 5} if kind == "other" and seed % 2 else {}
     module = build(
@@ -133,9 +129,7 @@ def test_attention(
         if mask == "each":
             kwargs["attn_mask"] = (torch.rand(n * 2, queries, keys) < 0.4).index_fill(2, torch.tensor([0]), 0)
         else:
-            kwargs["attn_mask"] = (
-                torch.where(blocked, -torch.inf, 0.0).double() if mask == "float" else blocked
-            )
+            kwargs["attn_mask"] = torch.where(blocked, -torch.inf, 0.0).double() if mask == "float" else blocked
         kwargs["is_causal"] = causal and mask != "each"
     if padding:
         hidden = torch.zeros(n, keys).bool()

@@ -167,9 +167,7 @@ def test_a_users_file(tmp_path: Path) -> None:
 
 def test_import_errors_name_the_place(tmp_path: Path) -> None:
     names = house(tmp_path, bad="import no_such_package_xyz\n" + GOOD)
-    with pytest.raises(
-        LoadError, match=r'bad\.py:\d+: method "first" cannot be imported: ModuleNotFoundError'
-    ):
+    with pytest.raises(LoadError, match=r'bad\.py:\d+: method "first" cannot be imported: ModuleNotFoundError'):
         names.load(names.resolve("method", "first"))
 
 
@@ -217,8 +215,7 @@ def test_bind(tmp_path: Path) -> None:
         'method "first" has no parameter "clp"; it has clip, steps, mode, on_off. Did you mean "clip"?',
         'method "first", parameter "steps": "1.5" does not fit the type int | None; '
         "write a whole number such as 3 or none.",
-        'method "first", parameter "mode": "c" does not fit the type '
-        "Literal['a', 'b']; write one of \"a\", \"b\".",
+        'method "first", parameter "mode": "c" does not fit the type Literal[\'a\', \'b\']; write one of "a", "b".',
         'method "first", parameter "on_off": 1 does not fit the type bool; write true or false.',
     ]
     with pytest.raises(OptionError, match='needs parameter "lr"'):
@@ -258,7 +255,7 @@ def test_lookup_raises_nothing_else(spec: str) -> None:
 def test_this_installation() -> None:
     """Every file of this repository can be read, and listing all of it imports neither torch nor a method."""
     code = (
-        "import sys\nfrom harness import registry\n"
+        "import sys\nfrom harness.registry import registry\n"
         "counts = [len(registry.index(kind)) for kind in registry.KINDS]\n"
         "assert all(counts), counts\nassert not registry.broken(), list(map(str, registry.broken()))\n"
         "assert 'torch' not in sys.modules and 'methods' not in sys.modules\n"

@@ -21,24 +21,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.records.schema import blank
-from harness.report import (
-    board,
-    build,
-    drawings,
-    figures,
-    html,
-    overview,
-    plot,
-    rows,
-    sources,
-    text,
-    top_rows,
-)
-from harness.report import pages as below
+from harness.report import board, build, figures, overview, sources, text, top_rows
+from harness.report.model.runs import visible
+from harness.report.model.statistics import Entrant, counted_on, mean_interval, paired_interval, rank
+from harness.report.model.tables import Board, Table, place
 from harness.report.model.words import epsilon
-from harness.report.read import visible
-from harness.report.statistics import Entrant, counted_on, mean_interval, paired_interval, rank
-from harness.report.tables import Board, Table, place
+from harness.report.page import drawings, html, plot
+from harness.report.page import pages as below
+from harness.report.page import payload as rows
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURE = ROOT / "tests" / "fixtures" / "report_records.json"
@@ -134,12 +124,8 @@ def fixture_records() -> list[dict[str, Any]]:
             for method, gain in (("dp-sgd", 0.0), ("fast-clipping", 0.001), ("dp-adam", -0.021)):
                 rng = random.Random(f"{task} {target} {method}")
                 values = [top - loss + gain + luck + rng.gauss(0, 0.003) for luck in (0.004, -0.003, 0.001)]
-                out += seeds(
-                    method, [round(v, 4) for v in values], epsilon=target, task=task, rate=speeds[method]
-                )
-        out += seeds(
-            "non-private", [top + 0.02, top + 0.022, top + 0.019], epsilon=None, task=task, rate=21_000.0
-        )
+                out += seeds(method, [round(v, 4) for v in values], epsilon=target, task=task, rate=speeds[method])
+        out += seeds("non-private", [top + 0.02, top + 0.022, top + 0.019], epsilon=None, task=task, rate=21_000.0)
     out += [
         *seeds("automatic", [0.874, 0.871], label="automatic (gamma=0.01)", gamma=0.01),
         record("automatic", seed=2, label="automatic (gamma=0.01)", gamma=0.01, status="diverged",
@@ -178,9 +164,7 @@ EVIL = [
 
 
 def test_fixture_is_what_the_schema_helper_makes() -> None:
-    assert json.loads(FIXTURE.read_text("utf-8")) == fixture_records(), (
-        "rewrite it: python -m tests.test_report"
-    )
+    assert json.loads(FIXTURE.read_text("utf-8")) == fixture_records(), "rewrite it: python -m tests.test_report"
 
 
 def make(records: list[dict[str, Any]], **options: Any) -> Board:
@@ -320,10 +304,7 @@ def test_the_page_says_what_happened() -> None:
     one = fixture_records()[0]["id"]
     assert f'href="../../../results/core/{one}/record.json"' in page
     assert f"epsbench show {one}" in page
-    assert (
-        f"git checkout {'0f' * 20}\nepsbench run SUITE.toml --only {one} --results again --no-track    #"
-        in page
-    )
+    assert f"git checkout {'0f' * 20}\nepsbench run SUITE.toml --only {one} --results again --no-track    #" in page
     assert f"tags.&#34;epsbench.id&#34; = &#39;{one}&#39;" in page and ">stale<" in page
     rows = list(csv.DictReader(io.StringIO(shown["csv"])))
     sgd = next(r for r in rows if (r["label"], r["target_epsilon"], r["split"]) == ("dp-sgd", "3.0", "test"))
@@ -411,9 +392,7 @@ def test_a_reduced_run_says_so_everywhere() -> None:
         for kind in ("html", "md"):
             why = options.get("reduced", "other data, models or lengths than the suite asks for")
             assert f"reduced: {why}" in shown[kind] and "mine-reduced" in shown[kind]
-        assert all(
-            "digits/mlp (reduced)" in shown[kind] for kind in ("html", "md", "csv", "published", "txt")
-        )
+        assert all("digits/mlp (reduced)" in shown[kind] for kind in ("html", "md", "csv", "published", "txt"))
         assert f"epsbench run suites/mine.toml --reduced --only {records[0]['id']}" in shown["runs"]
     assert "Profile" not in dict(make(records).facts)
 
@@ -436,9 +415,7 @@ def test_figures_show_what_the_tables_hold() -> None:
     model = make(fixture_records())
     panels = {p.title: p for p in figures.accuracy_data(model)}
     panel = panels["mnist-5k/tanh-cnn"]
-    assert [e for e, _ in panel.series["dp-sgd"]] == [1.0, 3.0, 8.0] and list(panel.references) == [
-        "non-private"
-    ]
+    assert [e for e, _ in panel.series["dp-sgd"]] == [1.0, 3.0, 8.0] and list(panel.references) == ["non-private"]
     assert panel.series["dp-sgd"][1][1] == next(e for e in table(model).entries if e.baseline).row.accuracy
     bars = {b.title: b for b in figures.throughput_data(model)}["mnist-5k/tanh-cnn"]
     assert bars.relative and bars.values["fast-clipping"] == pytest.approx(9800 / 21000)
@@ -475,9 +452,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     assert {p.name for p in first.paths} <= files(first.folder).keys()
 
     page = first.index.stat()
-    again = build(
-        "core", QUESTION, list(reversed(fixture_records())), tmp_path / "here" / "reports", **options
-    )
+    again = build("core", QUESTION, list(reversed(fixture_records())), tmp_path / "here" / "reports", **options)
     assert not again.written and again.top == first.top and first.index.stat().st_mtime_ns == page.st_mtime_ns
     (first.folder / "leaderboard.csv").unlink()  # a report that is not whole is made again
     assert build("core", QUESTION, fixture_records(), tmp_path / "here" / "reports", **options).written
@@ -556,9 +531,7 @@ def test_hostile_text_is_shown_as_text(name: str) -> None:
         "note": name,
     }
     model = make(hostile(name), published=[claim], tuning={name: name})
-    plain = make(
-        hostile("plain"), published=[claim | dict.fromkeys(claim, "plain")], tuning={"plain": "plain"}
-    )
+    plain = make(hostile("plain"), published=[claim | dict.fromkeys(claim, "plain")], tuning={"plain": "plain"})
     shown = pages(model)
     page, other = Texts(), Texts()
     page.feed(shown["html"])
@@ -608,9 +581,7 @@ ODD = st.one_of(
 @settings(max_examples=32, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
-        st.tuples(
-            st.integers(0, 8), st.sampled_from([path.split(".") for path in PATHS]), st.booleans(), ODD
-        ),
+        st.tuples(st.integers(0, 8), st.sampled_from([path.split(".") for path in PATHS]), st.booleans(), ODD),
         max_size=12,
     )
 )
@@ -643,14 +614,10 @@ def test_missing_and_odd_fields_never_stop_a_report(edits: list[tuple[int, list[
 
 def lines(model: Board, audits: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """The rows of the page's JSON, each as a mapping."""
-    shown = (
-        html.page(model, known=rows.audits(audits or [])).partition(below.DATA)[2].partition("</script>")[0]
-    )
+    shown = html.page(model, known=rows.audits(audits or [])).partition(below.DATA)[2].partition("</script>")[0]
     assert not re.search(r"[<>&\u2028]", shown), "nothing in the data can be markup"
     data = json.loads(shown)
-    return [
-        dict(zip(data["fields"], row, strict=True)) | {"at": data["tables"][row[0]]} for row in data["rows"]
-    ]
+    return [dict(zip(data["fields"], row, strict=True)) | {"at": data["tables"][row[0]]} for row in data["rows"]]
 
 
 def test_the_leaderboard_holds_what_the_tables_hold() -> None:
@@ -662,16 +629,11 @@ def test_the_leaderboard_holds_what_the_tables_hold() -> None:
         accuracy, gap = entry.row.accuracy, entry.place.difference
         assert (line["accuracy"] is None) == (accuracy is None)
         if accuracy:
-            assert (
-                line["accuracy"][0] == pytest.approx(accuracy.mean, abs=5e-7)
-                and line["accuracy"][3] == accuracy.n
-            )
+            assert line["accuracy"][0] == pytest.approx(accuracy.mean, abs=5e-7) and line["accuracy"][3] == accuracy.n
         if gap and not entry.baseline:
             assert line["difference"][:2] == pytest.approx([gap.mean, gap.low], abs=5e-7)
         spent = entry.row.epsilon
-        assert line["spent"] == (
-            "inf" if spent == math.inf else spent if spent is None else pytest.approx(spent)
-        )
+        assert line["spent"] == ("inf" if spent == math.inf else spent if spent is None else pytest.approx(spent))
         assert (line["rank"] is None) == (line["role"] == "reference" or entry.place.rank is None)
     sgd = next(r for r in shown if r["title"] == "dp-sgd")
     assert (sgd["role"], sgd["baseline"], sgd["at"]["task"]) == ("baseline", 1.0, "mnist1d/cnn-1d")
@@ -725,9 +687,7 @@ def test_a_published_value_is_not_held_against_a_method_with_other_parts() -> No
         one["cell"]["method"]["with"] = {"average": {"type": "EMA"}}
     assert verdict(changed, claim())[0] == "not comparable"
     assert verdict(changed, claim(method="dp-sgd, averaged"))[0] == "agrees", "by its label it is"
-    assert (
-        verdict([*changed, *seeds("dp-sgd", [0.5, 0.6, 0.7], label="dp-sgd (lr=9)")], claim())[0] == "differs"
-    )
+    assert verdict([*changed, *seeds("dp-sgd", [0.5, 0.6, 0.7], label="dp-sgd (lr=9)")], claim())[0] == "differs"
 
 
 @given(st.floats(0.5, 0.99))
@@ -825,9 +785,7 @@ def test_a_trace_is_read_beside_its_record_whatever_is_in_it(tmp_path: Path) -> 
         b'{"step": 10, "seconds": 1.0, "accuracy": 0.5, "epsilon": 0.25, "loss": {"a": 1}}',
         b'{"step": 20, "epsilon": null}',
     ]
-    trace.write_bytes(
-        b"\n".join([b"nonsense", good[0], b"[]", deep, b'{"step": "x"}', good[1], b'{"step": 3'])
-    )
+    trace.write_bytes(b"\n".join([b"nonsense", good[0], b"[]", deep, b'{"step": "x"}', good[1], b'{"step": 3']))
     folder = build("core", QUESTION, [one], tmp_path / "reports", private=True).folder
     page = (folder / "runs" / f"{one['group']}.html").read_text()
     assert page.count("<circle") == 1 and "step 10, 0.25: 50.00 %" in page
@@ -859,10 +817,7 @@ def test_a_card_says_what_the_source_says() -> None:
 
 
 def test_bibtex_is_made_of_the_id_alone() -> None:
-    assert (
-        below.bibtex("a b", "doi:10.1/x", "Note {}\nmore")
-        == "@misc{a-b,\n  doi = {10.1/x},\n  note = {Note }\n}"
-    )
+    assert below.bibtex("a b", "doi:10.1/x", "Note {}\nmore") == "@misc{a-b,\n  doi = {10.1/x},\n  note = {Note }\n}"
     assert below.bibtex("x", "somewhere") == ""
 
 

@@ -16,8 +16,11 @@ import harness
 from harness import cli, report
 from harness.cli.commands import plan as plan_command
 from harness.cli.commands import status as status_command
-from harness.report import export, figures, html, pages, read, recipe, rows, tables, text
-from harness.report.model import words
+from harness.report import export, figures, recipe, text
+from harness.report.model import runs as read
+from harness.report.model import tables, words
+from harness.report.page import html, pages
+from harness.report.page import payload as rows
 from tests.test_browser import Visit, browser, column, reports  # noqa: F401  (fixtures)
 from tests.test_report import THREE, claim, lines, make, record, seeds, table, traced, verdict
 
@@ -76,9 +79,7 @@ def test_the_leaderboard_shows_the_intervals_it_is_given(browser: Any, tmp_path:
 # ------------------------------------------------------------ accountants
 
 
-def test_no_bound_and_an_infinite_one_have_two_names(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_bound_and_an_infinite_one_have_two_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = make_record(0)
     one["privacy"] |= {
         "spent": {"gdp": None, "pld": 2.9, "rdp": None}, "planned": {"gdp": None, "pld": 3.0, "rdp": None},
@@ -131,9 +132,7 @@ def test_a_row_is_timed_by_its_quiet_runs_and_marked_without(tmp_path: Path) -> 
     assert r"1,000\dag{}" in "".join(export.files(model).values())
     assert "1,000†" in text.top_rows(model)
     page = "".join(pages.run_pages(model, html.Places(model)).values())
-    assert (
-        "9.0 on 2 cores in use †: other work ran on the machine" in page and "1.0 on 2 cores in use<" in page
-    )
+    assert "9.0 on 2 cores in use †: other work ran on the machine" in page and "1.0 on 2 cores in use<" in page
 
 
 def test_ratios_to_a_row_of_a_busy_machine_are_marked() -> None:
@@ -224,7 +223,7 @@ def test_a_card_marks_the_parts_that_the_suite_gave_and_their_rows() -> None:
 
 def test_the_command_is_the_same_on_a_page_and_from_show() -> None:
     one = record()
-    one["code"]["files"] = {"mine.py": "0" * 12, "harness/train.py": "1" * 12}
+    one["code"]["files"] = {"mine.py": "0" * 12, "harness/running/train.py": "1" * 12}
     (run,) = read.read([one])
     again = f"--only {run.id} --results again --no-track"
     checkout = f"git checkout {run.commit}"
@@ -233,10 +232,7 @@ def test_the_command_is_the_same_on_a_page_and_from_show() -> None:
     ]  # fmt: skip
     note = "    # with the files of your own that it was run from"
     assert recipe.commands(run, "/home/me/a.toml") == [checkout, f"epsbench run a.toml {again}{note}"]
-    assert (
-        recipe.commands(run, "", installed=False)[1]
-        == f"epsbench run SUITE.toml {again} --method mine.py{note}"
-    )
+    assert recipe.commands(run, "", installed=False)[1] == f"epsbench run SUITE.toml {again} --method mine.py{note}"
     model = make([one], file="elsewhere/a.toml")
     known = {"methods": {"dp-sgd": {"installed": True}}}
     for said, method in ((known, ""), (None, ""), ({"methods": {}}, " --method mine.py")):
@@ -257,11 +253,7 @@ def test_a_suite_without_rows_is_listed_with_the_reason(tmp_path: Path) -> None:
     put(results, make_record(suite="unseen"))
     path = report.overview(out, results)
     assert path is not None
-    lines = [
-        line
-        for line in path.read_text().split("<tbody>")[1].split("</tbody>")[0].splitlines()
-        if "<tr>" in line
-    ]
+    lines = [line for line in path.read_text().split("<tbody>")[1].split("</tbody>")[0].splitlines() if "<tr>" in line]
     assert [line.count("no rows") for line in lines] == [0, 1, 1, 1] and "stray" not in "".join(lines)
     assert "1 record of a run that is no more: 0123" in lines[1] and 'href="gone/index.html"' in lines[1]
     assert "of another version of epsbench; epsbench report old" in lines[2]
@@ -288,9 +280,7 @@ def test_a_suites_folder_is_no_results_folder(
         assert f"in its suite core; write --results {tmp_path / 'results'}" in capsys.readouterr().err
 
 
-def test_the_table_of_one_suite_is_that_of_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_of_one_suite_is_that_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = put(tmp_path / "results", make_record())
     put(tmp_path / "results", make_record(1, suite="other"))
     assert list(harness.load_results(tmp_path / "results").suite) == ["core", "other"]

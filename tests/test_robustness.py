@@ -31,12 +31,12 @@ from support.records import make_cell, make_record, put
 from test_launch import Place
 from test_launch import make_cell as make_fake
 
-from harness import cli, launch, report, store, suite
-from harness.records import description
+from harness import cli, report, suite
+from harness.records import description, store
 from harness.records.files import MOST_BYTES, Unwritable, dumps, replace_file, sweep
 from harness.records.lock import lock, unlock
 from harness.records.merge import merge
-from harness.running import child, jobs, process, progress
+from harness.running import child, jobs, launch, process, progress
 
 ROOT = Path(__file__).parent.parent
 REAL = min((ROOT / "results" / "fashion").glob("*/record.json"))  # a record that a run wrote
@@ -78,9 +78,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     ):
         _watched.append((event, os.path.abspath(os.fsdecode(arguments[0]))))
     elif event in _CHANGES:
-        _watched.extend(
-            (event, os.path.abspath(os.fsdecode(p))) for p in arguments[:2] if isinstance(p, str | bytes)
-        )
+        _watched.extend((event, os.path.abspath(os.fsdecode(p))) for p in arguments[:2] if isinstance(p, str | bytes))
 
 
 sys.addaudithook(_audit)
@@ -104,11 +102,7 @@ def contained(folder: Path) -> Iterator[None]:
         os.environ["EPSBENCH_TESTS_SHARED"],
         "/dev/null",
     )
-    bad = [
-        (e, p)
-        for e, p in seen
-        if e in _EXECUTES or not (p.startswith(str(folder)) or any(c in p for c in caches))
-    ]
+    bad = [(e, p) for e, p in seen if e in _EXECUTES or not (p.startswith(str(folder)) or any(c in p for c in caches))]
     assert not bad, bad
 
 
@@ -233,9 +227,7 @@ def test_a_record_is_used_or_quarantined_and_the_others_are_shown(
         store.encode(record, record["id"])
         dumps(record).encode()
     assert bad.read_bytes() == data  # quarantined where it is
-    assert {str(one.path) for one in found.broken} <= {str(bad)} and all(
-        "\n" not in str(o) for o in found.broken
-    )
+    assert {str(one.path) for one in found.broken} <= {str(bad)} and all("\n" not in str(o) for o in found.broken)
 
 
 def test_status_and_report_show_the_quarantine(
@@ -265,9 +257,7 @@ def test_status_and_report_show_the_quarantine(
 @example(b'{"step": NaN}')
 @example(b'{"device": "cpu"}')
 @example(b'{"commit": "\\udfff"}')
-def test_side_files_of_any_content_end_no_launch(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes
-) -> None:
+def test_side_files_of_any_content_end_no_launch(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.mktemp("any") / "core" / make_cell().id
     folder.mkdir(parents=True)
     for name in ("env.json", "trace.jsonl", "output.txt"):
@@ -363,9 +353,7 @@ def test_any_folder_can_be_a_merge_source(tmp_path: Path, capsys: pytest.Capture
     assert after.pop(f"core/{ids[0]}/origin.json")
     assert {one.path.parent.name for one in result.conflicts} == {ids[n] for n in (10, 11, 12, 13)}
     refused = Counter(one.path.parent.name for one in result.refused)
-    assert refused == Counter(
-        [*ids[1:8], "\x1b[2J", os.fsdecode(b"\xff\xfe"), "x" * 200, ids[0], ids[0], ids[0]]
-    )
+    assert refused == Counter([*ids[1:8], "\x1b[2J", os.fsdecode(b"\xff\xfe"), "x" * 200, ids[0], ids[0], ids[0]])
     assert after == before | {
         f"core/{ids[0]}": "folder",
         f"core/{ids[0]}/record.json": (good / "record.json").read_bytes(),
@@ -479,9 +467,7 @@ def test_a_disk_that_is_full_at_any_moment_loses_nothing(
                 failed = False
             except Unwritable as error:
                 failed = True
-                assert (
-                    error.errno == number and str(folder) in str(error) and os.strerror(number) in str(error)
-                )
+                assert error.errno == number and str(folder) in str(error) and os.strerror(number) in str(error)
         record = folder / "record.json"
         if failed:
             assert tree(home) == before, refused
@@ -566,9 +552,7 @@ def test_a_folder_that_may_not_be_written_or_read(tmp_path: Path) -> None:
             os.setgid(65534)
             os.setuid(65534)
         found = store.load(Path("results"))
-        assert len(found) == 1 and [one.reason for one in found.broken] == [
-            "cannot be read: Permission denied"
-        ]
+        assert len(found) == 1 and [one.reason for one in found.broken] == ["cannot be read: Permission denied"]
         for act in (
             lambda: merge([Path("there")], Path("results")),
             lambda: merge([Path("there")], Path("new")),
@@ -740,7 +724,7 @@ def lasting(record: store.Record) -> store.Record:
 
 def run_and_save_always(cell: Any, folder: Path, suite: str, jobs: int) -> store.Record:
     """A run that saves a checkpoint at every log point."""
-    from harness import run
+    from harness.running import run
 
     return run.execute(cell, folder, suite, jobs, save_seconds=0.0)
 
@@ -749,7 +733,7 @@ def test_kill_9_at_seven_moments_of_a_run_ends_in_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the checkpoints it leaves are tensors and JSON: nothing in them can be executed."""
-    from harness import run  # noqa: F401 (loaded once, for all processes)
+    from harness.running import run  # noqa: F401 (loaded once, for all processes)
 
     (cell,) = suite.parse(TINY).cells()
     monkeypatch.setattr(child, "_resolve", lambda target: run_and_save_always)
@@ -811,9 +795,7 @@ def test_kill_9_at_seven_moments_of_a_run_ends_in_the_same_bits(
 
 def test_stopping_records_what_finished_and_nothing_of_what_was_killed(tmp_path: Path) -> None:
     """Of two runs that are stopped together one had just written its record: the other is half done, not crashed."""
-    both = [
-        jobs.Job(make_cell(n), store.Folder(tmp_path, "core", make_cell(n).id).attempt(1)) for n in (0, 1)
-    ]
+    both = [jobs.Job(make_cell(n), store.Folder(tmp_path, "core", make_cell(n).id).attempt(1)) for n in (0, 1)]
     for job in both:
         job.folder.mkdir(parents=True)
     put(tmp_path, make_record(0))
@@ -864,6 +846,4 @@ def test_the_sources_unpickle_and_evaluate_nothing() -> None:
         text = restricted.sub("", file.read_text().replace("allow_pickle=False", ""))
         found = [line for line in text.splitlines() if forbidden.search(line)]
         assert not found, (file, found)
-        assert all(
-            "allow_pickle=False" in line for line in file.read_text().splitlines() if "np.load(" in line
-        ), file
+        assert all("allow_pickle=False" in line for line in file.read_text().splitlines() if "np.load(" in line), file

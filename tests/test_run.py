@@ -8,9 +8,9 @@ import jsonschema
 import pytest
 
 from harness import registry, suite
-from harness.cell import Cell
-from harness.report.read import read
-from harness.run import execute
+from harness.records.cell import Cell
+from harness.report.model.runs import read
+from harness.running.run import execute
 
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "record.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA | SCHEMA["$defs"]["privacy"])
@@ -93,7 +93,5 @@ def test_a_claim_is_recorded_with_its_assumptions_and_never_ranks(relearned, tmp
         assert row.claimed == claimed["epsilon"] > 0 and claimed["failed"] == [] and "failed" not in row.claim
         plain = execute(cell("dp-sgd", 40), tmp_path / "plain", "kill")["privacy"]
         assert plain["claimed"] is None and plain["epsilon"] == privacy["epsilon"]
-        broken = claimed | {
-            "failed": ["an assumption"]
-        }  # the schema knows that a failed claim has no epsilon
+        broken = claimed | {"failed": ["an assumption"]}  # the schema knows that a failed claim has no epsilon
         assert not VALIDATOR.is_valid(privacy | {"claimed": broken})

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from support.records import make_record, put
 
-from harness import cli, screen
-from harness.cell import Cell
+from harness import cli
 from harness.cli import parser, selecting
 from harness.cli.commands import check as check_command
+from harness.records import screen
+from harness.records.cell import Cell
 
 REST = """
 [privacy]
@@ -59,30 +60,22 @@ def test_show_tells_what_a_part_replaced_and_what_a_claim_rests_on(
     assert "dp-sgd(lr 0.5)" in shown  # its own clip was for the part that is not there
     assert "clip: automatic?gamma=0.01; views: views?views=4" in shown
     assert "Automatic(clip=2.0, inner=Views(views=4))" in shown
-    assert (
-        "epsilon 1.5; a paper holds: one draw a step not checked: nothing else is released (not seen)"
-        in shown
-    )
+    assert "epsilon 1.5; a paper holds: one draw a step not checked: nothing else is released (not seen)" in shown
 
 
-def test_the_command_that_repeats_a_run_names_its_files(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_that_repeats_a_run_names_its_files(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = make_record()
-    record["code"]["files"] = {"mine.py": "a" * 12, "harness/train.py": "b" * 12}
+    record["code"]["files"] = {"mine.py": "a" * 12, "harness/running/train.py": "b" * 12}
     record["cell"]["method"]["name"] = "of-my-own"
     put(Path("results"), record)
     Path("elsewhere.toml").write_text(SUITE.format(name="core"))
-    assert (
-        f"epsbench run elsewhere.toml --only {record['id']} --results again --no-track --method mine.py"
-        in said(capsys, "show", record["id"])
+    assert f"epsbench run elsewhere.toml --only {record['id']} --results again --no-track --method mine.py" in said(
+        capsys, "show", record["id"]
     )
     Path("suites/other-name.toml").write_text(SUITE.format(name="core") + '[reduced]\nwhy = "x"\n')
     assert selecting.suite_file("core") == (Path("suites/other-name.toml"), False)
     assert selecting.suite_file("core-reduced") == (Path("suites/other-name.toml"), True)
-    options = parser.build_parser().parse_args(
-        ["run", "a b.toml", "--reduced", "--method", "m.py", "--results", "r"]
-    )
+    options = parser.build_parser().parse_args(["run", "a b.toml", "--reduced", "--method", "m.py", "--results", "r"])
     assert selecting.again(options, "plan") == "epsbench plan 'a b.toml' --reduced --method m.py --results r"
 
 

@@ -15,7 +15,8 @@ from test_report import ODD, make, pages, record
 from test_show import said
 
 from harness.cli.commands import plan as plan_command
-from harness.report import drawings, figures, stage_table
+from harness.report import figures
+from harness.report.page import drawings, stage_table
 
 ADDED = ("trains", "batch", "epochs", "sampling", "relation", "sensitivity", "examples_per_second", "train_seconds",
          "engine", "microbatch", "train_loss", "clipped_fraction", "non_finite")  # fmt: skip
@@ -106,8 +107,7 @@ def test_public_data_are_protected_by_nothing_and_cost_nothing() -> None:
     one["stages"][1] |= {"data": "other-data", "public": True, "relation": None, "sensitivity": None}
     second = table(one)[1]
     assert (
-        second["Data"] == "other-data (public)"
-        and second["Relation"] == second["Sensitivity"] == "none: public data"
+        second["Data"] == "other-data (public)" and second["Relation"] == second["Sensitivity"] == "none: public data"
     )
     (row,) = make([one]).rows
     first, after = drawings.of_row(row)[0].panels
@@ -118,21 +118,9 @@ def test_public_data_are_protected_by_nothing_and_cost_nothing() -> None:
 def test_an_earlier_record_shows_no_number_that_mixes_stages() -> None:
     first, second = table(earlier())
     unknown = stage_table.UNKNOWN
-    assert (
-        first["Sensitivity"]
-        == first["Examples/s"]
-        == second["Examples/s"]
-        == second["Training, s"]
-        == unknown
-    )
-    assert (
-        first["Sampling"] == "Poisson, q = 0.064"
-        and second["Sampling"] == unknown
-        and first["Engine"] == unknown
-    )
-    assert (
-        second["Sensitivity"] == "grad 0.25" and second["Engine"] == "BookKeeping" and second["Steps"] == "60"
-    )
+    assert first["Sensitivity"] == first["Examples/s"] == second["Examples/s"] == second["Training, s"] == unknown
+    assert first["Sampling"] == "Poisson, q = 0.064" and second["Sampling"] == unknown and first["Engine"] == unknown
+    assert second["Sensitivity"] == "grad 0.25" and second["Engine"] == "BookKeeping" and second["Steps"] == "60"
     model = make([earlier(), *[record("dp-sgd", 0.7)]])
     row = next(row for row in model.rows if row.first.stages)
     assert row.rate is None and row.first.engine == "" and row.first.clipped is None
@@ -192,20 +180,12 @@ def test_show_prints_each_stage_and_an_odd_one_is_quarantined(
         put(Path("results"), {k: v for k, v in odd.items() if k not in ("path", "stale", "trace")})
     shown = said(capsys, "show", now["id"])
     first, second = shown.split("stage 1 ")[1].split("stage 2 ")
-    assert (
-        "batch 256, 40 steps" in first
-        and "sensitivity grad 16.78" in first
-        and "speed 123 examples/s" in first
-    )
+    assert "batch 256, 40 steps" in first and "sensitivity grad 16.78" in first and "speed 123 examples/s" in first
     assert "batch 512, 60 steps" in second and "sensitivity grad 0.25" in second and "q = 0.128" in second
     assert "speed 9876 examples/s" in second and "trains head" in second and "pld 2.994" in second
     assert "schedule of each stage" in shown and "diagnostics" not in shown
     before = said(capsys, "show", old["id"])
-    assert (
-        before.count("speed not recorded") == 2
-        and "4567.8" not in before
-        and "sensitivity not recorded" in before
-    )
+    assert before.count("speed not recorded") == 2 and "4567.8" not in before and "sensitivity not recorded" in before
 
 
 def test_the_plan_counts_both_schedules() -> None:

@@ -11,16 +11,19 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from harness import measure, models, run, stages, suite
-from harness.cell import Cell
+from harness import models, suite
 from harness.dp import Full, Gaussian, Method
 from harness.dp.account import Ledger, epsilon
 from harness.dp.calibrate import calibrate_stages
 from harness.dp.method import Stage, plan
 from harness.dp.release import Relation
+from harness.provenance import measure
+from harness.records import stages
+from harness.records.cell import Cell
+from harness.running import run
 from harness.running.plan import stages_of
-from harness.seeds import Seeds
-from harness.train import LogPoint, start, train
+from harness.running.seeds import Seeds
+from harness.running.train import LogPoint, start, train
 
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "record.schema.json").read_text())
 SUITE = """
@@ -114,9 +117,7 @@ def test_each_stage_tells_of_itself_alone(whole):
     session = run._Session(cell, folder, 1e9)
     sigma, model = record["privacy"]["noise_multiplier"], session.model
     assert len(record["stages"]) == 2
-    for told, leg in zip(
-        record["stages"], session.legs, strict=True
-    ):  # trained here as if no other stage were
+    for told, leg in zip(record["stages"], session.legs, strict=True):  # trained here as if no other stage were
         p = start(leg.method, model, leg.schedule.steps)
         alone = train(leg.method, model, leg.data, sigma, leg.schedule, leg.seeds, p)
         made = run.diagnostics(leg.method, alone) | {
@@ -181,10 +182,7 @@ def test_a_run_that_diverges_in_the_second_stage_says_what_came_of_the_first(who
     first, second = record["stages"]
     spent = record["privacy"]["epsilon"]
     assert 0 < first["epsilon"] < second["epsilon"] == spent < record["privacy"]["planned"]["pld"]
-    assert (
-        first["epsilon"] == whole[0]["stages"][0]["epsilon"]
-        and first["diagnostics"]["train_loss"] is not None
-    )
+    assert first["epsilon"] == whole[0]["stages"][0]["epsilon"] and first["diagnostics"]["train_loss"] is not None
     assert second["sensitivity"] == {"grad": 2.0} != first["sensitivity"]
 
 
@@ -243,9 +241,7 @@ def test_both_stages_are_one_release_and_one_ledger(then, which, request):
     assert 0 < first["epsilon"] < second["epsilon"] == privacy["epsilon"]
     less = plan(stages_of(cell)[:1], privacy["noise_multiplier"] / 1.05, cell.task["n_train"])
     assert epsilon(less, 1e-5, Relation.ADD_OR_REMOVE, "pld") < 3.0  # the second stage is paid for
-    errors = [
-        e.message for e in jsonschema.Draft202012Validator(SCHEMA).iter_errors(json.loads(json.dumps(record)))
-    ]
+    errors = [e.message for e in jsonschema.Draft202012Validator(SCHEMA).iter_errors(json.loads(json.dumps(record)))]
     assert errors == []
 
 
@@ -260,9 +256,7 @@ def test_a_head_is_trained_and_the_network_under_it_is_left_alone(whole, tuned):
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_a_run_killed_in_either_stage_ends_in_the_same_bits(
-    public, tmp_path, monkeypatch, other, free, whole
-):
+def test_a_run_killed_in_either_stage_ends_in_the_same_bits(public, tmp_path, monkeypatch, other, free, whole):
     (cell,) = cells(PUBLIC % other if public else HEAD)
     once, place = free if public else whole
 
@@ -308,9 +302,7 @@ def test_a_stage_on_public_data_costs_nothing_and_is_named(free):
     assert [first["public"], second["public"]] == [False, True]
     assert second["relation"] is second["sensitivity"] is None and second["spent"] == first["spent"]
     assert privacy["sampling"] == first["sampling"] and "stage" not in privacy["sampling"]
-    assert (
-        record["metrics"]["accuracy"] > 0.3
-    )  # of the negatives, by a head on what was learnt from the digits
+    assert record["metrics"]["accuracy"] > 0.3  # of the negatives, by a head on what was learnt from the digits
 
 
 def test_stages_draw_different_noise():
@@ -371,7 +363,4 @@ def test_a_head_starts_at_zero_on_an_evaluated_body():
     headed = models.Headed(body, (3, 4), 7, frozen=True)
     assert headed(torch.randn(2, 3, 4)).shape == (2, 7) and not headed(torch.randn(2, 3, 4)).any()
     assert {name for name, p in headed.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
-    assert (
-        not headed.train().body.training
-        and models.Headed(body, (3, 4), 7, frozen=False).train().body.training
-    )
+    assert not headed.train().body.training and models.Headed(body, (3, 4), 7, frozen=False).train().body.training

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.records import make_cell, make_record, put
 
-from harness import store
+from harness.records import store
 from harness.records.files import AlreadyWritten, StoreError, dumps
 from harness.records.lock import lock, locked, unlock
 from harness.records.merge import merge
@@ -36,9 +36,7 @@ def test_of_many_writers_exactly_one_wins(tmp_path: Path) -> None:
     won.mkdir()
     context = multiprocessing.get_context("fork")
     start = time.time() + 0.3
-    writers = [
-        context.Process(target=_race, args=(str(folder), 0.1 * n, start, str(won))) for n in range(1, 7)
-    ]
+    writers = [context.Process(target=_race, args=(str(folder), 0.1 * n, start, str(won))) for n in range(1, 7)]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -17,14 +17,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import data, parts, registry, store, suite
-from harness.cell import Cell
+from harness import data, registry, suite
 from harness.dp import EMA, LookAhead, Method, Mix
 from harness.dp.method import describe
-from harness.lines import Lines
+from harness.records import store
+from harness.records.cell import Cell
+from harness.registry import parts
 from harness.running.plan import code_of, methods_of
-from harness.seeds import Seeds
+from harness.running.seeds import Seeds
 from harness.suite import Suite, SuiteError
+from harness.suite.toml.lines import Lines
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "ids.json"
@@ -242,9 +244,7 @@ def test_methods_of_a_task_start_from_the_same_weights(cells: list[Cell]) -> Non
         return Seeds(cell, attempt=attempt, code=code)
 
     assert len({seeds(cell).init for cell in here}) == 1
-    assert (
-        len({seeds(cell, n, code).init for cell in cells for n in (1, 2) for code in "ab"}) == 4
-    )  # tasks times seeds
+    assert len({seeds(cell, n, code).init for cell in cells for n in (1, 2) for code in "ab"}) == 4  # tasks times seeds
     made = [seeds(cell, n, code) for cell in cells for n in (1, 2) for code in "ab"]
     every = [seed for one in made for seed in (one.sampling, one.noise, one.path)]
     assert len(set(every)) == 3 * 4 * len(cells)  # roles, two attempts by two codes
@@ -324,8 +324,7 @@ seconds = "long"
         '34: method "dp-sgd" has no parameter "clpi"; it has '
         + ", ".join(registry.resolve("method", "dp-sgd").parameters)
         + '. Did you mean "clip"?',
-        '35: method "dp-sgd", parameter "lr": "fast" does not fit the type float; '
-        "write a number such as 0.5.",
+        '35: method "dp-sgd", parameter "lr": "fast" does not fit the type float; write a number such as 0.5.',
         '35: method "dp-sgd", parameter "lr": true does not fit the type float; write a number such as 0.5.',
         '36: "momentum" is an empty list; write at least one value.',
         '39: [[device]] device = "gpu": write "cpu", "cuda" or "cuda:0".',
@@ -399,17 +398,13 @@ def test_missing_tables_and_files(tmp_path: Path) -> None:
 def test_twins_are_refused() -> None:
     same = TEXT + '[[task]]\ndataset = "mnist1d?n=5000"\nmodel = "logistic"\nname = "mnist1d/again"\n'
     same += 'evaluate = "validation"\nbatch = 256\nsteps = 5\n'
-    with pytest.raises(
-        SuiteError, match=r'74: "dp-adam" on task "mnist1d/again" is the same run as "dp-adam" on'
-    ):
+    with pytest.raises(SuiteError, match=r'74: "dp-adam" on task "mnist1d/again" is the same run as "dp-adam" on'):
         suite.parse(same).cells()
     again = TEXT + '[[method]]\nname = "dp-sgd"\nlr = 0.5\nlabel = "other"\ntasks = "digits/*"\n'
     assert problems(again) == ['74: [[method]] "other" is the same as the one on line 32; remove one.']
 
 
-def test_what_only_building_can_tell_has_its_line_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_only_building_can_tell_has_its_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters that a method refuses, data that is missing, a batch larger than the data: all at once."""
     monkeypatch.setenv("EPSBENCH_DATA", str(tmp_path))
     text = TEXT.replace("clip = 1\n", "clip = -1\n").replace("batch = 128", "batch = 5000")
@@ -434,21 +429,15 @@ def test_a_users_method(tmp_path: Path) -> None:
     names = registry.Registry()
     text = TEXT + '[[method]]\nname = "mine"\n[method.on."digits/*"]\nclip = 0.1\n'
     (tmp_path / "s.toml").write_text(text)
-    with pytest.raises(
-        SuiteError, match=r's\.toml:74: method "mine" needs parameter "clip" \(float\) on "mnist1d'
-    ):
+    with pytest.raises(SuiteError, match=r's\.toml:74: method "mine" needs parameter "clip" \(float\) on "mnist1d'):
         suite.load(tmp_path / "s.toml", files=[mine], names=names)
     (tmp_path / "s.toml").write_text(text.replace('name = "mine"', 'name = "mine"\ntasks = "digits/*"'))
-    (one, *_) = [
-        c for c in suite.load(tmp_path / "s.toml", files=[mine], names=names).cells() if c.method == "mine"
-    ]
+    (one, *_) = [c for c in suite.load(tmp_path / "s.toml", files=[mine], names=names).cells() if c.method == "mine"]
     assert one.method_files == [str(mine)]
     text = TEXT + '[[method]]\nname = "dp-sgd"\nlabel = "two"\nclip = 1.0\n'
     (tmp_path / "s.toml").write_text(text + 'then = { method = "mine?clip=0.5", epochs = 1 }\n')
     cells = suite.load(tmp_path / "s.toml", files=[mine], names=names).cells()
-    assert {tuple(c.method_files) for c in cells if c.label == "two"} == {
-        (str(mine),)
-    }  # a second stage's too
+    assert {tuple(c.method_files) for c in cells if c.label == "two"} == {(str(mine),)}  # a second stage's too
     assert {tuple(c.method_files) for c in cells if not c.then and c.method == "dp-sgd"} == {()}
     assert str(tmp_path) not in json.dumps(one.canonical())
 
@@ -490,9 +479,7 @@ def test_options_read_from_source_are_the_fields_of_the_class(slot: str, name: s
     fields = {f.name: f for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
     if slot == "schedule":
         assert fields.pop("decay")
-    assert {key: p.default for key, p in entry.parameters.items()} == {
-        k: f.default for k, f in fields.items()
-    }
+    assert {key: p.default for key, p in entry.parameters.items()} == {k: f.default for k, f in fields.items()}
     made = describe(parts.combine(Method(), {slot: name}))
     wrapped = {"schedule": "optimizer", "average": "path", "views": "loss"}.get(slot, slot)
     assert made[wrapped]["type"] == entry.function
@@ -533,9 +520,7 @@ with.schedule = "cosine"
         "type": "EMA", "decay": 0.9, "along": {"type": "Sharp", "rho": 0.1, "along": "gradient"},
     }  # fmt: skip
     assert one.parts["optimizer"]["at"] == [0.25, 0.5]
-    assert (
-        one.parts["optimizer"]["optimizer"] == plain.parts["optimizer"]
-    )  # what was not replaced is the method's
+    assert one.parts["optimizer"]["optimizer"] == plain.parts["optimizer"]  # what was not replaced is the method's
     # A path with two gradients a step keeps its optimizer's pace, and the schedule is that of the steps it makes.
     inner = sam.parts["optimizer"]["optimizer"]
     assert (sam.parts["path"]["type"], sam.parts["optimizer"]["type"]) == ("LookAhead", "EverySecond")
@@ -637,8 +622,7 @@ with = { clip = "automatic", optimizer = "adam", average = "ema" }
     assert "r must be positive" in found[2][1] and "warmup must lie" in found[3][1]
     assert LookAhead.__name__ in found[4][1]
     assert [message for _, message in found[5:]] == [
-        f'method "dp-sat": "{key}" is for a part that "with" replaces; leave it out.'
-        for key in ("clip", "lr")
+        f'method "dp-sat": "{key}" is for a part that "with" replaces; leave it out.' for key in ("clip", "lr")
     ]
 
 
@@ -708,9 +692,7 @@ def test_a_reduced_profile_is_another_suite_of_the_same_methods(cells: list[Cell
     assert [(task.name, task.schedule["batch"], task.schedule["steps"]) for task in small.tasks] == [
         ("digits/mlp (reduced)", 32, 2), ("mnist1d/logistic (reduced)", 32, 3),
     ]  # fmt: skip
-    found = [
-        (c.label, c.task["name"], c.task["dataset"], c.privacy["epsilon"], c.seed) for c in small.cells()
-    ]
+    found = [(c.label, c.task["name"], c.task["dataset"], c.privacy["epsilon"], c.seed) for c in small.cells()]
     assert found == [
         ("non-private", "digits/mlp (reduced)", "digits", None, 3),
         ("dp-sgd (lr=0.5)", "digits/mlp (reduced)", "digits", 3.0, 3),
@@ -723,9 +705,7 @@ def test_a_reduced_profile_is_another_suite_of_the_same_methods(cells: list[Cell
     second = text.replace('task = "digits/mlp"', 'task = "mnist1d/logistic"')
     one = second[: second.rindex("[[reduced.task]]")].replace('"mnist1d/*"', '"*"').replace("mnist1d/*", "*")
     assert suite.parse(one, reduced=True).published == ()  # the profile has no second task
-    tables = text[
-        : text.index("[[reduced.task]]")
-    ]  # with the suite's own tasks, one of which has steps of its own
+    tables = text[: text.index("[[reduced.task]]")]  # with the suite's own tasks, one of which has steps of its own
     assert [(c.task["dataset"], c.schedule) for c in suite.parse(tables, reduced=True).cells()[2:4]] == [
         ("digits", {"batch": 32, "steps": 2}), ("mnist1d", {"batch": 256, "steps": 5}),
     ]  # fmt: skip
@@ -748,9 +728,7 @@ def test_faults_of_a_reduced_profile_have_their_lines() -> None:
             (9, "[reduced.train] has both epochs and steps"),
             (14, 'no model is called "logistik"'),
         ]
-    lost = REDUCED.replace("[reduced.train]\nbatch = 32\n", "[reduced.train]\n").replace(
-        "steps = 3", "batch = 8"
-    )
+    lost = REDUCED.replace("[reduced.train]\nbatch = 32\n", "[reduced.train]\n").replace("steps = 3", "batch = 8")
     assert problems(TEXT + lost) == [
         f'{base + 10}: [[reduced.task]] has no batch; write "batch = 256" here or in [reduced.train].'
     ]
@@ -763,9 +741,7 @@ def test_faults_of_a_reduced_profile_have_their_lines() -> None:
         suite.parse(TEXT + elsewhere, "s.toml", reduced=True)
     assert [problem.line for problem in caught.value.problems] == [42, 47]
     assert '"mnist1d/*" matches no task; tasks are digits/mlp, elsewhere.' in str(caught.value)
-    with pytest.raises(
-        SuiteError, match=r'"elsewhere" matches no task; tasks are digits/mlp, mnist1d/logistic'
-    ):
+    with pytest.raises(SuiteError, match=r'"elsewhere" matches no task; tasks are digits/mlp, mnist1d/logistic'):
         suite.parse(TEXT.replace('tasks = "mnist1d/*"', 'tasks = "elsewhere"') + elsewhere)
     nobody = TEXT[: TEXT.index("[[method]]")] + '[[method]]\nname = "dp-sgd"\nepsilon = 1.0\n' + REDUCED
     with pytest.raises(SuiteError, match=r"\[reduced\] epsilon: no method is for these targets"):
@@ -804,9 +780,7 @@ def test_malformed_suites_never_end_in_a_traceback(draws: st.DataObject) -> None
             lines[at] = lines[at].split(" = ")[0] + " = " + draws.draw(VALUES)
         elif kind == "key" and " = " in lines[at]:
             lines[at] = (
-                draws.draw(st.sampled_from(["name", "on", "a.b", "tasks", '""', "x"]))
-                + " = "
-                + draws.draw(VALUES)
+                draws.draw(st.sampled_from(["name", "on", "a.b", "tasks", '""', "x"])) + " = " + draws.draw(VALUES)
             )
         elif kind == "drop":
             lines[at] = ""

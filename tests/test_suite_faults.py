@@ -196,11 +196,7 @@ def test_what_only_follows_is_not_told(text: str, expected: list[int]) -> None:
 
 def test_building_tells_of_what_is_sound_beside_what_is_not() -> None:
     """No task, no target and no name needs to be right for the values of the others to be looked at."""
-    text = (
-        HEAD.replace("1e-5", "2")
-        + TASK.replace("digits", "nowhere")
-        + '[[method]]\nname = "dp-sgd"\nclip = -1\n'
-    )
+    text = HEAD.replace("1e-5", "2") + TASK.replace("digits", "nowhere") + '[[method]]\nname = "dp-sgd"\nclip = -1\n'
     text += '[[method]]\nname = "dp-sdg"\nwith.clip = ["flat", "psac?r=-1"]\n'
     text += '[[method]]\nname = "dp-sgd"\nlabel = "x"\nthen = { method = "dp-sgd?clip=-2", epochs = 1 }\n'
     text += '[[method]]\nname = "non-private"\nepsilon = 1.0\n'

@@ -11,7 +11,7 @@ from harness.dp.loss import Batch, CrossEntropy
 from harness.dp.random import Stream
 from harness.dp.release import Relation
 from harness.dp.tree import Tree
-from harness.train import Streams, start, step
+from harness.running.train import Streams, start, step
 
 MANY, BOUND = 1000, 0.1
 

@@ -14,11 +14,11 @@ from harness import cli, registry
 from harness.dp import SGD, Gaussian, Method, Quantile, Release, Tree, Views
 from harness.dp.random import Stream
 from harness.peers.noise import NOISES
-from harness.verify import support
-from harness.verify.adapters import FloatSum
-from harness.verify.canary import Refused
-from harness.verify.images import Fused, Known, Lattice, Product, Short, Sum, guesses, held
-from harness.verify.support import Setting, attacked, neighbours
+from harness.verify.audits import support
+from harness.verify.audits.canary import Refused
+from harness.verify.audits.images import Fused, Known, Lattice, Product, Short, Sum, guesses, held
+from harness.verify.audits.support import Setting, attacked, neighbours
+from harness.verify.faults.adapters import FloatSum
 
 FEW = Setting(repeat=24)
 LESS = Setting(repeat=8)
@@ -33,17 +33,13 @@ def floats16() -> np.ndarray:
 
 
 @pytest.mark.parametrize("deviation", [1.0, 1.37, 3.9, 30.75])
-@pytest.mark.parametrize(
-    "image", [Sum(), Product(), Product(2**0.5), Fused(), Fused(2**0.5)], ids=lambda i: i.name
-)
+@pytest.mark.parametrize("image", [Sum(), Product(), Product(2**0.5), Fused(), Fused(2**0.5)], ids=lambda i: i.name)
 def test_an_image_is_all_that_noise_can_make_and_no_more(image, deviation):
     every, s = floats16(), np.full(1, deviation)
     with np.errstate(all="ignore"):
         for v in np.array([0.0, 1.0, -0.713, 5.27, 0.0333, -19.3], np.float16):
             if isinstance(image, Fused):
-                made = (float(v) + image.scaled(s, every.dtype).astype(float) * every.astype(float)).astype(
-                    np.float16
-                )
+                made = (float(v) + image.scaled(s, every.dtype).astype(float) * every.astype(float)).astype(np.float16)
             elif isinstance(image, Product):
                 made = v + image.scaled(s, every.dtype) * every
             else:
@@ -75,9 +71,7 @@ def test_a_hypothesis_holds_where_it_is_true_and_nowhere_else():
     assert names(v + 1.7 * z) == set()  # exact, then rounded once
     cosets = names(v + np.rint(z * 2**20) * (1.7 * 2.0**-20))
     assert Lattice(2.0**-20).name in cosets and not any("sum" in name.split(" from ")[0] for name in cosets)
-    assert any(
-        "lattice" in name for name in names(v + 0.0123 * np.rint(1.7 * z / 0.0123))
-    )  # any step is found
+    assert any("lattice" in name for name in names(v + 0.0123 * np.rint(1.7 * z / 0.0123)))  # any step is found
     lattice = np.rint((v + 1.7 * z) / 0.0123) * 0.0123
     assert names(lattice) == set()  # the sum is on it too
 
@@ -164,9 +158,7 @@ def test_this_harness_decides_nothing():
         assert set(decided(Method(), sigma=sigma).values()) == {(0, 0)}
 
 
-@pytest.mark.parametrize(
-    "noise", [OffLattice(), OnLattice(40, single=True), OnLattice(40, coarse=16)], ids=str
-)
+@pytest.mark.parametrize("noise", [OffLattice(), OnLattice(40, single=True), OnLattice(40, coarse=16)], ids=str)
 def test_integers_with_holes_are_decided(noise):
     """A lattice that the sum is not on, or integers that noise does not reach."""
     assert decided(Method(noise=noise))["releases"] == (FEW.repeat, 0)
@@ -187,9 +179,7 @@ def test_certainty_needs_decisions_and_no_mistake():
     assert support.certainty(support.Tally(list(right)), inside, 1e-5, 0.01) == support.MOST
     assert support.certainty(support.Tally([-right[0], *right[1:]]), inside, 1e-5, 0.01) == 0
     assert support.certainty(support.Tally([0] * 200), inside, 1e-5, 0.01) == 0
-    few = support.Tally(
-        [1, *[0] * 199]
-    )  # one in a hundred is more than a delta of 1e-5, and less than one of 0.1
+    few = support.Tally([1, *[0] * 199])  # one in a hundred is more than a delta of 1e-5, and less than one of 0.1
     assert support.certainty(few, inside, 1e-5, 0.01) == support.MOST
     assert support.certainty(few, inside, 0.1, 0.01) == 0
 
@@ -206,7 +196,7 @@ def test_what_cannot_be_attacked_is_refused():
 OWN = """
 from harness.dp import Method
 from harness.registry import method
-from harness.verify.adapters import FloatSum
+from harness.verify.faults.adapters import FloatSum
 
 @method("floats")
 def floats() -> Method:
@@ -221,17 +211,11 @@ def test_the_command_records_and_refutes(tmp_path, capsys):
     assert "REFUTED: releases decide 80 of 80" in capsys.readouterr().out
     (file,) = (tmp_path / "audits").iterdir()
     made = json.loads(file.read_text())
-    assert (
-        made["instrument"] == support.INSTRUMENT
-        and made["flagged"]
-        and made["facts"]["releases"]["wrong"] == 0
-    )
+    assert made["instrument"] == support.INSTRUMENT and made["flagged"] and made["facts"]["releases"]["wrong"] == 0
     assert cli.main(["audit", *request]) == 1 and "recorded before" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "more", [["--canaries", "9"], ["--neighbours"], ["--membership"], ["--rate", "0.5"]], ids=str
-)
+@pytest.mark.parametrize("more", [["--canaries", "9"], ["--neighbours"], ["--membership"], ["--rate", "0.5"]], ids=str)
 def test_what_goes_with_nothing_is_told(more, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["audit", "dp-sgd", "--support", *more])

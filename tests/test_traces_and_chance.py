@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from harness.dp.clip import Flat
-from harness.dp.engines.bookkeeping import BookKeeping
 from harness.dp.engines.engine import PerExample, Unserved, trainable
-from harness.dp.engines.ghost import Ghost
 from harness.dp.engines.loop import Loop
+from harness.dp.engines.taped.bookkeeping import BookKeeping
+from harness.dp.engines.taped.ghost import Ghost
 from harness.dp.engines.vmap import Vmap
 from harness.dp.loss import Batch, CrossEntropy
 from harness.dp.release import Relation
@@ -142,9 +142,7 @@ def release(engine: PerExample, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("engine", [Loop(), BookKeeping(), Ghost()], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("model", [RunningMaximum, Memory])
-def test_no_engine_serves_a_model_that_keeps_something_of_a_batch(
-    engine: PerExample, model: type[nn.Module]
-) -> None:
+def test_no_engine_serves_a_model_that_keeps_something_of_a_batch(engine: PerExample, model: type[nn.Module]) -> None:
     with pytest.raises(Unserved, match=r"traces|beside others"):
         release(engine, model())
 

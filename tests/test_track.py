@@ -19,7 +19,7 @@ from mlflow.entities import ViewType
 from mlflow.tracking import MlflowClient
 from support.records import make_record
 
-from harness import track
+from harness.records import mlflow as track
 from harness.records.description import milliseconds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,19 +166,13 @@ def test_what_is_private_stays_behind_and_so_does_the_clock(tmp_path: Path) -> N
         "loss",
         *(f"final/{key}" for key in ("clipped_fraction", "examples_per_second", "wall_seconds")),
     }
-    assert (
-        not found[name]["metrics"].keys() & private and "final/loss" in found[name]["metrics"]
-    )  # on the test data
+    assert not found[name]["metrics"].keys() & private and "final/loss" in found[name]["metrics"]  # on the test data
     client = MlflowClient(tracking_uri=uri)
     (run,) = client.search_runs([client.get_experiment_by_name("core").experiment_id])
-    stamps = [
-        m.timestamp for key in run.data.metrics for m in client.get_metric_history(run.info.run_id, key)
-    ]
+    stamps = [m.timestamp for key in run.data.metrics for m in client.get_metric_history(run.info.run_id, key)]
     day = milliseconds("2026-01-02T00:00:00+00:00", 0)
     assert {run.info.start_time, run.info.end_time, *stamps} == {day}
-    record = json.loads(
-        Path(client.download_artifacts(run.info.run_id, "record.json", str(tmp_path))).read_text()
-    )
+    record = json.loads(Path(client.download_artifacts(run.info.run_id, "record.json", str(tmp_path))).read_text())
     assert record["diagnostics"] == {} and "wall_seconds" not in record["measured"]
 
     assert track.pending(results, uri, root=tmp_path) == []
@@ -214,10 +208,8 @@ def test_rebuild_adds_each_record_once_and_pending_knows(tmp_path: Path) -> None
 
 def test_pending_imports_no_mlflow(tmp_path: Path) -> None:
     write_run(tmp_path / "results", FIRST)
-    code = "import sys; from pathlib import Path; from harness import track; "
-    code += (
-        "print(len(track.pending(Path('results')))); track.Tracker().close(); print('mlflow' in sys.modules)"
-    )
+    code = "import sys; from pathlib import Path; from harness.records import mlflow as track; "
+    code += "print(len(track.pending(Path('results')))); track.Tracker().close(); print('mlflow' in sys.modules)"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.split() == ["1", "False"]
@@ -273,9 +265,7 @@ def test_a_bad_server_is_said_once_and_holds_nothing_up(
     run_dir = write_run(tmp_path / "results", FIRST)
     said: list[str] = []
     with listening(server) as port:
-        tracker = track.Tracker(
-            f"http://user:secret@127.0.0.1:{port}", say=said.append, interval=0.05, private=True
-        )
+        tracker = track.Tracker(f"http://user:secret@127.0.0.1:{port}", say=said.append, interval=0.05, private=True)
         began = time.monotonic()
         tracker.watch(run_dir, {})
         assert time.monotonic() - began < 2

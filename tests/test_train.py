@@ -31,7 +31,7 @@ from harness.dp.engines.engine import Unserved, trainable
 from harness.dp.engines.whole import Whole
 from harness.dp.native import kernels
 from harness.dp.random import Stream
-from harness.train import (
+from harness.running.train import (
     Diverged,
     Schedule,
     Streams,
@@ -92,9 +92,7 @@ def test_the_ledger_is_the_plan():
         Method(noise=NoNoise()),
     ):
         assert run(method, steps=9).ledger == method.plan(1.0, 60, 10, 9)
-    assert run(Method(), steps=9).ledger.entries == [
-        (PoissonSampledDpEvent(10 / 60, GaussianDpEvent(1.0)), 9)
-    ]
+    assert run(Method(), steps=9).ledger.entries == [(PoissonSampledDpEvent(10 / 60, GaussianDpEvent(1.0)), 9)]
 
 
 def test_an_empty_batch_is_a_step_with_noise_and_a_bill():
@@ -118,14 +116,10 @@ def test_the_denominator_is_public():
     p = start(method, model, 12)
 
     def moved(n: int) -> torch.Tensor:
-        return (
-            p.w - step(method, model, p.w, Batch(*data.batch(torch.arange(n))), p.parts, 0, 10, streams()).w
-        ).flat
+        return (p.w - step(method, model, p.w, Batch(*data.batch(torch.arange(n))), p.parts, 0, 10, streams()).w).flat
 
     assert torch.allclose(moved(1) + (moved(3) - moved(1)), moved(3))
-    single = torch.autograd.grad(
-        nn.functional.cross_entropy(model(data.x[:1]), data.y[:1]), list(model.parameters())
-    )
+    single = torch.autograd.grad(nn.functional.cross_entropy(model(data.x[:1]), data.y[:1]), list(model.parameters()))
     assert torch.allclose(moved(1) * 10, torch.cat([g.flatten() for g in single]))
 
 
@@ -139,9 +133,7 @@ def test_what_an_engine_does_not_serve_is_refused_before_anything_is_drawn():
         w = Tree.of(trainable(model))
         batch = Batch(*data.batch(torch.arange(3)))
         with pytest.raises(Unserved):
-            engine.bounded(
-                method.loss, clip, model, w, batch, clip.init(w.layout), 1.0, Relation.ADD_OR_REMOVE
-            )
+            engine.bounded(method.loss, clip, model, w, batch, clip.init(w.layout), 1.0, Relation.ADD_OR_REMOVE)
 
 
 def test_learning_rate_zero_leaves_the_weights():
@@ -173,9 +165,7 @@ def test_the_microbatch_changes_nothing():
     ids=["sgd", "adam-ema", "plain"],
 )
 @pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "no-kernels"])
-def test_a_run_continued_from_any_checkpoint_is_the_uninterrupted_run(
-    method, compiled, tmp_path, monkeypatch
-):
+def test_a_run_continued_from_any_checkpoint_is_the_uninterrupted_run(method, compiled, tmp_path, monkeypatch):
     if not compiled:
         monkeypatch.setattr(kernels, "serve", lambda *tensors: None)
     whole = run(method, steps=20)
@@ -255,9 +245,7 @@ def test_masks_are_as_secret_as_their_stream():
     assert len(model.seen) == 3
     for number, state in enumerate(model.seen):
         assert state.tolist() == Stream(SEEDS.path, "dropout", number).words(624).tolist()
-        assert (
-            state[1] != (1812433253 * (int(state[0]) ^ int(state[0]) >> 30) + 1) % 2**32
-        )  # a seed's expansion
+        assert state[1] != (1812433253 * (int(state[0]) ^ int(state[0]) >> 30) + 1) % 2**32  # a seed's expansion
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -271,9 +259,7 @@ def test_a_continued_run_draws_the_masks_of_one_that_was_not_interrupted(tmp_pat
             write_checkpoint(tmp_path / "c", p)
             torch.manual_seed(stop or 0)  # another process
             torch.randn(stop or 2)
-            p = train(
-                method, model, Toy(), 1.0, Schedule(steps, 10, 3), SEEDS, read_checkpoint(tmp_path / "c")
-            )
+            p = train(method, model, Toy(), 1.0, Schedule(steps, 10, 3), SEEDS, read_checkpoint(tmp_path / "c"))
         return p.w.flat
 
     whole = end(None)

@@ -56,8 +56,7 @@ model = "mlp"
 name = "fine"
 """
 THEN = (
-    METHOD
-    + 'label = "two"\ntasks = "fine"\nthen = { method = "non-private", dataset = "mnist1d?n=100", steps = 1 }\n'
+    METHOD + 'label = "two"\ntasks = "fine"\nthen = { method = "non-private", dataset = "mnist1d?n=100", steps = 1 }\n'
 )
 EXPECTED = {
     13: 'task "batchnorm": module ".*" (BatchNorm2d)',
@@ -95,9 +94,7 @@ def test_check_tells_of_every_model_that_cannot_be_trained(
     assert not Path("results").exists()
 
 
-def test_models_are_tried_beside_other_mistakes_and_each_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_are_tried_beside_other_mistakes_and_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = told(HEAD + UNFIT + METHOD.replace("dp-sgd", "dp-sdg"))
     assert sorted(found) == [13, 17, 21, 25, 29, 36]
@@ -147,9 +144,7 @@ def test_models_of_a_users_file_are_tried_too(tmp_path: Path, monkeypatch: pytes
         "mixes": r"\(Mixes\) gives another output", "nothing": "gives NoneType: its function must return",
         "half": "has parameters in torch.bfloat16",
     }  # fmt: skip
-    tasks = [
-        f'[[task]]\ndataset = "digits"\nmodel = "careless-one?fault={one}"\n' for one in ("none", *words)
-    ]
+    tasks = [f'[[task]]\ndataset = "digits"\nmodel = "careless-one?fault={one}"\n' for one in ("none", *words)]
     Path("s.toml").write_text(HEAD + "".join(tasks) + METHOD)
     with pytest.raises(SuiteError) as caught:
         suite.load("s.toml", files=["own.py"], thorough=True).cells()

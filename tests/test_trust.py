@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from harness import cli, origin, pack, store, trust
-from harness.cell import Cell
+from harness import cli
 from harness.dp.account import Ledger, epsilons
 from harness.dp.release import Relation
+from harness.records import origin, store
+from harness.records.cell import Cell
+from harness.verify.exchange import bundle as pack
+from harness.verify.exchange import trust
 
 ROOT = Path(__file__).parent.parent
 RECORDS = sorted(ROOT.glob("results/*/*/record.json"))
@@ -67,9 +70,7 @@ def test_the_cell_of_every_record_is_read_as_it_was_written() -> None:
     for path in RECORDS:
         record = read(path)
         cell = store.cell_of(record)
-        assert (cell.id, cell.group, cell.canonical()) == (record["id"], record["group"], record["cell"]), (
-            path
-        )
+        assert (cell.id, cell.group, cell.canonical()) == (record["id"], record["group"], record["cell"]), path
         assert store.mismatch(record) == ""
 
 
@@ -79,9 +80,7 @@ def test_every_record_of_this_repository_is_believed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         trust, "epsilon", lambda ledger, *terms: by_rdp(ledger, *terms) if terms[-1] == "rdp" else math.inf
     )
-    monkeypatch.setattr(
-        trust, "_close", lambda name, *of: close(name, *of) if name.endswith(".rdp") else None
-    )
+    monkeypatch.setattr(trust, "_close", lambda name, *of: close(name, *of) if name.endswith(".rdp") else None)
     for path in RECORDS:
         verdict = trust.examine(read(path))
         assert not verdict.refused, path
@@ -302,10 +301,7 @@ def test_a_bundle_is_examined_and_never_outranks_what_is_here(
     capsys.readouterr()
     assert cli.main(["show", better["id"], "--results", str(other)]) == 0
     text = capsys.readouterr().out
-    assert (
-        "merged from there.zip, SHA-256" in text
-        and "its accuracy and its times are its sender's word" in text
-    )
+    assert "merged from there.zip, SHA-256" in text and "its accuracy and its times are its sender's word" in text
 
     # What was looked at is what counts: a record that is changed afterwards is none.
     path = other / f"{where}.2" / "record.json"

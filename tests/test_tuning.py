@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from harness.dp import Ledger, Method, Relation
 from harness.dp.account import epsilons, ranking
-from harness.dp.tuning import DISTRIBUTIONS, Tuning, charge, tuned
-from harness.run import execute
+from harness.dp.account.tuning import DISTRIBUTIONS, Tuning, charge, tuned
+from harness.running.run import execute
 from harness.suite import SuiteError, parse
 
 ADD, REPLACE = Relation.ADD_OR_REMOVE, Relation.REPLACE_ONE
@@ -34,15 +34,11 @@ def spent(tuning: Tuning, ledger: Ledger = LEDGER, relation: Relation = ADD) -> 
     return float(charge(ledger, tuning, 1e-5, relation)["epsilon"])
 
 
-@pytest.mark.parametrize(
-    ("distribution", "shape"), [("poisson", math.inf), ("geometric", 1), ("logarithmic", 0)]
-)
+@pytest.mark.parametrize(("distribution", "shape"), [("poisson", math.inf), ("geometric", 1), ("logarithmic", 0)])
 def test_a_random_number_of_tries_is_repeat_and_select(distribution, shape):
     search = RepeatAndSelectDpEvent(SelfComposedDpEvent(STEP, 200), 8, shape)
     best = RdpAccountant().compose(search).get_epsilon(1e-5)
-    again = (
-        RdpAccountant().compose(ComposedDpEvent([search, SelfComposedDpEvent(STEP, 200)])).get_epsilon(1e-5)
-    )
+    again = RdpAccountant().compose(ComposedDpEvent([search, SelfComposedDpEvent(STEP, 200)])).get_epsilon(1e-5)
     found = charge(LEDGER, Tuning(8, distribution, retrained=False), 1e-5, ADD)
     assert found == {"epsilon": pytest.approx(best, rel=1e-9), "accountant": "rdp"}
     assert best < again == pytest.approx(spent(Tuning(8, distribution)), rel=1e-9)

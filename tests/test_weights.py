@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harness.dp import Batch, CrossEntropy, Feedback, Flat, Plain, Relation, Tree, Unclipped
-from harness.dp.contrast import InfoNCE
 from harness.dp.engines.engine import Engine, trainable
 from harness.dp.engines.pairs import Pairs
 from harness.dp.engines.whole import Whole
 from harness.dp.loss import Loss
-from harness.train import evaluate
-from harness.verify.membership import evaluated
+from harness.dp.loss.contrast import InfoNCE
+from harness.running.train import evaluate
+from harness.verify.audits.membership import evaluated
 
 
 class Net(nn.Module):

@@ -46,9 +46,7 @@ def test_ascii_terminals_show_what_they_can(tmp_path: Path) -> None:
         "PYTHONPATH": str(ROOT), "EPSBENCH_NATIVE": "0", "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "TERM": "dumb",
         "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "main.py"], cwd=tmp_path, env=environment, capture_output=True, check=False
-    )
+    done = subprocess.run([sys.executable, "main.py"], cwd=tmp_path, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
     assert rb"gr\xf6\xdfe \u2192 \u03b5" in done.stdout and b"ok 1" in done.stdout
     written = [*(tmp_path / "results").rglob("*.json"), *(tmp_path / "reports").rglob("*.md")]

@@ -374,9 +374,7 @@ def standardised() -> nn.Module:
 
 
 def weight_norm() -> nn.Module:
-    return nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, CLASSES)
-    )
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, CLASSES))
 
 
 def batch_norm_in_eval_mode() -> nn.Module:
@@ -422,9 +420,7 @@ ZOO: dict[str, Animal] = {
         tokens=True,
     ),
     "time first": Animal(
-        lambda: Sequence(
-            TimeFirst(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.LayerNorm(8), LayerScale(8)))
-        ),
+        lambda: Sequence(TimeFirst(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.LayerNorm(8), LayerScale(8)))),
         (6,),
         tokens=True,
     ),
@@ -434,9 +430,7 @@ ZOO: dict[str, Animal] = {
         tokens=True,
     ),
     "lstm": Animal(lambda: Sequence(nn.LSTM(8, 8, batch_first=True)), (6,), tokens=True),
-    "gru": Animal(
-        lambda: Sequence(nn.GRU(8, 4, bidirectional=True, batch_first=True), False), (6,), tokens=True
-    ),
+    "gru": Animal(lambda: Sequence(nn.GRU(8, 4, bidirectional=True, batch_first=True), False), (6,), tokens=True),
     "class token": Animal(ClassToken, (2, 8, 8)),
     "norms": Animal(norms, (2, 8, 8)),
     "norms in eval mode": Animal(lambda: norms(tracked=True).eval(), (2, 8, 8)),

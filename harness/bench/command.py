@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import measure
+from harness.provenance import measure
 
 
 def run(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from harness.dp.tree import Tree
 
 def explained(workload: Workload, batch: int, device: str) -> str:
     """A table of the parameters: the engine's way to each norm, and its estimate of the cost of every way."""
-    from harness.dp.engines.explain import explain
+    from harness.dp.engines.taped.explain import explain
 
     model, examples = steps.build(workload, batch, torch.float32, device)
     rows = explain(steps.LOSS, model, Tree.of(trainable(model)), examples)

@@ -1,7 +1,7 @@
 """What one full-batch private step for a last layer costs at ImageNet's size, and what it cannot go below.
 
-The step is the ordinary one (`harness.train.step`) of the method `one-step-last-layer` with its default engine, on
-synthetic features that are mapped from a file, so that the batch of all examples is never held in memory.
+The step is the ordinary one (`harness.running.train.step`) of the method `one-step-last-layer` with its default engine,
+on synthetic features that are mapped from a file, so that the batch of all examples is never held in memory.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness import models, registry
-from harness.dp.engines.bookkeeping import BookKeeping
 from harness.dp.engines.rows import product
+from harness.dp.engines.taped.bookkeeping import BookKeeping
 from harness.dp.loss import Batch
 from harness.dp.method import Method
 from harness.dp.random import Stream
-from harness.measure import cpu_name
-from harness.train import Streams, start, step
+from harness.provenance.measure import cpu_name
+from harness.running.train import Streams, start, step
 
 ROWS, WIDTH, CLASSES = 1_281_167, 1280, 1000  # ImageNet's training set, and a head on 1,280 features
 SIZES = (10_000, 100_000, ROWS)

@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness import measure
 from harness.bench.fresh import Answer, Gone, call
 from harness.dp.clip import Flat
-from harness.dp.contrast import InfoNCE, unit
 from harness.dp.engines.engine import trainable
 from harness.dp.engines.pairs import Pairs
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch
+from harness.dp.loss.contrast import InfoNCE, unit
 from harness.dp.release import Relation
 from harness.dp.tree import Tree
 from harness.models.catalog import build
+from harness.provenance import measure
 
 SIZES = (32, 128, 256, 512)
 WIDTHS = (8, 32, 128)

@@ -15,9 +15,9 @@ from pydantic import Field
 
 from harness import registry
 from harness.bench import engines
-from harness.lines import Lines
 from harness.registry import did_you_mean
 from harness.suite import Many, Positive, Reader, Size, SuiteError, Table, Text, document, source
+from harness.suite.toml.lines import Lines
 
 KIND = "throughput"
 FILE = Path("suites/throughput.toml")

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from harness import measure
 from harness.bench import engines, steps
 from harness.bench.fresh import Answer
 from harness.bench.plan import Workload
 from harness.bench.trial import first_line
+from harness.provenance import measure
 
 LARGEST_DRIFT = 2e-2  # of a float32 sum over the whole batch: kinks alone make right engines differ by 5e-3
 ORACLE = "loop"

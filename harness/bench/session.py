@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harness import codehash, measure
 from harness.bench import engines, steps
 from harness.bench.fresh import Answer, Gone, call
 from harness.bench.plan import Workload
 from harness.bench.race import race
 from harness.bench.table import Record
 from harness.bench.trial import trial
+from harness.provenance import code as codehash
+from harness.provenance import measure
 from harness.records.files import dumps, replace_file
 
 SCHEMA = 1

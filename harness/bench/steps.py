@@ -22,7 +22,7 @@ from harness.dp.optimizer import SGD
 from harness.dp.random import Stream
 from harness.dp.release import Bounded, Relation
 from harness.dp.tree import Tree
-from harness.train import Streams, bill, start, step
+from harness.running.train import Streams, bill, start, step
 
 LOSS, CLIP, RATE = CrossEntropy(), Flat(1.0), 1e-3
 FEW = 8  # examples on which an engine is compared with the loop in float64

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from harness import measure
 from harness.bench import engines, steps
 from harness.bench.fresh import Answer
 from harness.bench.plan import Workload
+from harness.provenance import measure
 
 LARGEST_ERROR = 1e-5  # relative, in float64: beyond it an engine is wrong, and gets no time
 CALLS = 3  # at most, after the first

@@ -24,9 +24,9 @@ import re
 import sys
 from collections.abc import Sequence
 
-from harness import screen
 from harness.cli.errors import FAILED, INTERRUPTED, OK, USER_ERROR, UserError, hint, message_of
 from harness.cli.parser import build_parser, known
+from harness.records import screen
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "USER_ERROR", "UserError", "main"]
 

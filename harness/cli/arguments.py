@@ -7,7 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
-from harness.public import SWITCH
+from harness.records.public import SWITCH
 
 
 def suite_options(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def results_option(parser: argparse.ArgumentParser) -> None:
 
 def _results_folder(text: str) -> Path:
     """The results folder that is named; not that of a suite or of a run in one, where every command would go wrong."""
-    from harness import store
+    from harness.records import store
 
     folder = Path(text)
     inside = store.suite_of(folder.absolute().parent if (folder / store.RECORD).is_file() else folder)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness import store
-    from harness.cell import Cell
+    from harness.records import store
+    from harness.records.cell import Cell
 
 
 def codes_of_cells(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
@@ -31,7 +31,7 @@ def codes_of_cells(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
 
 def codes_of_records(records: Iterable[store.Record]) -> dict[str, Mapping[str, Any] | str]:
     """Today's code of each record's cell by id, or why it cannot be known."""
-    from harness import store
+    from harness.records import store
 
     found: dict[str, Mapping[str, Any] | str] = {}
     known: dict[str, Mapping[str, Any] | str] = {}

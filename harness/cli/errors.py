@@ -12,10 +12,10 @@ CODES = "exit codes: 0 all is well; 1 some runs or checks failed; 2 the request 
 _USER_ERRORS = {
     "harness.registry": ("RegistryError",),
     "harness.suite": ("SuiteError",),
-    "harness.store": ("StoreError",),
+    "harness.records.store": ("StoreError",),
     "harness.data": ("DatasetError",),
     "harness.models": ("CrossExampleLayer",),
-    "harness.track": ("TrackingError",),
+    "harness.records.mlflow": ("TrackingError",),
 }
 
 

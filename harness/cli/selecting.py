@@ -16,7 +16,7 @@ from harness.cli.errors import UserError, hint
 from harness.cli.words import epsilon
 
 if TYPE_CHECKING:
-    from harness.cell import Cell
+    from harness.records.cell import Cell
     from harness.suite import Suite
 
 
@@ -178,6 +178,6 @@ def suite_file(name: str) -> tuple[Path | None, bool]:
 
 def results_in(folder: Path, suite: str | None = None) -> tuple[Path, str | None]:
     """The results folder and the suite that a folder is: one of suites, or a suite's own inside it."""
-    from harness import store
+    from harness.records import store
 
     return store.suite_of(folder) or (folder, suite)

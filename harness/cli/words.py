@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from harness.records.files import Broken
 
 if TYPE_CHECKING:
-    from harness import store
+    from harness.records import store
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), indent: str = "") -> str:

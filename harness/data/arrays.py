@@ -68,22 +68,16 @@ def _arrays(path: Path) -> dict[str, Array]:
     except (zipfile.BadZipFile, EOFError, AttributeError, TypeError) as error:
         raise DatasetError(f"{path}: not an .npz file ({error}); write it with numpy.savez") from error
     except Exception as error:  # damaged files make zipfile, zlib and NumPy raise all sorts of things
-        raise DatasetError(
-            f"{path}: cannot be read ({error}); write it with numpy.savez, no objects"
-        ) from error
+        raise DatasetError(f"{path}: cannot be read ({error}); write it with numpy.savez, no objects") from error
 
 
 def _inputs(x: Array, where: str, layout: str | None) -> Array:
     """Images to uint8 ``[N, C, H, W]``, anything else to float32."""
     if layout is not None and x.ndim != 4:
-        raise DatasetError(
-            f"{where} has shape {list(x.shape)}; layout={layout} is for four axes, leave it out"
-        )
+        raise DatasetError(f"{where} has shape {list(x.shape)}; layout={layout} is for four axes, leave it out")
     if x.dtype == np.uint8:
         if x.ndim not in (3, 4):
-            raise DatasetError(
-                f"{where} is uint8 {list(x.shape)}; images are [N, H, W], [N, H, W, C] or [N, C, H, W]"
-            )
+            raise DatasetError(f"{where} is uint8 {list(x.shape)}; images are [N, H, W], [N, H, W, C] or [N, C, H, W]")
         return _channels_first(x, where, layout) if x.ndim == 4 else x[:, None]
     if not np.issubdtype(x.dtype, np.floating):
         raise DatasetError(f"{where} is {x.dtype}; save images as uint8 and other inputs as float32")
@@ -115,9 +109,7 @@ def _float32(x: Array, where: str) -> Array:
         narrow: Array = x.astype(np.float32)
     _refuse(~np.isfinite(narrow), x, where, "too large for float32; scale the data by a public constant")
     lost = (narrow == 0) & (x != 0)
-    _refuse(
-        lost, x, where, "too small for float32, where it is 0; scale the data, or write 0 if that is meant"
-    )
+    _refuse(lost, x, where, "too small for float32, where it is 0; scale the data, or write 0 if that is meant")
     return narrow
 
 
@@ -188,9 +180,7 @@ def read_idx(path: Path) -> Array:
     dims = np.frombuffer(data, ">u4", count=data[3], offset=4).astype(np.int64)
     start = 4 + 4 * data[3]
     if len(data) - start != int(dims.prod()):
-        raise DatasetError(
-            f"{path}: {len(data) - start} bytes where {dims.tolist()} are announced; the file is cut"
-        )
+        raise DatasetError(f"{path}: {len(data) - start} bytes where {dims.tolist()} are announced; the file is cut")
     return np.frombuffer(data, np.uint8, offset=start).reshape(dims)
 
 

@@ -158,9 +158,7 @@ class Packaged:
         return DatasetMissing(f"weights of {LITE0}", [looked], [INSTALL])
 
     def card(self) -> Card:
-        return Card(
-            "tf_efficientnet_lite0", self.weights, 224, (0.5,) * 3, (0.5,) * 3, "bicubic", self.features
-        )
+        return Card("tf_efficientnet_lite0", self.weights, 224, (0.5,) * 3, (0.5,) * 3, "bicubic", self.features)
 
     def build(self) -> Network:
         import timm
@@ -174,9 +172,7 @@ class Packaged:
             net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         net.load_state_dict(in_order(found, net.state_dict()))
         if weights_digest(net.state_dict().values()) != self.weights:
-            raise DatasetMismatch(
-                f"{self._file()}: not the published weights; install the package anew: {INSTALL}"
-            )
+            raise DatasetMismatch(f"{self._file()}: not the published weights; install the package anew: {INSTALL}")
         net.reset_classifier(0)
         return _frozen(net)
 
@@ -198,9 +194,7 @@ def in_order(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, T
                 f"weights: {theirs} {list(a.shape)} does not fit {ours} {list(b.shape)}; another timm?"
             )
     if len(found) != len(wanted):
-        raise DatasetMismatch(
-            f"weights: {len(found)} tensors where the network has {len(wanted)}; another timm?"
-        )
+        raise DatasetMismatch(f"weights: {len(found)} tensors where the network has {len(wanted)}; another timm?")
     return {ours: a for (_, a), (ours, _) in pairs}
 
 
@@ -226,9 +220,7 @@ class Timm:
         if self._file() is not None or (self.checkpoint is None and self.root.download):
             return None
         looked = [f"{place}: not there" for place in self._places()]
-        remedies = [
-            "write the path of an existing file, as in checkpoint=FILE.safetensors&public=ImageNet-1k"
-        ]
+        remedies = ["write the path of an existing file, as in checkpoint=FILE.safetensors&public=ImageNet-1k"]
         if self.checkpoint is None:
             remedies.insert(0, f"{DOWNLOAD}=1 in the environment: timm downloads its pretrained weights")
         return DatasetMissing(f"weights of timm/{self.name}", looked, remedies)

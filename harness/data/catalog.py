@@ -120,8 +120,7 @@ def _open(spec: str, root: Path | None, download: bool | None) -> _Opened | Deri
         return source
     if not isinstance(source, Source):
         raise DatasetError(
-            f'{entry.where}: data set "{entry.name}" returned {type(source).__name__}; '
-            "return a harness.data.Source"
+            f'{entry.where}: data set "{entry.name}" returned {type(source).__name__}; return a harness.data.Source'
         )
     return _Opened(
         spec=spec,

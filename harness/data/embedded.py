@@ -65,9 +65,7 @@ def digits() -> Source:
         x = ((pixels.astype(np.int64) * 255 + 8) // 16).astype(np.uint8).reshape(-1, 1, 8, 8)
         return stratified(x, labels.astype(np.int64), 0.8, "sklearn.datasets.load_digits", classes=10)
 
-    return Source(
-        read, lambda: f"scikit-learn {version('scikit-learn')}", keep=True
-    )  # its import takes seconds
+    return Source(read, lambda: f"scikit-learn {version('scikit-learn')}", keep=True)  # its import takes seconds
 
 
 # The generator's defaults (Greydanus and Kobak, arXiv:2011.14439): seed 42, and train first in the shuffled

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import screen
 from harness.data.canonical import Array
 from harness.data.dataset import Split
 from harness.dp.cache import load, own, write_whole
+from harness.records import screen
 
 CHUNK = 256  # rows between two notes of progress; chunks always start at a multiple
 SPEAK = 30.0  # seconds between two lines where there is no terminal
@@ -30,9 +30,7 @@ def finished(folder: Path, sizes: Mapping[Split, int], width: int) -> bool:
     return _done(folder, sizes, width) == dict(sizes)
 
 
-def fill(
-    folder: Path, sizes: Mapping[Split, int], width: int, prepare: Callable[[], Rows], what: str
-) -> None:
+def fill(folder: Path, sizes: Mapping[Split, int], width: int, prepare: Callable[[], Rows], what: str) -> None:
     """Have ``train.npy`` and ``test.npy``, float32 ``[sizes[split], width]``, in ``folder``.
 
     ``prepare`` is called only where rows are missing; it returns the function that computes the rows from one

@@ -88,9 +88,7 @@ class Features:
         channels, height, width = pictures.input_shape
         side = self.size or card.side
         if side is None and height == 0:
-            raise DatasetError(
-                f"features:{pictures.name}: its pictures may differ in size; write size=64, say"
-            )
+            raise DatasetError(f"features:{pictures.name}: its pictures may differ in size; write size=64, say")
         if card.mean and channels not in (1, 3):
             raise DatasetError(f"backbone={self.name} takes pictures of 1 or 3 channels, not {channels}")
         shape = (channels, side or height, side or width)
@@ -202,9 +200,7 @@ def extractor(net: Network, mean: tuple[float, ...], std: tuple[float, ...], nor
         try:
             return net(x).flatten(1)
         except (RuntimeError, ValueError, AssertionError) as error:
-            raise DatasetError(
-                f"the backbone cannot take pictures of {list(x.shape[1:])}: {error}"
-            ) from error
+            raise DatasetError(f"the backbone cannot take pictures of {list(x.shape[1:])}: {error}") from error
 
     @torch.no_grad()
     def compute(x: Tensor) -> Tensor:

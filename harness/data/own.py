@@ -136,9 +136,7 @@ def _numbers(key: str, text: str | None) -> tuple[float, ...] | None:
 def _spread(key: str, numbers: tuple[float, ...], raw: Raw, width: int) -> tuple[float, ...]:
     channels = raw.x_train.shape[1]
     if len(numbers) not in (1, channels):
-        raise DatasetError(
-            f"{key} has {len(numbers)} numbers for {channels} channels; write one, or {channels}"
-        )
+        raise DatasetError(f"{key} has {len(numbers)} numbers for {channels} channels; write one, or {channels}")
     return numbers * width if len(numbers) == 1 else numbers
 
 
@@ -214,9 +212,7 @@ def _read_folder(folder: Path, size: int | None, channels: int) -> Raw:
     return Raw(np.stack(x_train), y_train, np.stack(x_test), y_test, source, len(classes))
 
 
-def _read_split(
-    folder: Path, classes: list[str], size: int | None, channels: int
-) -> tuple[list[Array], Array, Path]:
+def _read_split(folder: Path, classes: list[str], size: int | None, channels: int) -> tuple[list[Array], Array, Path]:
     files = labelled_files(folder, classes)
     images = [_read_image(file, size, channels) for file, _ in files]
     for (file, _), image in zip(files, images, strict=True):

@@ -113,9 +113,7 @@ class _Held:
         self._data = catalog.load(spec, root.root, download=root.download)
         self.source, self.digest = self._data.source, self._data.digest
         if self._data.x_train.dtype != torch.uint8:
-            raise DatasetError(
-                f"features:{spec}: its examples are {self._data.x_train.dtype}; pictures are uint8"
-            )
+            raise DatasetError(f"features:{spec}: its examples are {self._data.x_train.dtype}; pictures are uint8")
 
     def labels(self, split: Split) -> Array:
         found: Array = (self._data.y_train if split == "train" else self._data.y_test).numpy()

@@ -33,9 +33,7 @@ def scatter(x: Tensor) -> Tensor:
     step = 2**SCALES
     height, width = x.shape[-2:]
     if min(height, width) <= step:
-        raise ValueError(
-            f"pictures of {width}x{height} are too small to scatter; {step + 1} pixels are needed"
-        )
+        raise ValueError(f"pictures of {width}x{height} are too small to scatter; {step + 1} pixels are needed")
     right, below = step + -width % step, step + -height % step
     x = pad(x, (step, right, step, below), mode="reflect")
     wavelets, window = (f.to(x.device) for f in filters(*x.shape[-2:]))
@@ -57,9 +55,7 @@ def scatter(x: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def filters(height: int, width: int) -> tuple[Tensor, Tensor]:
     """Fourier transforms of the wavelets ``[SCALES, ANGLES, height, width]`` and the window ``[height, width]``."""
-    wavelets = [
-        [_morlet(height, width, 2.0**j, math.pi * k / ANGLES) for k in range(ANGLES)] for j in range(SCALES)
-    ]
+    wavelets = [[_morlet(height, width, 2.0**j, math.pi * k / ANGLES) for k in range(ANGLES)] for j in range(SCALES)]
     window = _gaussian(height, width, WIDTH * 2.0 ** (SCALES - 1), 1.0, 0.0, 0.0)
     return torch.stack([torch.stack(row) for row in wavelets]).float(), window.float()
 

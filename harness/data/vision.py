@@ -139,8 +139,7 @@ def _npz(name: str, root: Places) -> Candidate:
 def _remedies(name: str, root: Places) -> list[str]:
     return [
         f"{DOWNLOAD}=1 in the environment: torchvision downloads it into {root.root}",
-        f"put {name}.npz (x_train y_train x_test y_test) into {root.root}, "
-        f"or set {DATA} to the folder that has it",
+        f"put {name}.npz (x_train y_train x_test y_test) into {root.root}, or set {DATA} to the folder that has it",
     ]
 
 
@@ -169,14 +168,10 @@ def _torchvision(name: str, root: Places, class_name: str, files: tuple[Path, ..
     return first_of(name, candidates, _remedies(name, root), _fetch(root, class_name))
 
 
-def _idx(
-    name: str, root: Places, folders: list[Path], class_name: str, remedies: list[str] | None = None
-) -> Source:
+def _idx(name: str, root: Places, folders: list[Path], class_name: str, remedies: list[str] | None = None) -> Source:
     def at(folder: Path, suffix: str) -> Candidate:
         files = tuple(folder / f"{file}{suffix}" for file in IDX_FILES)
-        return Candidate(
-            "IDX", files, lambda: read_idx_folder(files, f"IDX files {IDX_FILES[0]}{suffix} ...")
-        )
+        return Candidate("IDX", files, lambda: read_idx_folder(files, f"IDX files {IDX_FILES[0]}{suffix} ..."))
 
     candidates = [_npz(name, root), *(at(folder, suffix) for folder in folders for suffix in ("", ".gz"))]
     return first_of(name, candidates, [*(remedies or []), *_remedies(name, root)], _fetch(root, class_name))

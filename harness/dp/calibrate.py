@@ -60,9 +60,7 @@ def calibrate_stages(
     """
     relations = {stage.method.sampler.relation for stage in stages}
     if len(relations) > 1:
-        raise ValueError(
-            "the stages are analysed for different neighbours, and one epsilon cannot hold for both"
-        )
+        raise ValueError("the stages are analysed for different neighbours, and one epsilon cannot hold for both")
     (relation,) = relations
     lowest = min(stages, key=lambda stage: stage.method.clip.ceiling).method.clip
     ceiling = lowest.ceiling * (1 - 1e-9)

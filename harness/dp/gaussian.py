@@ -207,9 +207,7 @@ def from_boxes(words: Tensor) -> tuple[Tensor, Tensor]:
 def from_rest(blocks: Tensor, margin: float) -> Tensor:
     """One try with each of the blocks [n, 16]: numbers, or `REJECTED`."""
     table = tables()
-    thresholds, aliases, heights = (
-        t.to(blocks.device) for t in (table.thresholds, table.aliases, table.heights)
-    )
+    thresholds, aliases, heights = (t.to(blocks.device) for t in (table.thresholds, table.aliases, table.heights))
     w = _unsigned(blocks).unbind(1)
     part, drawn = w[0] << 20 | w[1] >> 12, w[1] % (2 * CELLS)
     piece = torch.where(part < thresholds[drawn], drawn, aliases[drawn].long())

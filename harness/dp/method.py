@@ -11,8 +11,8 @@ from dp_accounting import DpEvent
 
 from harness.dp.account import Ledger
 from harness.dp.clip import Clip, Flat
-from harness.dp.engines.bookkeeping import BookKeeping
 from harness.dp.engines.engine import Engine
+from harness.dp.engines.taped.bookkeeping import BookKeeping
 from harness.dp.loss import CrossEntropy, Loss
 from harness.dp.noise import Gaussian, Noise
 from harness.dp.optimizer import SGD, Optimizer
@@ -90,6 +90,4 @@ def _describe(part: Any) -> Any:
         return {str(key): _describe(value) for key, value in part.items()}
     if part is None or isinstance(part, (bool, int, float, str)):
         return part
-    raise TypeError(
-        f"a part holds numbers, strings, collections of them and parts, not a {type(part).__name__}"
-    )
+    raise TypeError(f"a part holds numbers, strings, collections of them and parts, not a {type(part).__name__}")

@@ -63,27 +63,20 @@ class Gaussian(Noise):
 
     def add(self, release: Release, rng: Stream) -> Tree:
         if not (math.isfinite(release.sensitivity) and release.sensitivity > 0):
-            raise ValueError(
-                f"Gaussian noise needs a finite sensitivity, and this release has {release.sensitivity}"
-            )
+            raise ValueError(f"Gaussian noise needs a finite sensitivity, and this release has {release.sensitivity}")
         value = release.value
         points = grid(release.sigma, release.sensitivity, value.layout.numel)
         if release.scale is None:
             return value.with_flat(rng.noised(value.flat, points, release.dtype))
         if not all(scale > 0 and math.isfinite(scale) for scale in release.scale.values()):
-            raise ValueError(
-                f"Gaussian noise needs positive, finite scales, and this release has {release.scale}"
-            )
+            raise ValueError(f"Gaussian noise needs positive, finite scales, and this release has {release.scale}")
         noised = [
-            rng.noised(t.reshape(-1), points.in_units(release.scale[name]), release.dtype)
-            for name, t in value.items()
+            rng.noised(t.reshape(-1), points.in_units(release.scale[name]), release.dtype) for name, t in value.items()
         ]
         return value.with_flat(torch.cat(noised))
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:
         sigmas = list(sigmas)
         if len(sigmas) == 1:
-            return GaussianDpEvent(
-                sigmas[0]
-            )  # not through a power and back: the ledger holds sigma to the last bit
+            return GaussianDpEvent(sigmas[0])  # not through a power and back: the ledger holds sigma to the last bit
         return GaussianDpEvent(sum(s**-2 for s in sigmas) ** -0.5)

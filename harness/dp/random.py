@@ -53,9 +53,7 @@ class Stream:
         key = struct.pack("<8I", *self._key)
         return Stream(int.from_bytes(key, "little"), role, 0)
 
-    def normal(
-        self, n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def normal(self, n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """Independent standard normal numbers [n]: the middles of intervals of 2^-38, rounded to `dtype`."""
         return (self._integers(n, device).double() + 0.5).mul_(2.0**-gaussian.FINE).to(dtype)
 
@@ -130,9 +128,7 @@ def _tiles(words: int) -> int:
 # --- the cipher ---
 
 
-def cipher_words(
-    key: tuple[int, ...], counter: int, tiles: int, device: torch.device | str = "cpu"
-) -> Tensor:
+def cipher_words(key: tuple[int, ...], counter: int, tiles: int, device: torch.device | str = "cpu") -> Tensor:
     """The words of blocks `counter` to `counter` + 16 * tiles - 1, as int32 [tiles, 16 words, 16 blocks].
 
     The counter has 64 bits, as Bernstein's ChaCha has it, and the nonce is zero: no two streams share a key.

@@ -41,10 +41,7 @@ class Layout:
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """`flat` [numel] cut into its named tensors: views, no copy."""
         pieces = flat.split(self.sizes) if self.names else ()
-        return {
-            name: piece.view(shape)
-            for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
-        }
+        return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
 
 
 class Tree:
@@ -58,9 +55,7 @@ class Tree:
 
     def __init__(self, layout: Layout, flat: Tensor) -> None:
         if flat.shape != (layout.numel,):
-            raise ValueError(
-                f"flat buffer of shape {tuple(flat.shape)}, the layout holds {layout.numel} elements"
-            )
+            raise ValueError(f"flat buffer of shape {tuple(flat.shape)}, the layout holds {layout.numel} elements")
         self.layout = layout
         self.flat = flat
         self._views: dict[str, Tensor] | None = None
@@ -72,9 +67,7 @@ class Tree:
             return cls(Layout((), ()), torch.empty(0))
         kinds = {(t.dtype, t.device) for t in tensors.values()}
         if complex_ := [name for name, t in tensors.items() if t.is_complex()]:
-            raise ValueError(
-                f"{', '.join(complex_)}: a tree holds real numbers; give torch.view_as_real of them"
-            )
+            raise ValueError(f"{', '.join(complex_)}: a tree holds real numbers; give torch.view_as_real of them")
         if len(kinds) > 1:
             raise ValueError(f"a tree holds one dtype on one device, not {sorted(map(str, kinds))}")
         return cls(Layout.of(tensors), torch.cat([t.detach().reshape(-1) for t in tensors.values()]))

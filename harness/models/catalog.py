@@ -12,9 +12,7 @@ from harness import registry
 from harness.models.check import check
 
 
-def build(
-    spec: str, input_shape: tuple[int, ...], classes: int, seed: int, tokens: int | None = None
-) -> nn.Module:
+def build(spec: str, input_shape: tuple[int, ...], classes: int, seed: int, tokens: int | None = None) -> nn.Module:
     """The network ``"name"``, ``"name?key=value&..."`` or ``"timm:NAME?..."`` in training mode, on the CPU.
 
     Weights depend on the spec, the shape, the classes and ``seed`` alone; the global generators are left as
@@ -35,9 +33,7 @@ def build(
         torch.default_generator.manual_seed(seed)
         model: nn.Module = function(**arguments)
     if not isinstance(model, nn.Module):
-        raise ValueError(
-            f'model "{spec}" gives {type(model).__name__}: its function must return an nn.Module'
-        )
+        raise ValueError(f'model "{spec}" gives {type(model).__name__}: its function must return an nn.Module')
     model.train()
     made = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"})
     if made:

@@ -35,9 +35,7 @@ def to_groupnorm(model: nn.Module, groups: int = 16) -> nn.Module:
 
 def _replacement(norm: _BatchNorm, groups: int, where: str) -> nn.Module:
     if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
-        raise ValueError(
-            f"{where}: {type(norm).__name__} has no size yet; run the model once, then convert it"
-        )
+        raise ValueError(f"{where}: {type(norm).__name__} has no size yet; run the model once, then convert it")
     channels = norm.num_features
     count = max(g for g in range(1, min(groups, channels) + 1) if channels % g == 0)
     new = nn.GroupNorm(count, channels, eps=norm.eps, affine=norm.affine)

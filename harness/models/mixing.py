@@ -126,9 +126,7 @@ def _separable(model: nn.Module, x: Tensor, many: Tensor) -> None:
         with torch.enable_grad(), seeded(x.device, 0):
             outputs = called(model, batch.x.clone()).flatten(1).float()
         if not weights:
-            weights.append(
-                torch.randn(outputs.shape[1], generator=torch.Generator().manual_seed(1)).to(outputs)
-            )
+            weights.append(torch.randn(outputs.shape[1], generator=torch.Generator().manual_seed(1)).to(outputs))
         return outputs @ weights[0]
 
     # What cannot be differentiated shows in another place, by its reason.
@@ -236,13 +234,9 @@ def culprit(model: nn.Module, x: Tensor, changed: Tensor, what: str, ahead: int 
     a, b = forward(model, x, record=True), forward(model, changed, record=True)
     drawn = forward(model, x, seed=1, record=True)
     stayed = min(len(x) - ahead, len(changed))
-    for (path, module, ours), (_, _, theirs), (*_, again) in zip(
-        a.modules, b.modules, drawn.modules, strict=False
-    ):
+    for (path, module, ours), (_, _, theirs), (*_, again) in zip(a.modules, b.modules, drawn.modules, strict=False):
         for one, other, redrawn in zip(ours, theirs, again, strict=False):
-            batch_first = (
-                one.ndim > 0 and len(one) == len(x) and other.ndim > 0 and len(other) == len(changed)
-            )
+            batch_first = one.ndim > 0 and len(one) == len(x) and other.ndim > 0 and len(other) == len(changed)
             if batch_first and not same(one[-stayed:], other[-stayed:]):
                 why = (reason, REMEDY) if same(one, redrawn) else UNEVEN
                 return CrossExampleLayer(path or WHOLE, type(module).__name__, *why)

@@ -111,9 +111,7 @@ def forward(model: nn.Module, x: Tensor, seed: int = 0, record: bool = False) ->
     return Pass(output, after, drew, modules)
 
 
-def _recorder(
-    modules: list[tuple[str, nn.Module, list[Tensor]]], path: str
-) -> Callable[[nn.Module, Any, Any], None]:
+def _recorder(modules: list[tuple[str, nn.Module, list[Tensor]]], path: str) -> Callable[[nn.Module, Any, Any], None]:
     def record(module: nn.Module, inputs: Any, output: Any) -> None:
         modules.append((path, module, [t.detach().clone() for t in _tensors(output)]))
 

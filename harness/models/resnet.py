@@ -33,9 +33,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int, ws: bool, bias: b
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
     if groups < 1 or channels % groups:
-        raise ValueError(
-            f"groups={groups} does not divide {channels} channels; write a divisor, as in groups=16"
-        )
+        raise ValueError(f"groups={groups} does not divide {channels} channels; write a divisor, as in groups=16")
     return nn.GroupNorm(groups, channels)
 
 
@@ -59,9 +57,7 @@ class WideBlock(nn.Module):
         )
         self.skip: nn.Module = nn.Identity()
         if inputs != outputs or stride != 1:
-            self.skip = nn.Sequential(
-                _activate(shortcut, _norm(inputs, groups)), _conv(inputs, outputs, 1, stride, ws)
-            )
+            self.skip = nn.Sequential(_activate(shortcut, _norm(inputs, groups)), _conv(inputs, outputs, 1, stride, ws))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, inputs, H, W]`` to ``[B, outputs, H / stride, W / stride]``."""
@@ -95,9 +91,7 @@ def wrn_16_4(
     head = nn.Linear(before, classes)
     lecun_(head.weight)
     nn.init.zeros_(head.bias)
-    return nn.Sequential(
-        *layers, _activate(order, _norm(before, groups)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head
-    )
+    return nn.Sequential(*layers, _activate(order, _norm(before, groups)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
 class BasicBlock(nn.Module):
@@ -167,9 +161,7 @@ class ProjectedBlock(nn.Module):
         )
         self.skip: nn.Module = nn.Identity()
         if inputs != outputs or stride != 1:
-            self.skip = nn.Sequential(
-                _conv(inputs, outputs, 1, stride, ws=False, bias=False), _norm(outputs, groups)
-            )
+            self.skip = nn.Sequential(_conv(inputs, outputs, 1, stride, ws=False, bias=False), _norm(outputs, groups))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, inputs, H, W]`` to ``[B, outputs, H / stride, W / stride]``."""

@@ -99,9 +99,7 @@ class Mean(nn.Module):
 class Recurrent(nn.Module):
     """A recurrent layer over the rows of an image, or the steps of a sequence, and a linear head on the last."""
 
-    def __init__(
-        self, cell: type[nn.LSTM] | type[nn.GRU], inputs: int, hidden: int, layers: int, classes: int
-    ) -> None:
+    def __init__(self, cell: type[nn.LSTM] | type[nn.GRU], inputs: int, hidden: int, layers: int, classes: int) -> None:
         super().__init__()
         self.rnn = cell(inputs, hidden, layers, batch_first=True)
         self.head = nn.Linear(hidden, classes)

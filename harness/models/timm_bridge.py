@@ -55,13 +55,9 @@ def timm_model(
         if value is not None
     }
     try:
-        net = timm.create_model(
-            name, pretrained=pretrained, num_classes=classes, in_chans=channels, **options
-        )
+        net = timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels, **options)
     except TypeError as error:
-        raise ValueError(
-            f'timm\'s "{name}" does not take one of the options {", ".join(options)}: {error}'
-        ) from error
+        raise ValueError(f'timm\'s "{name}" does not take one of the options {", ".join(options)}: {error}') from error
     if groupnorm:
         net = to_groupnorm(net, groups)
     # Engines keep a layer's output for the backward pass; an activation must not overwrite it.
@@ -76,9 +72,7 @@ def _more(name: str, text: str | None) -> dict[str, Any]:
     for part in text.split(",") if text else ():
         key, colon, value = part.partition(":")
         if not key.isidentifier() or not colon:
-            raise ValueError(
-                f'timm:{name}?more={text}: write key:value, joined by commas, as in "more=depth:4"'
-            )
+            raise ValueError(f'timm:{name}?more={text}: write key:value, joined by commas, as in "more=depth:4"')
         try:
             found[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

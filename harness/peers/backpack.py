@@ -27,9 +27,7 @@ class BackPack(Rows):
     PACKAGE: ClassVar[str] = "backpack-for-pytorch"
     IMPORTS: ClassVar[str] = "backpack"
     INSTALL: ClassVar[str] = "epsbench[backpack]"
-    SOURCE: ClassVar[str] = (
-        "Dangel, Kunstner and Hennig, BackPACK: Packing more into backprop, arXiv:1912.10985"
-    )
+    SOURCE: ClassVar[str] = "Dangel, Kunstner and Hennig, BackPACK: Packing more into backprop, arXiv:1912.10985"
 
     def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if tied(model):
@@ -39,9 +37,7 @@ class BackPack(Rows):
     def objection(self, layer: nn.Module) -> str | None:
         if type(layer) not in KNOWN:
             return "is no layer that BatchGrad knows: it would go without per-example gradients, silently"
-        if getattr(layer, "padding_mode", "zeros") != "zeros" or isinstance(
-            getattr(layer, "padding", 0), str
-        ):
+        if getattr(layer, "padding_mode", "zeros") != "zeros" or isinstance(getattr(layer, "padding", 0), str):
             return "has a padding that BatchGrad takes for another: it gives another gradient, silently"
         if isinstance(layer, nn.RNNBase) and (layer.num_layers > 1 or layer.bidirectional or not layer.bias):
             return "is more than the one layer with biases, in one direction, that BatchGrad serves"

@@ -169,15 +169,11 @@ class Privacy(Jax):
 
     PACKAGE: ClassVar[str] = "jax-privacy"
     IMPORTS: ClassVar[str] = "jax_privacy"
-    SOURCE: ClassVar[str] = (
-        "Balle et al., JAX-Privacy: Algorithms for privacy-preserving machine learning in JAX, 2022"
-    )
+    SOURCE: ClassVar[str] = "Balle et al., JAX-Privacy: Algorithms for privacy-preserving machine learning in JAX, 2022"
 
     def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if type(clip) not in (Flat, Unclipped):
-            return (
-                f"{type(clip).__name__} is no rule of JAX Privacy, which clips a whole gradient to one norm"
-            )
+            return f"{type(clip).__name__} is no rule of JAX Privacy, which clips a whole gradient to one norm"
         return super().refuses(loss, clip, model)
 
     def build(self, value: Callable[..., Any], model: nn.Module, clip: Clip) -> Callable[..., Any]:

@@ -94,9 +94,7 @@ class Hooks(Opacus, Rows):
     def wrap(self, module: nn.Module) -> nn.Module:
         from opacus.grad_sample import GradSampleModule
 
-        return GradSampleModule(
-            with_its_own_layers(module), loss_reduction="sum", force_functorch=self.FUNCTORCH
-        )
+        return GradSampleModule(with_its_own_layers(module), loss_reduction="sum", force_functorch=self.FUNCTORCH)
 
     def rows(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         with double(type(self), self.wrap, model, w) as (module, parameters):
@@ -179,10 +177,7 @@ class Ghost(Opacus):
             (weights[:, 0].to(losses.dtype) * losses).sum().backward()
             module.enable_hooks()
             flat = torch.cat(
-                [
-                    torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1)
-                    for p in parameters.values()
-                ]
+                [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters.values()]
             )
         if not good.all():  # weight 0 would not do: 0 * inf is not a number
             flat = torch.zeros_like(w.flat)

@@ -38,10 +38,7 @@ class PeerNoise(Gaussian):
 
     def add(self, release: Release, rng: Stream) -> Tree:
         whole, scale = release.sigma * release.sensitivity, release.scale or {}
-        noised = [
-            self.noised(t, whole * scale.get(name, 1.0), rng.seed64())
-            for name, t in release.formatted.items()
-        ]
+        noised = [self.noised(t, whole * scale.get(name, 1.0), rng.seed64()) for name, t in release.formatted.items()]
         return release.value.with_flat(torch.cat([t.reshape(-1) for t in noised]))
 
     def noised(self, value: Tensor, deviation: float, seed: int) -> Tensor:

@@ -23,9 +23,7 @@ from harness.dp.release import Bounded, Relation
 from harness.dp.tree import Tree
 
 TRIED = 3  # examples of a model's first batch whose norms are compared with the loop's
-SLACK = {
-    torch.float64: 1e-6
-}  # by how much a norm may differ in a trial; at kinks, float32 norms differ by 0.5 %
+SLACK = {torch.float64: 1e-6}  # by how much a norm may differ in a trial; at kinks, float32 norms differ by 0.5 %
 _trusted: WeakKeyDictionary[nn.Module, set[type[Peer]]] = WeakKeyDictionary()
 
 
@@ -110,12 +108,8 @@ class Peer(PerExample):
         one, two = (Loop().clipped_sum(loss, Flat(), groups, model, w, few, None).norms for _ in range(2))
         assert one is not None and two is not None
         slack = SLACK.get(w.flat.dtype, 0.02)
-        off = (norms.double() - one).abs() / one.clamp(
-            min=1e-6 * float(one.nan_to_num(0, 0, 0).max()) + 1e-30
-        )
-        off = torch.where(
-            one.isfinite() & norms.isfinite(), off, (one.isfinite() != norms.isfinite()).double()
-        )
+        off = (norms.double() - one).abs() / one.clamp(min=1e-6 * float(one.nan_to_num(0, 0, 0).max()) + 1e-30)
+        off = torch.where(one.isfinite() & norms.isfinite(), off, (one.isfinite() != norms.isfinite()).double())
         if torch.allclose(one, two, slack, equal_nan=True) and off.max() > slack:
             raise RuntimeError(
                 f"{self} is wrong on {type(model).__name__}: a per-example gradient norm is off by "

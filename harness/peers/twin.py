@@ -186,8 +186,7 @@ def recurrent(m: nn.RNNBase, read: Read, x: Array) -> Array:
         for reverse in (False, True)[: 1 + m.bidirectional]:
             end = f"_l{layer}" + "_reverse" * reverse
             w_in, w_hidden, b_in, b_hidden = (
-                read(getattr(m, name + end, None))
-                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                read(getattr(m, name + end, None)) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             )
             gates = affine(x, w_in, b_in).swapaxes(0, 1)
             zero = (jnp.zeros((x.shape[0], m.hidden_size), x.dtype),) * states

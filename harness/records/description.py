@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness import public, store
+from harness.records import public, store
 from harness.records.trace import Point, finite, read_points
 
 _LONGEST = 5000  # characters of a parameter or tag; MLflow's limit is 6000

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import draw, origin, public
-from harness.cell import Cell
+from harness.records import draw, origin, public
+from harness.records.cell import Cell
 from harness.records.files import Broken, StoreError, Unwritable, content, discard, temporary, write_durably, write_once
 from harness.records.lock import lock, unlock
-from harness.store import RECORD, Record, cell_of, mismatch, parse_at, record_files, stranger
+from harness.records.store import RECORD, Record, cell_of, mismatch, parse_at, record_files, stranger
 
 __all__ = ["MergeResult", "merge"]
 

@@ -1,8 +1,8 @@
 """What a record holds: the one definition, of which all else follows.
 
 That is: what is read and what is quarantined, and the JSON Schema in docs/ (`harness.records.schema`), what writers
-begin with (`blank`), what of a run may be published (`harness.public`), the columns of the pandas table
-(`harness.frame`), and what ``epsbench show`` prints.
+begin with (`blank`), what of a run may be published (`harness.records.public`), the columns of the pandas table
+(`harness.records.frame`), and what ``epsbench show`` prints.
 
 A record is a plain dict in the program. A key may be added without a new version: older records lack it (`UNSET`), and
 what a later program adds is passed over. An infinite epsilon is null. docs/record-schema.md explains each key.
@@ -37,7 +37,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Private:
-    """The field is not for publication, though what it stands in is. `harness.public` leaves it out."""
+    """The field is not for publication, though what it stands in is. `harness.records.public` leaves it out."""
 
 
 @dataclass(frozen=True)

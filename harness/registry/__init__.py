@@ -18,7 +18,7 @@ Some parameters are not options but are handed over by the harness (:data:`SUPPL
 after a colon, as in ``npz:PATH`` and ``timm:NAME`` (:data:`ARGUMENT`).
 """
 
-from harness.options import (
+from harness.registry.options import (
     OptionError,
     OptionProblem,
     Parameter,

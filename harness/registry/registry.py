@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from harness.options import OptionError, OptionProblem, RegistryError, did_you_mean, parse_spec, split_name
+from harness.registry.options import OptionError, OptionProblem, RegistryError, did_you_mean, parse_spec, split_name
 from harness.registry.source import KINDS, NAME, Broken, Entry, locate, read
 
 GROUP = "epsbench.methods"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.options import Parameter, check_type
+from harness.registry.options import Parameter, check_type
 
 KINDS = ("method", "dataset", "model")
 # Parameters that the harness fills in; they are never options of a suite or of a spec.

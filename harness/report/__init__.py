@@ -16,11 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from harness import public
-
-from . import export, text
-from .read import RecordLike, canonical, record_path
-from .tables import Board, board
+from harness.records import public
+from harness.report import export, text
+from harness.report.model.runs import RecordLike, canonical, record_path
+from harness.report.model.tables import Board, board
 
 __all__ = ["Board", "Report", "board", "build", "overview", "top_rows"]
 
@@ -82,18 +81,18 @@ def build(
 ) -> Report:
     """Write the report of one suite into ``out/<suite_name>/`` and return where it is.
 
-    `records` are record dicts, best those of `harness.store.current`, with the computed keys ``path`` (a path
+    `records` are record dicts, best those of `harness.records.store.current`, with the computed keys ``path`` (a path
     that ends in ``<suite>/<id>/record.json``; links lead to that file under `results`, by default the folder
     ``results`` beside `out`) and ``stale``. `published` rows have the keys method, task, epsilon (null:
     infinite), metric, value, source, note, accountant (of the published epsilon, if known). `tuning` says how
     hyper-parameters were chosen. `reduced` says why these are runs of the suite's reduced profile, None where they are
     not; nothing that is published is compared with those. `quarantine` are the files that hold no valid record, each
-    with the reason; they are named and nothing else. `audits` are what `harness.audits` holds, shown beside the rows of
-    the same method and epsilon; `checks` are those of `harness.checks.latest`. `sources` is what `sources.describe`
-    says of the methods, for their cards. `file` is the suite's file, for the command that repeats a run. `left_out`
-    says which records of the suite are not among `records`, and why.
+    with the reason; they are named and nothing else. `audits` are what `harness.records.audits` holds, shown beside the
+    rows of the same method and epsilon; `checks` are those of `harness.records.checks.latest`. `sources` is what
+    `sources.describe` says of the methods, for their cards. `file` is the suite's file, for the command that repeats a
+    run. `left_out` says which records of the suite are not among `records`, and why.
 
-    Of a record and its trace only what may be published is shown (`harness.public`), unless `private`.
+    Of a record and its trace only what may be published is shown (`harness.records.public`), unless `private`.
 
     Each record's trace is read from ``trace.jsonl`` beside it, unless the record has a key ``trace`` (its points).
     Every row has a page in ``runs/``, every method one in ``methods/``; pages there that are no longer of a row or a
@@ -138,7 +137,10 @@ def build(
     )
     top = text.top_rows(model)
     tables = export.files(model)
-    from . import checked, figures, html, pages, rows
+    from harness.report import figures
+    from harness.report.model import checked
+    from harness.report.page import html, pages
+    from harness.report.page import payload as rows
 
     places, known = html.Places(model, results, folder), rows.audits(found)
     conformant = checked.checks(checks)
@@ -157,9 +159,7 @@ def build(
     }
     export.write(folder, tables)
     _replace(folder, below)
-    for (
-        name
-    ) in FILES:  # the page is last: it holds the digest, so a report cut short is never taken for a whole one
+    for name in FILES:  # the page is last: it holds the digest, so a report cut short is never taken for a whole one
         _write(folder / name, files[name])
     return Report(folder, True, top)
 
@@ -169,7 +169,7 @@ def overview(reports: Path, results: Path | None = None) -> Path | None:
 
     A suite that has no report which can be read, but an older one or records in `results`, is listed with the reason.
     """
-    from . import pages
+    from harness.report.page import pages
 
     content = pages.overview(Path(reports), results)
     if content is None:
@@ -188,8 +188,8 @@ def top_rows(records: Iterable[RecordLike], n: int = 5) -> str:
 def _digest(inputs: Any) -> str:
     """Digest of all that a report depends on: the inputs, the files that read them, the libraries that draw."""
     digest = hashlib.sha256(canonical(inputs).encode("ascii"))
-    mine = [p for p in _HERE.iterdir() if p.suffix in (".py", ".html", ".css", ".js")]
-    for path in (*sorted(mine), _HERE.parent / "public.py", _HERE.parent / "stages.py"):
+    mine = [p for p in _HERE.rglob("*") if p.suffix in (".py", ".html", ".css", ".js")]
+    for path in (*sorted(mine), *(_HERE.parent / "records" / name for name in ("public.py", "stages.py"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     digest.update(" ".join(version(name) for name in ("matplotlib", "jinja2", "scipy")).encode())
     return digest.hexdigest()[:32]

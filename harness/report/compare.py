@@ -18,12 +18,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import text
-from .model.pairs import METRICS, CompareError, Metric, Pairing, named, order_of, partner, series, where
-from .model.rows import examples
-from .model.words import bounds, by_status, epsilon, percent, tally
-from .read import RecordLike, Setting, natural
-from .statistics import LEVEL, Interval, mean_interval, rounding
+from harness.report import text
+from harness.report.model.pairs import METRICS, CompareError, Metric, Pairing, named, order_of, partner, series, where
+from harness.report.model.rows import examples
+from harness.report.model.runs import RecordLike, Setting, natural
+from harness.report.model.statistics import LEVEL, Interval, mean_interval, rounding
+from harness.report.model.words import bounds, by_status, epsilon, percent, tally
 
 __all__ = ["BY", "Comparison", "Line", "folders", "methods"]
 

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import text
-from .model.rows import BASELINE
-from .model.words import count, epsilon, gap, interval
-from .tables import Board, Entry, Table, heading, place, statement, timing
+from harness.report import text
+from harness.report.model.rows import BASELINE
+from harness.report.model.tables import Board, Entry, Table, heading, place, statement, timing
+from harness.report.model.words import count, epsilon, gap, interval
 
 __all__ = ["UNITS", "files", "tex", "write"]
 
@@ -134,17 +134,12 @@ def _csv(rows: Sequence[_Row]) -> str:
 
 def _json(facts: Mapping[str, Any], rows: Sequence[_Row]) -> str:
     columns = [
-        {"name": name, "type": "number", "unit": UNITS[name]}
-        if name in UNITS
-        else {"name": name, "type": "text"}
+        {"name": name, "type": "number", "unit": UNITS[name]} if name in UNITS else {"name": name, "type": "text"}
         for name, _ in (rows[0] if rows else [])
     ]
     known = [{name: _plain(value) for name, value in row if _known(value)} for row in rows]
     return (
-        json.dumps(
-            {**facts, "columns": columns, "rows": known}, indent=1, ensure_ascii=False, allow_nan=False
-        )
-        + "\n"
+        json.dumps({**facts, "columns": columns, "rows": known}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     )
 
 
@@ -176,9 +171,7 @@ def tex(words: str) -> str:
         _TEX.get(c) or (c if " " <= c <= "~" or c in _LETTERS else f"{{[}}U+{ord(c):04X}{{]}}")
         for c in " ".join(words.split())
     )
-    return re.sub(r"(?<=-)-", "{}-", "".join(one if one != "--" else "\0" for one in shown)).replace(
-        "\0", "--"
-    )
+    return re.sub(r"(?<=-)-", "{}-", "".join(one if one != "--" else "\0" for one in shown)).replace("\0", "--")
 
 
 def _tex_table(table: Table, name: str) -> str:

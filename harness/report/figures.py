@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .model.rows import BASELINE, REFERENCE, Row
-from .model.words import BUSY, device_text, epsilon
-from .read import natural
-from .statistics import Interval, mean_interval, rounding
-from .tables import Board, heading, quietest
+from harness.report.model.rows import BASELINE, REFERENCE, Row
+from harness.report.model.runs import natural
+from harness.report.model.statistics import Interval, mean_interval, rounding
+from harness.report.model.tables import Board, heading, quietest
+from harness.report.model.words import BUSY, device_text, epsilon
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -189,8 +189,7 @@ def _front(costs: Sequence[tuple[float, float, float]]) -> set[int]:
     front: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: costs[i]):  # whatever dominates comes earlier
         if not any(
-            all(a <= b for a, b in zip(costs[j], costs[i], strict=True)) and costs[j] != costs[i]
-            for j in front
+            all(a <= b for a, b in zip(costs[j], costs[i], strict=True)) and costs[j] != costs[i] for j in front
         ):
             front.append(i)
     return set(front)
@@ -249,9 +248,7 @@ def draw(board: Board) -> dict[str, str]:
     )
     pareto, curves, clipped = pareto_data(board)[:PANELS], curves_data(board), curves_data(board, "clipped")
     names = {n for p in panels for n in (*p.series, *p.references)}
-    names |= {n for b in (*speed, *memory) for n in b.values} | {
-        n for c in (*curves, *clipped) for n in c.series
-    }
+    names |= {n for b in (*speed, *memory) for n in b.values} | {n for c in (*curves, *clipped) for n in c.series}
     names |= {c.title for _, choices in pareto for c in choices}
     looks = _looks(sorted(names, key=_first))
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -264,9 +261,7 @@ def draw(board: Board) -> dict[str, str]:
             "memory.svg": _svg(_relative(Figure, memory, looks, "peak memory", "{:,.0f} MiB")),
             "pareto.svg": _svg(_pareto(Figure, pareto, looks)),
             "training-curves.svg": _svg(_curves(Figure, curves, looks, "accuracy, %")),
-            "clipped-fraction.svg": _svg(
-                _curves(Figure, clipped, looks, "clipped, % (not private to publish)")
-            ),
+            "clipped-fraction.svg": _svg(_curves(Figure, clipped, looks, "clipped, % (not private to publish)")),
         }
 
 
@@ -327,9 +322,7 @@ def _accuracy(figure: type[Figure], panels: Sequence[Panel], looks: Mapping[str,
             banded = [(e, i) for e, i in points if i.low is not None and i.high is not None]
             low, high = [100 * (i.low or 0) for _, i in banded], [100 * (i.high or 0) for _, i in banded]
             if len(banded) > 1:
-                axis.fill_between(
-                    [e for e, _ in banded], low, high, color=look["color"], alpha=0.13, linewidth=0
-                )
+                axis.fill_between([e for e, _ in banded], low, high, color=look["color"], alpha=0.13, linewidth=0)
             elif banded:
                 axis.vlines(x, low, high, color=look["color"], linewidth=1.2)
         for name, value in panel.references.items():
@@ -356,9 +349,7 @@ def _accuracy(figure: type[Figure], panels: Sequence[Panel], looks: Mapping[str,
     return fig
 
 
-def _pareto(
-    figure: type[Figure], panels: Sequence[tuple[str, Sequence[Choice]]], looks: Mapping[str, Any]
-) -> Figure:
+def _pareto(figure: type[Figure], panels: Sequence[tuple[str, Sequence[Choice]]], looks: Mapping[str, Any]) -> Figure:
     fig, axes = _grid(figure, len(panels), 3.7, 3.1)
     handles: dict[str, Any] = {}
     for axis, (title, choices) in zip(axes, panels, strict=True):
@@ -410,9 +401,7 @@ def _relative(
     for axis, panel in zip(axes, panels, strict=True):
         names = list(panel.values)
         values = [panel.values[n] for n in names]
-        bars = axis.barh(
-            range(len(names)), values, height=0.62, color=[looks[n]["color"] for n in names], alpha=0.85
-        )
+        bars = axis.barh(range(len(names)), values, height=0.62, color=[looks[n]["color"] for n in names], alpha=0.85)
         axis.bar_label(
             bars,
             [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from .read import Run
+from harness.report.model.runs import Run
 
 __all__ = ["commands"]
 

@@ -43,9 +43,7 @@ def _method(name: str) -> dict[str, Any] | None:
         tree = ast.parse(entry.file.read_text("utf-8"))
     except (registry.RegistryError, OSError, ValueError, SyntaxError):
         return None
-    function = next(
-        (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == entry.function), None
-    )
+    function = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == entry.function), None)
     return {
         "installed": bool(entry.module),
         "summary": _doc(function) if function else entry.summary,

@@ -8,12 +8,12 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from .model.published import Verdict
-from .model.rows import BASELINE, cross_checked, statuses
-from .model.words import count, epsilon, gap, interval, percent, ratio
-from .read import Run, listing
-from .statistics import RULE, Interval
-from .tables import Board, Entry, Table, heading, place, statement, timing
+from harness.report.model.published import Verdict
+from harness.report.model.rows import BASELINE, cross_checked, statuses
+from harness.report.model.runs import Run, listing
+from harness.report.model.statistics import RULE, Interval
+from harness.report.model.tables import Board, Entry, Table, heading, place, statement, timing
+from harness.report.model.words import count, epsilon, gap, interval, percent, ratio
 
 # ------------------------------------------------------------ --- Markdown
 
@@ -32,9 +32,7 @@ VERDICTS = (
     "so read its width. Differences are measured minus published. Not comparable: we have no such measurement, or one "
     "that is no test of the published value, and the row says why."
 )
-LEGEND = (
-    "± is half of a 95 % t-interval over seeds; differences are paired by seed, their interval in brackets."
-)
+LEGEND = "± is half of a 95 % t-interval over seeds; differences are paired by seed, their interval in brackets."
 
 
 def markdown(board: Board) -> str:
@@ -80,9 +78,7 @@ def markdown_table(table: Table) -> list[str]:
         for e in (*table.entries, *table.references)
         for status, reason, n in e.row.failures
     ]
-    notes = [
-        f"- {escape(e.row.title)} is unranked: {escape(e.place.why)}." for e in table.entries if e.place.why
-    ]
+    notes = [f"- {escape(e.row.title)} is unranked: {escape(e.place.why)}." for e in table.entries if e.place.why]
     return [*out, *failures, *notes, *(f"- {escape(note)}" for note in table.notes), ""]
 
 

@@ -23,11 +23,13 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from harness import draw, measure, registry, store
-from harness.cell import Cell
-from harness.private import opened
+from harness import registry
+from harness.provenance import measure
+from harness.records import draw, store
+from harness.records.cell import Cell
 from harness.records.files import Unwritable, dumps, replace_file, sweep
 from harness.records.lock import lock, unlock
+from harness.records.private import opened
 from harness.records.record import FINAL
 from harness.records.schema import blank, fault
 from harness.running.jobs import device_of, is_cuda, threads_of

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import draw, measure, store
-from harness.cell import Cell
+from harness.provenance import measure
+from harness.records import draw, store
+from harness.records.cell import Cell
 from harness.records.files import Broken, StoreError, Unwritable
 from harness.records.lock import lock, unlock
 from harness.records.record import FAILED

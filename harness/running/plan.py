@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import codehash, registry
-from harness.cell import Cell
+from harness import registry
 from harness.dp import cache
 from harness.dp.account import Ledger, epsilons, ranking
 from harness.dp.calibrate import calibrate_stages
 from harness.dp.engines import per_example
 from harness.dp.method import Method, Stage, parts, plan
-from harness.parts import combine, modules
+from harness.provenance import code as codehash
+from harness.records.cell import Cell
+from harness.registry.parts import combine, modules
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ def code_of(cell: Cell) -> dict[str, Any]:
     """{"hash", "files"} of the source that decides the cell's numbers, as it is today."""
     every = [part for method in methods_of(cell) for part in parts(method).values()]
     named = {("method", cell.method), ("model", registry.parse_spec(cell.task["model"])[0])}
-    rooms = {module for part in every for module in modules(part)} | {"harness.train", "harness.seeds"}
+    rooms = {module for part in every for module in modules(part)} | {"harness.running.train", "harness.running.seeds"}
     if cell.then:
         named.add(("method", cell.then["name"]))
         rooms.add("harness.models.headed")
     starts = sorted(rooms) + sorted({Path(registry.resolve(kind, name).file) for kind, name in named})
     # Neither a clock nor the registry nor the mode of a file decides a number.
-    files = codehash.closure(starts, skip={"harness.measure", "harness.registry", "harness.private"})
+    files = codehash.closure(starts, skip={"harness.provenance.measure", "harness.registry", "harness.records.private"})
     return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from harness import public, screen, store
+from harness.records import public, screen, store
 
 if TYPE_CHECKING:
     from harness.running.jobs import Job

@@ -11,9 +11,8 @@ tasks).
 
 Rooms, in the order in which a file goes through them::
 
-    problems    what is wrong, where
+    toml/       lines and problems; reading, also for the files of claims and of throughput
     tables      keys and their types
-    reader      TOML with lines; also for the files of claims and of throughput
     files       Python files of the user's
     tasks       [[task]]
     stages      what a [[method]] is given: parts, a schedule, a second stage
@@ -33,12 +32,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from harness import registry
-from harness.cell import Cell, canonical_json
-from harness.lines import Lines
+from harness.records.cell import Cell, canonical_json
 from harness.registry import Registry
 from harness.suite.files import Files
-from harness.suite.problems import Problem, SuiteError
-from harness.suite.reader import Reader, document, source
 from harness.suite.reading import SuiteReader
 from harness.suite.tables import (
     Budget,
@@ -53,6 +49,9 @@ from harness.suite.tables import (
     Text,
     Tuning,
 )
+from harness.suite.toml.lines import Lines
+from harness.suite.toml.problems import Problem, SuiteError
+from harness.suite.toml.reader import Reader, document, source
 from harness.suite.values import Suite, Variant
 
 __all__ = [
@@ -101,9 +100,7 @@ def load(
     return _read(source(path, own.problems), str(path), own, reduced, thorough)
 
 
-def parse(
-    text: str, file: str = "suite.toml", *, names: Registry | None = None, reduced: bool = False
-) -> Suite:
+def parse(text: str, file: str = "suite.toml", *, names: Registry | None = None, reduced: bool = False) -> Suite:
     """Check the text of a suite; ``file`` is the name that errors give. Raises :class:`SuiteError`."""
     return _read(text, file, Files.admit((), names or registry.installed()), reduced, False)
 

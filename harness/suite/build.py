@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness import parts
-from harness.cell import canonical_json
-from harness.lines import Path as KeyPath
-from harness.registry import LoadError, Registry, RegistryError, show
-from harness.suite.problems import Report
+from harness.records.cell import canonical_json
+from harness.registry import LoadError, Registry, RegistryError, parts, show
+from harness.suite.toml.lines import Path as KeyPath
+from harness.suite.toml.problems import Report
 from harness.suite.values import Second, Variant
 
 if TYPE_CHECKING:
@@ -55,9 +54,7 @@ class Builder:
     def of(self, variant: Variant) -> Built | None:
         """The method of a variant; None where it cannot be built, or only with a problem."""
         place = ("method", variant.index)
-        first = (
-            self._method(variant.name, variant.parameters, place, variant.places) if variant.ready else None
-        )
+        first = self._method(variant.name, variant.parameters, place, variant.places) if variant.ready else None
         second, then = None, variant.then
         if then is not None and then.name:
             second = self._method(then.name, then.parameters, (*place, "then", "method"))

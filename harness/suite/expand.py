@@ -7,19 +7,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness import registry
-from harness.cell import Cell, canonical_json
+from harness.records.cell import Cell, canonical_json
 from harness.registry import Entry
 from harness.suite.build import Builder, Built
 from harness.suite.files import unimportable
 from harness.suite.lengths import Facts, Lengths, Size
-from harness.suite.problems import Problem, Report, SuiteError
 from harness.suite.tables import Device, Privacy
+from harness.suite.toml.problems import Problem, Report, SuiteError
 from harness.suite.trial import refuse_models
 from harness.suite.values import Suite, Variant
 
 if TYPE_CHECKING:
     from harness.dp import Method
-    from harness.lines import Path as KeyPath
+    from harness.suite.toml.lines import Path as KeyPath
 
 __all__ = ["expand", "problems", "try_models"]
 
@@ -52,9 +52,7 @@ def _expanded(suite: Suite) -> tuple[list[Cell], list[Problem]]:
     refused = unimportable(suite.files, suite.names)
     builder, lengths = Builder(suite.names, report, refused), Lengths(report, suite.thorough)
     facts = {
-        task.index: lengths.facts(task.dataset, (*task.path, "dataset"), task.evaluate)
-        if task.dataset
-        else None
+        task.index: lengths.facts(task.dataset, (*task.path, "dataset"), task.evaluate) if task.dataset else None
         for task in suite.tasks
     }
     shared = {task.index: lengths.of_task(task, facts[task.index]) for task in suite.tasks}
@@ -118,9 +116,7 @@ def _refuse_unreachable(privacy: Privacy, runs: Sequence[_Run], report: Report) 
                 report.bad(place, text)
 
 
-def _unreachable(
-    method: Method, n: int, batch: int, steps: int, epsilon: float, privacy: Privacy
-) -> str | None:
+def _unreachable(method: Method, n: int, batch: int, steps: int, epsilon: float, privacy: Privacy) -> str | None:
     """Why no noise multiplier meets a target, or None. What is calibrated is kept for the run."""
     from harness.dp import cache
     from harness.dp.calibrate import calibrate

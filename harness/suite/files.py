@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.registry import KINDS, Broken, Entry, LoadError, Registry, RegistryError
-from harness.suite.problems import Problem
+from harness.suite.toml.problems import Problem
 
 __all__ = ["Files", "unimportable"]
 
@@ -68,8 +68,7 @@ class Files:
         """Whether what is wrong with a file explains that a name is not known."""
         written = re.compile(rf"""["']{re.escape(name)}["']""")
         return any(
-            error.suggestion is None if text is None else written.search(text) is not None
-            for text in self.texts
+            error.suggestion is None if text is None else written.search(text) is not None for text in self.texts
         )
 
 

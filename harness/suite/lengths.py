@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.lines import Path as KeyPath
 from harness.registry import DuplicateName
-from harness.suite.problems import Report
+from harness.suite.toml.lines import Path as KeyPath
+from harness.suite.toml.problems import Report
 from harness.suite.values import Scheduled, Variant
 
 __all__ = ["Lengths"]

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from harness import registry
-from harness.lines import Path as KeyPath
 from harness.registry import Entry, RegistryError, did_you_mean, show
-from harness.suite.reader import Reader
 from harness.suite.stages import Given, changes_of, then_of, train_of
 from harness.suite.tables import MOST_CELLS, MethodTable
 from harness.suite.tasks import Tasks
+from harness.suite.toml.lines import Path as KeyPath
+from harness.suite.toml.reader import Reader
 from harness.suite.values import Scheduled, Second, Variant
 
 __all__ = ["labels", "targets", "variants"]
@@ -39,9 +39,7 @@ class Choices(NamedTuple):
 
 def variants(reader: Reader, tables: Mapping[int, MethodTable], tasks: Tasks) -> list[Variant]:
     """The variants of all methods, in order of tasks; among them those that something is wrong with."""
-    found = [
-        one for index, table in tables.items() for one in _Method(reader, index, table, tasks).variants()
-    ]
+    found = [one for index, table in tables.items() for one in _Method(reader, index, table, tasks).variants()]
     return sorted(found, key=lambda v: (v.task.index, v.index))
 
 
@@ -261,9 +259,7 @@ def _product(
         )
 
 
-def _each(
-    index: int, table: MethodTable, choices: Choices, changes: Mapping[str, list[Given]]
-) -> Iterator[Variant]:
+def _each(index: int, table: MethodTable, choices: Choices, changes: Mapping[str, list[Given]]) -> Iterator[Variant]:
     """Variants of a method that cannot be called, in which each of its parts occurs."""
     for number in range(max([1, *map(len, changes.values())])):
         chosen = {slot: ones[min(number, len(ones) - 1)] for slot, ones in changes.items()}

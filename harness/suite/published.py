@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from harness.registry import did_you_mean
-from harness.suite.reader import Reader
 from harness.suite.tables import MethodTable, Published
 from harness.suite.tasks import Tasks
+from harness.suite.toml.reader import Reader
 from harness.suite.values import Variant
 
 __all__ = ["check"]

@@ -6,13 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from harness.lines import Lines
-from harness.lines import Path as KeyPath
 from harness.registry import RegistryError
 from harness.suite import expand, methods, published
 from harness.suite.files import Files
-from harness.suite.problems import SuiteError
-from harness.suite.reader import Reader
 from harness.suite.tables import (
     ARRAYS,
     MOST_CELLS,
@@ -29,6 +25,10 @@ from harness.suite.tables import (
     Tuning,
 )
 from harness.suite.tasks import Tasks
+from harness.suite.toml.lines import Lines
+from harness.suite.toml.lines import Path as KeyPath
+from harness.suite.toml.problems import SuiteError
+from harness.suite.toml.reader import Reader
 from harness.suite.values import Scheduled, Suite, Variant
 
 __all__ = ["SuiteReader"]

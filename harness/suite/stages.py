@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from harness import parts
-from harness.lines import Path as KeyPath
-from harness.registry import RegistryError, show
-from harness.suite.reader import Reader
+from harness.registry import RegistryError, parts, show
 from harness.suite.tables import Then, Train
+from harness.suite.toml.lines import Path as KeyPath
+from harness.suite.toml.reader import Reader
 from harness.suite.values import Second
 
 __all__ = ["Given", "changes_of", "then_of", "train_of"]

@@ -76,9 +76,7 @@ def _name(value: str) -> str:
     if len(value) > LONGEST_NAME:
         raise ValueError(f"has {len(value)} letters; a folder is called so, write {LONGEST_NAME} at most")
     if value in FOLDERS:
-        raise ValueError(
-            f"is a folder of results/ for other things ({', '.join(FOLDERS)}); write another name"
-        )
+        raise ValueError(f"is a folder of results/ for other things ({', '.join(FOLDERS)}); write another name")
     if value.endswith("-reduced"):
         raise ValueError('would be taken for a reduced profile; write a name that does not end in "-reduced"')
     if re.fullmatch(r"con|prn|aux|nul|(com|lpt)[0-9]", value):
@@ -205,7 +203,8 @@ class Tuning(Table):
     """``[tuning]``: how hyper-parameters were chosen, as text for the report.
 
     Where on data that is ``private``, also by how many ``tries``: exactly so many, or the mean of a ``distribution``.
-    The run of a record comes on top where it is ``retrained`` with what was found. See :mod:`harness.dp.tuning`.
+    The run of a record comes on top where it is ``retrained`` with what was found. See
+    :mod:`harness.dp.account.tuning`.
     """
 
     data: Text

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.lines import Path as KeyPath
-from harness.suite.reader import Reader, heading
 from harness.suite.tables import Task, Train
+from harness.suite.toml.lines import Path as KeyPath
+from harness.suite.toml.reader import Reader, heading
 from harness.suite.values import Scheduled
 
 __all__ = ["Tasks"]
@@ -27,10 +27,7 @@ class Tasks(dict[int, Scheduled]):
             reader.bad((*length, "steps"), f"{heading(length)} has both epochs and steps; keep one.")
         tables = reader.array("task", Task, root, whole=False)
         found = cls(
-            {
-                index: _task(reader, index, (*root, "task", index), one, length, train)
-                for index, one in tables.items()
-            }
+            {index: _task(reader, index, (*root, "task", index), one, length, train) for index, one in tables.items()}
         )
         found.complete = bool(found) and all(task.name for task in found.values())
         names: dict[str, int] = {}
@@ -38,9 +35,7 @@ class Tasks(dict[int, Scheduled]):
             other = names.setdefault(task.name, index) if task.name else index
             if other != index:
                 line = reader.lines.line((*root, "task", other))
-                text = (
-                    f'two tasks are called "{task.name}" (the other on line {line}); give one another name.'
-                )
+                text = f'two tasks are called "{task.name}" (the other on line {line}); give one another name.'
                 reader.bad(task.path, text)
         return found
 
@@ -49,9 +44,7 @@ class Tasks(dict[int, Scheduled]):
         return [task.name for task in self.values() if task.name]
 
 
-def _task(
-    reader: Reader, index: int, path: KeyPath, table: Task, length: KeyPath, train: Train | None
-) -> Scheduled:
+def _task(reader: Reader, index: int, path: KeyPath, table: Task, length: KeyPath, train: Train | None) -> Scheduled:
     data = _looked_up(reader, path, "dataset", table.dataset)
     model = _looked_up(reader, path, "model", table.model)
     own = reader.sound((*path, "name"))
@@ -72,9 +65,7 @@ def _meant(reader: Reader, path: KeyPath, spec: str | None) -> str | None:
     return spec if reader.sound(path) else reader.meant.get(path)
 
 
-def _schedule(
-    reader: Reader, path: KeyPath, table: Task, place: KeyPath, train: Train | None
-) -> dict[str, Any]:
+def _schedule(reader: Reader, path: KeyPath, table: Task, place: KeyPath, train: Train | None) -> dict[str, Any]:
     """Batch, and epochs or steps; a task that gives either replaces both of ``[train]``, which is at ``place``.
 
     {} where something is wrong with them.

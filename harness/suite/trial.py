@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from harness.cell import canonical_json
-from harness.lines import Path as KeyPath
+from harness.records.cell import canonical_json
 from harness.registry import LoadError, RegistryError
-from harness.suite.problems import Report
+from harness.suite.toml.lines import Path as KeyPath
+from harness.suite.toml.problems import Report
 from harness.suite.values import Second, Variant
 
 __all__ = ["refuse_models"]

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.cell import Cell
-from harness.lines import Lines
-from harness.lines import Path as KeyPath
+from harness.records.cell import Cell
 from harness.registry import Registry
 from harness.suite.tables import Budget, Device, Privacy, Published, Then, Train, Tuning
+from harness.suite.toml.lines import Lines
+from harness.suite.toml.lines import Path as KeyPath
 
 __all__ = ["Scheduled", "Second", "Suite", "Variant"]
 

@@ -10,13 +10,26 @@ from typing import Any
 
 import torch
 
-from harness import checks, codehash, measure, registry
+from harness import registry
 from harness.dp.method import describe, parts
-from harness.parts import modules
+from harness.provenance import code as codehash
+from harness.provenance import measure
+from harness.records import checks
+from harness.registry.parts import modules
 from harness.verify import conformance
 from harness.verify.conformance import Check, Named
 
-SKIPPED = frozenset(f"harness.{name}" for name in ("audits", "measure", "registry", "run", "store"))
+SKIPPED = frozenset(
+    f"harness.{name}"
+    for name in (
+        "records.audits",
+        "provenance.measure",
+        "registry",
+        "registry.registry",
+        "running.run",
+        "records.store",
+    )
+)
 """Rooms that take no part in an outcome."""
 TABLES = ("times", "alarms")
 
@@ -182,7 +195,7 @@ def write_tables(folder: Path, docs: Path | None) -> str:
 
     Raises ValueError where the text lacks a marker; then nothing is written.
     """
-    from harness.verify.faults import inserted
+    from harness.verify.faults.gallery import inserted
 
     made = tables(folder)
     if docs is not None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import store
-from harness.cell import Cell
+from harness.records import store
+from harness.records.cell import Cell
 from harness.records.schema import blank
 
 TASK = {

@@ -43,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def audit(options: argparse.Namespace) -> int:
     """Audit what is asked for; the exit code: 1 where a claim is refuted."""
-    from harness.verify import audit as audits
+    from harness.verify.audits import command as audits
 
     return audits.run(options)
 

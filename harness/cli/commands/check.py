@@ -43,7 +43,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _check_tables(options: argparse.Namespace) -> int:
-    from harness import checks
+    from harness.records import checks
     from harness.verify import recorded
 
     say_broken(checks.load(options.results / checks.FOLDER).broken)
@@ -60,7 +60,7 @@ def _checked(options: argparse.Namespace) -> int:
             raise UserError(f"--repeat: {options.subject} is a suite; it is for methods.")
         file = find(options.subject)
         if file_kind(file) == "claims":
-            from harness.verify import claims
+            from harness.verify.claims import command as claims
 
             held = claims.load(file)
             print(f"{file}: {len(held.claims)} claims for epsbench claims; nothing is wrong.")
@@ -84,7 +84,7 @@ def _checked(options: argparse.Namespace) -> int:
         from harness import registry
 
         registry.resolve("method", options.subject)
-    from harness import checks
+    from harness.records import checks
     from harness.verify import conformance, recorded
 
     methods = conformance.named(options.subject)

@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def claims(options: argparse.Namespace) -> int:
     """Recompute what is asked for; the exit code."""
-    from harness.verify import claims as recomputed
+    from harness.verify.claims import command as recomputed
 
     return recomputed.run(options)
 

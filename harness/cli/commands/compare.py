@@ -14,7 +14,7 @@ from harness.cli.selecting import results_in
 from harness.cli.words import say_broken
 
 if TYPE_CHECKING:
-    from harness import store
+    from harness.records import store
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def compare(options: argparse.Namespace) -> int:
 
 def _compared(results: Path, suite: str | None) -> list[store.Record]:
     """The record of each cell that counts; says which files could not be used."""
-    from harness import store
+    from harness.records import store
 
     records = store.load(results, suite)
     say_broken(records.broken)

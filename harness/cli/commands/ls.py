@@ -52,7 +52,7 @@ def ls(options: argparse.Namespace) -> int:
 
 def _ls_parts() -> int:
     """The parts that a suite may give a method, slot by slot."""
-    from harness import parts
+    from harness.registry import parts
 
     for slot in parts.SLOTS:
         print(f'{slot}: with = {{ {slot} = "NAME?OPTION=VALUE" }} under [[method]]')

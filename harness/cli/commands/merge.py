@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def merge(options: argparse.Namespace) -> int:
     """Add records from elsewhere; the exit code, of failure where some conflict or are refused."""
-    from harness import pack as bundle
+    from harness.verify.exchange import bundle
 
     add_files(options.method)
     result = bundle.merge(options.sources, options.results)
@@ -41,8 +41,8 @@ def merge(options: argparse.Namespace) -> int:
 
 def _say_ineligible(added: Sequence[str], results: Path) -> None:
     """Which of the records that were added cannot be ranked, and why."""
-    from harness import pack as bundle
-    from harness import store
+    from harness.records import store
+    from harness.verify.exchange import bundle
 
     suites = sorted({where.partition("/")[0] for where in added})
     records = [record for suite in suites for record in store.load(results, suite)]

@@ -11,7 +11,7 @@ from harness.cli.arguments import private_option, results_option
 from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import find, results_in
-from harness.public import LEFT_OUT
+from harness.records.public import LEFT_OUT
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def pack(options: argparse.Namespace) -> int:
     """Write a bundle of records; the exit code, of failure where some were left out."""
-    from harness import pack as bundle
+    from harness.verify.exchange import bundle
 
     folder = Path(options.subject)
     if folder.is_dir():

@@ -17,7 +17,7 @@ from harness.cli.selecting import chosen, need_device
 from harness.cli.words import counts, epsilon, number, say_conflicts, table
 
 if TYPE_CHECKING:
-    from harness.cell import Cell
+    from harness.records.cell import Cell
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +86,8 @@ def _prepared(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
 
 def _time_left(todo: Sequence[Cell], results: Path, at_once: int) -> str:
     """The time for what is to be run, from the pace of finished runs of the same kind on this device."""
-    from harness import measure, public, store
+    from harness.provenance import measure
+    from harness.records import public, store
     from harness.running import progress
 
     if not todo:

@@ -13,11 +13,11 @@ from harness.cli.command import Command
 from harness.cli.errors import OK, UserError
 from harness.cli.selecting import again, load, need_suite, suite_file
 from harness.cli.words import say_broken
-from harness.public import LEFT_OUT
 from harness.records.files import Broken
+from harness.records.public import LEFT_OUT
 
 if TYPE_CHECKING:
-    from harness import store
+    from harness.records import store
     from harness.suite import Suite
 
 
@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def report(options: argparse.Namespace) -> int:
     """Write the report of one suite, or of all that have records; the exit code."""
-    from harness import store
+    from harness.records import store
 
     need_suite(options)
     if options.suite is not None:
@@ -62,7 +62,7 @@ def report(options: argparse.Namespace) -> int:
 
 def write_report(options: argparse.Namespace, suite: Suite, codes: Mapping[str, Mapping[str, Any]] | None) -> None:
     """The report of what the suite asks for today; `codes` (by id) are worked out where they are missing."""
-    from harness import store
+    from harness.records import store
     from harness.suite import SuiteError
 
     found = store.load(options.results, suite.name)
@@ -118,7 +118,7 @@ def _build(
     quarantine: Sequence[Broken],
     **more: Any,
 ) -> None:
-    from harness import audits, checks
+    from harness.records import audits, checks
     from harness.report import build, overview, sources
 
     say_broken(quarantine)

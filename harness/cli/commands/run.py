@@ -17,9 +17,8 @@ from harness.cli.selecting import again, chosen, need_device
 from harness.cli.words import counts, first_line, say_broken, say_conflicts
 
 if TYPE_CHECKING:
-    from harness import launch
-    from harness.cell import Cell
-    from harness.running import jobs, progress
+    from harness.records.cell import Cell
+    from harness.running import jobs, launch, progress
     from harness.suite import Suite
 
 
@@ -43,8 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run what is missing; the exit code."""
-    from harness import launch
-    from harness.running import jobs, progress
+    from harness.running import jobs, launch, progress
 
     suite, cells = chosen(options)
     codes = codes_of_cells(cells)
@@ -84,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 def _say_selection(
     options: argparse.Namespace, suite: Suite, cells: Sequence[Cell], selection: jobs.Selection, at_once: int
 ) -> None:
-    from harness import measure
+    from harness.provenance import measure
 
     parts = [f"{len(selection.done)} are done"]
     if selection.stale:
@@ -110,7 +108,7 @@ def _say_selection(
 
 def _tracker(options: argparse.Namespace, suite: str, selection: jobs.Selection, reporter: progress.Reporter) -> Any:
     """What follows runs into MLflow; None where nothing is new, so that MLflow is not even imported."""
-    from harness import track
+    from harness.records import mlflow as track
 
     pending = track.pending(options.results, suites=[suite], private=options.private)
     if not selection.todo and not pending:

@@ -16,7 +16,7 @@ from harness.cli.words import epsilon, number, table
 from harness.records.files import dumps
 
 if TYPE_CHECKING:
-    from harness import store
+    from harness.records import store
 
 PRIVATE = "private, not for publication"
 # What of `measured` and of `diagnostics` has a line of its own.
@@ -32,13 +32,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def show(options: argparse.Namespace) -> int:
     """Print one record; the exit code."""
-    from harness import origin, public, store
+    from harness.records import origin, public, store
     from harness.records.record import Diagnostics, Measured, Private
     from harness.records.schema import names
-    from harness.report import read
+    from harness.records.stages import told
+    from harness.report.model import runs as read
     from harness.report.model import words
     from harness.running import progress
-    from harness.stages import told
 
     record, others = _one_record(options.results, options.id)
     if options.json:
@@ -122,7 +122,8 @@ def show(options: argparse.Namespace) -> int:
 
 
 def _stage_rows(nth: int, stage: Mapping[str, Any], given: Mapping[str, Any]) -> list[list[str]]:
-    """The lines of one stage as `harness.stages.told` has it; what its record does not know is said to be unknown."""
+    """The lines of one stage as `harness.records.stages.told` has it; what its record does not know is said to be
+    unknown."""
     own = {name: value for name, value in (stage["parameters"] or {}).items() if name not in given}
     public = stage["public"]
     unknown = "not recorded" if stage["non_finite"] is None else "-"  # an older record, or a stage not begun
@@ -188,7 +189,7 @@ def _shown(value: Any, digits: int) -> str:
 
 def _one_record(results: Path, wanted: str) -> tuple[store.Record, list[store.Record]]:
     """The record that an id's first digits name, and the other attempts at the same cell."""
-    from harness import store
+    from harness.records import store
 
     where, _, name = wanted.rpartition("/")
     prefix, _, attempt = name.partition(".")
@@ -223,7 +224,8 @@ def _one_record(results: Path, wanted: str) -> tuple[store.Record, list[store.Re
 def _recipe(record: store.Record) -> list[str]:
     """The commands that repeat a run, into a folder where it has no record yet."""
     from harness import registry
-    from harness.report import read, recipe
+    from harness.report import recipe
+    from harness.report.model import runs as read
 
     file, reduced = suite_file(record["suite"])
     method = registry.index("method").get(record["cell"]["method"]["name"])

@@ -18,7 +18,7 @@ from harness.records.lock import locked
 from harness.records.record import FAILED as FAILURES
 
 if TYPE_CHECKING:
-    from harness.cell import Cell
+    from harness.records.cell import Cell
     from harness.running import jobs
 
 
@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def status(options: argparse.Namespace) -> int:
     """Count the runs of one suite, or of all that have records; the exit code."""
-    from harness import store
+    from harness.records import store
     from harness.running import jobs, progress
 
     need_suite(options)
@@ -73,7 +73,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def _status_of_all(results: Path, suite: str | None = None) -> int:
-    from harness import store
+    from harness.records import store
 
     records = store.load(results, suite)
     codes = {id: code for id, code in codes_of_records(records).items() if isinstance(code, Mapping)}

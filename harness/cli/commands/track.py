@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def track(options: argparse.Namespace) -> int:
     """Bring into MLflow what it lacks; the exit code."""
-    from harness import track as tracking
+    from harness.records import mlflow as tracking
 
     if not options.results.is_dir():
         raise UserError(f"{options.results}: no such folder; name one with --results DIR")

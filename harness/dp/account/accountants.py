@@ -93,9 +93,7 @@ def _left(delta: float, count: int) -> float:
     """`delta` without what rounding may hide where `count` releases are composed; nothing is where there is one."""
     left = delta - ROUNDING * (count if count > 1 else 0)
     if left <= 0:
-        raise Unproved(
-            f"delta is below what rounding may hide, {ROUNDING * count:.2g}, in {count} composed releases"
-        )
+        raise Unproved(f"delta is below what rounding may hide, {ROUNDING * count:.2g}, in {count} composed releases")
     return left
 
 
@@ -250,6 +248,4 @@ class Prv(Gdp):
 
     def _affordable(self, points: float) -> None:
         if not points <= self.POINTS:
-            raise Unproved(
-                f"to an error of {self.ERROR:g} it needs {points:.2g} grid points, over {self.POINTS}"
-            )
+            raise Unproved(f"to an error of {self.ERROR:g} it needs {points:.2g} grid points, over {self.POINTS}")

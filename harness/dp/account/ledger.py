@@ -70,8 +70,6 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, dict):
         kind = getattr(dp_event, str(value.get("type")), None)
         if not (isinstance(kind, type) and issubclass(kind, DpEvent)):
-            raise ValueError(
-                f"a ledger names the event {value.get('type')!r}, which dp_accounting does not have"
-            )
+            raise ValueError(f"a ledger names the event {value.get('type')!r}, which dp_accounting does not have")
         return kind(**{key: _from_json(item) for key, item in value.items() if key != "type"})
     return [_from_json(item) for item in value] if isinstance(value, list) else value

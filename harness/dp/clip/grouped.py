@@ -132,9 +132,7 @@ class GroupWise(Clip):
             sizes[groups[name]] += size
         given = self.thresholds or (self.clip / math.sqrt(len(sizes)),) * len(sizes)
         if len(given) != len(sizes):
-            raise ValueError(
-                f'{len(given)} thresholds for the {len(sizes)} groups that "{self.by}" makes here'
-            )
+            raise ValueError(f'{len(given)} thresholds for the {len(sizes)} groups that "{self.by}" makes here')
         return {"thresholds": tuple(given), "sizes": tuple(sizes)}
 
     def groups(self, layout: Layout) -> Mapping[str, int]:

@@ -36,9 +36,7 @@ class Automatic(Clip):
             raise ValueError(f'form must be "stable" or "vanilla", not "{self.form}"')
 
     def weights(self, norms: Tensor, state: State) -> Tensor:
-        return usable(
-            self.clip / ((norms + (self.gamma if self.form == "stable" else 0.0)).clamp(min=SHORTEST))
-        )
+        return usable(self.clip / ((norms + (self.gamma if self.form == "stable" else 0.0)).clamp(min=SHORTEST)))
 
     def sensitivity(self, state: State, relation: Relation) -> float:
         return self.clip * relation.moves

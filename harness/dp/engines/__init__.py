@@ -20,5 +20,5 @@ PER_EXAMPLE = {
 
 def per_example(name: str) -> PerExample:
     """The engine of this name, with its defaults. Raises KeyError for any other name."""
-    engine: PerExample = getattr(import_module(f"{__name__}.{name}"), PER_EXAMPLE[name])()
+    engine: PerExample = getattr(import_module("harness.dp"), PER_EXAMPLE[name])()
     return engine

@@ -18,11 +18,11 @@ from torch import nn
 
 from harness.dp import cache
 from harness.dp.clip import Clip, State
-from harness.dp.engines.bookkeeping import BookKeeping
 from harness.dp.engines.engine import Engine, PerExample
-from harness.dp.engines.ghost import Ghost
 from harness.dp.engines.survey import modes, untouched
-from harness.dp.engines.taped import unaudited
+from harness.dp.engines.taped.bookkeeping import BookKeeping
+from harness.dp.engines.taped.engine import unaudited
+from harness.dp.engines.taped.ghost import Ghost
 from harness.dp.engines.vmap import Vmap
 from harness.dp.loss import Batch, Loss
 from harness.dp.native import describe

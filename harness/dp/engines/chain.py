@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.dp.engines.engine import Unserved
-from harness.dp.engines.gradients import Gradient, Rows
-from harness.dp.engines.rules import convolution, linear
+from harness.dp.engines.taped.gradients import Gradient, Rows
+from harness.dp.engines.taped.rules import convolution, linear
 from harness.dp.tree import Tree
 
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)  # z = W a + b: a trained one starts a piece of the network

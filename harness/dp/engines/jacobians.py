@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.dp.contrast import unit
 from harness.dp.engines.engine import Unserved, trainable
-from harness.dp.engines.gradients import Gradient, Outer
 from harness.dp.engines.patches import Patches
-from harness.dp.engines.plan import Plan, gradients
 from harness.dp.engines.rows import AT_ONCE, factor_squares, squared_norms, weighted_rows, wide
 from harness.dp.engines.survey import watching
 from harness.dp.engines.tape import Run, Tape, repeated, taping
-from harness.dp.engines.trial import plan_for
+from harness.dp.engines.taped.gradients import Gradient, Outer
+from harness.dp.engines.taped.plan import Plan, gradients
+from harness.dp.engines.taped.trial import plan_for
 from harness.dp.engines.weights import replaced
 from harness.dp.loss import Batch, Loss
+from harness.dp.loss.contrast import unit
 from harness.dp.tree import Tree
 
 HELD = 64 << 20  # bytes of a block
@@ -156,9 +156,7 @@ def _size(like: Tensor) -> int:
     return max(1, HELD // (len(like) * like.shape[-1] * 8))
 
 
-def _row_gradients(
-    done: Pass, model: nn.Module, w: Tree, rows: Tensor, coordinate: int
-) -> dict[str, Gradient]:
+def _row_gradients(done: Pass, model: nn.Module, w: Tree, rows: Tensor, coordinate: int) -> dict[str, Gradient]:
     """The gradients of one embedding coordinate, by rows: one backward pass to the layers' outputs."""
     calls, copies = done.tape.calls, [done.sources[name] for name in done.plan.free]
     ends: list[Any] = [edge for call in calls for edge in call.edges if edge is not None]
@@ -187,9 +185,7 @@ def factored(each: list[Gradient]) -> tuple[Tensor, Tensor] | None:
     if all(isinstance(g, Outer) for g in each):
         outer = [g for g in each if isinstance(g, Outer)]
         return wide(outer[0].a), torch.stack([wide(g.g) for g in outer], 3)
-    patches = [
-        g for g in each if isinstance(g, Patches) and g.geometry.groups == 1 and len(g.geometry.kernel) < 3
-    ]
+    patches = [g for g in each if isinstance(g, Patches) and g.geometry.groups == 1 and len(g.geometry.kernel) < 3]
     if len(patches) < len(each):
         return None
     one, geometry = patches[0], patches[0].geometry.as_image()

@@ -59,15 +59,11 @@ class Loop(PerExample):
                 before = [p._version for p in leaves.values()]
                 value = losses_of(loss, model, Batch(x, y))
                 if [p._version for p in leaves.values()] != before:
-                    raise Unserved(
-                        "the model writes to its own weights in a forward pass: examples leave traces"
-                    )
+                    raise Unserved("the model writes to its own weights in a forward pass: examples leave traces")
                 grads = torch.autograd.grad(
                     value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
                 )
-                squares = {
-                    name: g.double().square().sum()[None] for name, g in zip(leaves, grads, strict=True)
-                }
+                squares = {name: g.double().square().sum()[None] for name, g in zip(leaves, grads, strict=True)}
                 norm = group_norms(squares, groups, value.detach())
                 weight = clip.weights(norm, state)
                 limit = clip.limit(norm, state)

@@ -76,9 +76,7 @@ def remembered(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], T
             return dict(_state(one, compared))
 
         once, again = after(x), after(x)
-        steady = {
-            place: value for place, value in once.items() if place in again and _equal(value, again[place])
-        }
+        steady = {place: value for place, value in once.items() if place in again and _equal(value, again[place])}
         for other in others:
             # Examples that the model does not take leave nothing.
             with suppress(RuntimeError, ValueError, IndexError):
@@ -157,9 +155,7 @@ def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
         return [("", value.__self__), ("", value.__func__)]
     if isinstance(value, FunctionType):
         names, cells = value.__code__.co_freevars, value.__closure__ or ()
-        enclosed = [
-            (name, cell.cell_contents) for name, cell in zip(names, cells, strict=True) if _filled(cell)
-        ]
+        enclosed = [(name, cell.cell_contents) for name, cell in zip(names, cells, strict=True) if _filled(cell)]
         return [*enclosed, *enumerate(value.__defaults__ or ()), *vars(value).items()]
     if not hasattr(value, "__dict__") or isinstance(value, type | nn.Module | Tensor):
         return []

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from harness.dp.clip import Clip, State, Unclipped
 from harness.dp.clip.flat import shortened
 from harness.dp.clip.rule import positive, within_reach
-from harness.dp.engines.bookkeeping import BookKeeping
 from harness.dp.engines.engine import SPEED, Engine, Unserved, losses_of, trainable
 from harness.dp.engines.rows import factor_squares, full_precision
+from harness.dp.engines.taped.bookkeeping import BookKeeping
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
+from harness.dp.optimizer.solve import head_of, rows
+from harness.dp.optimizer.symmetric import packed
 from harness.dp.release import Bounded, Observed, Relation, Release
-from harness.dp.solve import head_of, rows
-from harness.dp.symmetric import packed
 from harness.dp.tree import Tree
 
 MICROBATCH = 8192  # rows: at 1,280 features, 40 MiB in float32
@@ -158,9 +158,7 @@ class Moments(Engine):
         bound, sigmas = reach(self.radius, w), self.split(clip, sigma, step)
         square = second_moment(bound, relation)
         releases = {
-            "grad": Release(
-                head_of(first, w.with_flat(w.flat.double())), bound * relation.moves, sigmas["grad"]
-            ),
+            "grad": Release(head_of(first, w.with_flat(w.flat.double())), bound * relation.moves, sigmas["grad"]),
             "gram": Release(Tree.of({"gram": packed(gram)}), square, sigmas["gram"]),
             "class_gram": Release(Tree.of({"class_gram": own}), square, sigmas["class_gram"]),
         }

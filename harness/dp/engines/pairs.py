@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from harness.dp.clip import Clip, State
-from harness.dp.contrast import InfoNCE
 from harness.dp.engines.engine import Engine, Unserved
-from harness.dp.engines.gradients import Gradient
 from harness.dp.engines.jacobians import Block, Factors, energies, forward, jacobians, pieces, weighted
 from harness.dp.engines.rows import full_precision, product, squared_norms
+from harness.dp.engines.taped.gradients import Gradient
 from harness.dp.engines.weights import held
 from harness.dp.engines.whole import refusal
 from harness.dp.loss import Batch, Loss
+from harness.dp.loss.contrast import InfoNCE
 from harness.dp.native.memory import keep_freed_memory
 from harness.dp.release import Bounded, Observed, Relation, Release
 from harness.dp.tree import Tree
@@ -170,9 +170,7 @@ def safe_norms(squares: Tensor, energy: Tensor, d: int) -> Tensor:
     return squares.add(rounding * (energy[0::2, None] + energy[None, 1::2])).sqrt()
 
 
-def pair_squares(
-    found: Mapping[str, list[Gradient]], units: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def pair_squares(found: Mapping[str, list[Gradient]], units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Squared norms [n, n] of the gradients of Z_ij, and of the Jacobians of the rows over the temperature, [2n]."""
     n = len(units) // 2
     squares, energy = (units.new_zeros(shape) for shape in ((n, n), (2 * n,)))

@@ -10,8 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.dp.engines.gradients import Costs, Gradient, Product, gram_cost, gram_squares, placed, row_cost, scaled
 from harness.dp.engines.rows import squared_norms, wide
+from harness.dp.engines.taped.gradients import (
+    Costs,
+    Gradient,
+    Product,
+    gram_cost,
+    gram_squares,
+    placed,
+    row_cost,
+    scaled,
+)
 from harness.dp.native import kernels
 
 WINDOWS = 1 << 22  # numbers of unfolded windows at a time

@@ -49,8 +49,6 @@ class Plain(PerExample):
         values, batch = laid_out(w, batch, self.channels_last)
         with held(model, values) as leaves:
             losses = losses_of(loss, model, batch)
-            grads = torch.autograd.grad(
-                losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
+            grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         total = torch.cat([g.reshape(-1) for g in grads])
         return Clipped(w.with_flat(total), None, None, losses.detach())

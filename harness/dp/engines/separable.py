@@ -50,9 +50,7 @@ def mixed(
         few = batch if k == 0 else varied(batch, rng)
         c = torch.randn(len(few), generator=rng).to(few.x.device)
         together = gradients(few, c)
-        parts = [
-            gradients(Batch(*one), own) for *one, own in zip(*(t.split(size) for t in (*few, c)), strict=True)
-        ]
+        parts = [gradients(Batch(*one), own) for *one, own in zip(*(t.split(size) for t in (*few, c)), strict=True)]
         sums = [sum(own[1:], own[0]) for own in zip(*parts, strict=True)]
         scales = [sum(float(g.square().sum()) for g in own) for own in zip(*parts, strict=True)]
         # A kink, or a number beyond all others, says nothing.

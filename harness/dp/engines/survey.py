@@ -105,9 +105,7 @@ def finite_probe(loss: Loss, model: nn.Module, batch: Batch) -> Batch:
     if not whole(tame):
         tame = torch.randn(tame.shape, generator=torch.Generator().manual_seed(0)).to(tame)
     with torch.no_grad():
-        finite = (
-            losses_of(loss, model, few).isfinite() | losses_of(loss, model, Batch(tame, few.y)).isfinite()
-        )
+        finite = losses_of(loss, model, few).isfinite() | losses_of(loss, model, Batch(tame, few.y)).isfinite()
     good = finite.nonzero().squeeze(1)
     return probe_batch(batch, good if len(good) else None)
 
@@ -144,9 +142,7 @@ def one_by_one(losses: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor
     return squares_of(row_by_row(losses, leaves), leaves)
 
 
-def refuse_mixing(
-    loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch, random: Collection[str]
-) -> None:
+def refuse_mixing(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch, random: Collection[str]) -> None:
     """Raise Unserved where an example's loss or gradient at `w` depends on the examples beside or before it.
 
     Each example is taken by itself, and with the others, with all modules silenced that draw random numbers. In
@@ -193,13 +189,9 @@ def apart_and_together(
     try:
         single = torch.cat([losses_of(loss, model, one) for one in singles(batch)])
     except ValueError as why:
-        raise Unserved(
-            f"an example by itself cannot be served, so some layer mixes examples ({why})"
-        ) from why
+        raise Unserved(f"an example by itself cannot be served, so some layer mixes examples ({why})") from why
     together, alone = one_by_one(first, leaves), one_by_one(single, leaves)
-    scale = (
-        torch.stack(list(together.values())).sum() if together else first.new_zeros((), dtype=torch.float64)
-    )
+    scale = torch.stack(list(together.values())).sum() if together else first.new_zeros((), dtype=torch.float64)
     tolerance = 1e-6 if first.dtype is torch.float64 else 0.05
     crossed = mixed(lambda few: losses_of(loss, model, few), leaves, batch, tolerance)
     return (together, alone, scale, tolerance), crossed
@@ -321,21 +313,14 @@ def survey(model: nn.Module, batch: Batch) -> tuple[dict[str, tuple[Layout, ...]
         shapes: dict[str, list[list[list[torch.Size | None]]]] = {path: [] for path in hooked(model)}
         for call in tape.calls:
             sides = (call.inputs, call.outputs)
-            shapes[call.path].append(
-                [[t.shape if isinstance(t, Tensor) else None for t in side] for side in sides]
-            )
+            shapes[call.path].append([[t.shape if isinstance(t, Tensor) else None for t in side] for side in sides])
         passes.append(shapes)
     layouts = {}
     for path in passes[0]:
         few, many = passes[0][path], passes[1][path]
         try:
             layouts[path] = tuple(
-                Layout(
-                    *(
-                        tuple(place(*pair) for pair in zip(*sides, strict=True))
-                        for sides in zip(a, b, strict=True)
-                    )
-                )
+                Layout(*(tuple(place(*pair) for pair in zip(*sides, strict=True)) for sides in zip(a, b, strict=True)))
                 for a, b in zip(few, many, strict=True)
             )
         except ValueError:  # another number of calls or tensors, or a shape that grows in no simple way
@@ -441,9 +426,7 @@ def modes(model: nn.Module) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def served(
-    make: Callable[..., Made], loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch
-) -> Made:
+def served(make: Callable[..., Made], loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -> Made:
     """What `make` makes of these, without a trace. Raises Unserved where it fails and the loop does not."""
     try:
         with untouched(model, batch.x.device), torch.enable_grad():

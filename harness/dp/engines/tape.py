@@ -49,9 +49,7 @@ class Call:
     @property
     def disturbed(self) -> bool:
         """Whether an input or a result, or an output whose place in the graph is thereby lost, was written to since."""
-        inputs = any(
-            v is not None and t._version != v for t, v in zip(self.inputs, self.versions, strict=True)
-        )
+        inputs = any(v is not None and t._version != v for t, v in zip(self.inputs, self.versions, strict=True))
         outputs = any(
             t is not None and t._is_view() and t._version != v
             for t, v in zip(self.outputs, self.output_versions, strict=True)
@@ -81,13 +79,9 @@ class Tape:
             leaves = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
         if self.copy:
             leaves = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
-        self._open.append(
-            Call(path, leaves, spec, [t._version if isinstance(t, Tensor) else None for t in leaves])
-        )
+        self._open.append(Call(path, leaves, spec, [t._version if isinstance(t, Tensor) else None for t in leaves]))
 
-    def leave(
-        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = self._open.pop()
         if self.copy:
             output = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
@@ -185,9 +179,7 @@ def run(
         return run(loss, model, leaves, batch, paths, free, spread, idle, True, retain)
     ends = [edge for call in tape.calls for edge in call.edges if edge is not None]
     ends += [get_gradient_edge(t) for t in (*copies.values(), *(leaves[name] for name in idle))]
-    found = iter(
-        torch.autograd.grad(losses.sum(), ends, retain_graph=retain, allow_unused=True) if ends else ()
-    )
+    found = iter(torch.autograd.grad(losses.sum(), ends, retain_graph=retain, allow_unused=True) if ends else ())
     cotangents = [[None if edge is None else next(found) for edge in call.edges] for call in tape.calls]
     for call in tape.calls:
         call.outputs, call.edges = [], []

@@ -72,9 +72,7 @@ def explicit_states(model: nn.Module) -> Iterator[None]:
         x, layers = args[0], layer.num_layers * (2 if layer.bidirectional else 1)
         rows = (x.shape[0 if layer.batch_first else 1],) if x.ndim == 3 else ()
         hidden = x.new_zeros(layers, *rows, layer.proj_size or layer.hidden_size)
-        state = (
-            (hidden, x.new_zeros(layers, *rows, layer.hidden_size)) if isinstance(layer, nn.LSTM) else hidden
-        )
+        state = (hidden, x.new_zeros(layers, *rows, layer.hidden_size)) if isinstance(layer, nn.LSTM) else hidden
         return args, {**kwargs, "hx": state}
 
     handles = [
@@ -148,9 +146,7 @@ def plain_sum(loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[Tens
     """The unweighted sum of gradients, flat, and the losses [B]: one backward pass."""
     with held(model, w.views) as leaves:
         losses = losses_of(loss, model, batch)
-        grads = torch.autograd.grad(
-            losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
-        )
+        grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return torch.cat([g.reshape(-1) for g in grads]), losses.detach()
 
 
@@ -181,9 +177,7 @@ def chunk_within(count: int, device: torch.device, footprints: Sequence[int], ac
     if device.type == "cuda":
         most = torch.cuda.get_device_properties(device).total_memory // 4 // (held + activations)
     else:
-        fitting = (
-            (512 << 20) // held if keep_freed_memory() else min((64 << 20) // held, (24 << 20) // largest)
-        )
+        fitting = (512 << 20) // held if keep_freed_memory() else min((64 << 20) // held, (24 << 20) // largest)
         most = min(fitting, (2 << 30) // max(1, activations))
     chunks = -(-count // max(1, most))
     return max(1, -(-count // chunks))  # of one size, as nearly as may be

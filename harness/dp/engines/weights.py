@@ -53,10 +53,7 @@ def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """
     chosen = {id(p): tensors[name] for name, p in model.named_parameters() if name in tensors}
     places = [
-        (module, key, p)
-        for module in model.modules()
-        for key, p in module._parameters.items()
-        if id(p) in chosen
+        (module, key, p) for module in model.modules() for key, p in module._parameters.items() if id(p) in chosen
     ]
     try:
         for module, key, p in places:

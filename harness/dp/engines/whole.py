@@ -60,9 +60,7 @@ class Whole(Engine):
         if len(batch):
             with held(model, w.views) as own:
                 losses = losses_of(loss, model, batch)
-                grads = torch.autograd.grad(
-                    losses.sum(), list(own.values()), allow_unused=True, materialize_grads=True
-                )
+                grads = torch.autograd.grad(losses.sum(), list(own.values()), allow_unused=True, materialize_grads=True)
             g, losses = torch.cat([g.reshape(-1) for g in grads]), losses.detach()
             norm = squared_norms(g[None]).sqrt()
             if norm.isfinite():  # else nothing is released: 0 * inf is not a number

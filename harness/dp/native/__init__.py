@@ -40,9 +40,7 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
     if not compiler or sys.platform != "linux":
         return None, "none: no C compiler" if not compiler else f"none: not tried on {sys.platform}"
     try:
-        version = subprocess.run(
-            [compiler, "--version"], capture_output=True, text=True, timeout=20, check=True
-        )
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True)
         name = version.stdout.splitlines()[0]
         files = sorted(SOURCES.glob("*.c"))
         key = hashlib.sha256("\0".join([name, *FLAGS, platform.machine(), _cpu()]).encode())

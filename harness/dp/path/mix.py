@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from harness.dp.account.mixture import amplified, worst
 from harness.dp.claim import Assumption, Claim, Run
 from harness.dp.clip.refined import Refined
-from harness.dp.mixture import amplified, worst
 from harness.dp.noise import Gaussian
 from harness.dp.optimizer import SGD
 from harness.dp.path.straight import Path
@@ -81,7 +81,8 @@ class Mix(Path):
         return middle - half, middle + half
 
     def claim(self, run: Run, state: dict[str, Any]) -> Claim:
-        """The amplified epsilon of methods that release iterates only, by the analysis of `harness.dp.mixture`."""
+        """The amplified epsilon of methods that release iterates only, by the analysis of
+        `harness.dp.account.mixture`."""
         m, narrowest = run.method, float(state["narrowest"])
         clip, optimizer = m.clip, m.optimizer
         plain = type(optimizer) is SGD and not optimizer.momentum and optimizer.lr > 0
@@ -93,9 +94,7 @@ class Mix(Path):
             assert isinstance(optimizer, SGD) and isinstance(clip, Refined)
             deviation = optimizer.lr * run.sigma * clip.clip / denominator
             kept = abs(1 - optimizer.lr * optimizer.weight_decay)  # of the width: the mixed base decays
-            measured = (
-                math.floor(min(1.0, narrowest / self.gap) * 100) / 100
-            )  # in whole percents all seeds agree
+            measured = math.floor(min(1.0, narrowest / self.gap) * 100) / 100  # in whole percents all seeds agree
             tau = self.gap * measured * kept / optimizer.lr
             noise = dict(sigma=run.sigma, clip=clip.clip, share=clip.share, batch=run.batch, tau=tau)  # noqa: C408
             bound = amplified(n=run.n, steps=run.steps, delta=run.delta, **noise)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..read import RecordLike, Run, Setting, natural, read
-from .rows import Row, rows_of
-from .words import count, epsilon, percent
+from harness.report.model.rows import Row, rows_of
+from harness.report.model.runs import RecordLike, Run, Setting, natural, read
+from harness.report.model.words import count, epsilon, percent
 
 
 class CompareError(ValueError):

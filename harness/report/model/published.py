@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..read import Run, number, scalar
-from ..statistics import Interval, mean_interval, rounding
-from .rows import REDUCED_TASK, Row
-from .words import by_status, epsilon, tally
+from harness.report.model.rows import REDUCED_TASK, Row
+from harness.report.model.runs import Run, number, scalar
+from harness.report.model.statistics import Interval, mean_interval, rounding
+from harness.report.model.words import by_status, epsilon, tally
 
 
 @dataclass(frozen=True)

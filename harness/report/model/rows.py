@@ -10,9 +10,9 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from ..read import Device, Run, Setting
-from ..statistics import Interval, counted_on, mean_interval, rounding
-from .words import ABSENT, by_status, device_text, epsilon, tally
+from harness.report.model.runs import Device, Run, Setting
+from harness.report.model.statistics import Interval, counted_on, mean_interval, rounding
+from harness.report.model.words import ABSENT, by_status, device_text, epsilon, tally
 
 BASELINE = "dp-sgd"
 REFERENCE = "non-private"

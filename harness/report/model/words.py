@@ -7,8 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..read import STATUSES, Device, Run, natural
-from ..statistics import Interval
+from harness.report.model.runs import STATUSES, Device, Run, natural
+from harness.report.model.statistics import Interval
 
 ABSENT = "does not apply"
 """What stands in the place of an epsilon by an accountant that has no number for what was released."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from harness import registry
 from harness.dp.method import Method
-from harness.measure import Clock
+from harness.provenance.measure import Clock
 from harness.verify.conformance.adversary import adversarial
 from harness.verify.conformance.draws import steady_draws
 from harness.verify.conformance.engines import other_engines

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from harness.dp.loss import Batch
 from harness.dp.release import Relation
-from harness.train import Progress, start
+from harness.running.train import Progress, start
 from harness.verify.conformance.neighbours import moved
 from harness.verify.conformance.subject import STEPS, Subject, Violation
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import registry
-from harness.cell import Cell
 from harness.dp.method import Method, describe
+from harness.records.cell import Cell
 from harness.verify.conformance.subject import Subject, Violation
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from harness.train import Progress
+from harness.running.train import Progress
 from harness.verify.conformance.neighbours import neighbours
 from harness.verify.conformance.subject import SIGMA, Subject, Violation
 

@@ -16,7 +16,7 @@ from harness.dp.engines.loop import Loop
 from harness.dp.loss import Batch
 from harness.dp.release import Relation, Release
 from harness.dp.tree import Tree
-from harness.train import Progress
+from harness.running.train import Progress
 from harness.verify.conformance.subject import Contrast, Inapplicable, Subject, Toy, Violation
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import registry
 from harness.dp.method import Method, describe
-from harness.options import Parameter
+from harness.registry.options import Parameter
 from harness.verify.conformance.ledger import billed
 from harness.verify.conformance.neighbours import neighbours
 from harness.verify.conformance.rule import ruled

@@ -15,7 +15,7 @@ from harness.dp.method import describe
 from harness.dp.random import Stream
 from harness.dp.release import Relation
 from harness.dp.tree import Tree
-from harness.train import Progress, Streams, read_checkpoint, start, step, write_checkpoint
+from harness.running.train import Progress, Streams, read_checkpoint, start, step, write_checkpoint
 from harness.verify.conformance.neighbours import moved
 from harness.verify.conformance.subject import BATCH, SIGMA, STEPS, Inapplicable, Subject, Violation
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.dp.clip import Clip, State
 from harness.dp.release import Relation, Release
-from harness.train import Progress, start
+from harness.running.train import Progress, start
 from harness.verify.conformance.neighbours import moved
 from harness.verify.conformance.subject import SIGMA, STEPS, Inapplicable, Subject, Violation
 

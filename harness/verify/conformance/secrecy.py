@@ -20,7 +20,7 @@ from harness.dp.noise import Noise
 from harness.dp.random import Stream
 from harness.dp.release import Bounded, Release
 from harness.dp.tree import Tree
-from harness.train import Diverged, Progress, start
+from harness.running.train import Diverged, Progress, start
 from harness.verify.conformance.replay import same
 from harness.verify.conformance.subject import STEPS, Subject, Violation
 

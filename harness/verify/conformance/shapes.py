@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness.dp.loss import Batch
 from harness.dp.release import Release
-from harness.train import start
+from harness.running.train import start
 from harness.verify.conformance.neighbours import compared, neighbours
 from harness.verify.conformance.subject import STEPS, Inapplicable, Problem, Subject, Toy, Violation
 

@@ -19,7 +19,7 @@ from harness.dp.method import Method
 from harness.dp.random import Stream
 from harness.dp.release import Relation, Release
 from harness.dp.tree import Tree
-from harness.train import Progress, Schedule, Streams, start, step, train
+from harness.running.train import Progress, Schedule, Streams, start, step, train
 
 N, BATCH, STEPS, SIGMA, DELTA = 48, 16, 8, 1.5, 1e-5
 AGES = (119, 1019)  # in steps, of what counts them: the next is one of every tenth, twentieth and so on

@@ -1,0 +1,1 @@
+"""What a run came from: the code that decides its numbers, the machine and its clock."""

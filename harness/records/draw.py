@@ -1,0 +1,104 @@
+"""Which of a cell's random numbers a run draws, and the note beside its checkpoint that says so.
+
+Two attempts at a cell are two releases. If they drew the same noise while the code between them changed, their
+difference would be free of it. So noise, sampling and path are those of an attempt and of the code that it began with
+(:mod:`harness.running.seeds`). A run that is killed goes on with those that it began with, or begins anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.records.cell import Cell
+from harness.records.private import opened
+
+__all__ = ["Draw", "OtherCell", "begin", "begun", "note", "stranger"]
+
+NOTE = "draw.json"
+CHECKPOINT = "checkpoint"
+TRACE = "trace.jsonl"
+
+
+class OtherCell(Exception):
+    """The folder holds the half-done run of another cell, which is not to be touched."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the seeds of a run are derived from besides its cell: the number of the attempt, and a hash of its code.
+
+    And `setting`, a hash of what else decides its sums to the bit: device, threads, microbatch, libraries, kernels.
+    """
+
+    attempt: int
+    code: str
+    setting: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a record's ``randomness`` holds it."""
+        return dataclasses.asdict(self)
+
+
+def begin(folder: Path, cell: Cell, code: str, setting: str = "") -> Draw:
+    """The draw of the run in `folder`: the one that its checkpoint began with, else the folder's number and the rest.
+
+    A checkpoint of other code or another setting, or one that does not say what it drew, is forgotten with its trace:
+    half of a run by one and half by another is a run of neither. Raises OtherCell where it is of another cell.
+    """
+    if reason := stranger(folder, cell):
+        raise OtherCell(f"{folder}: {reason}")
+    before = begun(folder)
+    if before is not None and (before["draw"].code, before["draw"].setting) == (code, setting):
+        return before["draw"]
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    (folder / TRACE).unlink(missing_ok=True)
+    return Draw(_number(folder), code, setting)
+
+
+def note(folder: Path, cell: Cell, draw: Draw) -> None:
+    """Say beside the checkpoint that is to be written what the run drew, once."""
+    if begun(folder) == {"cell": cell.digest, "draw": draw}:
+        return
+    (folder / CHECKPOINT).mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = folder / CHECKPOINT / f".{NOTE}.tmp"
+    with opened(temporary, "w") as file:
+        json.dump({"cell": cell.digest, **draw.to_json()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / CHECKPOINT / NOTE)
+
+
+def begun(folder: Path) -> dict[str, Any] | None:
+    """``cell`` (its digest) and ``draw`` of the half-done run in `folder`; None without a note that can be read."""
+    try:
+        note = json.loads((folder / CHECKPOINT / NOTE).read_bytes())
+        cell, attempt, code, setting = (note[name] for name in ("cell", "attempt", "code", "setting"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if type(attempt) is not int or not all(isinstance(one, str) for one in (cell, code, setting)):
+        return None
+    return {"cell": cell, "draw": Draw(attempt, code, setting)}
+
+
+def stranger(folder: Path, cell: Cell) -> str:
+    """Why the half-done run in `folder` is not one of `cell`; empty where it is, or where none is begun."""
+    before = begun(folder)
+    if before is None or before["cell"] == cell.digest:
+        return ""
+    return (
+        f"holds the half-done run of another cell with the same id ({before['cell'][:16]}..., the one asked for is "
+        f"{cell.digest[:16]}...): move one of the two to another results folder"
+    )
+
+
+def _number(folder: Path) -> int:
+    """The attempt that a folder ``<id>.<number>`` is; 1 for any other name."""
+    match = re.fullmatch(r"[0-9a-f]{12}\.([1-9][0-9]{0,8})", folder.name)
+    return int(match[1]) if match else 1

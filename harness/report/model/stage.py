@@ -1,0 +1,75 @@
+"""The stages of a run of two, as the pages need them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.report.model.runs import _Fields
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, read as a `Run` is: None and empty texts are unknown, an infinite sensitivity or epsilon is infinite.
+
+    `epsilon` is what had been spent on the private data when the stage ended, `rdp` the same by RDP.
+    """
+
+    method: str
+    parameters: str
+    parts: str
+    trains: str
+    data: str
+    public: bool
+    batch: int | None
+    steps: int | None
+    epochs: float | None
+    sampling: str
+    relation: str
+    sensitivity: Mapping[str, float]
+    note: str
+    rate: float | None
+    seconds: float | None
+    engine: str
+    epsilon: float | None
+    rdp: float | None
+
+    @classmethod
+    def of(cls, f: _Fields) -> Stage:
+        """The stage that the fields of `harness.records.stages.told` describe."""
+        from harness.report.model.runs import _pairs, _part
+
+        spent = f.epsilons("spent")
+        epsilon = spent.get(f.text("accountant"), f.number("epsilon"))
+        rdp = spent.get("rdp")
+        return cls(
+            method=f.text("method", "(unnamed)"),
+            parameters=", ".join(f"{k} = {v}" for k, v in _pairs(f.mapping("parameters"))),
+            parts=", ".join(f"{k} {_part(v)}" for k, v in sorted(f.mapping("parts").items(), key=str)),
+            trains=f.text("trains"),
+            data=f.text("data"),
+            public=f.any("public") is True,
+            batch=f.whole("batch"),
+            steps=f.whole("steps"),
+            epochs=f.number("epochs"),
+            sampling=f.text("sampling"),
+            relation=f.text("relation"),
+            sensitivity=f.epsilons("sensitivity"),
+            note=f.text("sensitivity_note"),
+            rate=f.number("examples_per_second.median"),
+            seconds=f.number("train_seconds"),
+            engine=f.text("engine"),
+            epsilon=epsilon,
+            rdp=None if rdp is None or (math.isinf(rdp) and epsilon is not None and math.isfinite(epsilon)) else rdp,
+        )
+
+
+def sampling(stages: tuple[Stage, ...], of_run: str) -> str:
+    """The law of the batches of private data: of all stages, or of each where they differ or are not all known."""
+    laws = [one.sampling or "not recorded" for one in stages if not one.public]
+    if len(set(laws)) < 2:
+        return laws[0] if stages and laws[0] == stages[0].sampling else of_run
+    return "; ".join(f"{law} (stage {number})" for number, law in enumerate(laws, 1))

@@ -1,0 +1,205 @@
+"""The pages: each is one self-contained file; no request leaves it, and nothing in a record can become markup.
+
+Jinja escapes every value; what the script shows it puts in as text. The page's policy (`Content-Security-Policy`) lets
+only its own script run, by its hash, and forbids every fetch, so a file opened from a mail attachment is as harmless as
+a printed page.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlencode
+
+from harness.report.model.checked import Checked
+from harness.report.model.rows import Row
+from harness.report.model.runs import natural
+from harness.report.model.statistics import RULE
+from harness.report.model.tables import Board, Entry, Table
+from harness.report.model.words import epsilon, half, percent
+from harness.report.page import drawings
+from harness.report.page.payload import COLUMNS, FIELDS, Audit, Column, dumps, payload
+from harness.report.text import VERDICTS, measure, measured, outcome
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+HERE = Path(__file__).parent
+MARK = '<meta name="epsbench-inputs" content="'
+"""What stands before the digest in the head of a page."""
+_ORDER = ("suite", "task", "target")
+
+
+@cache
+def environment() -> Environment:
+    """Jinja over this folder, escaping everything; unknown names are errors."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.globals["shell"] = _shell
+    made.globals["address"] = address
+    made.filters["doc"] = paragraphs
+    return made
+
+
+@cache
+def _shell(*names: str) -> dict[str, str]:
+    """Style, script and the script's hash of a page that is made of the files `names`."""
+    read = {n: (HERE / n).read_text("utf-8") for n in names}
+    script = "".join(text for n, text in read.items() if n.endswith(".js"))
+    return {
+        "style": "".join(text for n, text in read.items() if n.endswith(".css")),
+        "script": script,
+        "hash": base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode(),
+    }
+
+
+def paragraphs(text: str) -> list[str]:
+    """A docstring as paragraphs of plain text. Lines are joined, but for those of an indented block or a list."""
+    found = [p for p in re.split(r"\n\s*\n", text) if p.strip()]
+    return [p if re.search(r"^(\s|[-*] )", p, re.M) else " ".join(p.split()) for p in found]
+
+
+def address(text: str) -> str:
+    """The web address that `text` stands for, empty where it is none: a paper's id, a DOI, or an address itself."""
+    if found := re.match(r"arxiv:\s*([\w.\-/]+)", text, re.I):
+        return f"https://arxiv.org/abs/{found[1]}"
+    if found := re.match(r"doi:\s*(10\.\S+)", text, re.I):
+        return f"https://doi.org/{quote(found[1])}"
+    return text if re.match(r"https?://[^\s\"'<>]+$", text) else ""
+
+
+class Places:
+    """Where each row and each method has its page, and where records are. Names are unique, whatever the ids are.
+
+    `prefix` is the way from the suite's folder to the results.
+    """
+
+    def __init__(self, board: Board, results: Path = Path("results"), here: Path = Path("reports/x")) -> None:
+        self.prefix = quote(Path(os.path.relpath(results, here)).as_posix())
+        self.rows: dict[int, str] = {}
+        self.methods: dict[str, str] = {}
+        taken: Counter[str] = Counter()
+        for row in board.rows:
+            self.rows[id(row)] = f"runs/{_unique(row.first.group, taken)}.html"
+        taken = Counter()
+        for name in sorted({row.first.method for row in board.rows}):
+            self.methods[name] = f"methods/{_unique(name, taken)}.html"
+
+    def record(self, path: str, name: str = "record.json") -> str:
+        """From a page below the suite's folder to a file of the run whose record is at `path`; empty if unknown."""
+        folder = path.rpartition("/")[0]
+        return f"../{self.prefix}/{quote(f'{folder}/{name}'.encode('utf-8', 'replace'))}" if folder else ""
+
+
+def _unique(text: str, taken: Counter[str]) -> str:
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-").lower()[:80] or "x"
+    taken[name] += 1
+    return name if taken[name] == 1 else f"{name}.{taken[name]}"
+
+
+def page(
+    board: Board, places: Places | None = None, *, digest: str = "", known: Sequence[Audit] = (),
+    checked: Mapping[str, Checked] | None = None,
+) -> str:  # fmt: skip
+    """The page of a suite. `digest` is kept in the head; `known` are audits, `checked` the checks by method."""
+    places = places or Places(board)
+    data = payload(board, places.rows, known, checked)
+    return environment().get_template("page.html").render(
+        board=board,
+        digest=digest,
+        data=dumps(data),
+        rule=RULE,
+        verdict_rule=VERDICTS,
+        columns=columns(data),
+        overviews=_overviews(board),
+        drawings=drawings.of(board),
+        verdicts=[_verdict(v, places) for v in board.published],
+        methods=[(name, places.methods[name]) for name in sorted(places.methods, key=natural)],
+        failed=sum(r.status != "ok" for r in board.runs),
+    )  # fmt: skip
+
+
+def columns(data: Mapping[str, Any]) -> list[Column]:
+    """The columns in which some row has something to show. The suite's and the setting's come first."""
+    filled = {name for i, name in enumerate(FIELDS) if any(r[i] not in (None, "") for r in data["rows"])}
+    if "claim" in filled:
+        filled.add("claimed")
+    if len({t["suite"] for t in data["tables"]}) > 1:
+        filled.add("suite")
+    return [c for c in COLUMNS if c.key in filled or c.key in _ORDER[1:]]
+
+
+def _overviews(board: Board) -> list[dict[str, Any]]:
+    """Accuracy of every method at every epsilon, one grid for each task, split and kind of device."""
+    groups: dict[tuple[str, str, str, str], list[Table]] = defaultdict(list)
+    for table in board.results or board.tables:
+        groups[table.setting.task, table.setting.digest, table.setting.split, table.kind].append(table)
+    out: list[dict[str, Any]] = []
+    kinds = {kind for *_, kind in groups}
+    for (task, _, split, kind), tables in groups.items():
+        grid: dict[str, dict[int, Entry]] = defaultdict(dict)
+        references: dict[str, Entry] = {}
+        for i, table in enumerate(tables):
+            for entry in table.entries:
+                grid[entry.row.title][i] = entry
+            references |= {e.row.title: e for e in table.references}
+        if len(grid) > 60 or len(out) >= 12:
+            continue
+        lines = [
+            (title, [cells.get(i) for i in range(len(tables))])
+            for title, cells in sorted(grid.items(), key=lambda g: natural(g[0]))
+        ]
+        lines.sort(key=lambda line: -_mean(e.row.accuracy.mean for e in line[1] if e and e.row.accuracy))
+        heads = [epsilon(t.setting.epsilon) for t in tables]
+        out.append({
+            "title": ", ".join([task, f"{split} split", *([kind] if len(kinds) > 1 else [])]),
+            "epsilons": [(e, "#?" + urlencode({"task": task, "epsilon": e})) for e in heads],
+            "lines": [(title, [_glance(e) for e in entries]) for title, entries in lines],
+            "references": [(t, _glance(e)) for t, e in sorted(references.items())],
+        })  # fmt: skip
+    return out
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = list(values)
+    return math.fsum(known) / len(known) if known else -1.0
+
+
+def _glance(entry: Entry | None) -> dict[str, Any]:
+    accuracy = entry.row.accuracy if entry else None
+    if entry is None or accuracy is None:
+        return {"text": "" if entry is None else "–", "half": "", "best": False}
+    return {"text": percent(accuracy.mean), "half": half(accuracy), "best": entry.place.rank == 1}
+
+
+def _verdict(verdict: Any, places: Places) -> dict[str, Any]:
+    row: Row | None = verdict.row
+    run = row.first if row else None
+    setting = [
+        verdict.task, f"ε = {epsilon(verdict.epsilon)}",
+        f"batch {run.batch}, {run.steps} steps" if run and run.batch and run.steps else "",
+    ]  # fmt: skip
+    return {
+        "verdict": verdict,
+        "setting": ", ".join(filter(None, setting)),
+        "published": measure(verdict.metric, verdict.value),
+        "measured": measured(verdict),
+        "outcome": outcome(verdict),
+        "href": places.rows[id(row)] if row else "",
+        "would": verdict.would_change,
+    }

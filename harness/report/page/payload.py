@@ -1,0 +1,265 @@
+"""The board as data for the page's script: one JSON value with the tables and their rows.
+
+A row is a list in the order of `FIELDS`, so that ten thousand rows stay a few megabytes. Numbers are as they were
+measured (fractions, seconds, MiB); an infinite one is the text ``inf``, an unknown one null. What a reader sees of them
+is settled in one place, ``board.js``; intervals come as the text that all files have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from harness.report.model.checked import Checked, of_row
+from harness.report.model.rows import Row, statuses
+from harness.report.model.runs import listing, natural, number, scalar
+from harness.report.model.statistics import Interval
+from harness.report.model.tables import Board, Entry, Table, heading, statement
+from harness.report.model.words import ABSENT, bounds, device_text, epsilon, half, percent
+
+REACH = 0.99
+"""A run has reached dp-sgd's accuracy at this share of dp-sgd's mean."""
+
+FIELDS = (
+    "table", "role", "rank", "tied", "why", "title", "method", "family", "public", "device", "status",
+    "accuracy", "difference", "planned", "spent", "rdp", "claimed", "claim", "audited", "checked", "tuned", "rate",
+    "reference", "baseline", "memory", "seconds", "reach", "busy", "seeds", "runs", "stale", "merged",
+    "failures", "href", "more",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the leaderboard. `kind` says how a cell is written; `more` columns show on demand."""
+
+    key: str
+    title: str
+    help: str
+    kind: str
+    more: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The title, which may break only after "vs"."""
+        return self.title.replace(" ", "\u00a0").replace("-", "\u2011").replace("vs\u00a0", "vs ")
+
+
+COLUMNS = (
+    Column("suite", "Suite", "The suite that asked for the runs", "text"),
+    Column("task", "Task", "Data set and model", "text"),
+    Column("target", "ε target", "The epsilon that the noise was calibrated to", "epsilon"),
+    Column("accuracy", "Accuracy, %", "Mean over seeds with half of its 95 % t-interval", "accuracy"),
+    Column("difference", "Δ dp-sgd", "Paired difference to dp-sgd on common seeds, points", "difference"),
+    Column("planned", "ε planned", "Epsilon of the plan before training, by PLD", "epsilon", True),
+    Column("spent", "ε spent", "Epsilon spent by the PLD accountant, which ranks; the largest over runs", "epsilon"),
+    Column("rdp", "ε RDP", "Epsilon spent by the RDP accountant, a cross-check: an upper bound", "epsilon", True),
+    Column("claimed", "ε claimed", "Epsilon claimed under assumptions, which never ranks", "claimed"),
+    Column("audited", "ε audited ≥", "Lower bound found by an audit of this method at this epsilon", "audited"),
+    Column("checked", "Checked", "Whether the method passes the conformance checks, by epsbench check", "checked"),
+    Column("tuned", "ε with tuning", "Epsilon that also pays for the search of hyper-parameters", "epsilon"),
+    Column("rate", "Examples/s", "Examples per second in training, median over runs; of two stages the first", "count"),
+    Column("reference", "vs non-private", "Examples per second relative to non-private, same task and device", "ratio"),
+    Column("baseline", "vs dp-sgd", "Examples per second relative to dp-sgd, same task and device", "ratio"),
+    Column("memory", "Peak MiB", "Peak memory, MiB, the largest over runs", "count"),
+    Column("seconds", "Train s", "Seconds of training on the device, the median over runs", "count", True),
+    Column("reach", "s to dp-sgd", "Seconds of training until 99 % of dp-sgd's mean accuracy is first logged", "count"),
+    Column("family", "Family", "What the method changes", "text", True),
+    Column("public", "Public data", "Public data that the method or the model has seen", "text", True),
+    Column("device", "Device", "Where it ran", "text", True),
+    Column("seeds", "Seeds", "Seeds that were run or tried", "text", True),
+    Column("runs", "Runs", "How the runs ended; failures are rows with their reason", "text"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found: a lower bound on epsilon, for a method at the epsilon it claims."""
+
+    method: str
+    target: float
+    claimed: float
+    lower: float
+    confidence: float | None
+    instrument: str
+    task: str
+
+
+def audits(found: Iterable[Mapping[str, Any]]) -> list[Audit]:
+    """The audits that can be read: ``method``, ``epsilon_claimed`` and ``epsilon_audited`` are needed."""
+    out = []
+    for one in found:
+        claimed, lower = number(one.get("epsilon_claimed")), number(one.get("epsilon_audited"))
+        target = number(one.get("epsilon_target"))
+        task = one.get("task")
+        name = task.get("name") if isinstance(task, dict) else task
+        if isinstance(one.get("method"), str) and claimed is not None and lower is not None:
+            out.append(
+                Audit(
+                    scalar(one["method"]), claimed if target is None else target, claimed, lower,
+                    number(one.get("confidence")), scalar(one.get("instrument") or ""), scalar(name or ""),
+                )
+            )  # fmt: skip
+    return sorted(out, key=lambda a: (a.method, a.target, -a.lower, a.instrument, a.task))
+
+
+def audit_of(row: Row, known: Sequence[Audit]) -> Audit | None:
+    """The audit of the row's method at its epsilon: of its own task before others, and the largest lower bound.
+
+    None for a row of two stages: what was audited is one of them alone.
+    """
+    if row.first.stages:
+        return None
+    fits = [
+        a for a in known
+        if a.method == row.first.method and math.isclose(a.target, row.setting.epsilon, rel_tol=1e-3)
+    ]  # fmt: skip
+    return min(fits, key=lambda a: (a.task not in (row.setting.task, row.first.dataset), -a.lower), default=None)
+
+
+def exceeds(row: Row, audit: Audit) -> bool:
+    """Whether the lower bound is above a promise: the audited claim, what the row spent, or its claim under
+    assumptions."""
+    promises = (audit.claimed, row.epsilon, row.shared("claimed"))
+    return any(p is not None and audit.lower > p for p in promises)
+
+
+def payload(
+    board: Board, hrefs: Mapping[int, str], known: Sequence[Audit] = (), checked: Mapping[str, Checked] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Everything the leaderboard's script needs of one suite. `hrefs` leads from ``id(row)`` to the row's page."""
+    tables, rows = [], []
+    for i, table in enumerate(board.tables):
+        tables.append(_table(board, table))
+        goal = target(table)
+        for entry in table.entries:
+            rows.append(_row(i, "search" if table.search else "", entry, table, hrefs, known, goal, checked or {}))
+        for entry in table.references:
+            rows.append(_row(i, "reference", entry, table, hrefs, known, goal, checked or {}))
+    return {
+        "fields": list(FIELDS),
+        "question": board.question,
+        "left_out": board.left_out,
+        "tables": tables,
+        "rows": rows,
+    }
+
+
+def merged(payloads: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The payloads of several suites as one; a suite's links lead into its folder."""
+    tables: list[Any] = []
+    rows: list[list[Any]] = []
+    href = FIELDS.index("href")
+    for suite in sorted(payloads, key=natural):
+        first = len(tables)
+        tables += payloads[suite]["tables"]
+        for row in payloads[suite]["rows"]:
+            row = [row[0] + first, *row[1:]]
+            row[href] = f"{quote(suite)}/{row[href]}" if row[href] else ""
+            rows.append(row)
+    return {"fields": list(FIELDS), "tables": tables, "rows": rows}
+
+
+def dumps(value: Any) -> str:
+    """`value` as JSON for an element of a page: ASCII, and nothing in it can end the element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def target(table: Table) -> float | None:
+    """The accuracy that "time to dp-sgd" is the time to, None where dp-sgd did not finish."""
+    mean = table.baseline.accuracy if table.baseline else None
+    return None if mean is None else REACH * mean.mean
+
+
+def _table(board: Board, table: Table) -> dict[str, Any]:
+    baseline = f"baseline: {table.baseline.title}" if table.baseline else "no baseline"
+    return {
+        "suite": board.suite,
+        "name": table.name,
+        "task": table.setting.task,
+        "target": _number(table.setting.epsilon),
+        "epsilon": epsilon(table.setting.epsilon),
+        "heading": heading(table),
+        "statement": " · ".join([*statement(table), baseline]),
+        "search": int(table.search),
+        "notes": [f"{e.row.title} is unranked: {e.place.why}." for e in table.entries if e.place.why] + table.notes,
+    }  # fmt: skip
+
+
+def _row(
+    index: int,
+    role: str,
+    entry: Entry,
+    table: Table,
+    hrefs: Mapping[int, str],
+    known: Sequence[Audit],
+    goal: float | None,
+    checked: Mapping[str, Checked],
+) -> list[Any]:
+    row, place, run = entry.row, entry.place, entry.row.first
+    audit = audit_of(row, known)
+    values: dict[str, Any] = {
+        "table": index,
+        "role": "baseline" if entry.baseline and not role else role,
+        "rank": None if role == "reference" else place.rank,
+        "tied": int(place.tied),
+        "why": place.why,
+        "title": row.title,
+        "method": run.method,
+        "family": run.family,
+        "public": row.shared("public_data") or "",
+        "device": device_text(row.device),
+        "status": list(row.counts),
+        "accuracy": _interval(row.accuracy),
+        "difference": None if entry.baseline else _interval(place.difference, signed=True),
+        "planned": _by(run.planned.get("pld"), "pld" in run.refused),
+        "spent": _number(row.epsilon),
+        "rdp": _by(row.cross_check, "rdp" in row.refused),
+        "claimed": _number(row.shared("claimed")),
+        "claim": row.shared("claim") or "",
+        "audited": None
+        if audit is None
+        else [
+            audit.lower, audit.confidence, audit.instrument, audit.task, int(exceeds(row, audit)),
+        ],
+        "checked": list(of_row(checked, row)),
+        "tuned": _number(row.shared("tuned")),
+        "rate": _number(row.rate),
+        "reference": _number(entry.to_reference),
+        "baseline": _number(entry.to_baseline),
+        "memory": _number(row.peak_memory),
+        "seconds": _number(row.train_seconds),
+        "reach": None if goal is None else _number(row.seconds_to(goal)),
+        "busy": sorted(entry.doubted),
+        "seeds": listing(row.seeds),
+        "runs": statuses(row),
+        "stale": row.stale,
+        "merged": row.merged,
+        "failures": [list(f) for f in row.failures],
+        "href": hrefs.get(id(row), ""),
+        "more": " ".join([*(f"{k}={v}" for k, v in run.parameters), *(r.id for r in row.runs)]),
+    }  # fmt: skip
+    return [values[name] for name in FIELDS]
+
+
+def _number(value: float | None) -> float | str | None:
+    if value is None or math.isnan(value):
+        return None
+    return "inf" if math.isinf(value) else float(f"{value:.9g}")
+
+
+def _by(value: float | None, refused: bool) -> float | str | None:
+    """Epsilon by an accountant, or that it does not apply."""
+    return ABSENT if value is None and refused else _number(value)
+
+
+def _interval(value: Interval | None, signed: bool = False) -> list[Any] | None:
+    """Mean and ends to sort and draw by, the number of seeds, and what is read: the mean, and its interval."""
+    if value is None:
+        return None
+    around = bounds(value, signed) if signed else half(value)
+    return [*map(_number, (value.mean, value.low, value.high)), value.n, percent(value.mean, signed), around]

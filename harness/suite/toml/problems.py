@@ -1,0 +1,50 @@
+"""What is wrong with a file: each problem with its line, all of them in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from harness.suite.toml.lines import Lines
+from harness.suite.toml.lines import Path as KeyPath
+
+__all__ = ["Problem", "Report", "SuiteError"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a suite: where, what, and the word that was probably meant.
+
+    ``line`` counts from 1; it is 0 where it is the file as a whole.
+    """
+
+    file: str
+    line: int
+    message: str
+    suggestion: str | None = None
+
+    def __str__(self) -> str:
+        hint = f' Did you mean "{self.suggestion}"?' if self.suggestion else ""
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{where}: {self.message}{hint}"
+
+
+class SuiteError(Exception):
+    """A suite cannot be run; ``problems`` is everything that is wrong, in order of files and lines."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = sorted(problems, key=lambda p: (p.file, p.line, p.message))
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class Report:
+    """The problems of one file, each once; ``lines`` finds the line of a key path."""
+
+    def __init__(self, file: str, lines: Lines, problems: list[Problem]) -> None:
+        self.file, self.lines, self.problems = file, lines, problems
+
+    def bad(self, path: KeyPath, message: str, suggestion: str | None = None) -> None:
+        """Report a problem at the line of a key path."""
+        problem = Problem(self.file, self.lines.line(path), message, suggestion)
+        if problem not in self.problems:
+            self.problems.append(problem)

@@ -1,0 +1,362 @@
+"""`epsbench audit`: an empirical lower bound on a method's epsilon, beside the one that its ledger claims.
+
+The method is trained by the loop that all runs go through, with its own engine, clipping rule, noise, sampler and
+path: on data with canaries in it (`harness.verify.audits.canary`), on one or the other of two neighbouring data sets
+(`harness.verify.audits.pair`), the same to ask what floats can come out (`harness.verify.audits.support`), or on halves
+of a pool (`harness.verify.audits.membership`). What it made public is scored, and the scores are turned into bounds
+(`harness.verify.audits.bounds`). A bound above the claim refutes it. docs/audits.md is the manual.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness import registry
+from harness.dp.account import Ledger
+from harness.dp.method import Method, describe, parts
+from harness.dp.random import Stream
+from harness.provenance import code as codehash
+from harness.provenance import measure
+from harness.records import audits
+from harness.registry.parts import modules
+from harness.running.seeds import derive
+from harness.running.train import Diverged, Schedule, start, train
+from harness.verify.audits import membership, pair, support
+from harness.verify.audits.bounds import Sample
+from harness.verify.audits.canary import OWN, SCORES, Observed, Observer, Planted, Refused, Task, plant
+from harness.verify.audits.candidates import strongest
+from harness.verify.audits.finding import Verdict, bound, claim
+
+GRADIENTS = "gradient canaries"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to audit. `rate` is the expected batch over n, `level` the probability of refuting a true claim.
+
+    `examples` of the task are trained beside the canaries, 0 for all.
+    """
+
+    epsilon: float = 3.0
+    delta: float = 1e-5
+    task: str = OWN
+    examples: int = 1000
+    rate: float = 0.25
+    steps: int = 16
+    canaries: int = 1000
+    repeat: int = 8
+    seed: int = 0
+    level: float = 0.01
+
+    def trained(self) -> Task:
+        """The task, with a model that depends on nothing but it and the seed."""
+        return Task.named(self.task, derive("audit init", self.task, self.seed), self.examples)
+
+
+def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | None = None) -> Verdict:
+    """Train `method` with canaries `s.repeat` times and bound its epsilon from below.
+
+    `sigma` is the noise multiplier; by default the one at which the plan costs `s.epsilon`. `task` is that of `s`.
+    Raises Refused where the method claims nothing, cannot be trained with canaries, or writes a ledger that is not
+    its plan.
+    """
+    if not method.noise.private:
+        raise Refused("it trains without noise and claims no epsilon: there is nothing to audit")
+    if method.loss.coupled:
+        raise Refused("the loss of an example depends on the others of its batch: no canary has a gradient of its own")
+    seeds = [derive("audit", describe(method), dataclasses.asdict(s), run) for run in range(s.repeat)]
+    relation = method.sampler.relation
+    planted, reach = plant(method, task or s.trained(), torch.ones(s.canaries, dtype=torch.bool))
+    n = planted.n_train
+    batch = max(1, round(s.rate * n))
+    sigma, accountant, price = claim(method, n, batch, s.steps, s.epsilon, s.delta, sigma)
+
+    def plan(multiplier: float) -> Ledger:
+        return method.plan(multiplier, n, batch, s.steps)
+
+    scores: dict[str, list[torch.Tensor]] = {name: [] for name in SCORES}
+    coins, reaches, engine = [], [], ""
+    for seed in seeds:
+        one = dataclasses.replace(planted, coins=Stream(seed, "coins", 0).uniform(planted.count) < 0.5)
+        observed, ledger, engine = overhear(method, one, sigma, Schedule(s.steps, batch, s.steps), seed)
+        if ledger != plan(sigma):
+            raise Refused(f"the run billed {ledger}, its plan said {plan(sigma)}")
+        coins.append(one.coins)
+        reaches.append(float(observed.lengths.mean()) * sigma)
+        for name, score in SCORES.items():
+            scores[name].append(score(observed, relation))
+    sample = Sample({n: torch.cat(v).double().numpy() for n, v in scores.items()}, torch.cat(coins).numpy())
+    bounds = bound(sample, s, plan, price, sigma, method)
+    facts = {
+        "count": planted.count, "layers": planted.layers, "model": "chain" if planted.chained else "gated",
+        "reach": round(reach, 4),
+        "mean_reach": round(float(np.mean(reaches)), 4), "in": int(sample.inside.sum()), "samples": len(sample),
+        "n": n, "batch": batch, "sampling": method.sampler.law(n, batch), "engine": engine,
+    }  # fmt: skip
+    return Verdict(price(sigma), accountant, sigma, bounds, facts)
+
+
+def overhear(
+    method: Method, planted: Planted, sigma: float, schedule: Schedule, seed: int
+) -> tuple[Observed, Ledger, str]:
+    """One training run as an observer sees it, its ledger, and the engine that worked."""
+    model = planted.model()
+    observer = Observer(planted, method.loss)
+    watched = observer.watched(method)
+    secret = SimpleNamespace(**{role: derive(f"audit {role}", seed) for role in ("sampling", "noise", "path")})
+    progress = start(watched, model, schedule.steps)
+    try:
+        progress = train(watched, model, planted, sigma, schedule, secret, progress)
+    except (ValueError, RuntimeError, NotImplementedError, Diverged) as error:
+        raise Refused(f"it cannot be trained with canaries: {error}") from error
+    if not observer.values:
+        raise Refused("no noised gradient was released")
+    n = planted.n_train
+    draws = [len(method.sampler.draw(n, schedule.batch, t, 0)) / n for t in range(16)]  # its law is public
+    seen = Observed(torch.stack(observer.values), torch.stack(observer.lengths), min(1.0, sum(draws) / 16))
+    return seen, progress.ledger, progress.engine
+
+
+# The record -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method to audit: as it was asked for, and what the registry makes of it."""
+
+    label: str
+    entry: registry.Entry
+    parameters: Mapping[str, Any]
+    method: Method
+
+    @classmethod
+    def of(cls, label: str, entry: registry.Entry) -> Subject:
+        """The method of a spec. Raises `registry.RegistryError`."""
+        parameters = registry.bind(entry, registry.lookup("method", label)[1])
+        return cls(label, entry, parameters, registry.load(entry)(**parameters))
+
+    def code(self) -> dict[str, Any]:
+        """{"hash", "files"} of the source that decides an audit's numbers, as it is today."""
+        rooms = {module for part in parts(self.method).values() for module in modules(part)}
+        named = sorted(rooms | {"harness.running.train", "harness.verify.audits.command"})
+        starts: list[str | Path] = [*named, Path(self.entry.file)]
+        skip = {
+            f"harness.{name}"
+            for name in (
+                "records.audits",
+                "provenance.measure",
+                "registry",
+                "registry.registry",
+                "running.run",
+                "records.store",
+            )
+        }
+        files = codehash.closure(starts, skip=skip)
+        return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
+
+    def facts(self) -> dict[str, Any]:
+        """What an audit's record says of the method."""
+        return {
+            "method": self.entry.name, "label": self.label, "parameters": dict(self.parameters),
+            "parts": describe(self.method), "relation": self.method.sampler.relation.value,
+        }  # fmt: skip
+
+
+AnySetting = Setting | pair.Setting | membership.Setting | support.Setting
+NAMES: Mapping[type, str] = {
+    Setting: GRADIENTS, pair.Setting: pair.INSTRUMENT, membership.Setting: membership.INSTRUMENT,
+    support.Setting: support.INSTRUMENT,
+}  # fmt: skip
+
+
+def takes_canaries(method: Method, task: Task) -> bool:
+    """Whether gradient canaries can be planted in what `method` is trained on: its parts are asked.
+
+    A method without noise has nothing to audit, and it does not matter by what.
+    """
+    if not method.noise.private:
+        return True
+    if method.loss.coupled:
+        return False
+    try:
+        plant(method, task, torch.ones(1, dtype=torch.bool))
+    except Refused:
+        return False
+    return True
+
+
+def outline(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
+    """What of an audit's record is known before it, the id included; where nothing is found it stays so."""
+    counted = {
+        Setting: getattr(s, "canaries", 0), pair.Setting: 1, membership.Setting: len(task.x), support.Setting: 1
+    }  # fmt: skip
+    facts: dict[str, Any] = subject.facts() | {
+        "schema": audits.SCHEMA, "kind": "audit", "instrument": NAMES[type(s)],
+        "task": {"name": s.task, "digest": task.digest, "model": task.model, "examples": len(task.x)},
+        "epsilon_target": s.epsilon, "delta": s.delta, "rate": s.rate, "steps": s.steps,
+        "canaries": counted[type(s)], "trials": s.repeat, "seed": s.seed, "level": s.level, "confidence": 1 - s.level,
+        "epsilon_claimed": None, "accountant": None, "noise_multiplier": None, "epsilon_audited": None,
+        "strongest": None, "instruments": {}, "facts": {}, "flagged": False, "reason": None,
+    }  # fmt: skip
+    return facts | {"id": audits.identity(facts)}
+
+
+def found(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
+    """What an audit adds to its outline: claimed and audited epsilon, or the reason why there is none."""
+    try:
+        if isinstance(s, membership.Setting):
+            return by_members(subject.method, s, task)
+        if isinstance(s, support.Setting):
+            return by_coins(support.audit(subject.method, s, task=task))
+        if isinstance(s, pair.Setting):
+            return by_coins(pair.audit(subject.method, s, strongest, task=task))
+        return by_coins(audit(subject.method, s, task=task))
+    except Refused as error:
+        return {"reason": f"not auditable by this instrument: {error}"}
+
+
+def by_coins(v: Verdict) -> dict[str, Any]:
+    """The findings of `audit`, of `pair.audit` or of `support.audit`."""
+    return {
+        "epsilon_claimed": v.claimed, "accountant": v.accountant, "noise_multiplier": v.sigma,
+        "epsilon_audited": v.audited, "strongest": v.instrument, "instruments": v.bounds, "facts": v.planted,
+        "flagged": v.refuted,
+    }  # fmt: skip
+
+
+def by_members(method: Method, s: membership.Setting, task: Task) -> dict[str, Any]:
+    """The findings of `membership.attack`. A method without noise claims nothing, and is attacked all the same."""
+    sigma, claimed, accountant = 0.0, None, None
+    if method.noise.private:
+        n = len(task.x)
+        sigma, accountant, price = claim(method, n, max(1, round(s.rate * n)), s.steps, s.epsilon, s.delta)
+        claimed = price(sigma)
+    attacked = membership.attack(method, s, task, sigma)
+    bound = attacked.bound(s.delta, s.level, s.seed)
+    return {
+        "epsilon_claimed": claimed, "accountant": accountant, "noise_multiplier": sigma or None,
+        "epsilon_audited": bound["epsilon"], "strongest": "one-run", "instruments": {"one-run": bound},
+        "facts": attacked.facts(s.level), "flagged": claimed is not None and bound["epsilon"] > claimed,
+    }  # fmt: skip
+
+
+def kept(subject: Subject, s: AnySetting, task: Task, folder: Path) -> tuple[dict[str, Any], bool]:
+    """An audit's record, and whether it was there already: made by today's code, it is not made again."""
+    made, code = outline(subject, s, task), subject.code()
+    there = [a for a in audits.load(folder) if a["id"] == made["id"] and a["code"]["hash"] == code["hash"]]
+    if there:
+        return there[-1], True
+    started, clock, environment = datetime.now(UTC), measure.Clock("cpu"), measure.environment()
+    begun = clock.now()
+    made |= found(subject, s, task)
+    made |= {
+        "code": code | {key: environment.pop(key) for key in ("commit", "dirty")},
+        "device": measure.device_info("cpu", torch.get_num_threads()), "environment": environment,
+        "started": started.isoformat(timespec="seconds"), "wall_seconds": round(clock.since(begun), 3),
+    }  # fmt: skip
+    audits.write(folder, made)
+    return made, False
+
+
+COLUMNS = "{:<28} {:>6} {:>9} {:>9}  {:<12} {:>6}  {}"
+HEADER = COLUMNS.format("method", "target", "claimed", "audited", "instrument", "time", "verdict")
+
+
+def line(made: Mapping[str, Any], there: bool) -> str:
+    """Claimed and audited, side by side."""
+    words = "REFUTED" if made["flagged"] else made["reason"] or "not refuted"
+    if made["instrument"] == support.INSTRUMENT and made["facts"]:
+        words += f": {support.told(made['facts'])}"
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4g}"
+
+    return COLUMNS.format(
+        made["label"], number(made["epsilon_target"]), number(made["epsilon_claimed"]),
+        number(made["epsilon_audited"]), made.get("strongest") or "-", f"{made['wall_seconds']:.0f} s",
+        words + (" (recorded before)" if there else ""),
+    )  # fmt: skip
+
+
+# The command ----------------------------------------------------------------------------------------------
+
+
+def run(given: argparse.Namespace) -> int:
+    """Audit what is asked for, print claimed and audited epsilon, and write a record of each."""
+    by_flag: dict[str, type[AnySetting]] = {
+        "membership": membership.Setting, "neighbours": pair.Setting, "support": support.Setting
+    }  # fmt: skip
+    flags = [name for name in by_flag if getattr(given, name)]
+    for flag in flags:
+        if given.canaries is not None:
+            looked = "the examples of the task are" if flag == "membership" else "the one example that differs is"
+            given.error(f"--canaries: with --{flag}, {looked} what is looked for")
+    if given.support and given.rate not in (None, 1.0):
+        given.error("--rate: with --support the observer knows the batches, and all examples are in each")
+    lowest = {"steps": 1, "canaries": 1, "repeat": 1, "seed": 0, "examples": 0}
+    wrong = [f"--{k} {getattr(given, k)}" for k, low in lowest.items() if (getattr(given, k) or low) < low]
+    if wrong:
+        given.error(f"{', '.join(wrong)}: too small")
+    if len(flags) > 1:
+        given.error(f"{' and '.join(f'--{flag}' for flag in flags)}: one of them at a time")
+    subjects = [Subject.of(label, entry) for text in given.method for label, entry in _named(text)]
+    kind = by_flag[flags[0]] if flags else Setting
+    asked, flagged = _Asked(given), False
+    for s in asked.settings(kind):
+        if not (0 < s.rate <= 1 and 0 < s.delta < 1 and 0 < s.level < 1 and s.epsilon > 0):
+            given.error("--rate lies in (0, 1], --delta and --level in (0, 1), --epsilon above 0")
+    try:
+        task = asked.task(kind)
+    except Refused as error:
+        given.error(str(error))
+    print(HEADER)
+    for subject in subjects:
+        takes = kind is not Setting or given.canaries is not None or takes_canaries(subject.method, task)
+        serves = kind if takes else pair.Setting
+        for s in asked.settings(serves):
+            made, there = kept(subject, s, asked.task(serves), given.results / audits.FOLDER)
+            print(line(made, there), flush=True)
+            flagged |= made["flagged"]
+    return int(flagged)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the command line asks for, by instrument. What it leaves out is the instrument's own default."""
+
+    given: argparse.Namespace
+    tasks: dict[type, Task] = dataclasses.field(default_factory=dict)
+
+    def settings(self, kind: type[AnySetting]) -> list[AnySetting]:
+        """One for each epsilon."""
+        named = {f.name for f in dataclasses.fields(kind)} - {"epsilon"}
+        common = {name: value for name in named if (value := getattr(self.given, name, None)) is not None}
+        return [kind(epsilon=epsilon, **common) for epsilon in dict.fromkeys(self.given.epsilon)]
+
+    def task(self, kind: type[AnySetting]) -> Task:
+        """What is trained. Raises Refused for a name that says no task."""
+        if kind not in self.tasks:
+            self.tasks[kind] = self.settings(kind)[0].trained()
+        return self.tasks[kind]
+
+
+def _named(method: str) -> list[tuple[str, registry.Entry]]:
+    """Specs and registry entries: of one method, of all in a file, or of all whose names match a pattern."""
+    if method.endswith(".py"):
+        registry.add_file(Path(method))
+        here = Path(method).resolve()
+        return [(n, e) for n, e in registry.index("method").items() if Path(e.file).resolve() == here]
+    if "*" in method:
+        return [(n, e) for n, e in sorted(registry.index("method").items()) if fnmatchcase(n, method)]
+    return [(method, registry.lookup("method", method)[0])]

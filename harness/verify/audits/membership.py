@@ -1,0 +1,198 @@
+"""Membership inference by LiRA, offline (Carlini et al. 2022, arXiv:2112.03570): who was in the training data?
+
+A pool of examples is public but for its coins: each is in the training data with probability 1/2, in every model by
+coins of its own. What an attacker without the model in question knows is the others: the shadow models. An example
+is guessed to be in where the model is surer of its label than models are that have not seen it.
+
+Nothing is crafted here: the data, the model and the output (the last weights) are those that a user has. So it finds
+much less than canaries in gradients do, and says more of what an outsider can find.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from harness.dp.method import Method, describe
+from harness.dp.random import Stream
+from harness.dp.tree import Tree
+from harness.running.seeds import derive
+from harness.running.train import Diverged, Schedule, evaluating, start, train
+from harness.verify.audits.bounds import CHOOSING, Sample, guessed, upper
+from harness.verify.audits.canary import Refused, Task
+
+FALSE_POSITIVES = (0.001, 0.01)  # the rates that true positives are counted at
+INSTRUMENT = "membership"
+ROUNDING = 1e-9  # confidences that differ by less are the same
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to attack. A pool of the first `examples` of the task; `repeat` models, each attacked by the others."""
+
+    epsilon: float = 3.0
+    delta: float = 1e-5
+    task: str = "digits/mlp?hidden=64"
+    examples: int = 1000
+    rate: float = 0.1
+    steps: int = 200
+    repeat: int = 17
+    seed: int = 0
+    level: float = 0.01
+
+    def trained(self) -> Task:
+        """The task, with the weights that all models start from."""
+        return Task.named(self.task, derive("membership init", self.task, self.seed), self.examples)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Examples that are in the training data where their coin says so. n, which is public, counts all of them."""
+
+    x: Tensor
+    y: Tensor
+    coins: Tensor
+
+    n_test = 0
+
+    @property
+    def n_train(self) -> int:
+        """Public: in or out, each has a slot."""
+        return len(self.x)
+
+    def batch(self, indices: Tensor, split: str = "train") -> tuple[Tensor, Tensor]:
+        """Inputs and labels. The slot of one that is out holds nothing, and the batch is shorter by it."""
+        there = indices[self.coins[indices]]
+        return self.x[there], self.y[there]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Scores and coins [models, examples], and the accuracy [models] on what each was trained on and was not."""
+
+    scores: Floats
+    inside: NDArray[np.bool_]
+    seen: Floats
+    unseen: Floats
+
+    def bound(self, delta: float, level: float, seed: int) -> dict[str, Any]:
+        """A lower bound on epsilon from the coins of the first model, the others being its shadows.
+
+        Theorem 5.2 of Steinke et al. (arXiv:2305.08846) holds for any guess that depends on the output and on what is
+        independent of the coins, as the other models are.
+        """
+        sample = Sample({"LiRA": self.scores[0]}, self.inside[0])
+        epsilon, guesses, right, score = guessed(*sample.split(CHOOSING, seed), delta, level)
+        return {"epsilon": epsilon, "guesses": guesses, "correct": right, "score": score}
+
+    def facts(self, level: float) -> dict[str, Any]:
+        """AUC and true positives at few false positives, over all models. Information: no bound on epsilon.
+
+        The intervals are Clopper and Pearson's, each with confidence 1 - `level`, as if scores were independent;
+        examples share the models that they are scored with, and the threshold is that of the same scores.
+        """
+        outs, ins = self.scores[~self.inside], self.scores[self.inside]
+        rates = {}
+        for rate in FALSE_POSITIVES:
+            threshold = np.sort(outs)[::-1][int(rate * len(outs))]
+            positive, n = int((ins > threshold).sum()), len(ins)
+            rates[f"{rate:g}"] = {
+                "rate": positive / n, "low": 1 - float(upper(n - positive, n, level / 2)),
+                "high": float(upper(positive, n, level / 2)), "false_positives": int((outs > threshold).sum()),
+            }  # fmt: skip
+        return {
+            "auc": auc(ins, outs), "true_positive_rates": rates, "members": len(ins), "others": len(outs),
+            "models": len(self.scores), "accuracy_members": float(self.seen.mean()),
+            "accuracy_others": float(self.unseen.mean()),
+        }  # fmt: skip
+
+
+def attack(method: Method, s: Setting, task: Task, sigma: float) -> Found:
+    """Train `s.repeat` models on random halves of the pool and attack each with the others.
+
+    Raises Refused where the method cannot be trained so, or its outputs are not one score for each class.
+    """
+    if method.loss.coupled:
+        raise Refused("the loss of an example depends on the others of its batch: a slot cannot be left empty")
+    if s.repeat < 3:
+        raise Refused(f"{s.repeat} models are too few: an example needs shadow models that it is not in")
+    n = len(task.x)
+    schedule = Schedule(s.steps, max(1, round(s.rate * n)), s.steps)
+    coins, confidences, right = [], [], []
+    for run in range(s.repeat):
+        seed = derive(INSTRUMENT, describe(method), dataclasses.asdict(s), run)
+        coins.append(Stream(seed, "coins", 0).uniform(n) < 0.5)
+        outputs = trained(method, task, Pool(task.x, task.y, coins[-1]), sigma, schedule, seed)
+        if outputs.ndim != 2 or outputs.shape[1] < 2:
+            raise Refused(f"outputs {list(outputs.shape)} are not one score for each class")
+        confidences.append(confidence(outputs, task.y))
+        right.append(outputs.argmax(1) == task.y)
+    inside, correct = torch.stack(coins).numpy(), torch.stack(right).numpy()
+    return Found(
+        lira(torch.stack(confidences).numpy(), inside), inside,
+        np.array([c[i].mean() for c, i in zip(correct, inside, strict=True)]),
+        np.array([c[~i].mean() for c, i in zip(correct, inside, strict=True)]),
+    )  # fmt: skip
+
+
+def trained(method: Method, task: Task, pool: Pool, sigma: float, schedule: Schedule, seed: int) -> Tensor:
+    """The outputs [n, K] of one model on all of the pool, after training on those that are in."""
+    model = copy.deepcopy(task.body)
+    if reason := method.engine.accepts(method.loss, method.clip, model):
+        raise Refused(reason)
+    secret = SimpleNamespace(**{role: derive(f"membership {role}", seed) for role in ("sampling", "noise", "path")})
+    try:
+        progress = train(method, model, pool, sigma, schedule, secret, start(method, model, schedule.steps))
+    except (ValueError, RuntimeError, NotImplementedError, Diverged) as error:
+        raise Refused(f"it cannot be trained here: {error}") from error
+    return evaluated(model, method.path.kept(progress.w, progress.parts.path), task.x)
+
+
+def evaluated(model: nn.Module, w: Tree, x: Tensor) -> Tensor:
+    """The outputs of a model with weights `w` in evaluation mode."""
+    with evaluating(model, w):
+        return torch.cat([model(part) for part in x.split(1024)])
+
+
+def confidence(outputs: Tensor, y: Tensor) -> Tensor:
+    """The logit of the probability of the right class, log p - log(1 - p) [n], from outputs [n, K] (section V-A)."""
+    own = outputs.double().gather(1, y[:, None])
+    others = outputs.double().scatter(1, y[:, None], -torch.inf).logsumexp(1)
+    return own.squeeze(1) - others
+
+
+def lira(confidences: Floats, inside: NDArray[np.bool_]) -> Floats:
+    """Scores [models, examples]: how far a model's confidence lies above that of models without the example.
+
+    Offline attack (section VI-B): a normal fits the confidences of the other models that an example is not in. Its
+    deviation is one for all examples, which is better for few models (section VI-C). 0 where there is no such model.
+    """
+    scores = np.zeros_like(confidences)
+    for target in range(len(confidences)):
+        out = ~inside
+        out[target] = False
+        count = out.sum(0)
+        mean = np.where(out, confidences, 0.0).sum(0) / np.maximum(count, 1)
+        away = (confidences - mean)[out]
+        free = max(1, int(out.sum() - (count > 0).sum()))  # a mean was fitted to each example
+        deviation = np.sqrt((away**2).sum() / free)
+        known = (count > 0) & (deviation > ROUNDING * (1 + np.abs(mean)))
+        scores[target, known] = (confidences[target] - mean)[known] / deviation
+    return scores
+
+
+def auc(ins: Floats, outs: Floats) -> float:
+    """The probability that one of `ins` exceeds one of `outs`, ties counted half."""
+    ranks = rankdata(np.concatenate([ins, outs]))[: len(ins)]
+    return float((ranks.sum() - len(ins) * (len(ins) + 1) / 2) / (len(ins) * len(outs)))

@@ -1,0 +1,1 @@
+"""Published privacy claims, recomputed from their settings."""

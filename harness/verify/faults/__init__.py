@@ -1,0 +1,1 @@
+"""Faults that public code had, planted on purpose, and what catches each."""
