@@ -164,6 +164,23 @@ def test_closure_of_a_lone_file_and_of_nothing(tree: Path, tmp_path_factory: pyt
         codehash.closure(["harness.absent"], [tree])
 
 
+def test_what_a_file_of_the_user_imports_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Helpers beside it, packages with and without __init__, and what these import; nothing that is installed."""
+    mine = write(
+        tmp_path / "mine.py",
+        "import json\nimport attrs\nfrom torch import nn\nfrom epsb_help import net\nimport epsb_pack.b\n",
+    )
+    helper = write(tmp_path / "lib" / "epsb_help.py", "from epsb_bare.part import net\n")
+    parts = [write(tmp_path / "lib" / "epsb_bare" / "part.py", "net = 1\n")]
+    parts += [write(tmp_path / "lib" / "epsb_pack" / name, "x = 1\n") for name in ("__init__.py", "b.py")]
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    found = codehash.closure([mine])
+    assert set(found) == {file.resolve() for file in (mine, helper, *parts)} - {parts[1].resolve()}
+    before = codehash.code_hash(found)
+    parts[0].write_text("net = 2\n")
+    assert codehash.code_hash(codehash.closure([mine])) != before
+
+
 def test_a_method_of_this_project_depends_on_the_mathematics_and_on_no_other_method() -> None:
     found = codehash.hashes(codehash.closure(["methods.dp_sgd"]))
     assert {"methods/dp_sgd.py", "harness/dp/clip/flat.py", "harness/dp/noise.py"} <= set(found)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness import cli, suite
-from harness.dp import SGD, Auto, BookKeeping, Full, Ghost, Loop, Method
+from harness.dp import SGD, Auto, BookKeeping, Full, Gaussian, Ghost, Loop, Method, Release, Tree
 from harness.dp.engines.engine import PerExample
+from harness.dp.random import Stream
+from harness.dp.release import Observed
 from harness.records import draw, store
 from harness.records.cell import Cell
 from harness.records.files import StoreError
@@ -24,7 +29,7 @@ from harness.report.model import runs as read
 from harness.running import child, jobs, launch
 from harness.running import run as running
 from harness.running.seeds import Seeds
-from harness.running.train import Schedule, start, train
+from harness.running.train import Schedule, Streams, start, train
 from harness.verify.exchange import bundle as pack
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +127,32 @@ def test_what_decides_sums_to_the_bit_decides_the_noise(tmp_path: Path, monkeypa
         )
         released.append(end.w.flat[:4] / sigma)
     assert len({tuple(w.tolist()) for w in released}) == 5
+
+
+def test_releases_that_differ_in_a_bit_share_no_noise() -> None:
+    """Not even where nothing that is recorded differs: a library's switch, say, or a file that no hash covers."""
+    seed, seen = Stream(7, "noise", 3), Observed(torch.zeros(0), None, torch.zeros(()), torch.zeros(()), engine="loop")
+    first = Release(Tree.of({"a": torch.zeros(50), "b": torch.ones(50)}), 1.0, 2.0)
+    moved = first.value.flat.clone()
+    moved[60] = moved[60].nextafter(torch.tensor(2.0))
+    others = {
+        "value": first._replace(value=first.value.with_flat(moved)),
+        "names": first._replace(value=Tree.of({"a": torch.zeros(50), "c": torch.ones(50)})),
+        "sensitivity": first._replace(sensitivity=math.nextafter(1.0, 2.0)),
+        "sigma": first._replace(sigma=math.nextafter(2.0, 3.0)),
+        "scale": first._replace(scale={"a": 1.0, "b": 1.0}),
+        "dtype": first._replace(dtype=torch.float64),
+    }
+
+    def noise(release: Release, name: str = "grad", seen: Observed = seen) -> Tensor:
+        return Gaussian().add(release, Streams(seed, seed).own(name, release, seen)).flat - release.value.flat
+
+    found = [noise(first), noise(first, "other"), noise(first, seen=dataclasses.replace(seen, engine="vmap"))]
+    found += [noise(release) for release in others.values()]
+    assert torch.equal(noise(first._replace(value=first.value.with_flat(first.value.flat.clone()))), found[0])
+    for one, other in itertools.combinations(found, 2):
+        # Independent normal numbers of deviation 2, a hundred: their correlation is within 6 / sqrt(100).
+        assert abs(float((one * other).mean()) / 4) < 0.6
 
 
 class Chosen(Auto):

@@ -41,6 +41,7 @@ from harness.dp.gaussian import grid
 from harness.dp.random import Stream
 from harness.running.train import Schedule, read_checkpoint, start, train, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("equal_noise")
 SEEDS = SimpleNamespace(sampling=11, noise=22, path=33)
 N, BATCH, SIGMA = 60, 10, 1.0
 GAP = 0.01
@@ -115,8 +116,8 @@ def gradient(flat: torch.Tensor, step: int, clip: float, cut: float = math.inf) 
         longest = cut * max(float(g.norm()), clip)
         total += g.clamp(-longest, longest) * min(1.0, clip / float(g.norm()))
     return (
-        Stream(SEEDS.noise, f"noise of {Vmap().role} at {SIGMA!r}", step)
-        .under(Vmap().label)
+        Stream(SEEDS.noise, f"noise of {Vmap().role}", step)
+        .under(f"grad by {Vmap().label}: ")
         .noised(total, grid(SIGMA, clip, len(total)))
         / BATCH
     )

@@ -142,6 +142,7 @@ def test_learning_rate_zero_leaves_the_weights():
         assert torch.equal(w.flat, Tree.of(trainable(net())).flat)
 
 
+@pytest.mark.usefixtures("equal_noise")
 def test_the_microbatch_changes_nothing():
     def without_dropout(microbatch):
         method, model = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -47,6 +48,15 @@ class Release(NamedTuple):
     def formatted(self) -> Tree:
         """The private value in the format that is wanted: what libraries add noise to."""
         return self.value.with_flat(self.value.flat.to(self.dtype or self.value.flat.dtype))
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits over all that is released and how: two releases that differ in a bit have different ones."""
+        value = self.value
+        facts = value.layout, value.flat.dtype, self.sensitivity, self.sigma, self.scale, self.dtype
+        found = hashlib.sha256(repr(facts).encode())
+        found.update(value.flat.detach().contiguous().cpu().view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def in_units(self, tree: Tree) -> Tree:
         """`tree`, of the value's layout, with each tensor divided by its scale."""

@@ -6,14 +6,21 @@ method which uses ``Flat`` does not depend on an engine it never calls. C files 
 folder they lie. Files are compared as syntax trees without docstrings and comments, C files without comments:
 mending a sentence makes no record stale. Nor does moving a file: an import inside this project counts by the names that
 it binds and by what the file says that they come from, not by where that file lies.
+
+A file of the user's may import others of theirs. These are followed too: whatever Python finds outside the folders that
+it installs into. What is installed counts by its version (`harness.provenance.measure`), unless a starting module
+belongs to it. An import by a computed name is not seen.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import re
+import site
 import sys
+import sysconfig
 from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -80,6 +87,15 @@ def _roots(roots: Iterable[Path] | None) -> tuple[Path, ...]:
     return tuple(root.resolve() for root in found)
 
 
+@lru_cache(maxsize=1)
+def _installed() -> tuple[Path, ...]:
+    """The folders of Python's own modules and of installed packages."""
+    paths = sysconfig.get_paths()
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    folders = [*(paths[name] for name in names), *site.getsitepackages(), site.getusersitepackages()]
+    return tuple({Path(folder).resolve() for folder in folders})
+
+
 class _Graph:
     """Depth-first walk over imports; ``seen`` are the files of the closure."""
 
@@ -90,6 +106,7 @@ class _Graph:
         self.seen: set[Path] = set()
         self._trees: dict[Path, ast.Module] = {}
         self._files: dict[str, Path | None] = {}
+        self._theirs: dict[str, Path | None] = {}
 
     def start(self, module: str) -> Path:
         """The file of a starting module; one that a user named is found among the imported modules."""
@@ -113,10 +130,26 @@ class _Graph:
     def file(self, module: str) -> Path | None:
         """``a.b`` to ``a/b.py`` or ``a/b/__init__.py`` under the first root that has it."""
         if module not in self._files:
-            bases = [root.joinpath(*module.split(".")) for root in self.roots]
+            theirs = self.theirs(module.split(".")[0])
+            roots = self.roots if theirs is None else (*self.roots, theirs)
+            bases = [root.joinpath(*module.split(".")) for root in roots]
             every = (file for base in bases for file in (base.with_name(base.name + ".py"), base / "__init__.py"))
             self._files[module] = next((file for file in every if file.is_file()), None)
         return self._files[module]
+
+    def theirs(self, top: str) -> Path | None:
+        """The folder that holds a module or package of the user's; None for one that is installed, or not found."""
+        if top not in self._theirs:
+            try:
+                spec = None if top in self.followed else importlib.util.find_spec(top)
+            except (ImportError, ValueError):  # the module that runs has no spec
+                spec = None
+            places = [*(spec.submodule_search_locations or ())] if spec is not None else []
+            places += [spec.origin] if spec is not None and spec.has_location and spec.origin else []
+            found = [Path(place).resolve().parent for place in places]
+            found = [folder for folder in found if not any(folder.is_relative_to(one) for one in _installed())]
+            self._theirs[top] = found[0] if found else None
+        return self._theirs[top]
 
     def visit(self, file: Path, module: str) -> None:
         """Add a file and all it imports."""
@@ -185,7 +218,8 @@ class _Graph:
 
     def _wanted(self, module: str) -> bool:
         skipped = any(module == one or module.startswith(f"{one}.") for one in self.skip)
-        return module.split(".")[0] in self.followed and not skipped
+        top = module.split(".")[0]
+        return not skipped and (top in self.followed or self.theirs(top) is not None)
 
     def _passed_on(self, module: str, file: Path, name: str) -> tuple[str, str] | None:
         """Where a package's ``__init__`` takes a name from, by its ``_WHERE`` map or a top-level import."""

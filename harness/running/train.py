@@ -42,6 +42,15 @@ class Streams(NamedTuple):
     noise: Stream
     path: Stream
 
+    def own(self, name: str, release: Release, observed: Observed) -> Stream:
+        """The noise of one release, which no other shares: it depends on every bit of what is released.
+
+        Two runs of one seed whose sums differ, for whatever reason, would otherwise show the difference without noise:
+        by rounding (another number of threads, another library), by an engine that is wrong, or by code that no hash
+        covers. `Auto` chooses its engine by time, and what two engines release is not compared at all.
+        """
+        return self.noise.under(f"{name} by {observed.engine}: {release.digest}")
+
 
 class Stepped(NamedTuple):
     """What a step leaves behind; everything but `observed` is public."""
@@ -69,12 +78,11 @@ def step(
     releases, observed = m.engine.bounded(
         m.loss, m.clip, model, probe, batch, s.clip, sigma, m.sampler.relation, number
     )
-    # Which engine `Auto` chose is a matter of time, and no two engines share noise.
-    noise = rng.noise.under(observed.engine)
     # Raw values die here. Noise may leave them in the format of the sum; weights divide them in their own.
-    public = {
-        name: r._replace(value=m.noise.add(r, noise)).formatted / denominator for name, r in wanted(releases, w).items()
-    }
+    public = {}
+    for name, r in wanted(releases, w).items():
+        noise = rng.own(name, r, observed) if m.noise.private else rng.noise
+        public[name] = r._replace(value=m.noise.add(r, noise)).formatted / denominator
     g = public.pop("grad")
     told = m.optimizer.receive(s.optimizer, public)
     new, optimizer = m.optimizer.update(g, told, m.path.base(w, s.path, rng.path))
@@ -205,7 +213,7 @@ def train(
         batch = method.loss.prepare(Batch(*data.batch(indices)), views)
         fill(device, Stream(seeds.path, "dropout", p.step))
         streams = Streams(
-            Stream(seeds.noise, f"noise of {method.engine.role} at {sigma!r}", p.step),
+            Stream(seeds.noise, f"noise of {method.engine.role}", p.step),
             Stream(seeds.path, "path", p.step),
         )
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams, p.step)
