@@ -214,7 +214,7 @@ def test_links_doubles_strays_and_bombs_are_refused(
     ):
         refusal(nothing, tmp_path)
 
-    monkeypatch.setattr(store, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(pack, "MOST_BYTES", 2**20)
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:  # a kilobyte that unpacks to two megabytes
         archive.writestr(pack.MANIFEST, pack._manifest({name: data}))

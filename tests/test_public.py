@@ -151,6 +151,7 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+@pytest.mark.usefixtures("equal_noise")
 @pytest.mark.parametrize("case", CASES)
 def test_runs_that_differ_in_what_is_private_publish_the_same_to_the_bit(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ class Release(NamedTuple):
         value = self.value
         facts = value.layout, value.flat.dtype, self.sensitivity, self.sigma, self.scale, self.dtype
         found = hashlib.sha256(repr(facts).encode())
-        found.update(value.flat.detach().contiguous().cpu().view(torch.uint8).numpy())
+        held: Any = value.flat.detach().contiguous().cpu().view(torch.uint8).numpy()
+        found.update(held)
         return found.hexdigest()
 
     def in_units(self, tree: Tree) -> Tree:

@@ -109,15 +109,17 @@ def points(record: Told, log: Iterable[Told]) -> list[dict[str, Any]]:
 
 
 def privately_judged(record: Told) -> list[int]:
-    """The stages, from 1, whose accuracy and loss count private examples, or follow labels of private ones."""
+    """The stages, from 1, whose accuracy and loss count private examples, or follow labels of private ones.
+
+    Those that the record names and those that its cell shows, whichever a record leaves out.
+    """
     told = _map(record.get("privacy")).get("privately_judged")
-    if isinstance(told, list):
-        return told
     held_out = _map(_map(record.get("cell")).get("task")).get("evaluate") == "validation"
     losses = [_map(_map(_map(one).get("parts")).get("loss")).get("type") for one in _stages(record)]
     public = "task" in _map(_map(record.get("cell")).get("then"))
     private = losses[:1] if public else losses
-    return [number for number, loss in enumerate(private, 1) if held_out or loss in _PROBED]
+    shown = {number for number, loss in enumerate(private, 1) if held_out or loss in _PROBED}
+    return sorted(shown.union(told if isinstance(told, list) else ()))
 
 
 def _stages(record: Told) -> list[Any]:

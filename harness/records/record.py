@@ -194,7 +194,7 @@ class Card(Closed):
 class Metrics(Open):
     """Evaluated once, at the last step, on cell.task.evaluate; empty where there was no last step."""
 
-    accuracy: Annotated[Maybe[Share], says("Fraction of examples classified correctly."), Column()] = UNSET
+    accuracy: Annotated[Maybe[Share | None], says("Fraction of examples classified correctly."), Column()] = UNSET
     loss: Annotated[Maybe[float | None], says("Mean loss."), Column()] = UNSET
     examples: Annotated[
         Maybe[Count], says("How many examples they are of: an accuracy is a count over them. Absent in older records.")
@@ -398,6 +398,13 @@ class Randomness(Closed):
 
     attempt: Annotated[Count, says("Number of the attempt whose random numbers these are.")]
     code: Annotated[Id, says("Hash of the code that it began with.")]
+    setting: Annotated[
+        Maybe[Id],
+        says(
+            "Hash of what else decides its sums to the bit: device, threads, microbatch, libraries, kernels. Absent"
+            " in older records."
+        ),
+    ] = UNSET
     dropout_bits: Annotated[
         Maybe[Count],
         says(
@@ -490,7 +497,7 @@ class Record(Closed):
             raise ValueError('"privacy.ledger" is empty, and the status is ok')
         if not ok and self.reason is None:
             raise ValueError(f'"reason" is null, and the status is {self.status}')
-        if ok and not self.privacy.privately_judged and (self.metrics.accuracy is UNSET or self.metrics.loss is UNSET):
+        if ok and not self.privacy.privately_judged and UNSET in (self.metrics.accuracy, self.metrics.loss):
             raise ValueError('"metrics" lacks accuracy or loss, and the status is ok')
         for name in ("started", "finished"):
             moment = getattr(self, name)

@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from harness import data, registry
-from harness.dp.account import ACCOUNTANTS, Ledger, epsilon, ranking
+from harness.dp.account import ACCOUNTANTS, Ledger, epsilon, explain, ranking
 from harness.dp.account.tuning import Tuning, charge
 from harness.dp.clip import Clip
+from harness.dp.engines.draws import secrecy
 from harness.dp.engines.engine import PerExample
 from harness.dp.method import Method, Stage, describe, plan
 from harness.dp.path import Path as Straight
@@ -72,7 +75,7 @@ def examine(record: store.Record) -> Verdict:
             raise _Refused(reason)
         cell = store.cell_of(record)
         _plain(record, cell)
-        for part in (_model, _data, _privacy):
+        for part in (_model, _data, _privacy, _stated):
             try:
                 part(record, cell)
             except _Unknown as reason:
@@ -81,7 +84,7 @@ def examine(record: store.Record) -> Verdict:
         return Verdict(str(reason))
     except Exception as error:  # it is a stranger's: whatever it makes fail is its own fault
         return Verdict(f"its privacy cannot be computed again: {type(error).__name__}: {str(error)[:200]}")
-    return Verdict(unknown=tuple(unknown))
+    return Verdict(unknown=tuple(dict.fromkeys(unknown)))
 
 
 def _demand(name: str, told: Any, *expected: Any) -> None:
@@ -359,6 +362,41 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
         _spent("privacy", privacy, "planned", whole, cell, Relation(told))
     if cell.then:
         _stages(record, cell, stages, private, sigma or 0.0, Relation(told))
+
+
+def _stated(record: store.Record, cell: Cell) -> None:
+    """What else a record says of its privacy: compared where it follows from the cell, and their word where not."""
+    privacy, ok, n = record["privacy"], record["status"] == "ok", cell.task["n_train"]
+    if (bits := (record.get("randomness") or {}).get("dropout_bits")) is not None:
+        _demand("randomness.dropout_bits", bits, secrecy(torch.device((record.get("device") or {})["kind"])))
+    methods = _methods(cell)
+    schedules = [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
+    stages = [Stage(m, one["batch"], one["steps"]) for m, one in zip(methods, schedules, strict=True)]
+    private = stages[:1] if "task" in cell.then else stages
+    held_out = cell.task["evaluate"] == "validation"
+    judged = [k for k, stage in enumerate(private, 1) if held_out or stage.method.loss.probes]
+    if "privately_judged" in privacy:
+        _demand("privacy.privately_judged", privacy["privately_judged"], judged)
+    words: list[str] = []
+    places = (record["stages"][: len(private)] if cell.then else [privacy]) if ok else []
+    for k, (told, stage) in enumerate(zip(places, private, strict=False), 1):
+        where, method = f"stages.{k}" if cell.then else "privacy", stage.method
+        if not cell.private or told.get("sensitivity") is None:
+            continue
+        releases = method.engine.split(method.clip, privacy["noise_multiplier"], stage.steps - 1)
+        _demand(f"the names in {where}.sensitivity", sorted(told["sensitivity"]), sorted(releases))
+        # A rule with a state bounds by that state, and what it releases beside the gradient by what it saw.
+        words += [f"{where}.sensitivity"] * (type(method.clip).init is not Clip.init or len(releases) > 1)
+        note = method.engine.note(method.loss, method.clip, stage.batch, method.sampler.relation)
+        words += [f"{where}.sensitivity_note"] * (told.get("sensitivity_note") != note)
+    if privacy.get("accounting"):
+        terms = cell.privacy["delta"], Relation(privacy["relation"])
+        ledger = plan(private, privacy.get("noise_multiplier") or 0.0, n)
+        quick = not MOST_EPSILON < epsilon(ledger, *terms, "rdp") < math.inf
+        words += ["privacy.accounting"] * (not quick or privacy["accounting"] != explain(ledger, *terms))
+    words += ["privacy.claimed"] * (privacy.get("claimed") is not None)
+    if words:
+        raise _Unknown(f"what stands in {', '.join(words)} cannot be computed again here, and is its word")
 
 
 def _begins(part: Ledger, whole: Ledger) -> bool:
