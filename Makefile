@@ -34,7 +34,7 @@ help:
 	@echo "make report       write these leaderboards from the records in results/"
 	@echo "make ui           open MLflow on the local store"
 	@echo "make bench        time every engine and peer side by side (under 20 minutes)"
-	@echo "make lint         ruff and mypy"
+	@echo "make lint         ruff, mypy and the contracts of imports"
 	@echo "make setup        only make .venv;  make clean-venv removes it"
 
 setup: $(READY)
@@ -55,6 +55,7 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(READY)
 	@$(BIN)/ruff check --fix .

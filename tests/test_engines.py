@@ -32,9 +32,9 @@ from harness.dp import (
 from harness.dp.clip import Clip
 from harness.dp.engines import auto
 from harness.dp.engines.engine import Engine, Unserved, trainable
-from harness.dp.engines.patches import Geometry, Patches
 from harness.dp.engines.rows import squared_norms
 from harness.dp.engines.taped.gradients import Lookup, Outer, gram_squares
+from harness.dp.engines.taped.patches import Geometry, Patches
 from harness.dp.engines.taped.rules import rule_for
 from harness.dp.engines.taped.trial import plan_for
 from harness.dp.native import kernels

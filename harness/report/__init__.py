@@ -18,7 +18,7 @@ from typing import Any
 
 from harness.records import public
 from harness.report import export, text
-from harness.report.model.runs import RecordLike, canonical, record_path
+from harness.report.model.fields import RecordLike, canonical, record_path
 from harness.report.model.tables import Board, board
 
 __all__ = ["Board", "Report", "board", "build", "overview", "top_rows"]

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.report import text
+from harness.report.model.fields import RecordLike, natural
 from harness.report.model.pairs import METRICS, CompareError, Metric, Pairing, named, order_of, partner, series, where
 from harness.report.model.rows import examples
-from harness.report.model.runs import RecordLike, Setting, natural
+from harness.report.model.runs import Setting
 from harness.report.model.statistics import LEVEL, Interval, mean_interval, rounding
 from harness.report.model.words import bounds, by_status, epsilon, percent, tally
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from harness.report.model.fields import natural
 from harness.report.model.rows import BASELINE, REFERENCE, Row
-from harness.report.model.runs import natural
 from harness.report.model.statistics import Interval, mean_interval, rounding
 from harness.report.model.tables import Board, heading, quietest
 from harness.report.model.words import BUSY, device_text, epsilon

@@ -8,9 +8,10 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from harness.report.model.fields import listing
 from harness.report.model.published import Verdict
 from harness.report.model.rows import BASELINE, cross_checked, statuses
-from harness.report.model.runs import Run, listing
+from harness.report.model.runs import Run
 from harness.report.model.statistics import RULE, Interval
 from harness.report.model.tables import Board, Entry, Table, heading, place, statement, timing
 from harness.report.model.words import count, epsilon, gap, interval, percent, ratio

@@ -34,6 +34,7 @@ from pathlib import Path
 from harness import registry
 from harness.records.cell import Cell, canonical_json
 from harness.registry import Registry
+from harness.suite.expand import Suite
 from harness.suite.files import Files
 from harness.suite.reading import SuiteReader
 from harness.suite.tables import (
@@ -52,7 +53,7 @@ from harness.suite.tables import (
 from harness.suite.toml.lines import Lines
 from harness.suite.toml.problems import Problem, SuiteError
 from harness.suite.toml.reader import Reader, document, source
-from harness.suite.values import Suite, Variant
+from harness.suite.values import Variant
 
 __all__ = [
     "Budget",

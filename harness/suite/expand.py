@@ -4,24 +4,69 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness import registry
 from harness.records.cell import Cell, canonical_json
-from harness.registry import Entry
+from harness.registry import Entry, Registry
 from harness.suite.build import Builder, Built
 from harness.suite.files import unimportable
 from harness.suite.lengths import Facts, Lengths, Size
-from harness.suite.tables import Device, Privacy
+from harness.suite.tables import Budget, Device, Privacy, Published, Tuning
+from harness.suite.toml.lines import Lines
 from harness.suite.toml.problems import Problem, Report, SuiteError
 from harness.suite.trial import refuse_models
-from harness.suite.values import Suite, Variant
+from harness.suite.values import Scheduled, Variant
 
 if TYPE_CHECKING:
     from harness.dp import Method
     from harness.suite.toml.lines import Path as KeyPath
 
-__all__ = ["expand", "problems", "try_models"]
+__all__ = ["Suite", "expand", "problems", "try_models"]
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """A checked suite. ``file`` is as the user named it, the rest in order of the file.
+
+    ``reduced`` says what is reduced where this is the reduced profile of the suite, and is None where it is all of it.
+    ``files`` are the user's own; ``thorough`` says that data which is not here and models that do not fit it are
+    something wrong.
+    """
+
+    file: str
+    name: str
+    question: str
+    seeds: tuple[int, ...]
+    privacy: Privacy
+    tasks: tuple[Scheduled, ...]
+    variants: tuple[Variant, ...]
+    devices: tuple[Device, ...]
+    budget: Budget
+    tuning: Tuning | None
+    published: tuple[Published, ...]
+    reduced: str | None
+    names: Registry = field(repr=False)
+    lines: Lines = field(repr=False)
+    files: tuple[str, ...] = ()
+    thorough: bool = False
+
+    def cells(self) -> list[Cell]:
+        """Every run of the suite, all methods of the first seed first.
+
+        Imports torch, builds the methods and asks for the data's digests. Raises :class:`SuiteError` with
+        every method that refuses its parameters or its parts, targets that need more noise than a clipping rule
+        can serve, data that is missing, and runs that would be the same.
+        """
+        return expand(self)
+
+    def try_models(self, cells: Iterable[Cell]) -> None:
+        """Build the models of these cells, each once, and try them on examples of their data's shape.
+
+        Raises :class:`SuiteError` with every one that cannot be built, does not fit its data, or mixes examples.
+        """
+        try_models(self, cells)
 
 
 class _Run(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.registry import RegistryError
 from harness.suite import expand, methods, published
+from harness.suite.expand import Suite
 from harness.suite.files import Files
 from harness.suite.tables import (
     ARRAYS,
@@ -29,7 +30,7 @@ from harness.suite.toml.lines import Lines
 from harness.suite.toml.lines import Path as KeyPath
 from harness.suite.toml.problems import SuiteError
 from harness.suite.toml.reader import Reader
-from harness.suite.values import Scheduled, Suite, Variant
+from harness.suite.values import Scheduled, Variant
 
 __all__ = ["SuiteReader"]
 

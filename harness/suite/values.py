@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.records.cell import Cell
-from harness.registry import Registry
-from harness.suite.tables import Budget, Device, Privacy, Published, Then, Train, Tuning
-from harness.suite.toml.lines import Lines
+from harness.suite.tables import Then, Train
 from harness.suite.toml.lines import Path as KeyPath
 
-__all__ = ["Scheduled", "Second", "Suite", "Variant"]
+__all__ = ["Scheduled", "Second", "Variant"]
 
 
 @dataclass(frozen=True)
@@ -82,50 +79,3 @@ class Variant:
     def what(self) -> tuple[object, ...]:
         """What tells a variant from another on the same task and for the same target."""
         return self.name, self.parameters, self.changes, self.train, self.then
-
-
-@dataclass(frozen=True, eq=False)
-class Suite:
-    """A checked suite. ``file`` is as the user named it, the rest in order of the file.
-
-    ``reduced`` says what is reduced where this is the reduced profile of the suite, and is None where it is all of it.
-    ``files`` are the user's own; ``thorough`` says that data which is not here and models that do not fit it are
-    something wrong.
-    """
-
-    file: str
-    name: str
-    question: str
-    seeds: tuple[int, ...]
-    privacy: Privacy
-    tasks: tuple[Scheduled, ...]
-    variants: tuple[Variant, ...]
-    devices: tuple[Device, ...]
-    budget: Budget
-    tuning: Tuning | None
-    published: tuple[Published, ...]
-    reduced: str | None
-    names: Registry = field(repr=False)
-    lines: Lines = field(repr=False)
-    files: tuple[str, ...] = ()
-    thorough: bool = False
-
-    def cells(self) -> list[Cell]:
-        """Every run of the suite, all methods of the first seed first.
-
-        Imports torch, builds the methods and asks for the data's digests. Raises :class:`SuiteError` with
-        every method that refuses its parameters or its parts, targets that need more noise than a clipping rule
-        can serve, data that is missing, and runs that would be the same.
-        """
-        from harness.suite.expand import expand
-
-        return expand(self)
-
-    def try_models(self, cells: Iterable[Cell]) -> None:
-        """Build the models of these cells, each once, and try them on examples of their data's shape.
-
-        Raises :class:`SuiteError` with every one that cannot be built, does not fit its data, or mixes examples.
-        """
-        from harness.suite.expand import try_models
-
-        try_models(self, cells)

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.dp.engines.engine import Unserved, trainable
-from harness.dp.engines.patches import Patches
 from harness.dp.engines.rows import AT_ONCE, factor_squares, squared_norms, weighted_rows, wide
 from harness.dp.engines.survey import watching
 from harness.dp.engines.tape import Run, Tape, repeated, taping
 from harness.dp.engines.taped.gradients import Gradient, Outer
+from harness.dp.engines.taped.patches import Patches
 from harness.dp.engines.taped.plan import Plan, gradients
 from harness.dp.engines.taped.trial import plan_for
 from harness.dp.engines.weights import replaced

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.report.model.runs import visible
+from harness.report.model.fields import visible
 
 if TYPE_CHECKING:
     from harness.report.model.rows import Row

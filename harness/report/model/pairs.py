@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from harness.report.model.fields import RecordLike, natural
 from harness.report.model.rows import Row, rows_of
-from harness.report.model.runs import RecordLike, Run, Setting, natural, read
+from harness.report.model.runs import Run, Setting, read
 from harness.report.model.words import count, epsilon, percent
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from harness.report.model.fields import number, scalar
 from harness.report.model.rows import REDUCED_TASK, Row
-from harness.report.model.runs import Run, number, scalar
+from harness.report.model.runs import Run
 from harness.report.model.statistics import Interval, mean_interval, rounding
 from harness.report.model.words import by_status, epsilon, tally
 

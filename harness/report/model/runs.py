@@ -6,20 +6,26 @@ text is made printable, a null epsilon is infinite. Nothing behind this file loo
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import PurePath
 from typing import Any
 
 from harness.records import origin, public
 from harness.records.stages import told
+from harness.report.model.fields import (
+    Fields,
+    RecordLike,
+    canonical,
+    natural,
+    number,
+    pairs,
+    part_text,
+    record_path,
+    scalar,
+    visible,
+)
 from harness.report.model.stage import Stage, sampling
-
-RecordLike = Mapping[str, Any]
 
 CROWDED = 1.5
 """A run was timed on a busy machine where the load average was at least so many times the cores in use."""
@@ -171,54 +177,6 @@ class Run:
         return self.load is not None and self.cores is not None and self.load >= CROWDED * self.cores
 
 
-def visible(text: str) -> str:
-    """`text` on one line, with every control or direction-changing character written out as ``\\u202e``.
-
-    Names come from files that anybody may write. A mark that turns the direction of a line, a terminal escape
-    or half a surrogate pair must be seen, not obeyed.
-    """
-    text = " ".join(text.split())
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
-
-
-@lru_cache(maxsize=4096)
-def natural(text: str) -> tuple[tuple[int, float, str], ...]:
-    """Sort key under which ``lr=2`` comes before ``lr=10``."""
-    pieces = re.split(r"(\d+(?:\.\d+)?)", text, flags=re.ASCII)
-    return tuple((1, float(p), "") if i % 2 else (0, 0.0, p) for i, p in enumerate(pieces))
-
-
-def record_path(path: Any) -> str:
-    """``<suite>/<id>/record.json`` of a path to a record: what moving the results folder does not change."""
-    return "/".join(PurePath(path).parts[-3:]) if isinstance(path, str) else ""
-
-
-def number(value: Any) -> float | None:
-    """`value` as a finite float, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def scalar(value: Any) -> str:
-    """A hyper-parameter as text: numbers as short as they go, everything else as JSON."""
-    if isinstance(value, str):
-        return visible(value)
-    if (x := number(value)) is not None:
-        return f"{x:.6g}"
-    return visible(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str))
-
-
-def canonical(value: Any) -> str:
-    """`value` as JSON with sorted keys and only ASCII: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-
-
 def read(records: Iterable[RecordLike]) -> list[Run]:
     """Read `records` into runs, in an order that does not depend on the order they come in."""
     return sorted((_run(r) for r in records), key=_order)
@@ -232,62 +190,13 @@ def _order(run: Run) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-class _Fields:
-    """Typed look-ups by dotted name in a nested mapping; a missing or mistyped field is empty."""
-
-    def __init__(self, record: RecordLike) -> None:
-        self.record = record
-
-    def any(self, name: str) -> Any:
-        value: Any = self.record
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
-
-    def text(self, name: str, default: str = "") -> str:
-        value = self.any(name)
-        return visible(value) if isinstance(value, str) and value.strip() else default
-
-    def number(self, name: str) -> float | None:
-        return number(self.any(name))
-
-    def whole(self, name: str) -> int | None:
-        value = self.number(name)
-        return None if value is None else int(value)
-
-    def mapping(self, name: str) -> Mapping[str, Any]:
-        value = self.any(name)
-        return value if isinstance(value, dict) else {}
-
-    def numbers(self, name: str) -> dict[str, float]:
-        read = ((visible(str(k)), number(v)) for k, v in self.mapping(name).items())
-        return {k: v for k, v in read if v is not None}
-
-    def epsilons(self, name: str) -> dict[str, float]:
-        """Epsilon by accountant. Null is infinite in a record; what is not a number is left out."""
-        read = {visible(str(k)): math.inf if v is None else number(v) for k, v in self.mapping(name).items()}
-        return {k: v for k, v in read.items() if v is not None}
-
-
-def _pairs(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((visible(str(k)), scalar(v)) for k, v in values.items()))
-
-
-def _part(value: Any) -> str:
-    """A part as it would be written: ``Flat(clip=1)``."""
-    if not isinstance(value, dict):
-        return scalar(value)
-    inner = ", ".join(f"{k}={v}" for k, v in _pairs({k: v for k, v in value.items() if k != "type"}))
-    return f"{visible(str(value.get('type') or ''))}({inner})"
-
-
 def _claim(value: Any) -> tuple[float | None, str]:
     """The epsilon claimed under assumptions, None if one of them failed; and what is open and what failed, as text."""
     if not isinstance(value, dict):
         return number(value), ""
     epsilon, assumptions = number(value.get("epsilon")), value.get("assumptions")
     if not isinstance(assumptions, list):
-        return epsilon, "; ".join(f"{k}: {v}" for k, v in _pairs({k: v for k, v in value.items() if k != "epsilon"}))
+        return epsilon, "; ".join(f"{k}: {v}" for k, v in pairs({k: v for k, v in value.items() if k != "epsilon"}))
     read = [one for one in assumptions if isinstance(one, dict) and isinstance(one.get("text"), str)]
     known = [one["text"] for one in read if one.get("holds") is True]
     failed = [f"{one['text']} ({one.get('why') or 'no'})" for one in read if one.get("holds") is False]
@@ -302,14 +211,14 @@ def _claim(value: Any) -> tuple[float | None, str]:
     return None if failed else epsilon, ". ".join(words)
 
 
-def _cores(f: _Fields) -> int | None:
+def _cores(f: Fields) -> int | None:
     """The cores that the runs at a time may keep busy: on a CPU their threads, beside a GPU those of the machine."""
     if f.text("device.kind") == "cuda":
         return f.whole("environment.cores")
     return max(1, f.whole("device.threads") or 1) * max(1, f.whole("measured.jobs") or 1)
 
 
-def _bounds(f: _Fields) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
+def _bounds(f: Fields) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
     """Epsilons spent and planned by accountant, and those that do not apply, each with its reason.
 
     A record has null for both: an infinite epsilon, and an accountant that does not know what was released, or has no
@@ -347,8 +256,8 @@ def _trace(points: Any) -> tuple[Point, ...]:
 
 
 def _run(record: RecordLike) -> Run:
-    f = _Fields({**record, "diagnostics": public.diagnostics(record)})
-    stages = tuple(Stage.of(_Fields(one)) for one in told(record))
+    f = Fields({**record, "diagnostics": public.diagnostics(record)})
+    stages = tuple(Stage.of(Fields(one)) for one in told(record))
     status = f.text("status", "crashed")
     target = f.number("cell.privacy.epsilon")
     claimed, claim = _claim(f.any("privacy.claimed"))
@@ -385,9 +294,9 @@ def _run(record: RecordLike) -> Run:
         family=f.text("card.family"),
         paper=f.text("card.paper"),
         summary=f.text("card.summary"),
-        parameters=_pairs(f.mapping("cell.method.parameters")),
-        parts=tuple((visible(str(k)), _part(v)) for k, v in sorted(f.mapping("cell.method.parts").items())),
-        changes=_pairs(f.mapping("cell.method.with")),
+        parameters=pairs(f.mapping("cell.method.parameters")),
+        parts=tuple((visible(str(k)), part_text(v)) for k, v in sorted(f.mapping("cell.method.parts").items())),
+        changes=pairs(f.mapping("cell.method.with")),
         batch=f.whole("cell.schedule.batch"),
         steps=f.whole("cell.schedule.steps"),
         dtype=f.text("cell.numerics.dtype") + (" tf32" if f.any("cell.numerics.tf32") is True else ""),
@@ -423,19 +332,8 @@ def _run(record: RecordLike) -> Run:
         files=tuple(sorted(visible(str(one)) for one in f.mapping("code.files") if "/" not in str(one))),
         attempt=f.whole("randomness.attempt") or 1,
         torch=f.text("environment.torch"),
-        environment=_pairs(f.mapping("environment")),
+        environment=pairs(f.mapping("environment")),
         trace=_trace(f.any("trace")),
         stages=stages,
         order=canonical(record),
     )  # fmt: skip
-
-
-def listing(values: Sequence[int]) -> str:
-    """Whole numbers as ranges: ``0–2, 5``."""
-    out: list[list[int]] = []
-    for v in sorted(set(values)):
-        if out and v == out[-1][-1] + 1:
-            out[-1].append(v)
-        else:
-            out.append([v])
-    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in out)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from harness.report.model.runs import _Fields
+from harness.report.model.fields import Fields, pairs, part_text
 
 
 @dataclass(frozen=True)
@@ -38,17 +36,15 @@ class Stage:
     rdp: float | None
 
     @classmethod
-    def of(cls, f: _Fields) -> Stage:
+    def of(cls, f: Fields) -> Stage:
         """The stage that the fields of `harness.records.stages.told` describe."""
-        from harness.report.model.runs import _pairs, _part
-
         spent = f.epsilons("spent")
         epsilon = spent.get(f.text("accountant"), f.number("epsilon"))
         rdp = spent.get("rdp")
         return cls(
             method=f.text("method", "(unnamed)"),
-            parameters=", ".join(f"{k} = {v}" for k, v in _pairs(f.mapping("parameters"))),
-            parts=", ".join(f"{k} {_part(v)}" for k, v in sorted(f.mapping("parts").items(), key=str)),
+            parameters=", ".join(f"{k} = {v}" for k, v in pairs(f.mapping("parameters"))),
+            parts=", ".join(f"{k} {part_text(v)}" for k, v in sorted(f.mapping("parts").items(), key=str)),
             trains=f.text("trains"),
             data=f.text("data"),
             public=f.any("public") is True,

@@ -13,9 +13,10 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
+from harness.report.model.fields import RecordLike, listing, natural, scalar, visible
 from harness.report.model.published import Verdict, verdicts
 from harness.report.model.rows import BASELINE, REDUCED_SUITE, REFERENCE, Row, examples, rows_of
-from harness.report.model.runs import CROWDED, RecordLike, Run, Setting, listing, natural, read, scalar, visible
+from harness.report.model.runs import CROWDED, Run, Setting, read
 from harness.report.model.statistics import Entrant, Place, rank
 from harness.report.model.words import BUSY, by_status, dates, device_text, epsilon, joined, small, tally
 

@@ -7,7 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from harness.report.model.runs import STATUSES, Device, Run, natural
+from harness.report.model.fields import natural
+from harness.report.model.runs import STATUSES, Device, Run
 from harness.report.model.statistics import Interval
 
 ABSENT = "does not apply"

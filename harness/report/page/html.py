@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
 from harness.report.model.checked import Checked
+from harness.report.model.fields import natural
 from harness.report.model.rows import Row
-from harness.report.model.runs import natural
 from harness.report.model.statistics import RULE
 from harness.report.model.tables import Board, Entry, Table
 from harness.report.model.words import epsilon, half, percent

@@ -15,8 +15,9 @@ from urllib.parse import quote, urlencode
 from harness.records.store import COMPUTED
 from harness.report import recipe
 from harness.report.model.checked import Checked, Mark, mark, of_row
+from harness.report.model.fields import natural, scalar, visible
 from harness.report.model.rows import BASELINE, REDUCED_SUITE, Row, statuses
-from harness.report.model.runs import Run, natural, scalar, visible
+from harness.report.model.runs import Run
 from harness.report.model.tables import Board, Entry, Table, heading, place, statement, timing
 from harness.report.model.words import (
     BUSY,

@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.report.model.checked import Checked, of_row
+from harness.report.model.fields import listing, natural, number, scalar
 from harness.report.model.rows import Row, statuses
-from harness.report.model.runs import listing, natural, number, scalar
 from harness.report.model.statistics import Interval
 from harness.report.model.tables import Board, Entry, Table, heading, statement
 from harness.report.model.words import ABSENT, bounds, device_text, epsilon, half, percent

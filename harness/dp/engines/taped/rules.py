@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.dp.engines.patches import Geometry, Patches
 from harness.dp.engines.rows import wide
 from harness.dp.engines.taped import attention, recurrent
 from harness.dp.engines.taped.gradients import Gradient, Lookup, Outer, Rows
+from harness.dp.engines.taped.patches import Geometry, Patches
 from harness.dp.native import kernels
 
 
