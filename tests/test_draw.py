@@ -92,7 +92,9 @@ def test_two_attempts_share_no_noise_and_a_repeated_one_has_the_same_bits(
     (job,) = jobs.select([cell()], tmp_path / "again", "draws", attempt=2).todo
     assert job.folder.name == f"{id}.2"
     assert weights(job.folder, a, monkeypatch)["weights_sha256"] == found[2]
-    # Initial weights are paired over all of them.
+    # Initial weights are paired over all of them, and follow no data.
+    others = dataclasses.replace(cell(), task={**cell().task, "digest": "0" * 16})
+    assert Seeds(others, attempt=1, code=a).init == Seeds(cell(), attempt=1, code=a).init
     seeds = [Seeds(cell(), attempt=n, code=code, setting=s) for n in (1, 2) for code in (a, b) for s in (a, setting)]
     assert len({one.init for one in seeds}) == 1 and len({one.noise for one in seeds}) == 8
 
@@ -204,6 +206,20 @@ def test_a_run_goes_on_with_what_it_began_with_or_begins_anew(tmp_path: Path, mo
     assert resumed["measured"]["sessions"] == 2 and resumed["weights_sha256"] == whole[a]
     assert (resumed["randomness"]["attempt"], resumed["randomness"]["code"]) == (1, a)
 
+    def stop(*args: Any, **options: Any) -> None:
+        raise Stop
+
+    early = tmp_path / "early" / id
+    with monkeypatch.context() as inner:
+        # Before there is a checkpoint: that there is none must not show in what its next session draws.
+        inner.setattr(running, "train", stop)
+        with pytest.raises(Stop):
+            weights(early, a, monkeypatch)
+    early.rename(tmp_path / "early" / f"{id}.2")
+    resumed = weights(tmp_path / "early" / f"{id}.2", a, monkeypatch)
+    assert resumed["measured"]["sessions"] == 2 and resumed["weights_sha256"] == whole[a]
+    assert resumed["randomness"]["attempt"] == 1
+
     cut(tmp_path / "changed" / id)
     anew = weights(tmp_path / "changed" / id, b, monkeypatch)
     assert anew["measured"]["sessions"] == 1 and anew["weights_sha256"] == whole[b]
@@ -275,7 +291,7 @@ def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.Captu
 
     half = tmp_path / "half" / "fashion" / one.id
     half.mkdir(parents=True)
-    draw.note(half, one, draw.Draw(1, "a" * 12))
+    draw.begin(half, one, "a" * 12)
     asked = jobs.select([two], tmp_path / "half", "fashion")
     assert not asked.todo and "half-done run of another cell" in asked.conflicts[0].reason
     with pytest.raises(draw.OtherCell, match="half-done run of another cell"):

@@ -13,7 +13,7 @@ from harness.report.model.runs import read
 from harness.running.run import execute
 
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "record.schema.json").read_text())
-VALIDATOR = jsonschema.Draft202012Validator(SCHEMA | SCHEMA["$defs"]["privacy"])
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA | SCHEMA["$defs"]["Privacy"])
 SUITE = """
 [suite]
 name = "kill"

@@ -1,4 +1,4 @@
-"""Which of a cell's random numbers a run draws, and the note beside its checkpoint that says so.
+"""Which of a cell's random numbers a run draws, and the note in its checkpoint's folder that says so.
 
 Two attempts at a cell are two releases. If they drew the same noise while the code between them changed, their
 difference would be free of it. So noise, sampling and path are those of an attempt and of the code that it began with
@@ -19,7 +19,7 @@ from typing import Any
 from harness.records.cell import Cell
 from harness.records.private import opened
 
-__all__ = ["Draw", "OtherCell", "begin", "begun", "note", "stranger"]
+__all__ = ["Draw", "OtherCell", "begin", "begun", "stranger"]
 
 NOTE = "draw.json"
 CHECKPOINT = "checkpoint"
@@ -46,45 +46,46 @@ class Draw:
         return dataclasses.asdict(self)
 
 
-def begin(folder: Path, cell: Cell, code: str, setting: str = "") -> Draw:
-    """The draw of the run in `folder`: the one that its checkpoint began with, else the folder's number and the rest.
+def begin(folder: Path, cell: Cell, code: str, setting: str = "") -> tuple[Draw, int]:
+    """The draw of the run in `folder`, and the how many-th session of it this is; notes both before anything is drawn.
 
-    A checkpoint of other code or another setting, or one that does not say what it drew, is forgotten with its trace:
-    half of a run by one and half by another is a run of neither. Raises OtherCell where it is of another cell.
+    The draw is the one that the run began with, else the folder's number and the rest. What other code or another
+    setting has begun, or what does not say what it drew, is forgotten with its trace: half of a run by one and half by
+    another is a run of neither. Raises OtherCell where it is of another cell.
+
+    That a run was begun is noted at once and not with its first checkpoint: whether it came to one is a matter of
+    time, and what its next session draws would tell.
     """
     if reason := stranger(folder, cell):
         raise OtherCell(f"{folder}: {reason}")
     before = begun(folder)
     if before is not None and (before["draw"].code, before["draw"].setting) == (code, setting):
-        return before["draw"]
-    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-    (folder / TRACE).unlink(missing_ok=True)
-    return Draw(_number(folder), code, setting)
-
-
-def note(folder: Path, cell: Cell, draw: Draw) -> None:
-    """Say beside the checkpoint that is to be written what the run drew, once."""
-    if begun(folder) == {"cell": cell.digest, "draw": draw}:
-        return
+        draw, session = before["draw"], before["sessions"] + 1
+    else:
+        shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+        (folder / TRACE).unlink(missing_ok=True)
+        draw, session = Draw(_number(folder), code, setting), 1
     (folder / CHECKPOINT).mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = folder / CHECKPOINT / f".{NOTE}.tmp"
     with opened(temporary, "w") as file:
-        json.dump({"cell": cell.digest, **draw.to_json()}, file)
+        json.dump({"cell": cell.digest, "sessions": session, **draw.to_json()}, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / CHECKPOINT / NOTE)
+    return draw, session
 
 
 def begun(folder: Path) -> dict[str, Any] | None:
-    """``cell`` (its digest) and ``draw`` of the half-done run in `folder`; None without a note that can be read."""
+    """``cell`` (its digest), ``draw``, ``sessions`` of the half-done run in `folder`; None without a readable note."""
     try:
         note = json.loads((folder / CHECKPOINT / NOTE).read_bytes())
         cell, attempt, code, setting = (note[name] for name in ("cell", "attempt", "code", "setting"))
+        sessions = note["sessions"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    if type(attempt) is not int or not all(isinstance(one, str) for one in (cell, code, setting)):
+    if not type(attempt) is type(sessions) is int or not all(isinstance(one, str) for one in (cell, code, setting)):
         return None
-    return {"cell": cell, "draw": Draw(attempt, code, setting)}
+    return {"cell": cell, "draw": Draw(attempt, code, setting), "sessions": sessions}
 
 
 def stranger(folder: Path, cell: Cell) -> str:

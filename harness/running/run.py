@@ -28,7 +28,7 @@ from harness.dp.release import Relation
 from harness.dp.tree import Layout, Tree
 from harness.provenance import measure
 from harness.records.cell import Cell
-from harness.records.draw import begin, note
+from harness.records.draw import begin
 from harness.records.private import opened
 from harness.records.schema import blank
 from harness.running.plan import Target, bounds, code_of, methods_of, noise_multiplier, stages_of
@@ -153,7 +153,7 @@ class _Session:
         self.target, self.stages = Target.of(cell), stages_of(cell)
         self.data = _load(self.task, self.device, dtype)
         self.code = code_of(cell)
-        self.draw = begin(out, cell, self.code["hash"], setting(cell, str(self.device), self.threads))
+        self.draw, self.sessions = begin(out, cell, self.code["hash"], setting(cell, str(self.device), self.threads))
         drawn = self.draw.to_json()
         seeds = Seeds(cell, **drawn)
         data = self.data
@@ -285,7 +285,7 @@ class _Session:
                 )  # fmt: skip
             train(leg.method, self.model, leg.data, sigma, leg.schedule, leg.seeds, self.progress, self.log, self.save)
             if number + 1 < len(self.legs):
-                self.write(self.finished(number), self.progress)
+                write_checkpoint(self.finished(number), self.progress)
 
     def ended(self, number: int) -> Progress:
         """Where a finished stage ended."""
@@ -366,12 +366,7 @@ class _Session:
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint."""
-        self.write(self.checkpoint, progress)
-
-    def write(self, file: Path, progress: Progress) -> None:
-        """Write a checkpoint, and beside it whose random numbers it goes on with."""
-        note(self.out, self.cell, self.draw)
-        write_checkpoint(file, progress)
+        write_checkpoint(self.checkpoint, progress)
 
     def claim(self, sigma: float, progress: Progress) -> dict[str, Any] | None:
         """What the path claims beyond the ledger, under assumptions; None if it claims nothing."""
@@ -385,7 +380,7 @@ class _Session:
         """What was used, whatever the data are. The engine is the first stage's, which the cell's method trains."""
         return {
             "engine": done[0].engine or None, "kernels": kernels(),
-            "warmup_steps": max(leg.schedule.untimed for leg in self.legs), "sessions": self.progress.sessions,
+            "warmup_steps": max(leg.schedule.untimed for leg in self.legs), "sessions": self.sessions,
         }  # fmt: skip
 
     def diagnosed(self, done: Sequence[Progress]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Seeds derived by role, so that runs which differ only in the method are paired.
 
-``init`` depends on the data, the model and the seed of the cell: every method of a task starts from the same
-weights. ``sampling``, ``noise`` and ``path`` depend on the whole cell as well, on the attempt at it, on its code, and
-on what else decides its sums to the bit: two releases must not share the randomness that protects the data. Each is a
-hash of all that it depends on, in full: of a cell that is its digest, not its id, which is short enough to be found
-twice. No two cells, and no two roles, share one by accident or by having seeds close together.
+``init`` depends on the model and the seed of the cell: every method of a task starts from the same weights. It does not
+depend on the data, not even by their digest: weights begin there, and nothing hides what they begin with. ``sampling``,
+``noise`` and ``path`` depend on the whole cell, on the attempt at it, on its code, and on what else decides its sums to
+the bit: two releases must not share the randomness that protects the data. Each is a hash of all that it depends on, in
+full: of a cell that is its digest, not its id, which is short enough to be found twice. No two cells, and no two roles,
+share one by accident or by having seeds close together.
 """
 
 from __future__ import annotations
@@ -30,14 +31,9 @@ class Seeds:
     """
 
     def __init__(self, cell: Cell, stage: int = 0, *, attempt: int, code: str, setting: str = "") -> None:
-        self.init = derive("init", cell.task["digest"], cell.task["architecture"], cell.seed) >> 193
-        own = (
-            cell.digest,
-            stage,
-            attempt,
-            code,
-            setting,
-        )  # init has 63 bits, as PyTorch takes them; these have all
+        self.init = derive("init", cell.task["architecture"], cell.seed) >> 193
+        # These have all 256 bits, and `init` the 63 that PyTorch takes.
+        own = cell.digest, stage, attempt, code, setting
         self.sampling = derive("sampling", *own)
         self.noise = derive("noise", *own)
         self.path = derive("path", *own)

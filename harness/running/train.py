@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -124,7 +124,6 @@ class Progress:
     clipped: int = 0
     non_finite: int = 0
     loss: float | None = None
-    sessions: int = 1
     trace: int = 0
     engine: str = ""
     microbatch: int = 0
@@ -304,7 +303,6 @@ def write_checkpoint(file: Path, p: Progress) -> None:
                 "seen",
                 "clipped",
                 "non_finite",
-                "sessions",
                 "trace",
                 "engine",
                 "microbatch",
@@ -321,7 +319,7 @@ def write_checkpoint(file: Path, p: Progress) -> None:
 
 
 def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> Progress:
-    """The progress in `file`, counted as a new session."""
+    """The progress in `file`."""
     with safe_open(file, framework="pt", device=str(device)) as stored:
         head = json.loads(stored.metadata()["progress"])
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
@@ -329,8 +327,7 @@ def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> Progress:
     parts = Parts(*(_unpack(part, tensors) for part in head.pop("parts")))
     ledger = Ledger.from_json(head.pop("ledger"))
     sensitivity = {name: float(value) for name, value in head.pop("sensitivity").items()}
-    p = Progress(head.pop("step"), w, parts, head.pop("stage"), ledger, sensitivity, **head)
-    return replace(p, sessions=p.sessions + 1)
+    return Progress(head.pop("step"), w, parts, head.pop("stage"), ledger, sensitivity, **head)
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
