@@ -181,14 +181,15 @@ def train(
     progress: Progress,
     log: Callable[[LogPoint], None] = lambda point: None,
     save: Callable[[Progress], None] = lambda progress: None,
+    streams: type[Streams] = Streams,
 ) -> Progress:
     """Run `method` from `progress` to the end of `schedule`.
 
-    **Two calls with the same `seeds` and engine draw the same batches and the same noise.** That is what makes a run
-    repeatable, and what two releases must never do: where anything differs between them, method, code, data or model,
-    their difference has no noise in it. Whoever releases what comes out draws new seeds for every call. The harness's
-    own runs derive them from the cell, the attempt and the code (`harness.running.seeds`). Engines of different names
-    draw different noise even so: the difference of two that should be equal would show what one of them sums.
+    **Two calls with the same `seeds` draw the same batches, and the same noise for as long as they release the same to
+    the bit** (`Streams.own`). That is what makes a run repeatable. The batches of a release are secret too, so whoever
+    releases what comes out draws new seeds for every call. The harness's own runs derive them from the cell, the
+    attempt and the code (`harness.running.seeds`). `streams` is for those who compare runs whose sums differ in the
+    last bits, and release neither.
 
     Every random draw is a function of (seed, step), so a run continued from a checkpoint is the run that was never
     interrupted. Raises Unserved, before anything is drawn, where the engine does not serve this loss, clipping rule or
@@ -211,11 +212,8 @@ def train(
         views = Stream(seeds.path, "views", p.step)
         batch = method.loss.prepare(Batch(*data.batch(indices)), views)
         fill(device, Stream(seeds.path, "dropout", p.step))
-        streams = Streams(
-            Stream(seeds.noise, f"noise of {method.engine.role}", p.step),
-            Stream(seeds.path, "path", p.step),
-        )
-        done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams, p.step)
+        noise, path = Stream(seeds.noise, f"noise of {method.engine.role}", p.step), Stream(seeds.path, "path", p.step)
+        done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams(noise, path), p.step)
         p.ledger.add(bill(method, done.sigmas, n, schedule.batch, p.step))
         p.w, p.parts, p.step = done.w, done.parts, p.step + 1
         p.sensitivity, p.engine, p.microbatch = (

@@ -15,9 +15,9 @@ from harness.dp.method import describe
 from harness.dp.random import Stream
 from harness.dp.release import Relation
 from harness.dp.tree import Tree
-from harness.running.train import Progress, Streams, read_checkpoint, start, step, write_checkpoint
+from harness.running.train import Progress, read_checkpoint, start, step, write_checkpoint
 from harness.verify.conformance.neighbours import moved
-from harness.verify.conformance.subject import BATCH, SIGMA, STEPS, Inapplicable, Subject, Violation
+from harness.verify.conformance.subject import BATCH, SIGMA, STEPS, Alike, Inapplicable, Subject, Violation
 
 
 def described(s: Subject) -> None:
@@ -90,7 +90,7 @@ def empty_step(s: Subject) -> None:
     batch = s.prepared(s.data.x[:0], s.data.y[:0])
     w, parts = p.w, p.parts
     for t in range(STEPS):  # not one: a method that asks twice for a step moves nothing at first
-        streams = Streams(Stream(1, "noise", t), Stream(1, "path", t))
+        streams = Alike(Stream(1, "noise", t), Stream(1, "path", t))
         done = step(m, s.model, w, batch, parts, SIGMA, BATCH, streams, t)
         w, parts = done.w, done.parts
         if not w.flat.isfinite().all():

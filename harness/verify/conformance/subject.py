@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from harness.dp.loss import Batch
 from harness.dp.method import Method
 from harness.dp.random import Stream
-from harness.dp.release import Relation, Release
+from harness.dp.release import Observed, Relation, Release
 from harness.dp.tree import Tree
 from harness.running.train import Progress, Schedule, Streams, start, step, train
 
@@ -76,6 +76,13 @@ class Toy:
         other = copy.copy(self)
         other.x = self.x.to(dtype)
         return other
+
+
+class Alike(Streams):
+    """One noise for a release of a step, whatever it holds: two runs can then be compared to the last bits of sums."""
+
+    def own(self, name: str, release: Release, observed: Observed) -> Stream:
+        return self.noise.under(name)
 
 
 def toy_model(outputs: int = 3) -> nn.Module:
@@ -263,7 +270,7 @@ class Subject:
         first = start(m, self.model, AGES[-1] + STEPS)
         w, parts, states = first.w, first.parts, []
         for t in range(AGES[-1]):
-            streams = Streams(Stream(SEEDS.noise, "noise", t), Stream(SEEDS.path, "path", t))
+            streams = Alike(Stream(SEEDS.noise, "noise", t), Stream(SEEDS.path, "path", t))
             done = step(m, self.model, w, empty, parts, SIGMA, BATCH, streams, t)
             w, parts = done.w, done.parts
             if t + 1 in AGES:
@@ -282,7 +289,7 @@ class Subject:
         m = method or self.method
         schedule = Schedule(until, BATCH, 2, save_seconds=-1.0)
         begun = progress or start(m, self.model, STEPS)
-        return train(m, self.model, self.data, sigma, schedule, SEEDS, begun, **hooks)
+        return train(m, self.model, self.data, sigma, schedule, SEEDS, begun, streams=Alike, **hooks)
 
     def noises(self) -> None:
         """Raise Inapplicable where the method adds no noise: then nothing is promised."""
