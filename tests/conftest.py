@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support import SHARED
+
 # The first example of a property pays for importing and compiling; on a busy machine that takes longer than a second.
 # Each run draws other examples, so few in each are many in all.
 settings.register_profile("epsbench", suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=40)
 settings.load_profile("epsbench")
-
-SHARED = "EPSBENCH_TESTS_SHARED"  # names a folder of this session, which its processes have from their parent
 
 
 def pytest_configure(config):

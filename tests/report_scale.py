@@ -15,7 +15,7 @@ from typing import Any
 from harness import report
 from harness.records import store
 from harness.records.files import dumps
-from tests.test_report import hash_, record
+from tests.support.report import hash_, record
 
 SEEDS = 4
 _EPSILONS = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)

@@ -2,16 +2,15 @@
 
 import json
 import re
-from pathlib import Path
 
 import jsonschema
-from conforming import failed
 
 from harness import suite
 from harness.records.schema import schema
 from harness.verify.conformance import named
+from tests.support import ROOT
+from tests.support.conforming import failed
 
-ROOT = Path(__file__).parent.parent
 RECORDS = sorted(ROOT.glob("results/*/*/record.json"))
 SCHEMA = json.loads((ROOT / "docs" / "record.schema.json").read_text())
 ADAPTERS = [

@@ -8,7 +8,7 @@ An accuracy is a count over n examples: what is seen of a model's is rounded to 
 1 / (12 n²) (Sheppard 1898), that of two accuracies together 1 / (6 n²), and the variance over seeds is never taken to
 be less: otherwise two seeds whose differences happen to round to the same count would leave an interval without width,
 and two equal methods would be told apart far more often than in 5 % of cases (up to 12 % with two seeds and without
-this floor; `tests/test_report.py` sums it up exactly).
+this floor; `tests/report/test_report.py` sums it up exactly).
 """
 
 from __future__ import annotations
