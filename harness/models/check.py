@@ -57,7 +57,7 @@ def check(
         with held(model, values):
             draws = mixing.drawn(model, tuple(input_shape), tokens)
             # First: what is kept of an infinite example would hide all that comes after it.
-            if found := remembered(model, draws[0](mixing.PROBE), called):
+            if found := remembered(model, draws[0](mixing.PROBE), called, mixing.large(model, draws[0])):
                 owner = model.get_submodule(found.path)
                 raise CrossExampleLayer(found.path or WHOLE, type(owner).__name__, str(found), FORGET)
             for draw in draws:

@@ -1,8 +1,9 @@
-"""Whether a model remembers examples: what it keeps of one batch must not outlive the next.
+"""Whether a model remembers examples: what it keeps of one batch must not show in the next, nor in evaluation.
 
-A running mean in an attribute, say. It reaches later steps or the evaluation without noise. Buffers and attributes of
-modules are looked at, with what lies in their lists and dicts, in objects of the model's own, and in what its functions
-enclose; what a module of Python holds is not.
+A running mean, say, or the range of the last batch: it reaches later steps or published scores without noise. Copies of
+the model see different batches. What they then compute must be alike, and so must all that they hold: buffers and
+attributes of modules, with what lies in their containers and objects, and in what their functions enclose or default
+to. What a model hides in a module of Python, in a class or outside Python is not looked at.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,13 +26,20 @@ from harness.dp.engines.survey import untouched, whole
 from harness.dp.loss import Batch, Loss
 
 DEEPEST = 8
+MANY = 66  # examples of the larger batch that an engine tries: some models keep statistics of large ones alone
 KEPT = (bool, int, float, complex, str, bytes, type(None))
 OWN = frozenset({"_parameters", "_modules", "_buffers", "training"})
 
 
 def refuse_memory(loss: Loss, model: nn.Module, batch: Batch) -> None:
     """Raise Unserved where a model, which holds its weights, remembers an earlier batch; see `remembered`."""
-    found = remembered(model, batch.x, lambda one, x: losses_of(loss, one, Batch(x, batch.y)))
+    times = -(-MANY // len(batch.x))
+
+    def losses(one: nn.Module, x: Tensor) -> Tensor:
+        y = batch.y if len(x) == len(batch.x) else torch.cat([batch.y] * times)
+        return losses_of(loss, one, Batch(x, y))
+
+    found = remembered(model, batch.x, losses, torch.cat([batch.x] * times))
     if found:
         raise Unserved(f"{found.path or type(model).__name__} {found}. {FORGET}")
 
@@ -39,27 +47,40 @@ def refuse_memory(loss: Loss, model: nn.Module, batch: Batch) -> None:
 FORGET = "Keep nothing of them"
 
 
+OUTPUTS = ("outputs in evaluation", "outputs", "gradients", "outputs in evaluation after two batches")
+ALIKE = 1e-5
+"""Relative to the largest: by how much the same passes may differ, in their last digits."""
+
+
 class Place(NamedTuple):
-    """An attribute of the module at `path`, or something in it."""
+    """An attribute of the module at `path` or something in it, or one of `OUTPUTS`."""
 
     path: str
     name: str
 
     def __str__(self) -> str:
+        if self.name in OUTPUTS:
+            return (
+                f"keeps something of the examples that it saw: its {self.name} depend on which they were. It would"
+                " reach later steps or the evaluation without noise"
+            )
         return (
             f'keeps something of the examples that it saw in "{self.name}", beyond the next batch: it would reach later'
             " steps or the evaluation without noise"
         )
 
 
-def remembered(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> Place | None:
-    """The buffer or attribute that depends on the batch before the last; None where none does.
+SHOWN = tuple(Place("", name) for name in OUTPUTS)
+
+
+def remembered(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor], many: Tensor) -> Place | None:
+    """The output, buffer or attribute that depends on an earlier batch; None where none does.
 
     `run` gives the outputs or losses of a pass, which are differentiated too. Copies of the model, each in its mode,
-    take one batch, `x` or others, and then `x`. Where a model cannot be copied it is run itself, and numbers, which may
-    count passes, are not compared.
+    take one batch (`x`, the larger `many`, or others of their sizes), are evaluated on `x`, take `x`, and are evaluated
+    again. Where a model cannot be copied it is run itself, without evaluation, and numbers, which may count passes, are
+    not compared.
     """
-    others = [x[:1].expand_as(x), x[-1:].expand_as(x) if whole(x) else 1.7 * x + 0.3]
     compared: tuple[type, ...] = (*KEPT, Tensor, np.ndarray)
     with untouched(model, x.device):
         draws = generators(x.device)
@@ -70,45 +91,81 @@ def remembered(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], T
                 one = _copied(model)
             except Exception:  # some models hold what cannot be copied, and say so in many ways
                 one, compared = model, (Tensor, np.ndarray)
-            rewind(x.device, draws)
-            for inputs in (first, x):
-                _pass(one, run, inputs.clone())
-            return dict(_state(one, compared))
 
-        once, again = after(x), after(x)
-        steady = {place: value for place, value in once.items() if place in again and _equal(value, again[place])}
-        for other in others:
-            # Examples that the model does not take leave nothing.
-            with suppress(RuntimeError, ValueError, IndexError):
-                found = after(other)
-                for place, value in steady.items():
-                    if place not in found or not _equal(value, found[place]):
-                        return place
+            def outputs(inputs: Tensor, passed: Callable[..., Any] = _evaluated) -> Any:
+                # A pass may draw as many numbers as its examples make it.
+                rewind(x.device, draws)
+                if passed is run:
+                    return run(one, inputs.clone())
+                return None if passed is _evaluated and one is model else passed(one, run, inputs.clone())
+
+            # Of many examples forward alone, which costs least.
+            outputs(first, _pass if len(first) == len(x) else run)
+            shown = outputs(x), *outputs(x, _pass), outputs(x)
+            return dict(zip(SHOWN, shown, strict=True)) | dict(_state(one, compared))
+
+        for first, others in ((x, _others(x)), (many, _others(many)[1:])):
+            once, again = after(first), None
+            for other in others:
+                # Examples that the model does not take leave nothing.
+                with suppress(RuntimeError, ValueError, IndexError):
+                    found = after(other)
+                    differ = [p for p, value in once.items() if p not in found or not _equal(value, found[p], p.name)]
+                    # What differs by itself, from one pass to the next, says nothing.
+                    again = again or (after(first) if differ else None)
+                    for p in differ:
+                        if again and p in again and _equal(once[p], again[p], p.name):
+                            return p
+    return None
+
+
+def _others(x: Tensor) -> list[Tensor]:
+    """Batches of the size of `x` that differ in every statistic."""
+    moved = x[-1:].expand_as(x) if whole(x) else 1.7 * x + 0.3
+    return [x[:1].expand_as(x), moved]
+
+
+def _evaluated(model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor | None:
+    """What the model computes of `x` in evaluation; None where it cannot. Its modes are those that it had."""
+    mode, modes = model.training, {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), suppress(RuntimeError):
+            return run(model, x.clone()).detach().clone()
+    finally:
+        model.train(mode)
+        for module, training in modes.items():
+            module.training = training
     return None
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy, also of what its functions enclose: `deepcopy` leaves functions as they are."""
+    """A copy, also of what its functions enclose and default to: `deepcopy` leaves functions as they are."""
     memo: dict[int, Any] = {}
-    functions = [value for value in _reached(model) if isinstance(value, FunctionType) and value.__closure__]
+    functions = [f for f in _reached(model) if isinstance(f, FunctionType) and not f.__module__.startswith("torch")]
     for one in functions:
         cells = tuple(CellType() for _ in one.__closure__ or ())
-        memo[id(one)] = FunctionType(one.__code__, one.__globals__, one.__name__, one.__defaults__, cells)
-        memo[id(one)].__kwdefaults__ = one.__kwdefaults__
+        memo[id(one)] = FunctionType(one.__code__, one.__globals__, one.__name__, None, cells)
     for one in functions:
+        memo[id(one)].__defaults__ = copy.deepcopy(one.__defaults__, memo)
+        memo[id(one)].__kwdefaults__ = copy.deepcopy(one.__kwdefaults__, memo)
+        vars(memo[id(one)]).update(copy.deepcopy(vars(one), memo))
         for cell, other in zip(one.__closure__ or (), memo[id(one)].__closure__, strict=True):
             if _filled(cell):
                 other.cell_contents = copy.deepcopy(cell.cell_contents, memo)
     return copy.deepcopy(model, memo)
 
 
-def _pass(model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> None:
+def _pass(model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The outputs of a pass, and all gradients of their sum as one vector; None where there are none."""
     with torch.enable_grad():
         outputs = run(model, x)
         trained = [p for p in model.parameters() if p.requires_grad]
         # What cannot be differentiated shows by itself.
         with suppress(RuntimeError):
-            torch.autograd.grad(outputs.float().sum(), trained, allow_unused=True)
+            found = torch.autograd.grad(outputs.float().sum(), trained, allow_unused=True)
+            return outputs.detach().clone(), torch.cat([g.flatten().double() for g in found if g is not None])
+    return outputs.detach().clone(), None
 
 
 def _state(model: nn.Module, compared: tuple[type, ...]) -> Iterator[tuple[Place, Any]]:
@@ -124,11 +181,13 @@ def _reached(model: nn.Module) -> list[Any]:
 
 def _walk(model: nn.Module) -> Iterator[tuple[Place, Any]]:
     """Whatever the modules hold, directly or in what they hold; each object once."""
-    seen = {id(p) for p in model.parameters()} | {id(module) for module in model.modules()}
+    seen = {id(module) for module in model.modules()}
     for path, module in model.named_modules():
         held: Iterable[tuple[Any, Any]] = module.named_buffers(recurse=False)
+        own = ((name, one) for name, p in module.named_parameters(recurse=False) for name, one in _inside(p))
+        held = [*held, *own]
         if not isinstance(module, torch.jit.ScriptModule):
-            held = [*held, *((name, value) for name, value in vars(module).items() if name not in OWN)]
+            held += [(name, value) for name, value in vars(module).items() if name not in OWN]
         todo = [(str(name), value, 0) for name, value in held]
         while todo:
             name, value, depth = todo.pop()
@@ -143,7 +202,11 @@ def _walk(model: nn.Module) -> Iterator[tuple[Place, Any]]:
 
 def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
     """What an object holds, by name; nothing for one that is not looked into."""
-    if isinstance(value, dict):
+    if isinstance(value, (*KEPT, type, nn.Module, ModuleType, np.ndarray)):
+        return []
+    if isinstance(value, Tensor):
+        return [("grad", value.grad if value.is_leaf else None), *vars(value).items()]
+    if isinstance(value, dict | MappingProxyType):
         return list(value.items())
     if isinstance(value, list | tuple | deque):
         return list(enumerate(value))
@@ -156,10 +219,22 @@ def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(value, FunctionType):
         names, cells = value.__code__.co_freevars, value.__closure__ or ()
         enclosed = [(name, cell.cell_contents) for name, cell in zip(names, cells, strict=True) if _filled(cell)]
-        return [*enclosed, *enumerate(value.__defaults__ or ()), *vars(value).items()]
-    if not hasattr(value, "__dict__") or isinstance(value, type | nn.Module | Tensor):
-        return []
-    return [] if type(value).__module__.partition(".")[0] == "torch" else list(vars(value).items())
+        defaults = [*enumerate(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items()]
+        return [*enclosed, *defaults, *vars(value).items()]
+    # Bytes and arrays, also those of other libraries; then attributes; then what pickle would write, of numbers say.
+    with suppress(Exception):
+        return [("", bytes(memoryview(value)))]
+    if attributes := [*vars(value).items()] if hasattr(value, "__dict__") else []:
+        return attributes + [(name, getattr(value, name)) for name in _slots(value) if hasattr(value, name)]
+    with suppress(Exception):
+        _, *parts = value.__reduce_ex__(4)
+        return [("", list(one) if isinstance(one, Iterator) else one) for one in parts]
+    return [(name, getattr(value, name)) for name in _slots(value) if hasattr(value, name)]
+
+
+def _slots(value: Any) -> list[str]:
+    found = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    return [name for names in found for name in ((names,) if isinstance(names, str) else names)]
 
 
 def _filled(cell: Any) -> bool:
@@ -169,9 +244,14 @@ def _filled(cell: Any) -> bool:
         return False
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: Any, b: Any, name: str) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if name not in OUTPUTS:
+            return bool(((a == b) | ((a != a) & (b != b))).all())
+        a, b = a.double().nan_to_num(), b.double().nan_to_num()
+        return float((a - b).abs().max()) <= ALIKE * float(a.abs().max()) if a.numel() else True
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.tobytes() == b.tobytes() and a.shape == b.shape
-    return type(a) is type(b) and (a == b or (a != a and b != b))
+    return type(a) is type(b) and bool(a == b or (a != a and b != b))
