@@ -389,7 +389,8 @@ def _stated(record: store.Record, cell: Cell) -> None:
         _demand(f"the names in {where}.sensitivity", sorted(told["sensitivity"]), sorted(releases))
         note = method.engine.note(method.loss, method.clip, stage.batch, method.sampler.relation)
         # An engine may have a bound of its own, and so has what is released beside gradients.
-        words += [f"{where}.sensitivity"] * (_rule_bound(stage) is None or len(releases) > 1)
+        exact = isinstance(method.engine, PerExample) and _rule_bound(stage) is not None and len(releases) == 1
+        words += [] if exact else [f"{where}.sensitivity"]
         words += [f"{where}.sensitivity_note"] * (told.get("sensitivity_note") != note)
     if privacy.get("accounting"):
         terms = cell.privacy["delta"], Relation(privacy["relation"])
