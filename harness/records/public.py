@@ -13,7 +13,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from harness.records.record import FAILED, Came, Measured, Private, Stage
+from harness.records.field import Came, Private
+from harness.records.record import FAILED, Measured, Stage
 from harness.records.schema import names
 
 __all__ = ["LEFT_OUT", "SWITCH", "diagnostics", "points", "privately_judged", "trace", "view"]
