@@ -84,8 +84,8 @@ def step(
         noise = rng.own(name, r, observed) if m.noise.private else rng.noise
         public[name] = r._replace(value=m.noise.add(r, noise)).formatted / denominator
     g = public.pop("grad")
-    told = m.optimizer.receive(s.optimizer, public)
-    new, optimizer = m.optimizer.update(g, told, m.path.base(w, s.path, rng.path))
+    state = m.optimizer.receive(s.optimizer, public)
+    new, optimizer = m.optimizer.update(g, state, m.path.base(w, s.path, rng.path))
     parts = Parts(optimizer, m.path.after(w, new, g, s.path), m.clip.update(s.clip, public))
     sigmas = tuple(r.sigma for r in releases.values())
     return Stepped(new, parts, sigmas, {name: r.sensitivity for name, r in releases.items()}, observed)
@@ -214,7 +214,7 @@ def train(
         fill(device, Stream(seeds.path, "dropout", p.step))
         noise, path = Stream(seeds.noise, f"noise of {method.engine.role}", p.step), Stream(seeds.path, "path", p.step)
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams(noise, path), p.step)
-        p.ledger.add(bill(method, done.sigmas, n, schedule.batch, p.step))
+        p.ledger.add(event_of(method, done.sigmas, n, schedule.batch, p.step))
         p.w, p.parts, p.step = done.w, done.parts, p.step + 1
         p.sensitivity, p.engine, p.microbatch = (
             done.sensitivity,
@@ -252,7 +252,7 @@ def train(
     return p
 
 
-def bill(method: Method, sigmas: tuple[float, ...], n: int, batch: int, step: int) -> Any:
+def event_of(method: Method, sigmas: tuple[float, ...], n: int, batch: int, step: int) -> Any:
     """The event of a step that released values with these multipliers: what was done, not what was planned."""
     return method.sampler.wrap(method.path.amend(method.noise.event(sigmas)), n, batch, step)
 

@@ -90,5 +90,5 @@ def _answer(entries: str, delta: float, relation: Relation, accountant: str) -> 
         except Unproved as reason:
             return _Answer(math.inf, str(reason))
         if isinstance(account, Rdp):
-            return _Answer(found, account.told(delta))
+            return _Answer(found, account.note(delta))
     return _Answer(found, "" if math.isfinite(found) else "a value is released without noise")
