@@ -16,8 +16,8 @@ def told(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each stage with all of `FACTS`, None where the record does not know one; [] for a run of one stage.
 
     What was to be run is the cell's. A record whose stages lack their sampling distribution is from before they had
-    one: its ``privacy.sampling`` is the first stage's, its ``privacy.sensitivity``, engine and loss are the last one's, and its
-    throughput and counts are of both together and so of neither. Nothing about the types of `record` is assumed.
+    one: its ``privacy.sampling`` is the first stage's, its ``privacy.sensitivity``, engine and loss are the last one's,
+    and its throughput and counts are of both together and so of neither. Nothing about the types of `record` is assumed.
     """
     cell, privacy = _map(record.get("cell")), _map(record.get("privacy"))
     then = _map(cell.get("then"))
