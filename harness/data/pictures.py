@@ -17,12 +17,7 @@ from harness.data import catalog
 from harness.data.canonical import Array
 from harness.data.dataset import Facts, Split
 from harness.data.own import class_names, labelled_files, open_picture, picture_folder
-from harness.data.source import (
-    DatasetError,
-    DatasetMissing,
-    Places,
-    files_stamp,
-)
+from harness.data.source import DatasetError, DatasetMissing, Places, files_stamp
 from harness.dp import cache
 from harness.provenance.measure import cores
 

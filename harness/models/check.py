@@ -17,10 +17,7 @@ __all__ = ["REMEDY", "CrossExampleLayer", "check"]
 
 
 def check(
-    model: nn.Module,
-    input_shape: tuple[int, ...] | None = None,
-    classes: int | None = None,
-    tokens: int | None = None,
+    model: nn.Module, input_shape: tuple[int, ...] | None = None, classes: int | None = None, tokens: int | None = None
 ) -> None:
     """Raise `CrossExampleLayer`, naming the first module that mixes examples, or `ValueError` for other obstacles.
 

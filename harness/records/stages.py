@@ -17,7 +17,7 @@ def told(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     What was to be run is the cell's. A record whose stages lack their sampling distribution is from before they had
     one: its ``privacy.sampling`` is the first stage's, its ``privacy.sensitivity``, engine and loss are the last one's,
-    and its throughput and counts are of both together and so of neither. Nothing about the types of `record` is assumed.
+    and its throughput and counts are of both together and so of neither. Fields of `record` may be of any type.
     """
     cell, privacy = _map(record.get("cell")), _map(record.get("privacy"))
     then = _map(cell.get("then"))

@@ -216,11 +216,7 @@ def train(
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams(noise, path), p.step)
         p.ledger.add(event_of(method, done.sigmas, n, schedule.batch, p.step))
         p.w, p.parts, p.step = done.w, done.parts, p.step + 1
-        p.sensitivity, p.engine, p.microbatch = (
-            done.sensitivity,
-            done.observed.engine,
-            done.observed.microbatch,
-        )
+        p.sensitivity, p.engine, p.microbatch = (done.sensitivity, done.observed.engine, done.observed.microbatch)
         losses.append(done.observed.losses.sum())
         counts.append(torch.stack([done.observed.clipped, done.observed.non_finite]))
         size += len(batch)
@@ -234,11 +230,7 @@ def train(
             size, lap = 0, now
         if logging:
             clipped, non_finite = (int(c) for c in torch.stack(counts).sum(0))
-            p.seen, p.clipped, p.non_finite = (
-                p.seen + examples,
-                p.clipped + clipped,
-                p.non_finite + non_finite,
-            )
+            p.seen, p.clipped, p.non_finite = (p.seen + examples, p.clipped + clipped, p.non_finite + non_finite)
             p.loss = float(torch.stack(losses).sum()) / examples if examples else None
             if not p.w.flat.isfinite().all():
                 raise Diverged(f"weights are not finite after step {p.step}")
@@ -294,17 +286,7 @@ def write_checkpoint(file: Path, p: Progress) -> None:
         "loss": p.loss,
         **{
             name: getattr(p, name)
-            for name in (
-                "stage",
-                "seconds",
-                "sizes",
-                "seen",
-                "clipped",
-                "non_finite",
-                "trace",
-                "engine",
-                "microbatch",
-            )
+            for name in ("stage", "seconds", "sizes", "seen", "clipped", "non_finite", "trace", "engine", "microbatch")
         },
     }
     file.parent.mkdir(parents=True, exist_ok=True)

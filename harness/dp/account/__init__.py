@@ -20,12 +20,7 @@ __all__ = ["ACCOUNTANTS", "Ledger", "epsilon", "epsilons", "explain", "quiet", "
 
 # In order of rank: where the first knows every event, its epsilon is the one that counts; the others cross-check it.
 # The last two know nothing that the first does not.
-ACCOUNTANTS: dict[str, Callable[[Relation], PrivacyAccountant]] = {
-    "pld": Pld,
-    "rdp": Rdp,
-    "prv": Prv,
-    "gdp": Gdp,
-}
+ACCOUNTANTS: dict[str, Callable[[Relation], PrivacyAccountant]] = {"pld": Pld, "rdp": Rdp, "prv": Prv, "gdp": Gdp}
 
 
 @contextmanager
