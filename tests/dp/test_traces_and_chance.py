@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import threading
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -268,12 +269,25 @@ def test_what_a_model_keeps_of_examples_beyond_the_next_batch_is_refused(
 
 @pytest.mark.parametrize("name", STORES)
 def test_what_is_kept_is_seen_wherever_it_is(name: str) -> None:
-    one, other, again = (
-        dict(memory._state(Stored(STORES[name], value), (*memory.KEPT, Tensor, np.ndarray)))
-        for value in (1.5, 2.5, 1.5)
-    )
+    one, other, again = (dict(memory._state(Stored(STORES[name], value))) for value in (1.5, 2.5, 1.5))
     assert any(not memory._equal(value, other.get(place), place.name) for place, value in one.items())
     assert all(memory._equal(value, again.get(place), place.name) for place, value in one.items())
+
+
+def test_a_model_is_compared_with_copies_of_itself_or_refused() -> None:
+    """A lock, a logger's say, is no reason to look less; what cannot be copied otherwise is named."""
+    locked = Centred()
+    locked.lock = threading.Lock()
+    with pytest.raises(ValueError, match="keeps something of the examples"):
+        check(locked, (8,), 3)
+    plain = Net()
+    plain.lock, plain.view = threading.Lock(), plain.a.weight * 1.0
+    check(plain, (8,), 3)
+    plain.here = threading.local()
+    with pytest.raises(ValueError, match=r"Net cannot be copied .*local"):
+        check(plain, (8,), 3)
+    with pytest.raises(Unserved, match="cannot be copied"):
+        release(BookKeeping(), plain)
 
 
 def test_what_is_gone_with_the_next_batch_is_no_memory() -> None:

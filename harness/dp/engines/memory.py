@@ -9,6 +9,8 @@ to. What a model hides in a module of Python, in a class or outside Python is no
 from __future__ import annotations
 
 import copy
+import io
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -28,6 +30,9 @@ from harness.dp.loss import Batch, Loss
 DEEPEST = 8
 MANY = 66  # examples of the larger batch that an engine tries: some models keep statistics of large ones alone
 KEPT = (bool, int, float, complex, str, bytes, type(None))
+COMPARED = (*KEPT, Tensor, np.ndarray)
+SHARED = (type(threading.Lock()), type(threading.RLock()), io.IOBase, ModuleType, torch.Generator)
+"""What copies of a model have in common: it cannot be copied, and holds nothing of an example."""
 OWN = frozenset({"_parameters", "_modules", "_buffers", "training"})
 
 
@@ -39,7 +44,10 @@ def refuse_memory(loss: Loss, model: nn.Module, batch: Batch) -> None:
         y = batch.y if len(x) == len(batch.x) else torch.cat([batch.y] * times)
         return losses_of(loss, one, Batch(x, y))
 
-    found = remembered(model, batch.x, losses, torch.cat([batch.x] * times))
+    try:
+        found = remembered(model, batch.x, losses, torch.cat([batch.x] * times))
+    except Uncopied as error:
+        raise Unserved(str(error)) from error
     if found:
         raise Unserved(f"{found.path or type(model).__name__} {found}. {FORGET}")
 
@@ -78,31 +86,23 @@ def remembered(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], T
 
     `run` gives the outputs or losses of a pass, which are differentiated too. Copies of the model, each in its mode,
     take one batch (`x`, the larger `many`, or others of their sizes), are evaluated on `x`, take `x`, and are evaluated
-    again. Where a model cannot be copied it is run itself, without evaluation, and numbers, which may count passes, are
-    not compared.
+    again. Raises `Uncopied` where a model cannot be copied.
     """
-    compared: tuple[type, ...] = (*KEPT, Tensor, np.ndarray)
     with untouched(model, x.device):
         draws = generators(x.device)
 
         def after(first: Tensor) -> dict[Place, Any]:
-            nonlocal compared
-            try:
-                one = _copied(model)
-            except Exception:  # some models hold what cannot be copied, and say so in many ways
-                one, compared = model, (Tensor, np.ndarray)
+            one = _copied(model)
 
             def outputs(inputs: Tensor, passed: Callable[..., Any] = _evaluated) -> Any:
                 # A pass may draw as many numbers as its examples make it.
                 rewind(x.device, draws)
-                if passed is run:
-                    return run(one, inputs.clone())
-                return None if passed is _evaluated and one is model else passed(one, run, inputs.clone())
+                return run(one, inputs.clone()) if passed is run else passed(one, run, inputs.clone())
 
             # Of many examples forward alone, which costs least.
             outputs(first, _pass if len(first) == len(x) else run)
             shown = outputs(x), *outputs(x, _pass), outputs(x)
-            return dict(zip(SHOWN, shown, strict=True)) | dict(_state(one, compared))
+            return dict(zip(SHOWN, shown, strict=True)) | dict(_state(one))
 
         for first, others in ((x, _others(x)), (many, _others(many)[1:])):
             once, again = after(first), None
@@ -139,21 +139,37 @@ def _evaluated(model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: 
     return None
 
 
+class Uncopied(ValueError):
+    """A model cannot be copied, and so not be compared with itself."""
+
+
 def _copied(model: nn.Module) -> nn.Module:
     """A copy, also of what its functions enclose and default to: `deepcopy` leaves functions as they are."""
     memo: dict[int, Any] = {}
-    functions = [f for f in _reached(model) if isinstance(f, FunctionType) and not f.__module__.startswith("torch")]
+    reached = [value for _, value in _walk(model)]
+    for value in reached:
+        if isinstance(value, SHARED):
+            memo[id(value)] = value
+        elif isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
+    functions = [f for f in reached if isinstance(f, FunctionType) and not (f.__module__ or "").startswith("torch")]
     for one in functions:
         cells = tuple(CellType() for _ in one.__closure__ or ())
         memo[id(one)] = FunctionType(one.__code__, one.__globals__, one.__name__, None, cells)
-    for one in functions:
-        memo[id(one)].__defaults__ = copy.deepcopy(one.__defaults__, memo)
-        memo[id(one)].__kwdefaults__ = copy.deepcopy(one.__kwdefaults__, memo)
-        vars(memo[id(one)]).update(copy.deepcopy(vars(one), memo))
-        for cell, other in zip(one.__closure__ or (), memo[id(one)].__closure__, strict=True):
-            if _filled(cell):
-                other.cell_contents = copy.deepcopy(cell.cell_contents, memo)
-    return copy.deepcopy(model, memo)
+    try:
+        for one in functions:
+            memo[id(one)].__defaults__ = copy.deepcopy(one.__defaults__, memo)
+            memo[id(one)].__kwdefaults__ = copy.deepcopy(one.__kwdefaults__, memo)
+            vars(memo[id(one)]).update(copy.deepcopy(vars(one), memo))
+            for cell, other in zip(one.__closure__ or (), memo[id(one)].__closure__, strict=True):
+                if _filled(cell):
+                    other.cell_contents = copy.deepcopy(cell.cell_contents, memo)
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # they say so in many ways
+        raise Uncopied(
+            f"{type(model).__name__} cannot be copied ({str(error)[:200]}), and so not be compared with itself after"
+            " other examples. Keep nothing in it that copy.deepcopy does not copy"
+        ) from error
 
 
 def _pass(model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -168,15 +184,11 @@ def _pass(model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tenso
     return outputs.detach().clone(), None
 
 
-def _state(model: nn.Module, compared: tuple[type, ...]) -> Iterator[tuple[Place, Any]]:
+def _state(model: nn.Module) -> Iterator[tuple[Place, Any]]:
     """What can be compared of all that the modules hold beside parameters, by name."""
     for place, value in _walk(model):
-        if isinstance(value, compared):
+        if isinstance(value, COMPARED):
             yield place, value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
-
-
-def _reached(model: nn.Module) -> list[Any]:
-    return [value for _, value in _walk(model)]
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[Place, Any]]:
