@@ -1,9 +1,11 @@
 """Whether a model remembers examples: what it keeps of one batch must not show in the next, nor in evaluation.
 
-A running mean, say, or the range of the last batch: it reaches later steps or published scores without noise. Copies of
-the model see different batches. What they then compute must be alike, and so must all that they hold: buffers and
-attributes of modules, with what lies in their containers and objects, and in what their functions enclose or default
-to. What a model hides in a module of Python, in a class or outside Python is not looked at.
+A running mean, say, or the range of the last batch: it reaches later steps or published scores without noise. There are
+two tests, at fixed weights and random numbers. What a model computes of a batch must be the same before and after it
+sees others, small and large, wherever it may keep what it saw (`changed`). And copies of it that see different batches
+and then the same one must hold the same, so that nothing waits to be used later (`remembered`): buffers and attributes
+of modules, with what lies in their containers and objects, and in what their functions enclose or default to. What a
+model hides in a module of Python, in a class, behind a weak reference or outside Python is not looked at by the second.
 """
 
 from __future__ import annotations
@@ -37,72 +39,95 @@ OWN = frozenset({"_parameters", "_modules", "_buffers", "training"})
 
 
 def refuse_memory(loss: Loss, model: nn.Module, batch: Batch) -> None:
-    """Raise Unserved where a model, which holds its weights, remembers an earlier batch; see `remembered`."""
+    """Raise Unserved where a model, which holds its weights, remembers an earlier batch."""
     times = -(-MANY // len(batch.x))
 
     def losses(one: nn.Module, x: Tensor) -> Tensor:
         y = batch.y if len(x) == len(batch.x) else torch.cat([batch.y] * times)
         return losses_of(loss, one, Batch(x, y))
 
+    x, many = batch.x, torch.cat([batch.x] * times)
     try:
-        found = remembered(model, batch.x, losses, torch.cat([batch.x] * times))
+        found: Place | str | None = remembered(model, x, losses, many) or changed(model, x, losses, many)
     except Uncopied as error:
         raise Unserved(str(error)) from error
     if found:
-        raise Unserved(f"{found.path or type(model).__name__} {found}. {FORGET}")
+        path = getattr(found, "path", "")
+        raise Unserved(f"{path or type(model).__name__} {found}. {FORGET}")
 
 
 FORGET = "Keep nothing of them"
-
-
-OUTPUTS = ("outputs in evaluation", "outputs", "gradients", "outputs in evaluation after two batches")
 ALIKE = 1e-5
 """Relative to the largest: by how much the same passes may differ, in their last digits."""
 
 
 class Place(NamedTuple):
-    """An attribute of the module at `path` or something in it, or one of `OUTPUTS`."""
+    """An attribute of the module at `path`, or something in it."""
 
     path: str
     name: str
 
     def __str__(self) -> str:
-        if self.name in OUTPUTS:
-            return (
-                f"keeps something of the examples that it saw: its {self.name} depend on which they were. It would"
-                " reach later steps or the evaluation without noise"
-            )
         return (
             f'keeps something of the examples that it saw in "{self.name}", beyond the next batch: it would reach later'
             " steps or the evaluation without noise"
         )
 
 
-SHOWN = tuple(Place("", name) for name in OUTPUTS)
+def changed(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor], many: Tensor) -> str | None:
+    """What the model computes otherwise of `x` after it saw other batches, in words; None where nothing changes.
+
+    `run` gives the outputs or losses of a pass, which are differentiated too. The model is in its mode, and in
+    evaluation in between.
+    """
+    with untouched(model, x.device):
+        draws = generators(x.device)
+
+        def shown(inputs: Tensor) -> dict[str, Tensor | None]:
+            # A pass may draw as many numbers as its examples make it.
+            rewind(x.device, draws)
+            outputs, gradients = _pass(model, run, inputs.clone())
+            rewind(x.device, draws)
+            evaluated = _evaluated(model, run, inputs)
+            return {"outputs": outputs, "gradients": gradients, "outputs in evaluation": evaluated}
+
+        first = shown(x)
+        for other in (*_others(x), many, _others(many)[1]):
+            rewind(x.device, draws)
+            # Examples that the model does not take leave nothing.
+            with suppress(RuntimeError, ValueError, IndexError):
+                _pass(model, run, other.clone())
+            # Right away, as scores follow the last batch; and after one more.
+            rewind(x.device, draws)
+            found = [("outputs in evaluation", _evaluated(model, run, x)), *shown(x).items()]
+            for name, value in found:
+                if not _alike(first[name], value):
+                    return (
+                        f"keeps something of the examples that it saw: its {name} depend on what came before. It would"
+                        " reach later steps or the evaluation without noise"
+                    )
+    return None
 
 
 def remembered(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor], many: Tensor) -> Place | None:
-    """The output, buffer or attribute that depends on an earlier batch; None where none does.
+    """The buffer or attribute that depends on the batch before the last; None where none does.
 
-    `run` gives the outputs or losses of a pass, which are differentiated too. Copies of the model, each in its mode,
-    take one batch (`x`, the larger `many`, or others of their sizes), are evaluated on `x`, take `x`, and are evaluated
-    again. Raises `Uncopied` where a model cannot be copied.
+    Copies of the model, each in its mode, take one batch (`x`, the larger `many`, or others of their sizes) and then
+    `x`. Raises `Uncopied` where a model cannot be copied.
     """
     with untouched(model, x.device):
         draws = generators(x.device)
 
         def after(first: Tensor) -> dict[Place, Any]:
             one = _copied(model)
-
-            def outputs(inputs: Tensor, passed: Callable[..., Any] = _evaluated) -> Any:
-                # A pass may draw as many numbers as its examples make it.
+            for inputs in (first, x):
                 rewind(x.device, draws)
-                return run(one, inputs.clone()) if passed is run else passed(one, run, inputs.clone())
-
-            # Of many examples forward alone, which costs least.
-            outputs(first, _pass if len(first) == len(x) else run)
-            shown = outputs(x), *outputs(x, _pass), outputs(x)
-            return dict(zip(SHOWN, shown, strict=True)) | dict(_state(one))
+                if len(inputs) == len(x):
+                    _pass(one, run, inputs.clone())
+                else:
+                    # Of many examples forward alone, which costs least.
+                    run(one, inputs.clone())
+            return dict(_state(one))
 
         for first, others in ((x, _others(x)), (many, _others(many)[1:])):
             once, again = after(first), None
@@ -110,11 +135,11 @@ def remembered(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], T
                 # Examples that the model does not take leave nothing.
                 with suppress(RuntimeError, ValueError, IndexError):
                     found = after(other)
-                    differ = [p for p, value in once.items() if p not in found or not _equal(value, found[p], p.name)]
+                    differ = [p for p in once.keys() | found.keys() if not _equal(once.get(p), found.get(p))]
                     # What differs by itself, from one pass to the next, says nothing.
                     again = again or (after(first) if differ else None)
-                    for p in differ:
-                        if again and p in again and _equal(once[p], again[p], p.name):
+                    for p in sorted(differ):
+                        if again and _equal(once.get(p), again.get(p)):
                             return p
     return None
 
@@ -256,14 +281,18 @@ def _filled(cell: Any) -> bool:
         return False
 
 
-def _equal(a: Any, b: Any, name: str) -> bool:
+def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return False
-        if name not in OUTPUTS:
-            return bool(((a == b) | ((a != a) & (b != b))).all())
-        a, b = a.double().nan_to_num(), b.double().nan_to_num()
-        return float((a - b).abs().max()) <= ALIKE * float(a.abs().max()) if a.numel() else True
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.tobytes() == b.tobytes() and a.shape == b.shape
     return type(a) is type(b) and bool(a == b or (a != a and b != b))
+
+
+def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    a, b = a.double().nan_to_num(), b.double().nan_to_num()
+    return not a.numel() or float((a - b).abs().max()) <= ALIKE * float(a.abs().max())
