@@ -53,19 +53,17 @@ def check(
         values = _shaken(model)
         with held(model, values):
             draws = mixing.drawn(model, tuple(input_shape), tokens)
-            # First: what is kept of an infinite example would hide all that comes after it.
             x, many = draws[0](mixing.PROBE), mixing.large(model, draws[0])
+            # First of all: what is kept of an infinite example would hide all that comes after it.
             if found := remembered(model, x, called, many):
                 owner = model.get_submodule(found.path)
                 raise CrossExampleLayer(found.path or WHOLE, type(owner).__name__, str(found), FORGET)
+            if how := changed(model, x, called, many):
+                raise CrossExampleLayer(WHOLE, type(model).__name__, how, FORGET)
             for draw in draws:
                 mixing.probe(model, classes, draw)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         reading.probe(model, draws[0](1), {name: t for name, t in values.items() if name in trained})
-        with held(model, values):
-            model.train()
-            if how := changed(model, x, called, many):
-                raise CrossExampleLayer(WHOLE, type(model).__name__, how, FORGET)
 
 
 def _shaken(model: nn.Module) -> dict[str, Tensor]:

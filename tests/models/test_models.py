@@ -456,7 +456,7 @@ def test_whatever_reads_the_weights_of_the_run_passes_and_is_left_as_it_was(way:
     ("way", "message"),
     [
         ("kept", "made of"), ("product", "before the pass"), ("view", 'training mode does not compute.*"weight"'),
-        ("detached", 'uses "weight", and no gradient reaches it'), ("stuck", "must take back"),
+        ("detached", 'uses "weight", and no gradient reaches it'), ("stuck", "gradients depend on what came before"),
         ("checkpoint, old", "use_reentrant=False"),
     ],
 )  # fmt: skip

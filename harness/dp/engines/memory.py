@@ -97,15 +97,14 @@ def changed(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tens
             # Examples that the model does not take leave nothing.
             with suppress(RuntimeError, ValueError, IndexError):
                 _pass(model, run, other.clone())
-            # Right away, as scores follow the last batch; and after one more.
-            rewind(x.device, draws)
-            found = [("outputs in evaluation", _evaluated(model, run, x)), *shown(x).items()]
-            for name, value in found:
-                if not _alike(first[name], value):
-                    return (
-                        f"keeps something of the examples that it saw: its {name} depend on what came before. It would"
-                        " reach later steps or the evaluation without noise"
-                    )
+        rewind(x.device, draws)
+        # Right after the others, as scores follow the last batch; and after one batch more.
+        for name, value in [("outputs in evaluation", _evaluated(model, run, x)), *shown(x).items()]:
+            if not _alike(first[name], value):
+                return (
+                    f"keeps something of the examples that it saw: its {name} depend on what came before. It would"
+                    " reach later steps or the evaluation without noise"
+                )
     return None
 
 
