@@ -32,14 +32,6 @@ def add_files(files: Iterable[str]) -> None:
         registry.add_file(file)
 
 
-def file_kind(file: Path) -> str:
-    """The kind that a TOML file says it is; "suite" where it says nothing, or cannot be read."""
-    try:
-        return str(tomllib.loads(file.read_text("utf-8-sig")).get("kind", "suite"))
-    except (OSError, ValueError, RecursionError):
-        return "suite"
-
-
 def find(text: str) -> Path:
     """The file of a suite that is named by path, or by its name under suites/."""
     path = Path(text)
@@ -56,15 +48,14 @@ def find(text: str) -> Path:
 
 def load(options: argparse.Namespace, thorough: bool = False) -> Suite:
     """The suite that is named; `thorough` as in :func:`harness.suite.load`."""
-    named = find(getattr(options, "suite", None) or options.subject)
-    if file_kind(named) == "claims":
-        raise UserError(f"{named}: holds claims and trains nothing; epsbench claims --suite {named} recomputes it.")
-    from harness.bench import plan
-
-    if plan.is_plan(named):
-        raise UserError(f"{named}: times engines and trains nothing; epsbench bench --suite {named} runs it.")
     from harness import suite
 
+    named = find(getattr(options, "suite", None) or options.subject)
+    kind = suite.kind_of(named)
+    if kind == "claims":
+        raise UserError(f"{named}: holds claims and trains nothing; epsbench claims --suite {named} recomputes it.")
+    if kind == "throughput":
+        raise UserError(f"{named}: times engines and trains nothing; epsbench bench --suite {named} runs it.")
     return suite.load(named, options.method, reduced=options.reduced, thorough=thorough)
 
 

@@ -1,4 +1,4 @@
-"""Python files of the user's: what can be told of them without running them, and whether they can be imported."""
+"""Python files of the user: what is wrong with them as text, and whether they can be imported."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.registry import KINDS, Broken, Entry, LoadError, Registry, RegistryError
+from harness.registry import KINDS, Entry, LoadError, Registry, RegistryError
 from harness.suite.toml.problems import Problem
-
-__all__ = ["Files", "unimportable"]
 
 
 class _Tolerant(Registry):
-    """A registry in which the first of two functions of one name counts; :attr:`Files.problems` tells of the second."""
+    """A registry in which the first of two functions of one name counts; the second is among :attr:`Files.problems`."""
 
     def index(self, kind: str) -> dict[str, Entry]:
         return dict(sorted(self._scan()[0][kind].items()))
@@ -39,14 +37,8 @@ class Files:
         named = tuple(dict.fromkeys(map(str, files)))
         there = {file: Path(file).expanduser().resolve() for file in named}
         absent = [file for file in named if not there[file].is_file()]
-        problems = [
-            Problem(
-                file,
-                0,
-                "no such file; name a Python file with an @method, @model or @dataset function in it.",
-            )
-            for file in absent
-        ]
+        text = "no such file; name a Python file with an @method, @model or @dataset function in it."
+        problems = [Problem(file, 0, text) for file in absent]
         found = [file for file in named if file not in absent]
         tried = names
         if names.clashes() or any(there[file] not in names.files() for file in found):
@@ -54,10 +46,9 @@ class Files:
             for known in (*names.files(), *(there[file] for file in found)):
                 tried.add_file(known)
         clashes = [clash.message for clash in tried.clashes()]
-        for clash in clashes:
-            problems.append(_clash(clash, {str(there[file]): file for file in found}))
+        problems += [_clash(clash, {str(there[file]): file for file in found}) for clash in clashes]
         broken = [(file, one) for file in found for one in tried.broken() if one.file == there[file]]
-        problems += [_unreadable(file, one) for file, one in broken]
+        problems += [Problem(file, max(1, one.line), f"{one.reason.rstrip('.')}.") for file, one in broken]
         if not clashes:
             for file in found:
                 names.add_file(file)
@@ -73,15 +64,11 @@ class Files:
 
 
 def _clash(message: str, named: dict[str, str]) -> Problem:
-    """Two functions of one name, told of at the one in a file of the user's; the message names both places."""
+    """Two functions of one name, reported at the one in a file of the user's; the message names both places."""
     found = re.search(r": (.+):([0-9]+) and (.+):([0-9]+); ", message)
     places = [(found[3], found[4]), (found[1], found[2])] if found else [("", "1")]
     file, line = next((one for one in places if one[0] in named), places[0])
     return Problem(named.get(file, file), int(line), message)
-
-
-def _unreadable(file: str, broken: Broken) -> Problem:
-    return Problem(file, max(1, broken.line), f"{broken.reason.rstrip('.')}.")
 
 
 def unimportable(files: Iterable[str], names: Registry) -> dict[Path, Problem]:

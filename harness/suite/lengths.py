@@ -6,12 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.registry import DuplicateName
-from harness.suite.toml.lines import Path as KeyPath
-from harness.suite.toml.problems import Report
+from harness.suite.toml.lines import KeyPath
+from harness.suite.toml.problems import Problems
 from harness.suite.values import Scheduled, Variant
-
-__all__ = ["Lengths"]
 
 Facts = dict[str, Any]
 Size = dict[str, int]
@@ -24,7 +21,7 @@ class Lengths:
     ``thorough`` says that files which are not here are a problem, even where what is asked of the data is known.
     """
 
-    report: Report
+    report: Problems
     thorough: bool
     _private: set[KeyPath] = field(default_factory=set)
 
@@ -37,9 +34,7 @@ class Lengths:
             absent = _absent(spec, known) if self.thorough else None
             if absent is not None:
                 raise absent
-        except DuplicateName:  # which is told of elsewhere
-            return None
-        except data.DatasetMissing as error:  # once, for one file mends it everywhere
+        except data.DatasetMissing as error:  # once: one file supplies it everywhere
             if all(one.message != str(error) for one in self.report.problems):
                 self.report.bad(place, str(error))
             return None
@@ -54,10 +49,8 @@ class Lengths:
             "n_train": data.validation_size(n_train) if evaluate == "validation" else n_train,
         }
 
-    def of_task(self, task: Scheduled, facts: Facts | None) -> Size | None:
+    def of_task(self, task: Scheduled, facts: Facts) -> Size | None:
         """Batch and steps of a task; None where something is wrong with them."""
-        if facts is None or not task.schedule:
-            return None
         n, batch, epochs = facts["n_train"], task.schedule["batch"], task.schedule["epochs"]
         batch = n if batch == "full" else batch
         steps = task.schedule["steps"] if epochs is None else math.floor(epochs * n / batch)
@@ -71,34 +64,33 @@ class Lengths:
             return None
         return {"batch": batch, "steps": steps}
 
-    def of_variant(self, variant: Variant, shared: Size | None, facts: Facts | None) -> Size | None:
-        """The schedule of a variant: its task's, but for what its method's ``train`` says."""
-        train, place = variant.train, ("method", variant.index, "train")
-        if train is None or shared is None or facts is None:
+    def of_variant(self, variant: Variant, shared: Size, n: int) -> Size | None:
+        """The schedule of a variant on ``n`` examples: its task's, but for what its method's ``train`` says."""
+        train = variant.train
+        if train is None:
             return shared
-        n = facts["n_train"]
         batch = n if train.batch == "full" else train.batch or shared["batch"]
         steps = train.steps or (math.floor(train.epochs * n / batch) if train.epochs else shared["steps"])
         if batch > n or steps < 1:
             text = f'"train" on task "{variant.task.name}": {steps} steps of {batch} of {n} examples; write others.'
-            self.report.bad(place, text)
+            self.report.bad(("method", variant.index, "train"), text)
             return None
         return {"batch": batch, "steps": steps}
 
     def of_second(self, variant: Variant, shared: Size | None, facts: Facts | None) -> Facts | None:
         """``task`` (where it has data of its own) and ``schedule`` of a second stage; None where something is wrong."""
-        second, task, place = variant.then, variant.task, ("method", variant.index, "then")
-        if second is None:
+        if variant.then is None:
             return {}
+        table, task, place = variant.then.table, variant.task, ("method", variant.index, "then")
         found: Facts = {}
-        if second.public:
-            other = second.dataset and self.facts(second.dataset, (*place, "dataset"), task.evaluate)
-            if not second.dataset or not other or self._refuse_private(second.dataset, variant, facts):
+        if table.dataset is not None:
+            other = self.facts(table.dataset, (*place, "dataset"), task.evaluate)
+            if other is None or facts is None or self._refuse_private(table.dataset, variant):
                 return None
-            facts, found["task"] = other, {"dataset": second.dataset, "evaluate": task.evaluate, **other}
-        if facts is None or shared is None or not variant.whole:
+            facts, found["task"] = other, {"dataset": table.dataset, "evaluate": task.evaluate, **other}
+        if facts is None or shared is None:
             return None
-        n, table = facts["n_train"], second.table
+        n = facts["n_train"]
         batch = n if table.batch == "full" else table.batch or shared["batch"]
         steps = table.steps or math.floor((table.epochs or 0) * n / batch)
         if batch > n or steps < 1:
@@ -107,9 +99,9 @@ class Lengths:
             return None
         return found | {"schedule": {"batch": batch, "steps": steps}}
 
-    def _refuse_private(self, public: str, variant: Variant, facts: Facts | None) -> bool:
+    def _refuse_private(self, public: str, variant: Variant) -> bool:
         """Whether data that is called public is that of the task, which is reported."""
-        if facts is None or not _origins(public) & _origins(variant.task.dataset):
+        if not _origins(public) & _origins(variant.task.dataset):
             return False
         text = f'"then": {public} is the private data of task'
         place = ("method", variant.index, "then", "dataset")

@@ -7,32 +7,20 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from harness.registry import RegistryError, did_you_mean
-
-__all__ = [
-    "ARRAYS",
-    "MOST_CELLS",
-    "NEEDED",
-    "SINGLE",
-    "Budget",
-    "Device",
-    "Header",
-    "Many",
-    "MethodTable",
-    "Positive",
-    "Privacy",
-    "Published",
-    "Reduced",
-    "Size",
-    "Table",
-    "Task",
-    "Text",
-    "Then",
-    "Train",
-    "Tuning",
-]
+from harness.registry import Registry, RegistryError, did_you_mean, show
 
 MOST_CELLS = 100_000
 MOST_SEEDS = 10_000
@@ -94,14 +82,54 @@ def _line(value: str) -> str:
     return value
 
 
+def invalid(message: str, at: str | int | None = None, *, table: bool = True) -> PydanticCustomError:
+    """An error whose message says all but the table that it is about, and the key where not ``table``.
+
+    ``at`` is the key or the number in a list whose line is named, where that is not the line of what is validated.
+    """
+    return PydanticCustomError("table" if table else "key", "{text}", {"text": message, "at": at})
+
+
+def distinct(values: tuple[object, ...]) -> tuple[object, ...]:
+    """A list without repeats."""
+    seen: set[object] = set()
+    for number, value in enumerate(values):
+        if value in seen:
+            raise invalid(f"{show(value)} is given twice; keep one", number, table=False)
+        seen.add(value)
+    return values
+
+
+def _one_length(steps: object, info: ValidationInfo) -> object:
+    """Steps, where no epochs are given."""
+    if steps is not None and info.data.get("epochs") is not None:
+        raise invalid("has both epochs and steps; keep one")
+    return steps
+
+
+def known(kind: str, options: bool = True) -> AfterValidator:
+    """The name of something registered; with ``options``, followed by some that fit it: ``name?key=value``."""
+
+    def check(spec: str, info: ValidationInfo) -> str:
+        assert isinstance(info.context, Registry)
+        try:
+            (info.context.lookup if options else info.context.resolve)(kind, spec)
+        except RegistryError as error:
+            raise PydanticCustomError("registry", "{error}", {"error": error}) from None
+        return spec
+
+    return AfterValidator(check)
+
+
 Size = Annotated[int, Field(ge=1, lt=2**53)]
 Positive = Annotated[float, Field(gt=0, le=1e15)]
 Text = Annotated[str, Field(min_length=1)]
 Line = Annotated[str, Field(min_length=1), AfterValidator(_line)]
 Many = BeforeValidator(_one_or_many)
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**53)], ...], BeforeValidator(_seeds)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**53)], ...], BeforeValidator(_seeds), AfterValidator(distinct)]
 Batch = Annotated[int | Literal["full"], PlainValidator(_batch)]
-Epsilons = Annotated[tuple[Positive, ...], Many]
+Epsilons = Annotated[tuple[Positive, ...], Many, AfterValidator(distinct)]
+Dataset = Annotated[Text, known("dataset")]
 
 
 class Table(BaseModel):
@@ -133,34 +161,20 @@ class Train(Table):
     batch: Batch | None = None
     epochs: Positive | None = None
     steps: Size | None = None
+    _length = field_validator("steps")(_one_length)
 
 
 class Task(Table):
     """``[[task]]``: data set and model (specs), where to evaluate, and a schedule of its own."""
 
-    dataset: Text
-    model: Text
+    dataset: Dataset
+    model: Annotated[Text, known("model")]
     evaluate: Literal["test", "validation"] = "test"
     name: Line | None = None
     batch: Batch | None = None
     epochs: Positive | None = None
     steps: Size | None = None
-
-
-class MethodTable(Table):
-    """``[[method]]``: name, label, tasks (globs) and epsilons it is for, overrides by task, other parts (``with``), a
-    schedule of its own (``train``), a second stage (``then``); the other keys are hyper-parameters."""
-
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
-
-    name: Text
-    label: Line | None = None
-    tasks: Annotated[tuple[Text, ...], Many] = ("*",)
-    epsilon: Epsilons | None = None
-    on: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    changes: dict[str, Any] = Field(default_factory=dict, alias="with")
-    train: Any = None
-    then: Any = None
+    _length = field_validator("steps")(_one_length)
 
 
 class Then(Table):
@@ -170,12 +184,35 @@ class Then(Table):
     stage trains and is judged on that data instead, which then counts as public.
     """
 
-    method: Text
+    method: Annotated[Text, known("method")]
     epochs: Positive | None = None
     steps: Size | None = None
     batch: Batch | None = None
     trains: Literal["head", "all"] = "head"
-    dataset: Text | None = None
+    dataset: Dataset | None = None
+    _length = field_validator("steps")(_one_length)
+
+    @model_validator(mode="after")
+    def _has_length(self) -> Then:
+        if self.epochs is None and self.steps is None:
+            raise invalid("needs one of epochs and steps")
+        return self
+
+
+class MethodTable(Table):
+    """``[[method]]``: name, label, tasks (globs) and epsilons it is for, overrides by task, other parts (``with``), a
+    schedule of its own (``train``), a second stage (``then``); the other keys are hyper-parameters."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+    name: Annotated[Text, known("method", options=False)]
+    label: Line | None = None
+    tasks: Annotated[tuple[Text, ...], Many] = ("*",)
+    epsilon: Epsilons | None = None
+    on: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    changes: dict[str, Any] = Field(default_factory=dict, alias="with")
+    train: Train | None = None
+    then: Then | None = None
 
 
 class Device(Table):
@@ -190,6 +227,13 @@ class Device(Table):
     threads: Annotated[int, Field(ge=1, le=4096)] = 1
     engine: Literal["bookkeeping", "ghost", "vmap", "loop", "auto"] | None = None
     microbatch: Size | None = None
+
+    @field_validator("tf32")
+    @classmethod
+    def _numerics(cls, tf32: bool, info: ValidationInfo) -> bool:
+        if tf32 and (info.data.get("device") == "cpu" or info.data.get("dtype") == "float64"):
+            raise ValueError("it exists for float32 on cuda only; remove it")
+        return tf32
 
 
 class Budget(Table):
@@ -213,6 +257,24 @@ class Tuning(Table):
     tries: Annotated[float, Field(ge=1, le=1e6)] | None = None
     distribution: Literal["fixed", "poisson", "geometric", "logarithmic"] = "fixed"
     retrained: bool = True
+
+    @field_validator("tries", "distribution", "retrained")
+    @classmethod
+    def _of_search(cls, value: object, info: ValidationInfo) -> object:
+        if info.data.get("private") is False:
+            text = f'"{info.field_name}" is for a search on private data; write private = true, or leave it out'
+            raise invalid(text)
+        return value
+
+    @model_validator(mode="after")
+    def _counted(self) -> Tuning:
+        if self.private and self.tries is None:
+            text = 'private = true needs "tries": write how many runs the hyper-parameters were chosen by'
+            raise invalid(text, "private")
+        if self.tries is not None and self.distribution == "fixed" and self.tries != int(self.tries):
+            text = f"tries = {self.tries:g}: a fixed number is a whole one; write one, or a distribution"
+            raise invalid(text, "tries")
+        return self
 
     def charged(self) -> dict[str, Any]:
         """What a run's epsilon with tuning is made of; {} where nothing is charged."""
@@ -241,8 +303,8 @@ class Reduced(Table):
     why: Text
     seeds: Seeds | None = None
     epsilon: Epsilons | None = None
-    train: Any = None
-    task: Any = None
+    train: Train | None = None
+    task: Annotated[tuple[Task, ...], BeforeValidator(_many)] | None = None
 
 
 SINGLE: Mapping[str, type[Table]] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.cli.arguments import method_option, reduced_option, results_option
 from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK, UserError
-from harness.cli.selecting import add_files, file_kind, find, load
+from harness.cli.selecting import add_files, find, load
 from harness.cli.words import say_broken, table
 
 
@@ -58,16 +58,19 @@ def _checked(options: argparse.Namespace) -> int:
     if options.subject.endswith(".toml") or _is_suite(options.subject):
         if options.repeat:
             raise UserError(f"--repeat: {options.subject} is a suite; it is for methods.")
+        from harness.suite import kind_of
+
         file = find(options.subject)
-        if file_kind(file) == "claims":
+        kind = kind_of(file)
+        if kind == "claims":
             from harness.verify.claims import command as claims
 
             held = claims.load(file)
             print(f"{file}: {len(held.claims)} claims for epsbench claims; nothing is wrong.")
             return OK
-        from harness.bench import plan
+        if kind == "throughput":
+            from harness.bench import plan
 
-        if plan.is_plan(file):
             timed = plan.load(file)
             print(f"{file}: {len(timed.workloads)} workloads for epsbench bench; nothing is wrong.")
             return OK
