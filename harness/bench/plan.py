@@ -81,8 +81,8 @@ def parse(text: str, file: str = "throughput.toml") -> Plan:
 
 
 class _Reader(Reader):
-    kind: ClassVar[str] = "throughput suite"
-    written: ClassVar[str] = KIND
+    noun: ClassVar[str] = "throughput suite"
+    kind: ClassVar[str] = KIND
     single: ClassVar[Mapping[str, type[Table]]] = {"bench": Bench}
     arrays: ClassVar[Mapping[str, type[Table]]] = {"workload": Workload}
     needed: ClassVar[Sequence[str]] = ("bench", "workload")

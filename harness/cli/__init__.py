@@ -10,7 +10,6 @@ Modules, each of which uses only those above it::
     words       tables, numbers and counts as text
     codes       today's code of cells and of records
     selecting   what a request names: suites, cells, files, devices, folders
-    command     what a command declares
     arguments   what several commands take
     commands/   the commands, a file each
     parser      the parser of them all
@@ -50,7 +49,7 @@ def _main(arguments: Sequence[str] | None) -> int:
                             + hint(given[0], known()))  # fmt: skip
         options = build_parser().parse_args(given)
         options.command = ["epsbench", *given]
-        code: int = options.verb(options)
+        code: int = options.run(options)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:

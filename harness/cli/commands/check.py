@@ -1,4 +1,12 @@
-"""``check``: all that is wrong with a suite, or what a method promises."""
+"""Check a suite for all errors at once, or what a method promises.
+
+epsbench check suites/core.toml    all that is wrong with it, each with its line
+epsbench check dp-sgd              sensitivity, ledger, microbatches, resuming, ...
+epsbench check my.py               the same for each method of a file of yours
+epsbench check methods/*.py        and of several files
+epsbench check dp-sgd --repeat 20  the statistical checks alone, with fresh seeds: any false alarm?
+epsbench check --tables            times and false alarms of what is recorded
+"""
 
 from __future__ import annotations
 
@@ -6,10 +14,11 @@ import argparse
 from pathlib import Path
 
 from harness.cli.arguments import method_option, reduced_option, results_option
-from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK, UserError
 from harness.cli.selecting import add_files, find, load
 from harness.cli.words import say_broken, table
+
+PLACE = 20
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     method_option(parser)
 
 
-def check(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Check each subject, and print the tables where asked; the worst exit code."""
     if not options.subjects and not options.tables:
         raise UserError("name a suite, a method or a file of methods to check, or ask for --tables.")
@@ -108,20 +117,3 @@ def _is_suite(name: str) -> bool:
     from harness import registry
 
     return (Path("suites") / f"{name}.toml").is_file() and name not in registry.index("method")
-
-
-COMMAND = Command(
-    "check",
-    20,
-    "Check a suite for all errors at once, or what a method promises.",
-    """
-    epsbench check suites/core.toml    all that is wrong with it, each with its line
-    epsbench check dp-sgd              sensitivity, ledger, microbatches, resuming, ...
-    epsbench check my.py               the same for each method of a file of yours
-    epsbench check methods/*.py        and of several files
-    epsbench check dp-sgd --repeat 20  the statistical checks alone, with fresh seeds: any false alarm?
-    epsbench check --tables            times and false alarms of what is recorded
-    """,
-    arguments,
-    check,
-)

@@ -1,12 +1,17 @@
-"""``claims``: published privacy numbers, recomputed."""
+"""Recompute published privacy numbers from their settings.
+
+epsbench claims                          every claim in one table: under a minute on one core
+epsbench claims modelmix-cifar10         this one: source, inputs, every figure, the reason for the verdict
+epsbench claims --write                  docs/claims.md again
+epsbench claims --suite mine.toml        claims of your own
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from harness.cli.command import Command
-
+PLACE = 130
 DOCUMENT, SUITE = Path("docs/claims.md"), Path("suites/claims.toml")
 
 
@@ -18,23 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", type=Path, default=SUITE, metavar="FILE", help=f"default: {SUITE}")
 
 
-def claims(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Recompute what is asked for; the exit code."""
     from harness.verify.claims import command as recomputed
 
     return recomputed.run(options)
-
-
-COMMAND = Command(
-    "claims",
-    130,
-    "Recompute published privacy numbers from their settings.",
-    """
-    epsbench claims                          every claim in one table: under a minute on one core
-    epsbench claims modelmix-cifar10         this one: source, inputs, every figure, the reason for the verdict
-    epsbench claims --write                  docs/claims.md again
-    epsbench claims --suite mine.toml        claims of your own
-    """,
-    arguments,
-    claims,
-)

@@ -1,4 +1,10 @@
-"""``compare``: two methods, or two results folders."""
+"""Compare two methods, or two results folders, paired by seed.
+
+epsbench compare dp-sgd dp-adam                       two methods, on every task and epsilon they share
+epsbench compare dp-sgd dp-adam --suite core --by task
+epsbench compare before/results after/results --threshold 0.01    fails where a cell lost over a point
+epsbench compare before after --metric examples_per_second --threshold 0.05
+"""
 
 from __future__ import annotations
 
@@ -8,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.cli.arguments import results_option
-from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK, UserError
 from harness.cli.selecting import results_in
 from harness.cli.words import say_broken
 
 if TYPE_CHECKING:
     from harness.records import store
+
+PLACE = 70
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     results_option(parser)
 
 
-def compare(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print a comparison, and write it where asked; the exit code, of failure where a cell lost too much."""
     from harness.report.compare import folders, methods
     from harness.report.model.pairs import CompareError
@@ -79,18 +86,3 @@ def _compared(results: Path, suite: str | None) -> list[store.Record]:
         where = results / suite if suite else results
         raise UserError(f"{where}: holds no records to compare; epsbench run SUITE makes some.")
     return store.current(records)
-
-
-COMMAND = Command(
-    "compare",
-    70,
-    "Compare two methods, or two results folders, paired by seed.",
-    """
-    epsbench compare dp-sgd dp-adam                       two methods, on every task and epsilon they share
-    epsbench compare dp-sgd dp-adam --suite core --by task
-    epsbench compare before/results after/results --threshold 0.01    fails where a cell lost over a point
-    epsbench compare before after --metric examples_per_second --threshold 0.05
-    """,
-    arguments,
-    compare,
-)

@@ -1,4 +1,10 @@
-"""``ls``: methods, data sets, models, suites and parts."""
+"""List methods, data sets, models and suites.
+
+epsbench ls
+epsbench ls methods                 with paper, family, parameters and defaults
+epsbench ls methods --method my.py  with those of a file of yours
+epsbench ls parts                   what a suite may give a method in the place of its own
+"""
 
 from __future__ import annotations
 
@@ -9,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.cli.arguments import method_option
-from harness.cli.command import Command
 from harness.cli.errors import OK
 from harness.cli.selecting import add_files
 from harness.cli.words import table, wrap
 
+PLACE = 10
 KINDS = {"methods": "method", "datasets": "dataset", "models": "model"}
 
 
@@ -28,7 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     method_option(parser)
 
 
-def ls(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """List what is asked for, or everything; the exit code."""
     from harness import registry
 
@@ -96,18 +102,3 @@ def _suite_rows() -> list[list[str]]:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             rows.append([str(path), f"cannot be read: epsbench check {path}"])
     return rows
-
-
-COMMAND = Command(
-    "ls",
-    10,
-    "List methods, data sets, models and suites.",
-    """
-    epsbench ls
-    epsbench ls methods                 with paper, family, parameters and defaults
-    epsbench ls methods --method my.py  with those of a file of yours
-    epsbench ls parts                   what a suite may give a method in the place of its own
-    """,
-    arguments,
-    ls,
-)

@@ -1,4 +1,9 @@
-"""``report``: records as a leaderboard."""
+"""Write leaderboards from records: HTML, Markdown, CSV and figures.
+
+epsbench report                     every suite that has results
+epsbench report suites/core.toml
+epsbench report suites/core.toml --with-private-diagnostics    with speeds and losses: of public data
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from harness.cli.arguments import method_option, private_option, reduced_option, reports_option, results_option
 from harness.cli.codes import codes_of_cells
-from harness.cli.command import Command
 from harness.cli.errors import OK, UserError
 from harness.cli.selecting import again, load, need_suite, suite_file
 from harness.cli.words import say_broken
@@ -19,6 +23,8 @@ from harness.records.public import LEFT_OUT
 if TYPE_CHECKING:
     from harness.records import store
     from harness.suite import Suite
+
+PLACE = 100
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     method_option(parser)
 
 
-def report(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Write the report of one suite, or of all that have records; the exit code."""
     from harness.records import store
 
@@ -138,17 +144,3 @@ def _build(
     print(f"\n{made.top.rstrip()}\n\nleaderboard: {made.index}")
     if not options.private:
         print(LEFT_OUT)
-
-
-COMMAND = Command(
-    "report",
-    100,
-    "Write leaderboards from records: HTML, Markdown, CSV and figures.",
-    """
-    epsbench report                     every suite that has results
-    epsbench report suites/core.toml
-    epsbench report suites/core.toml --with-private-diagnostics    with speeds and losses: of public data
-    """,
-    arguments,
-    report,
-)

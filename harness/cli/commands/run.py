@@ -1,4 +1,14 @@
-"""``run``: what is missing of a suite."""
+"""Run what is missing of a suite: finished runs are kept, half-done go on.
+
+epsbench run suites/core.toml --report
+epsbench run suites/core.toml --report --with-private-diagnostics    with speeds and losses: on public data
+epsbench run suites/core.toml --only dp-sgd dp-adam eps=3    these two methods, at epsilon 3
+epsbench run suites/core.toml --only 3f2a                    the run whose id begins so
+epsbench run suites/smoke.toml --method my.py                with methods of a file of yours
+epsbench run suites/core.toml --retry                        crashed, oom and timeout once more
+epsbench run suites/fashion.toml --device cuda:0             the suite's runs, on a GPU
+epsbench run suites/fashion.toml --reduced                   its reduced profile, in minutes
+"""
 
 from __future__ import annotations
 
@@ -10,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from harness.cli.arguments import positive, private_option, reports_option, suite_options
 from harness.cli.codes import codes_of_cells
-from harness.cli.command import Command
 from harness.cli.commands.report import write_report
 from harness.cli.errors import FAILED, INTERRUPTED, OK
 from harness.cli.selecting import again, chosen, need_device
@@ -20,6 +29,8 @@ if TYPE_CHECKING:
     from harness.records.cell import Cell
     from harness.running import jobs, launch, progress
     from harness.suite import Suite
+
+PLACE = 40
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,22 +150,3 @@ def _end(
     if options.report:
         write_report(options, suite, codes)
     return FAILED if now.failed or now.conflicts or summary.conflicts else OK
-
-
-COMMAND = Command(
-    "run",
-    40,
-    "Run what is missing of a suite: finished runs are kept, half-done go on.",
-    """
-    epsbench run suites/core.toml --report
-    epsbench run suites/core.toml --report --with-private-diagnostics    with speeds and losses: on public data
-    epsbench run suites/core.toml --only dp-sgd dp-adam eps=3    these two methods, at epsilon 3
-    epsbench run suites/core.toml --only 3f2a                    the run whose id begins so
-    epsbench run suites/smoke.toml --method my.py                with methods of a file of yours
-    epsbench run suites/core.toml --retry                        crashed, oom and timeout once more
-    epsbench run suites/fashion.toml --device cuda:0             the suite's runs, on a GPU
-    epsbench run suites/fashion.toml --reduced                   its reduced profile, in minutes
-    """,
-    arguments,
-    run,
-)

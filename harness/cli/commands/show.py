@@ -1,4 +1,8 @@
-"""``show``: one record, and the commands that make it again."""
+"""Show one record, and the command that makes it again.
+
+epsbench show 3f2a
+epsbench show 3f2a --json | jq .privacy
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.arguments import results_option
-from harness.cli.command import Command
 from harness.cli.errors import OK, UserError
 from harness.cli.selecting import suite_file
 from harness.cli.words import epsilon, number, table
@@ -18,6 +21,7 @@ from harness.records.files import dumps
 if TYPE_CHECKING:
     from harness.records import store
 
+PLACE = 60
 PRIVATE = "private, not for publication"
 # What of `measured` and of `diagnostics` has a line of its own.
 ROWS = frozenset({"jobs", "sessions", "examples_per_second", "train_seconds", "wall_seconds", "peak_memory_mib"})
@@ -30,7 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     results_option(parser)
 
 
-def show(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print one record; the exit code."""
     from harness.records import origin, public, store
     from harness.records.record import Diagnostics, Measured, Private
@@ -230,16 +234,3 @@ def _recipe(record: store.Record) -> list[str]:
     file, reduced = suite_file(record["suite"])
     method = registry.index("method").get(record["cell"]["method"]["name"])
     return recipe.commands(read.read([record])[0], str(file or ""), reduced, method is not None and bool(method.module))
-
-
-COMMAND = Command(
-    "show",
-    60,
-    "Show one record, and the command that makes it again.",
-    """
-    epsbench show 3f2a
-    epsbench show 3f2a --json | jq .privacy
-    """,
-    arguments,
-    show,
-)

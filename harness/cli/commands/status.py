@@ -1,4 +1,8 @@
-"""``status``: what is done, failed, stale, running and missing."""
+"""Count what is done, failed, stale, running and missing.
+
+epsbench status                     every suite that has results
+epsbench status suites/core.toml    against what the suite asks for today
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from harness.cli.arguments import method_option, reduced_option, results_option
 from harness.cli.codes import codes_of_cells, codes_of_records
-from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files, again, load, need_suite, suite_file
 from harness.cli.words import counts, first_line, say_broken, say_conflicts, table
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from harness.records.cell import Cell
     from harness.running import jobs
 
+PLACE = 50
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What it takes."""
@@ -30,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     method_option(parser)
 
 
-def status(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Count the runs of one suite, or of all that have records; the exit code."""
     from harness.records import store
     from harness.running import jobs, progress
@@ -114,16 +119,3 @@ def states_of(cells: Iterable[Cell], selection: jobs.Selection) -> dict[str, str
         else:
             states[job.cell.id] = "running" if locked(job.folder) else "half done"
     return states
-
-
-COMMAND = Command(
-    "status",
-    50,
-    "Count what is done, failed, stale, running and missing.",
-    """
-    epsbench status                     every suite that has results
-    epsbench status suites/core.toml    against what the suite asks for today
-    """,
-    arguments,
-    status,
-)

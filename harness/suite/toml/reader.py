@@ -76,12 +76,12 @@ class Reader(Problems):
     """Reads the tables of one document, each by itself, and collects every error.
 
     ``single`` are the tables ``[key]`` that it may have, ``arrays`` those written ``[[key]]``, ``needed`` the ones that
-    it must have. ``written`` is what its key ``kind`` must be, where it has one. Raises :class:`SuiteError` where the
-    text is not TOML.
+    it must have. ``kind`` is what its key of that name must be, where it has one; ``noun`` what messages call the
+    document. Raises :class:`SuiteError` where the text is not TOML.
     """
 
-    kind: ClassVar[str] = "suite"
-    written: ClassVar[str | None] = None
+    noun: ClassVar[str] = "suite"
+    kind: ClassVar[str | None] = None
     single: ClassVar[Mapping[str, type[Table]]]
     arrays: ClassVar[Mapping[str, type[Table]]]
     needed: ClassVar[Sequence[str]]
@@ -107,17 +107,17 @@ class Reader(Problems):
 
     def _known_tables(self) -> None:
         """Report tables that are unknown, and those that are missing."""
-        if self.written is not None and self.data.pop("kind", None) != self.written:
-            self.bad(("kind",), f'the file should begin with kind = "{self.written}".')
+        if self.kind is not None and self.data.pop("kind", None) != self.kind:
+            self.bad(("kind",), f'the file should begin with kind = "{self.kind}".')
         tables = [*self.single, *self.arrays]
         for key in self.data.keys() - set(tables):
             near = did_you_mean(key, tables)
-            self.bad((key,), f'a {self.kind} has no table "{key}"; it has {", ".join(tables)}.', near)
+            self.bad((key,), f'a {self.noun} has no table "{key}"; it has {", ".join(tables)}.', near)
             if near is not None:
                 self._faulty.add(near)
         for key in self.needed:
             if key not in self.data and self.valid(key):
-                self.bad((key,), f"the {self.kind} needs {f'[[{key}]]' if key in self.arrays else f'[{key}]'}.")
+                self.bad((key,), f"the {self.noun} needs {f'[[{key}]]' if key in self.arrays else f'[{key}]'}.")
 
     def one(self, key: str, table: type[T]) -> T | None:
         """The table ``[key]``; None where it is absent, or something is wrong with it."""

@@ -53,8 +53,8 @@ def parse(text: str, file: str = "claims.toml") -> Claims:
 
 
 class _Reader(Reader):
-    kind: ClassVar[str] = "file of claims"
-    written: ClassVar[str] = KIND
+    noun: ClassVar[str] = "file of claims"
+    kind: ClassVar[str] = KIND
     single: ClassVar[Mapping[str, type[Table]]] = {"claims": Header}
     arrays: ClassVar[Mapping[str, type[Table]]] = KINDS
     needed: ClassVar[Sequence[str]] = ("claims",)
@@ -70,7 +70,7 @@ class _Reader(Reader):
                     self.bad((kind, index, "id"), f'two claims are called "{claim.id}".')
                 found[claim.id] = claim
         if not found and not self.problems:
-            self.bad((), f"the {self.kind} has no claim; write one of {', '.join(f'[[{k}]]' for k in KINDS)}.")
+            self.bad((), f"the {self.noun} has no claim; write one of {', '.join(f'[[{k}]]' for k in KINDS)}.")
         self.stop()
         assert header is not None
         return Claims(self.file, header.question, tuple(found.values()))
