@@ -97,10 +97,6 @@ class Registry:
         """The files added by the user, in order."""
         return tuple(self._files)
 
-    def refresh(self) -> None:
-        """Forget what was read, so that the next look-up reads the sources again."""
-        self._index = None
-
     def _sources(self) -> Iterator[tuple[Path, str, str, str | None]]:
         """``(file, module, kind, function or None)`` of each built-in or user file."""
         for folder, package, kind in (
@@ -143,24 +139,14 @@ class Registry:
             if function is not None:
                 entries = [e for e in entries if e.function == function]
                 if not entries and not problems:
-                    bad.append(
-                        Broken(
-                            kind,
-                            function,
-                            file,
-                            1,
-                            f"entry point names {function!r}, which is not a function marked with @method",
-                        )
-                    )
+                    text = f"entry point names {function!r}, which is not a function marked with @method"
+                    bad.append(Broken(kind, function, file, 1, text))
             for entry in entries:
                 other = found[entry.kind].setdefault(entry.name, entry)
                 if other is not entry and other.where != entry.where:
-                    clashes.append(
-                        DuplicateName(
-                            f'two {entry.kind}s are called "{entry.name}": {other.where} and {entry.where}; '
-                            "rename one of them."
-                        )
-                    )
+                    places = f"{other.where} and {entry.where}"
+                    text = f'two {entry.kind}s are called "{entry.name}": {places}; rename one of them.'
+                    clashes.append(DuplicateName(text))
         self._index = found, bad, clashes
         return self._index
 
@@ -265,30 +251,24 @@ def _same(one: str | None, other: Path) -> bool:
 
 
 def check_options(
-    entry: Entry, options: Mapping[str, object], *, text: bool | None = None
+    entry: Entry, options: Mapping[str, object], *, text: bool = True
 ) -> tuple[dict[str, object], list[OptionProblem]]:
     """Arguments (defaults expanded, in signature order) and all that is wrong with them.
 
-    ``text`` False takes strings as they are, as in TOML, where ``"0.5"`` is no float. None, the default,
-    reads strings as the parameter's type, as in a spec.
+    With ``text`` strings are read as the parameter's type, as in a spec; else they are taken as they are, as in TOML,
+    where ``"0.5"`` is not a float.
     """
     problems: list[OptionProblem] = []
     given: dict[str, object] = {}
     for key, value in options.items():
         parameter = entry.parameters.get(key)
         if parameter is None:
-            has = f"it has {', '.join(entry.parameters)}" if entry.parameters else "it has none"
-            problems.append(
-                OptionProblem(
-                    key,
-                    f'{entry.kind} "{entry.name}" has no parameter "{key}"; {has}.',
-                    did_you_mean(key, entry.parameters),
-                )
-            )
+            message = f'has no parameter "{key}"; it has {", ".join(entry.parameters) or "none"}.'
+            near = did_you_mean(key, entry.parameters)
+            problems.append(OptionProblem(key, f'{entry.kind} "{entry.name}" {message}', near))
             continue
         try:
-            as_text = isinstance(value, str) and text is not False
-            given[key] = parameter.parse(str(value)) if as_text else parameter.convert(value)
+            given[key] = parameter.parse(value) if text and isinstance(value, str) else parameter.convert(value)
         except ValueError as error:
             problems.append(OptionProblem(key, f'{entry.kind} "{entry.name}", parameter "{key}": {error}'))
     arguments: dict[str, object] = {}
@@ -296,9 +276,8 @@ def check_options(
         if key in given:
             arguments[key] = given[key]
         elif parameter.required and key not in options:
-            problems.append(
-                OptionProblem(key, f'{entry.kind} "{entry.name}" needs parameter "{key}" ({parameter.type}).')
-            )
+            message = f'{entry.kind} "{entry.name}" needs parameter "{key}" ({parameter.type}).'
+            problems.append(OptionProblem(key, message))
         else:
             arguments[key] = parameter.default
     return arguments, problems
@@ -316,43 +295,11 @@ def bind(entry: Entry, options: Mapping[str, object]) -> dict[str, object]:
 
 
 _HERE = Registry()
+# The look-ups in the registry of this installation.
+add_file, files, index, broken = _HERE.add_file, _HERE.files, _HERE.index, _HERE.broken
+resolve, lookup, load = _HERE.resolve, _HERE.lookup, _HERE.load
 
 
 def installed() -> Registry:
-    """The registry of this installation, which the functions below act on."""
+    """The registry of this installation."""
     return _HERE
-
-
-def add_file(path: str | Path) -> Path:
-    """Index a file named by the user and return its absolute path. See :meth:`Registry.add_file`."""
-    return _HERE.add_file(path)
-
-
-def files() -> tuple[Path, ...]:
-    """The files added with :func:`add_file`."""
-    return _HERE.files()
-
-
-def index(kind: str) -> dict[str, Entry]:
-    """Name to entry for ``"method"``, ``"dataset"`` or ``"model"``. See :meth:`Registry.index`."""
-    return _HERE.index(kind)
-
-
-def broken(kind: str | None = None) -> list[Broken]:
-    """What could not be indexed. See :meth:`Registry.broken`."""
-    return _HERE.broken(kind)
-
-
-def resolve(kind: str, name: str) -> Entry:
-    """The entry of a name, or :class:`UnknownName` with a suggestion. See :meth:`Registry.resolve`."""
-    return _HERE.resolve(kind, name)
-
-
-def lookup(kind: str, spec: str) -> tuple[Entry, dict[str, object]]:
-    """Entry and keyword arguments of a spec. See :meth:`Registry.lookup`."""
-    return _HERE.lookup(kind, spec)
-
-
-def load(entry: Entry) -> Callable[..., Any]:
-    """Import and return the function of an entry. See :meth:`Registry.load`."""
-    return _HERE.load(entry)
