@@ -21,13 +21,7 @@ TURN = 0.05  # seconds that a turn takes at least
 
 
 def race(
-    names: list[str],
-    workload: Workload,
-    batch: int,
-    device: str,
-    threads: int,
-    rounds: int,
-    seconds: float,
+    names: list[str], workload: Workload, batch: int, device: str, threads: int, rounds: int, seconds: float
 ) -> Answer:
     """Quartiles of seconds per call for each name, and of what a private step costs outside its engine.
 
@@ -83,10 +77,7 @@ def turns(costs: Mapping[str, float], rounds: int, seconds: float) -> dict[str, 
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]],
-    shares: Mapping[str, int],
-    clock: measure.Clock,
-    rows: dict[str, Answer],
+    calls: Mapping[str, Callable[[], object]], shares: Mapping[str, int], clock: measure.Clock, rows: dict[str, Answer]
 ) -> dict[str, list[float]]:
     """Seconds of each call, one turn of each in a round, those with fewer turns in evenly spread rounds.
 

@@ -129,12 +129,7 @@ def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _summary(record: Record) -> list[str]:
-    workload, name, fastest, rival = (
-        record["workload"],
-        headline(record),
-        fastest_plain(record),
-        best_rival(record),
-    )
+    workload, name, fastest, rival = (record["workload"], headline(record), fastest_plain(record), best_rival(record))
     plain, loop, ours = median(record, BASE), median(record, ORACLE), median(record, name) if name else None
     target = workload["target"] if record["batch"] == workload["default"] else None
     outside = (record["outside"] or {}).get("median")

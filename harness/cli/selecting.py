@@ -150,11 +150,7 @@ def suite_file(name: str) -> tuple[Path | None, bool]:
 
     It is the one under suites/ or in the working directory that is called so, or whose suite is.
     """
-    files = [
-        Path("suites") / f"{name}.toml",
-        *sorted(Path("suites").glob("*.toml")),
-        *sorted(Path().glob("*.toml")),
-    ]
+    files = [Path("suites") / f"{name}.toml", *sorted(Path("suites").glob("*.toml")), *sorted(Path().glob("*.toml"))]
     if files[0].is_file():
         return files[0], False
     for full, reduced in ((name, False), (name.removesuffix("-reduced"), True)):

@@ -27,12 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workloads", nargs="+", metavar="NAME", help="as in the suite: w1 ... (default: all)")
     add("--batches", nargs="+", metavar="N|all", help="batches of the suite (default: each workload's own)")
-    add(
-        "--engines",
-        nargs="+",
-        metavar="NAME",
-        help="engines to time, the most important first (default: the suite's)",
-    )
+    add("--engines", nargs="+", metavar="NAME", help="engines to time, the most important first (default: the suite's)")
     add("--device", type=_device, default="cpu", metavar="cpu|cuda:N", help="where to time (default: cpu)")
     add("--threads", type=_count, help="CPU threads (default: all cores)")
     add("--rounds", type=_count, help="the most timed calls of an engine (default: the suite's)")
@@ -42,11 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", action="store_true", help="measure nothing; table and figure from the records there are")
     add("--compare", type=Path, metavar="FILE|FOLDER", help="records of an earlier bench to compare with")
     add("--threshold", type=float, default=1.1, help="slower by more than this factor is worse (default: 1.1)")
-    add(
-        "--explain",
-        action="store_true",
-        help="print the engine's choice for each parameter, and its estimates",
-    )
+    add("--explain", action="store_true", help="print the engine's choice for each parameter, and its estimates")
     add("--out", type=Path, metavar="FOLDER", help="default: results/throughput/<fingerprint of the device>")
     add("--suite", type=Path, default=Path("suites/throughput.toml"), metavar="FILE", help="what to time")
 

@@ -67,10 +67,7 @@ def run(options: argparse.Namespace) -> int:
     except CompareError as error:
         raise UserError(str(error)) from error
     print(made.terminal())
-    for file, text in (
-        (options.json, json.dumps(made.json(), indent=1) + "\n"),
-        (options.markdown, made.markdown()),
-    ):
+    for file, text in ((options.json, json.dumps(made.json(), indent=1) + "\n"), (options.markdown, made.markdown())):
         if file is not None:
             file.write_text(text, encoding="utf-8")
     return FAILED if made.regressions else OK

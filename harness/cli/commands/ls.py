@@ -26,10 +26,7 @@ KINDS = {"methods": "method", "datasets": "dataset", "models": "model"}
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What it takes."""
     parser.add_argument(
-        "what",
-        nargs="?",
-        choices=(*KINDS, "suites", "parts"),
-        metavar="methods|datasets|models|suites|parts",
+        "what", nargs="?", choices=(*KINDS, "suites", "parts"), metavar="methods|datasets|models|suites|parts"
     )
     method_option(parser)
 
@@ -85,11 +82,7 @@ def _ls_entries(entries: Sequence[Any], detail: bool) -> None:
             print(wrap(", ".join(shown), " " * 6))
 
 
-_HEADERS = {
-    "suite": "suite",
-    "throughput": "bench",
-    "claims": "claims",
-}  # where a kind of file says what it is for
+_HEADERS = {"suite": "suite", "throughput": "bench", "claims": "claims"}  # where a kind of file says what it is for
 
 
 def _suite_rows() -> list[list[str]]:

@@ -108,11 +108,7 @@ def run(options: argparse.Namespace) -> int:
     if not stages:
         rest = [name for name in names(Diagnostics) if name in private and name not in ROWS]
         row("diagnostics", pairs({name: private[name] for name in rest}), PRIVATE)
-    row(
-        "code",
-        code.get("hash"),
-        f"commit {code.get('commit')}" + (" with changes" if code.get("dirty") else ""),
-    )
+    row("code", code.get("hash"), f"commit {code.get('commit')}" + (" with changes" if code.get("dirty") else ""))
     row("weights", record.get("weights_sha256"))
     row("ran", f"{record.get('started')} to {record.get('finished')}")
     print(progress.describe(cell))
