@@ -14,14 +14,14 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from harness.bench import engines
 from harness.registry import did_you_mean
-from harness.suite import Many, Positive, Reader, Size, Table, Text, source
-from harness.suite.tables import distinct, known
+from harness.suite.tables import Many, Positive, Size, Text, TomlTable, distinct, known
+from harness.suite.toml.reader import Reader, source
 
 KIND = "throughput"
 FILE = Path("suites/throughput.toml")
 
 
-class Bench(Table):
+class Bench(TomlTable):
     """``[bench]``: the engines, and how long to time them.
 
     The first engine is the one that targets are for. ``rounds`` are the most timed calls of an
@@ -35,7 +35,7 @@ class Bench(Table):
     seconds: Positive = 100.0
 
 
-class Workload(Table):
+class Workload(TomlTable):
     """``[[workload]]``: a model and the batches to time it at.
 
     ``shape`` is that of one example; ``tokens`` makes it token numbers below that, not normals. ``target`` is the
@@ -62,7 +62,7 @@ class Workload(Table):
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """A checked file."""
 
     file: str
@@ -70,24 +70,24 @@ class Plan:
     workloads: tuple[Workload, ...]
 
 
-def load(path: Path) -> Plan:
+def load(path: Path) -> BenchPlan:
     """Read and check a file. Raises `SuiteError` with every problem and its line."""
     return parse(source(path), str(path))
 
 
-def parse(text: str, file: str = "throughput.toml") -> Plan:
+def parse(text: str, file: str = "throughput.toml") -> BenchPlan:
     """Check a text; `file` is the name that errors give. Raises `SuiteError`."""
-    return _Reader(text, file).plan()
+    return PlanReader(text, file).plan()
 
 
-class _Reader(Reader):
+class PlanReader(Reader):
     noun: ClassVar[str] = "throughput suite"
     kind: ClassVar[str] = KIND
-    single: ClassVar[Mapping[str, type[Table]]] = {"bench": Bench}
-    arrays: ClassVar[Mapping[str, type[Table]]] = {"workload": Workload}
+    single: ClassVar[Mapping[str, type[TomlTable]]] = {"bench": Bench}
+    arrays: ClassVar[Mapping[str, type[TomlTable]]] = {"workload": Workload}
     needed: ClassVar[Sequence[str]] = ("bench", "workload")
 
-    def plan(self) -> Plan:
+    def plan(self) -> BenchPlan:
         bench, workloads = self.one("bench", Bench), self.array("workload", Workload)
         if bench is not None:
             names = engines.names()
@@ -100,4 +100,4 @@ class _Reader(Reader):
                 self.bad(("workload", index, "name"), f'two workloads are called "{one}".')
         self.stop()
         assert bench is not None
-        return Plan(self.file, bench, tuple(workloads.values()))
+        return BenchPlan(self.file, bench, tuple(workloads.values()))

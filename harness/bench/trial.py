@@ -59,7 +59,7 @@ def _tried(name: str, engine: Any, workload: Workload, size: int, device: str, s
         "status": "ok", "first_seconds": first[0], "alone_seconds": measure.quartiles(later),
         "memory_mib": None if before is None else round(max(0.0, peak - before), 1),
     }  # fmt: skip
-    if isinstance(one, steps.Private):
+    if isinstance(one, steps.PrivateStep):
         found["worked"] = one.worked
     if engine is not None:
         found["error"] = steps.error(engine, workload, device)

@@ -21,14 +21,10 @@ if TYPE_CHECKING:
 
 
 def add_files(files: Iterable[str]) -> None:
-    """Register the methods, models and data sets of a user's files. Raises UserError where there is no such file."""
+    """Register the methods, models and data sets of a user's files."""
     from harness import registry
 
     for file in files:
-        if not Path(file).is_file():
-            raise UserError(
-                f"{file}: no such file; name a Python file with an @method, @model or @dataset function in it."
-            )
         registry.add_file(file)
 
 

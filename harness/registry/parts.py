@@ -23,7 +23,7 @@ from harness.registry.options import Parameter, RegistryError, check_type, did_y
 if TYPE_CHECKING:
     from harness.dp import Method
 
-__all__ = ["SLOTS", "Choice", "choose", "combine", "entries", "modules", "put"]
+__all__ = ["SLOTS", "PartChoice", "choose", "combine", "entries", "modules", "put"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ _NUMBERS = "tuple[float, ...]"
 
 
 @dataclass(frozen=True)
-class Choice:
+class PartChoice:
     """One part as a suite names it: its slot, its name, and every option that has a field."""
 
     slot: str
@@ -104,14 +104,14 @@ def entries(slot: str) -> dict[str, Entry]:
     return {name: _entry(slot, name) for name in _CATALOGUE[slot]}
 
 
-def choose(slot: str, spec: str) -> Choice:
+def choose(slot: str, spec: str) -> PartChoice:
     """Check ``name?key=value`` for a slot. Raises :class:`RegistryError`, ``OptionError`` with all that is wrong."""
     there = entries(slot)
     name, options = parse_spec(spec)
     if name not in there:
         text = f'no {slot} is called "{name}"; there are {", ".join(there)}.'
         raise RegistryError(text, did_you_mean(name, there))
-    return Choice(slot, name, bind(there[name], options))
+    return PartChoice(slot, name, bind(there[name], options))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from harness.registry.options import OptionError, OptionProblem, RegistryError, did_you_mean, parse_spec, split_name
-from harness.registry.source import KINDS, NAME, Broken, Entry, locate, read
+from harness.registry.source import KINDS, NAME, BrokenSource, Entry, locate, read
 
 GROUP = "epsbench.methods"
 
@@ -77,17 +77,16 @@ class Registry:
         self.root = (root or Path(__file__).parents[2]).resolve()
         self.entry_points = entry_points
         self._files: list[Path] = []
-        self._index: tuple[dict[str, dict[str, Entry]], list[Broken], list[DuplicateName]] | None = None
+        self._index: tuple[dict[str, dict[str, Entry]], list[BrokenSource], list[DuplicateName]] | None = None
 
     # sources
 
     def add_file(self, path: str | Path) -> Path:
-        """Index one more file. Raises ``FileNotFoundError`` naming it; adding a file twice is harmless."""
+        """Index one more file. Raises :class:`RegistryError` where it is missing; adding a file twice is harmless."""
         file = Path(path).expanduser().resolve()
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file; name a Python file with an @method, @model or @dataset function in it"
-            )
+            text = "no such file; name a Python file with an @method, @model or @dataset function in it."
+            raise RegistryError(f"{path}: {text}")
         if file not in self._files:
             self._files.append(file)
             self._index = None
@@ -110,7 +109,7 @@ class Registry:
         for file in self._files:
             yield file, "", "method", None
 
-    def _points(self, bad: list[Broken]) -> Iterator[tuple[Path, str, str, str | None]]:
+    def _points(self, bad: list[BrokenSource]) -> Iterator[tuple[Path, str, str, str | None]]:
         """The same for entry points; those that cannot be found are added to ``bad``."""
         if not self.entry_points:
             return
@@ -120,13 +119,13 @@ class Registry:
                 yield locate(module.strip()), module.strip(), "method", attribute.strip() or None
             except Exception as error:
                 # A finder of another package may raise anything; it must not stop the rest.
-                bad.append(Broken("method", point.name, None, 0, f"entry point {point.value!r}: {error}"))
+                bad.append(BrokenSource("method", point.name, None, 0, f"entry point {point.value!r}: {error}"))
 
-    def _scan(self) -> tuple[dict[str, dict[str, Entry]], list[Broken], list[DuplicateName]]:
+    def _scan(self) -> tuple[dict[str, dict[str, Entry]], list[BrokenSource], list[DuplicateName]]:
         if self._index is not None:
             return self._index
         found: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
-        bad: list[Broken] = []
+        bad: list[BrokenSource] = []
         clashes: list[DuplicateName] = []
         seen: set[tuple[Path, str | None]] = set()
         for file, module, kind, function in (*self._sources(), *self._points(bad)):
@@ -140,7 +139,7 @@ class Registry:
                 entries = [e for e in entries if e.function == function]
                 if not entries and not problems:
                     text = f"entry point names {function!r}, which is not a function marked with @method"
-                    bad.append(Broken(kind, function, file, 1, text))
+                    bad.append(BrokenSource(kind, function, file, 1, text))
             for entry in entries:
                 other = found[entry.kind].setdefault(entry.name, entry)
                 if other is not entry and other.where != entry.where:
@@ -161,7 +160,7 @@ class Registry:
             raise clash
         return dict(sorted(found[kind].items()))
 
-    def broken(self, kind: str | None = None) -> list[Broken]:
+    def broken(self, kind: str | None = None) -> list[BrokenSource]:
         """What could not be indexed, and why."""
         return [b for b in self._scan()[1] if kind in (None, b.kind)]
 

@@ -60,7 +60,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Broken:
+class BrokenSource:
     """A file, entry point or declaration that cannot be used, and why; ``name`` may be a guess."""
 
     kind: str
@@ -206,18 +206,18 @@ def _entry(kind: str, call: ast.Call, function: ast.FunctionDef, tree: ast.Modul
     )
 
 
-def read(file: Path, module: str, kind: str) -> tuple[list[Entry], list[Broken]]:
+def read(file: Path, module: str, kind: str) -> tuple[list[Entry], list[BrokenSource]]:
     """Everything declared at the top level of one file; ``kind`` is what an unreadable file counts as."""
     guess = file.stem.replace("_", "-")
     try:
         tree = ast.parse(file.read_bytes(), filename=str(file))
     except SyntaxError as error:
-        return [], [Broken(kind, guess, file, error.lineno or 1, f"not valid Python: {error.msg}")]
+        return [], [BrokenSource(kind, guess, file, error.lineno or 1, f"not valid Python: {error.msg}")]
     except (OSError, ValueError, RecursionError) as error:
-        return [], [Broken(kind, guess, file, 1, f"cannot be read: {error}")]
+        return [], [BrokenSource(kind, guess, file, 1, f"cannot be read: {error}")]
     aliases = _aliases(tree)
     entries: list[Entry] = []
-    bad: list[Broken] = []
+    bad: list[BrokenSource] = []
     for node in tree.body:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
@@ -233,7 +233,7 @@ def read(file: Path, module: str, kind: str) -> tuple[list[Entry], list[Broken]]
                     raise _Malformed(node.lineno, f'write @{found}("name", ...), not @{found}')
                 entries.append(_entry(found, decorator, node, tree, file, module))
             except _Malformed as error:
-                bad.append(Broken(found, _declared(decorator, node.name), file, error.line, error.reason))
+                bad.append(BrokenSource(found, _declared(decorator, node.name), file, error.line, error.reason))
     return entries, bad
 
 

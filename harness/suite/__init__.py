@@ -36,12 +36,10 @@ from harness.registry import Registry
 from harness.suite.expand import Suite
 from harness.suite.files import Files
 from harness.suite.reading import SuiteReader
-from harness.suite.tables import Many, Positive, Size, Table, Text
 from harness.suite.toml.problems import SuiteError
-from harness.suite.toml.reader import Reader, kind_of, source
+from harness.suite.toml.reader import kind_of, source
 
-__all__ = ["Many", "Positive", "Reader", "Size", "Suite", "SuiteError", "Table", "Text", "kind_of", "load", "parse",
-           "source"]  # fmt: skip
+__all__ = ["Suite", "SuiteError", "kind_of", "load", "parse"]
 
 
 def load(

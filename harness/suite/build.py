@@ -1,4 +1,4 @@
-"""Methods built with the parts that a suite gives them, and what only that can tell to be wrong."""
+"""Builds methods with the parts that a suite gives them, and reports those that cannot be built."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Built(NamedTuple):
         return bool(self.parts["noise"]["type"] != "NoNoise")
 
 
-class _Refused(NamedTuple):
-    """What a method says of its parameters: its own words, and with the parameters that it was given."""
+class _CannotBuild(NamedTuple):
+    """Why a method refuses its parameters: in its own words, and with the parameters that it was given."""
 
     words: str
     text: str
@@ -46,7 +46,7 @@ class Builder:
     names: Registry
     report: Problems
     unimportable: Mapping[Path, object] = field(default_factory=dict)
-    _made: dict[str, Built | _Refused | None] = field(default_factory=dict)
+    _made: dict[str, Built | _CannotBuild | None] = field(default_factory=dict)
     _reported: set[tuple[KeyPath, str]] = field(default_factory=set)
 
     def of(self, variant: Variant) -> Built | None:
@@ -69,7 +69,7 @@ class Builder:
         if key not in self._made:
             self._made[key] = self._call(name, parameters)
         made = self._made[key]
-        if isinstance(made, _Refused):
+        if isinstance(made, _CannotBuild):
             about = [one for word, one in places.items() if re.search(rf"\b{word}\b", made.words)]
             place = about[0] if len(about) == 1 else place
             if (place, made.words) not in self._reported:  # once, not for each value of the others
@@ -78,7 +78,7 @@ class Builder:
             return None
         return made
 
-    def _call(self, name: str, parameters: dict[str, Any]) -> Built | _Refused | None:
+    def _call(self, name: str, parameters: dict[str, Any]) -> Built | _CannotBuild | None:
         from harness.dp.method import describe
 
         entry = self.names.resolve("method", name)
@@ -90,7 +90,7 @@ class Builder:
         except Exception as error:  # the function may be a user's: whatever it raises has a line
             given = ", ".join(f"{k} = {show(v)}" for k, v in parameters.items())
             what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            return _Refused(what, what if isinstance(error, RegistryError) else f"{what} (with {given})")
+            return _CannotBuild(what, what if isinstance(error, RegistryError) else f"{what} (with {given})")
 
     def _changed(self, variant: Variant, first: Built) -> Built | None:
         """A method with its parts replaced; None, with a problem at each part that does not fit."""

@@ -14,11 +14,11 @@ from harness.registry import Entry, Registry
 from harness.suite.build import Builder, Built
 from harness.suite.files import unimportable
 from harness.suite.lengths import Facts, Lengths, Size
-from harness.suite.tables import Budget, Device, Privacy, Published, Tuning
-from harness.suite.toml.lines import KeyPath, Lines
-from harness.suite.toml.problems import Problem, Problems
+from harness.suite.tables import BudgetTable, DeviceTable, PrivacyTable, PublishedTable, TuningTable
+from harness.suite.toml.lines import KeyPath, LineNumbers
+from harness.suite.toml.problems import FileProblem, Problems
 from harness.suite.trial import refuse_models
-from harness.suite.values import Scheduled, Variant
+from harness.suite.values import ScheduledTask, Variant
 
 if TYPE_CHECKING:
     from harness.dp import Method
@@ -37,16 +37,16 @@ class Suite:
     name: str
     question: str
     seeds: tuple[int, ...]
-    privacy: Privacy
-    tasks: tuple[Scheduled, ...]
+    privacy: PrivacyTable
+    tasks: tuple[ScheduledTask, ...]
     variants: tuple[Variant, ...]
-    devices: tuple[Device, ...]
-    budget: Budget
-    tuning: Tuning | None
-    published: tuple[Published, ...]
+    devices: tuple[DeviceTable, ...]
+    budget: BudgetTable
+    tuning: TuningTable | None
+    published: tuple[PublishedTable, ...]
     reduced: str | None
     names: Registry = field(repr=False)
-    lines: Lines = field(repr=False)
+    lines: LineNumbers = field(repr=False)
     files: tuple[str, ...] = ()
     thorough: bool = False
 
@@ -84,7 +84,7 @@ class Suite:
         report.stop()
 
 
-class _Run(NamedTuple):
+class _Runnable(NamedTuple):
     """A variant with what it needs to run."""
 
     variant: Variant
@@ -94,7 +94,7 @@ class _Run(NamedTuple):
     second: Facts
 
 
-def _runs(suite: Suite, report: Problems, refused: Mapping[Path, Problem]) -> Iterator[_Run]:
+def _runs(suite: Suite, report: Problems, refused: Mapping[Path, FileProblem]) -> Iterator[_Runnable]:
     """The variants that can be run; what is wrong with the others is reported. ``refused`` files cannot be imported."""
     builder, lengths = Builder(suite.names, report, refused), Lengths(report, suite.thorough)
     known = {t.index: lengths.facts(t.dataset, (*t.path, "dataset"), t.evaluate) for t in suite.tasks}
@@ -108,14 +108,14 @@ def _runs(suite: Suite, report: Problems, refused: Mapping[Path, Problem]) -> It
             size = lengths.of_variant(variant, size, facts["n_train"])
         second = lengths.of_second(variant, size, facts)
         if built is not None and facts is not None and size is not None and second is not None:
-            yield _Run(variant, built, facts, size, second)
+            yield _Runnable(variant, built, facts, size, second)
 
 
-def _targets(privacy: Privacy, variant: Variant) -> tuple[float, ...]:
+def _targets(privacy: PrivacyTable, variant: Variant) -> tuple[float, ...]:
     return privacy.epsilon if variant.epsilons is None else variant.epsilons
 
 
-def _refuse_unreachable(privacy: Privacy, runs: Sequence[_Run], report: Problems) -> None:
+def _refuse_unreachable(privacy: PrivacyTable, runs: Sequence[_Runnable], report: Problems) -> None:
     """Report targets that need more noise than a clipping rule with a ceiling can serve.
 
     Its side releases have noise of a size of their own, which the joint noise multiplier must stay below.
@@ -139,7 +139,7 @@ def _refuse_unreachable(privacy: Privacy, runs: Sequence[_Run], report: Problems
                 report.bad(place, text)
 
 
-def _unreachable(method: Method, n: int, batch: int, steps: int, epsilon: float, privacy: Privacy) -> str | None:
+def _unreachable(method: Method, n: int, batch: int, steps: int, epsilon: float, privacy: PrivacyTable) -> str | None:
     """Why no noise multiplier meets a target, or None. What is calibrated is kept for the run."""
     from harness.dp import cache
     from harness.dp.calibrate import calibrate
@@ -152,7 +152,7 @@ def _unreachable(method: Method, n: int, batch: int, steps: int, epsilon: float,
     return None
 
 
-def _cell(suite: Suite, run: _Run, epsilon: float | None, device: Device, seed: int) -> Cell:
+def _cell(suite: Suite, run: _Runnable, epsilon: float | None, device: DeviceTable, seed: int) -> Cell:
     variant, built, facts, size, second = run
     task, privacy, tuning, then = variant.task, suite.privacy, suite.tuning, variant.then
     private = epsilon is not None

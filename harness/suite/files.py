@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.registry import KINDS, Entry, LoadError, Registry, RegistryError
-from harness.suite.toml.problems import Problem
+from harness.suite.toml.problems import FileProblem
 
 
 class _Tolerant(Registry):
@@ -28,7 +28,7 @@ class Files:
 
     named: tuple[str, ...]
     names: Registry
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[FileProblem, ...] = ()
     texts: tuple[str | None, ...] = ()
 
     @classmethod
@@ -38,7 +38,7 @@ class Files:
         there = {file: Path(file).expanduser().resolve() for file in named}
         absent = [file for file in named if not there[file].is_file()]
         text = "no such file; name a Python file with an @method, @model or @dataset function in it."
-        problems = [Problem(file, 0, text) for file in absent]
+        problems = [FileProblem(file, 0, text) for file in absent]
         found = [file for file in named if file not in absent]
         tried = names
         if names.clashes() or any(there[file] not in names.files() for file in found):
@@ -48,7 +48,7 @@ class Files:
         clashes = [clash.message for clash in tried.clashes()]
         problems += [_clash(clash, {str(there[file]): file for file in found}) for clash in clashes]
         broken = [(file, one) for file in found for one in tried.broken() if one.file == there[file]]
-        problems += [Problem(file, max(1, one.line), f"{one.reason.rstrip('.')}.") for file, one in broken]
+        problems += [FileProblem(file, max(1, one.line), f"{one.reason.rstrip('.')}.") for file, one in broken]
         if not clashes:
             for file in found:
                 names.add_file(file)
@@ -63,17 +63,17 @@ class Files:
         )
 
 
-def _clash(message: str, named: dict[str, str]) -> Problem:
+def _clash(message: str, named: dict[str, str]) -> FileProblem:
     """Two functions of one name, reported at the one in a file of the user's; the message names both places."""
     found = re.search(r": (.+):([0-9]+) and (.+):([0-9]+); ", message)
     places = [(found[3], found[4]), (found[1], found[2])] if found else [("", "1")]
     file, line = next((one for one in places if one[0] in named), places[0])
-    return Problem(named.get(file, file), int(line), message)
+    return FileProblem(named.get(file, file), int(line), message)
 
 
-def unimportable(files: Iterable[str], names: Registry) -> dict[Path, Problem]:
+def unimportable(files: Iterable[str], names: Registry) -> dict[Path, FileProblem]:
     """The files whose import fails, and why."""
-    found: dict[Path, Problem] = {}
+    found: dict[Path, FileProblem] = {}
     for file in files:
         path = Path(file).expanduser().resolve()
         entries = [one for kind in KINDS for one in names.index(kind).values() if one.file == path]
@@ -87,5 +87,5 @@ def unimportable(files: Iterable[str], names: Registry) -> dict[Path, Problem]:
             frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename == str(path)]
             line = (frames[-1].lineno if frames else None) or entry.line
             text = f"cannot be imported: {type(cause).__name__}: {cause}"
-            found[path] = Problem(file, line, text if text.endswith(".") else f"{text}.")
+            found[path] = FileProblem(file, line, text if text.endswith(".") else f"{text}.")
     return found

@@ -14,7 +14,7 @@ from harness.suite.tables import MOST_CELLS, MethodTable
 from harness.suite.tasks import resolved
 from harness.suite.toml.lines import KeyPath
 from harness.suite.toml.reader import Reader
-from harness.suite.values import Scheduled, Second, Variant
+from harness.suite.values import ScheduledTask, Second, Variant
 
 KEYS = ("label", "tasks", "epsilon", "on", "with", "train", "then")
 
@@ -23,7 +23,7 @@ class Given(NamedTuple):
     """A part as a suite writes it, what that means, and where it is written."""
 
     text: str
-    choice: parts.Choice
+    choice: parts.PartChoice
     place: KeyPath
 
 
@@ -37,7 +37,7 @@ class Values(NamedTuple):
 Grid = dict[str, Values]
 
 
-class Method(NamedTuple):
+class MethodValues(NamedTuple):
     """What a ``[[method]]`` gives its method: hyper-parameters, others by a glob of tasks, and parts by slot."""
 
     entry: Entry
@@ -46,10 +46,10 @@ class Method(NamedTuple):
     parts: dict[str, list[Given]]
 
 
-def read(reader: Reader) -> dict[int, Method]:
+def read(reader: Reader) -> dict[int, MethodValues]:
     """Each ``[[method]]`` by its index. What is wrong with its values is reported, also where its keys are wrong."""
     entries = reader.names.index("method")
-    found: dict[int, Method] = {}
+    found: dict[int, MethodValues] = {}
     for index, raw in enumerate(reader.rows("method")):
         path: KeyPath = ("method", index)
         given = _parts(reader, (*path, "with"), _table(raw.get("with")))
@@ -64,7 +64,7 @@ def read(reader: Reader) -> dict[int, Method]:
                 text = '"with" is for all tasks of a [[method]]; write another [[method]], with "tasks", for these.'
                 reader.bad((*place, "with"), text)
             grids[glob] = _grid(reader, place, entry, {k: v for k, v in _table(values).items() if k != "with"})
-        found[index] = Method(entry, base, grids, given)
+        found[index] = MethodValues(entry, base, grids, given)
     return found
 
 
@@ -131,7 +131,10 @@ def _each(path: KeyPath, raw: Any) -> list[tuple[KeyPath, Any]]:
 
 
 def variants(
-    reader: Reader, tables: Mapping[int, MethodTable], methods: Mapping[int, Method], tasks: Iterable[Scheduled]
+    reader: Reader,
+    tables: Mapping[int, MethodTable],
+    methods: Mapping[int, MethodValues],
+    tasks: Iterable[ScheduledTask],
 ) -> list[Variant]:
     """The variants of all methods, in order of tasks. No two on a task and for a target may be alike."""
     found = [
@@ -157,7 +160,7 @@ def variants(
 
 
 def _of_table(
-    reader: Reader, index: int, table: MethodTable, method: Method, tasks: Iterable[Scheduled]
+    reader: Reader, index: int, table: MethodTable, method: MethodValues, tasks: Iterable[ScheduledTask]
 ) -> Iterator[Variant]:
     """The variants of one table, on each task that it is for."""
     path: KeyPath = ("method", index)
@@ -187,7 +190,7 @@ def _of_table(
 
 
 def _product(
-    index: int, table: MethodTable, method: Method, task: Scheduled, grid: Grid, then: Second | None
+    index: int, table: MethodTable, method: MethodValues, task: ScheduledTask, grid: Grid, then: Second | None
 ) -> Iterator[Variant]:
     """The product of the lists; a label names the parts, and the values of the lists that have more than one."""
     keys = [key for key in method.entry.parameters if key in grid]
@@ -214,7 +217,7 @@ def _match(name: str, glob: str) -> bool:
     return name == glob or fnmatch.fnmatchcase(name, glob)
 
 
-def _matches(reader: Reader, path: KeyPath, glob: str, tasks: Iterable[Scheduled]) -> None:
+def _matches(reader: Reader, path: KeyPath, glob: str, tasks: Iterable[ScheduledTask]) -> None:
     """Report a glob that matches none of these tasks."""
     names = [task.name for task in tasks]
     if names and not any(_match(name, glob) for name in names):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from harness.registry import did_you_mean
-from harness.suite.tables import Published
+from harness.suite.tables import PublishedTable
 from harness.suite.toml.reader import Reader
 
 # Those that every record has; a loss of one's own may have others.
 METRICS = ("accuracy", "loss", "examples_per_second", "train_seconds", "wall_seconds", "peak_memory_mib")
 
 
-def check(reader: Reader, rows: Mapping[int, Published], known: Mapping[str, Collection[str]]) -> None:
+def check(reader: Reader, rows: Mapping[int, PublishedTable], known: Mapping[str, Collection[str]]) -> None:
     """Report misspelt metrics, and rows that name what is not among the ``known`` values of a key."""
     for index, row in rows.items():
         for key, names in known.items():
@@ -26,7 +26,7 @@ def check(reader: Reader, rows: Mapping[int, Published], known: Mapping[str, Col
             reader.bad(("published", index, "metric"), text, near)
 
 
-def targets(reader: Reader, rows: Mapping[int, Published], known: Collection[float]) -> None:
+def targets(reader: Reader, rows: Mapping[int, PublishedTable], known: Collection[float]) -> None:
     """Report rows at a target which the suite does not have."""
     for index, row in rows.items():
         if row.epsilon is not None and row.epsilon not in known:

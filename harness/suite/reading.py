@@ -14,21 +14,21 @@ from harness.suite.tables import (
     MOST_CELLS,
     NEEDED,
     SINGLE,
-    Budget,
-    Device,
-    Header,
+    BudgetTable,
+    DeviceTable,
     MethodTable,
-    Privacy,
-    Published,
-    Reduced,
-    Task,
-    Train,
-    Tuning,
+    PrivacyTable,
+    PublishedTable,
+    ReducedTable,
+    SuiteTable,
+    TaskTable,
+    TrainTable,
+    TuningTable,
 )  # fmt: skip
 from harness.suite.tasks import scheduled
 from harness.suite.toml.lines import KeyPath
 from harness.suite.toml.reader import Reader
-from harness.suite.values import Scheduled, Variant
+from harness.suite.values import ScheduledTask, Variant
 
 REDUCED = " (reduced)"  # what the names of a reduced profile's tasks end in
 
@@ -55,11 +55,11 @@ class SuiteReader(Reader):
         Raises :class:`SuiteError` with all that is wrong. Tables are compared with each other where they are valid
         themselves, so that nothing is reported which only follows from another error.
         """
-        header, privacy = self.one("suite", Header), self.one("privacy", Privacy)
-        train, reduced = self.one("train", Train) or Train(), self.one("reduced", Reduced)
-        budget, tuning = self.one("budget", Budget), self.one("tuning", Tuning)
-        tasks, tables = self.array("task", Task), self.array("method", MethodTable)
-        devices, rows = self.array("device", Device), self.array("published", Published)
+        header, privacy = self.one("suite", SuiteTable), self.one("privacy", PrivacyTable)
+        train, reduced = self.one("train", TrainTable) or TrainTable(), self.one("reduced", ReducedTable)
+        budget, tuning = self.one("budget", BudgetTable), self.one("tuning", TuningTable)
+        tasks, tables = self.array("task", TaskTable), self.array("method", MethodTable)
+        devices, rows = self.array("device", DeviceTable), self.array("published", PublishedTable)
         named = methods.read(self)
         if small and "reduced" not in self.data:
             text = 'the suite has no reduced profile; write one, as [reduced] with why = "...", or leave --reduced out.'
@@ -94,13 +94,15 @@ class SuiteReader(Reader):
         suite = Suite(
             file=self.file, name=header.name, question=header.question, seeds=seeds,
             privacy=privacy.model_copy(update={"epsilon": aims}), tasks=tuple(chosen.values()),
-            variants=tuple(variants), budget=budget or Budget(), tuning=tuning,
-            devices=tuple(devices.values()) or (Device(),), published=tuple(rows.values()), reduced=None,
+            variants=tuple(variants), budget=budget or BudgetTable(), tuning=tuning,
+            devices=tuple(devices.values()) or (DeviceTable(),), published=tuple(rows.values()), reduced=None,
             names=self.names, lines=self.lines, files=self.files.named, thorough=thorough,
         )  # fmt: skip
         return _reduced(suite, reduced.why, full or {}) if small and reduced else suite
 
-    def _few(self, reduced: Reduced, tasks: Mapping[int, Task], train: Train) -> dict[int, Scheduled]:
+    def _few(
+        self, reduced: ReducedTable, tasks: Mapping[int, TaskTable], train: TrainTable
+    ) -> dict[int, ScheduledTask]:
         """The tasks of the reduced profile: those of the suite where it has none of its own."""
         own = dict(enumerate(reduced.task or ()))
         length: KeyPath = ("reduced", "train") if reduced.train else ("train",)
@@ -118,7 +120,7 @@ class SuiteReader(Reader):
             self.bad(("reduced", "epsilon"), "[reduced] epsilon: no method is for these targets; take others.")
         return found
 
-    def _numerics(self, devices: Mapping[int, Device]) -> None:
+    def _numerics(self, devices: Mapping[int, DeviceTable]) -> None:
         """Report devices whose runs would be those of another one."""
         seen: dict[tuple[str, bool], int] = {}
         for index, device in devices.items():
@@ -132,7 +134,7 @@ class SuiteReader(Reader):
                 self.bad(("device", index), text)
 
 
-def _reduced(suite: Suite, why: str, full: Mapping[int, Scheduled]) -> Suite:
+def _reduced(suite: Suite, why: str, full: Mapping[int, ScheduledTask]) -> Suite:
     """A suite that has the runs of its reduced profile, under names that distinguish it from the ``full`` one.
 
     What is published for a task stands beside the profile's task of the same place in the file.

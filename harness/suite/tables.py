@@ -132,13 +132,13 @@ Epsilons = Annotated[tuple[Positive, ...], Many, AfterValidator(distinct)]
 Dataset = Annotated[Text, known("dataset")]
 
 
-class Table(BaseModel):
+class TomlTable(BaseModel):
     """One table of a file: exact types, no other keys, no infinities."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Header(Table):
+class SuiteTable(TomlTable):
     """``[suite]``: its name, the question it answers, and the seeds of each run (a count or a list)."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$"), AfterValidator(_name)]
@@ -146,7 +146,7 @@ class Header(Table):
     seeds: Seeds = (0,)
 
 
-class Privacy(Table):
+class PrivacyTable(TomlTable):
     """``[privacy]``: targets for private methods; the noise is calibrated to them by ``accountant``."""
 
     epsilon: Epsilons
@@ -155,7 +155,7 @@ class Privacy(Table):
     accountant: Literal["pld", "rdp"] = "pld"
 
 
-class Train(Table):
+class TrainTable(TomlTable):
     """``[train]``: expected logical batch, a number or "full", and the length in epochs or in steps."""
 
     batch: Batch | None = None
@@ -164,7 +164,7 @@ class Train(Table):
     _length = field_validator("steps")(_one_length)
 
 
-class Task(Table):
+class TaskTable(TomlTable):
     """``[[task]]``: data set and model (specs), where to evaluate, and a schedule of its own."""
 
     dataset: Dataset
@@ -177,7 +177,7 @@ class Task(Table):
     _length = field_validator("steps")(_one_length)
 
 
-class Then(Table):
+class ThenTable(TomlTable):
     """``then`` of a ``[[method]]``: the method that goes on with the trained network, under a new linear head.
 
     ``method`` is a spec (name?key=value). ``trains`` the head alone, or all of the network. With a ``dataset`` the
@@ -193,13 +193,13 @@ class Then(Table):
     _length = field_validator("steps")(_one_length)
 
     @model_validator(mode="after")
-    def _has_length(self) -> Then:
+    def _has_length(self) -> ThenTable:
         if self.epochs is None and self.steps is None:
             raise invalid("needs one of epochs and steps")
         return self
 
 
-class MethodTable(Table):
+class MethodTable(TomlTable):
     """``[[method]]``: name, label, tasks (globs) and epsilons it is for, overrides by task, other parts (``with``), a
     schedule of its own (``train``), a second stage (``then``); the other keys are hyper-parameters."""
 
@@ -211,11 +211,11 @@ class MethodTable(Table):
     epsilon: Epsilons | None = None
     on: dict[str, dict[str, Any]] = Field(default_factory=dict)
     changes: dict[str, Any] = Field(default_factory=dict, alias="with")
-    train: Train | None = None
-    then: Then | None = None
+    train: TrainTable | None = None
+    then: ThenTable | None = None
 
 
-class Device(Table):
+class DeviceTable(TomlTable):
     """``[[device]]``: numerics (``dtype``, ``tf32``) and speed (``device``, ``threads``, ``engine``, ``microbatch``).
 
     ``engine`` takes the place of the default one; a method that names its own keeps it.
@@ -236,14 +236,14 @@ class Device(Table):
         return tf32
 
 
-class Budget(Table):
+class BudgetTable(TomlTable):
     """``[budget]``: limits for each run; None is no limit."""
 
     seconds: Positive | None = None
     memory_mib: Positive | None = None
 
 
-class Tuning(Table):
+class TuningTable(TomlTable):
     """``[tuning]``: how hyper-parameters were chosen, as text for the report.
 
     Where on data that is ``private``, also by how many ``tries``: exactly so many, or the mean of a ``distribution``.
@@ -267,7 +267,7 @@ class Tuning(Table):
         return value
 
     @model_validator(mode="after")
-    def _counted(self) -> Tuning:
+    def _counted(self) -> TuningTable:
         if self.private and self.tries is None:
             text = 'private = true needs "tries": write how many runs the hyper-parameters were chosen by'
             raise invalid(text, "private")
@@ -281,7 +281,7 @@ class Tuning(Table):
         return self.model_dump(include={"tries", "distribution", "retrained"}) if self.private else {}
 
 
-class Published(Table):
+class PublishedTable(TomlTable):
     """``[[published]]``: a value from the literature, its source, and the accountant of its epsilon where known."""
 
     method: Text
@@ -294,7 +294,7 @@ class Published(Table):
     accountant: Text | None = None
 
 
-class Reduced(Table):
+class ReducedTable(TomlTable):
     """``[reduced]``: what makes the suite small enough to run in minutes, and why its results are not the suite's.
 
     ``train`` and ``task`` stand in the place of the suite's own tables where they are given.
@@ -303,14 +303,15 @@ class Reduced(Table):
     why: Text
     seeds: Seeds | None = None
     epsilon: Epsilons | None = None
-    train: Train | None = None
-    task: Annotated[tuple[Task, ...], BeforeValidator(_many)] | None = None
+    train: TrainTable | None = None
+    task: Annotated[tuple[TaskTable, ...], BeforeValidator(_many)] | None = None
 
 
-SINGLE: Mapping[str, type[Table]] = {
-    "suite": Header, "privacy": Privacy, "train": Train, "budget": Budget, "tuning": Tuning, "reduced": Reduced,
+SINGLE: Mapping[str, type[TomlTable]] = {
+    "suite": SuiteTable, "privacy": PrivacyTable, "train": TrainTable, "budget": BudgetTable,
+    "tuning": TuningTable, "reduced": ReducedTable,
 }  # fmt: skip
-ARRAYS: Mapping[str, type[Table]] = {
-    "task": Task, "method": MethodTable, "device": Device, "published": Published,
+ARRAYS: Mapping[str, type[TomlTable]] = {
+    "task": TaskTable, "method": MethodTable, "device": DeviceTable, "published": PublishedTable,
 }  # fmt: skip
 NEEDED = ("suite", "privacy", "task", "method")

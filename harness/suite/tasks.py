@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.registry import Registry
-from harness.suite.tables import Task, Train
+from harness.suite.tables import TaskTable, TrainTable
 from harness.suite.toml.lines import KeyPath
 from harness.suite.toml.reader import Reader, heading
-from harness.suite.values import Scheduled
+from harness.suite.values import ScheduledTask
 
 
 def resolved(names: Registry, kind: str, spec: str) -> tuple[str, dict[str, Any]]:
@@ -20,10 +20,10 @@ def resolved(names: Registry, kind: str, spec: str) -> tuple[str, dict[str, Any]
 
 
 def scheduled(
-    reader: Reader, tables: Mapping[int, Task], root: KeyPath, length: KeyPath, train: Train
-) -> dict[int, Scheduled]:
+    reader: Reader, tables: Mapping[int, TaskTable], root: KeyPath, length: KeyPath, train: TrainTable
+) -> dict[int, ScheduledTask]:
     """The tasks of the tables at ``root``; ``train``, at ``length``, is for those that give no schedule."""
-    found: dict[int, Scheduled] = {}
+    found: dict[int, ScheduledTask] = {}
     names: dict[str, int] = {}
     for index, table in tables.items():
         path = (*root, "task", index)
@@ -42,7 +42,7 @@ def scheduled(
             text = f'two tasks are called "{name}" (the other on line {line}); give one another name.'
             reader.bad(path, text)
         architecture, options = resolved(reader.names, "model", table.model)
-        found[index] = Scheduled(
+        found[index] = ScheduledTask(
             index=index, path=path, train=length, name=name, dataset=table.dataset, model=table.model,
             architecture={"name": architecture, "options": options}, evaluate=table.evaluate,
             schedule={"batch": batch, "epochs": lengths.epochs, "steps": lengths.steps},

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.suite.tables import Then, Train
+from harness.suite.tables import ThenTable, TrainTable
 from harness.suite.toml.lines import KeyPath
 
 
 @dataclass(frozen=True)
-class Scheduled:
+class ScheduledTask:
     """A task with everything resolved: ``schedule`` has ``batch``, ``epochs`` and ``steps``, of which one is None.
 
     ``path`` is where its table is in the file, ``train`` where the lengths are that it does not give itself.
@@ -34,7 +34,7 @@ class Second:
 
     name: str
     parameters: dict[str, Any]
-    table: Then
+    table: ThenTable
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Variant:
     name: str
     label: str
     parameters: dict[str, Any]
-    task: Scheduled
+    task: ScheduledTask
     epsilons: tuple[float, ...] | None = None
     changes: dict[str, str] = field(default_factory=dict)
-    train: Train | None = None
+    train: TrainTable | None = None
     then: Second | None = None
     places: Mapping[str, KeyPath] = field(default_factory=dict, repr=False)
     given: Mapping[str, KeyPath] = field(default_factory=dict, repr=False)

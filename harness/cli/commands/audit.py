@@ -24,7 +24,6 @@ COUNTS = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument(
         "method", nargs="+", metavar="METHOD|METHOD.py",
         help="as registered, with options: name?key=value; 'dp-*' for all whose names begin so",

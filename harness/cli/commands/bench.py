@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.cli import words
 from harness.cli.errors import FAILED, OK, hint
 
 PLACE = 120
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     add = parser.add_argument
     add("--workloads", nargs="+", metavar="NAME", help="as in the suite: w1 ... (default: all)")
     add("--batches", nargs="+", metavar="N|all", help="batches of the suite (default: each workload's own)")
@@ -71,7 +71,9 @@ def run(options: argparse.Namespace) -> int:
     if options.explain:
         from harness.bench.explain import explained
 
-        print("\n".join(explained(workload, batch, options.device) for workload, batch in items), end="")
+        for workload, batch in items:
+            print(f"{workload.name} {workload.title}, batch {batch}")
+            print(words.table(explained(workload, batch, options.device)), end="\n\n")
         return OK
     if options.device == "cpu" and threads > measure.cores():
         options.error(f"--threads {threads}: this process may use {measure.cores()} cores")

@@ -22,7 +22,6 @@ PLACE = 20
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("subjects", metavar="SUITE|METHOD|METHOD.py", nargs="*")
     parser.add_argument("--repeat", type=int, metavar="N", help="the statistical checks of a method, N times")
     parser.add_argument("--tables", action="store_true", help="then print the tables of all recorded checks")

@@ -16,7 +16,6 @@ DOCUMENT, SUITE = Path("docs/claims.md"), Path("suites/claims.toml")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("ids", nargs="*", metavar="ID", help="claims to show in full (default: a table of all)")
     parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT}, or the page that --out names")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"where to (default: {DOCUMENT})")

@@ -25,7 +25,6 @@ PLACE = 70
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("a", metavar="A", help="a method's label, title or group; or a results folder")
     parser.add_argument("b", metavar="B", help="what is compared with it, of the same kind")
     parser.add_argument(

@@ -34,7 +34,6 @@ WORDS = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("shell", choices=SHELLS, help="the shell that is to complete them")
 
 

@@ -14,7 +14,6 @@ MANUAL = Path(__file__).resolve().parents[3] / "docs" / "verification.md"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument(
         "--docs",
         type=Path,

@@ -24,7 +24,6 @@ KINDS = {"methods": "method", "datasets": "dataset", "models": "model"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument(
         "what", nargs="?", choices=(*KINDS, "suites", "parts"), metavar="methods|datasets|models|suites|parts"
     )

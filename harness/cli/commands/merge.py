@@ -21,7 +21,6 @@ PLACE = 90
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument(
         "sources", nargs="+", metavar="DIR|BUNDLE", type=Path,
         help="folders that hold <suite>/<id>/record.json, or bundles",

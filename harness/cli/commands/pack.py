@@ -21,7 +21,6 @@ PLACE = 80
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("subject", metavar="SUITE|DIR", help="a suite's name or TOML file, or a results folder")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (default: NAME.zip)")
     results_option(parser)

@@ -26,7 +26,6 @@ PLACE = 30
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     suite_options(parser)
 
 

@@ -28,7 +28,6 @@ PLACE = 100
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
     reduced_option(parser)
     results_option(parser)

@@ -34,7 +34,6 @@ PLACE = 40
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     suite_options(parser)
     parser.add_argument("--jobs", type=positive, metavar="N",
                      help="runs at once (default: cores / threads of a run; one for each GPU)")  # fmt: skip

@@ -28,7 +28,6 @@ ROWS = frozenset({"jobs", "sessions", "examples_per_second", "train_seconds", "w
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("id", metavar="ID", help="the first digits of a run's id; id.2 names its second attempt")
     parser.add_argument("--json", action="store_true", help="print the record as it is")
     results_option(parser)

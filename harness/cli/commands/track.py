@@ -8,19 +8,14 @@ MLFLOW_TRACKING_URI=http://host:5000 epsbench track
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from harness.cli.arguments import private_option, results_option
 from harness.cli.errors import OK, UserError
-
-if TYPE_CHECKING:
-    pass
 
 PLACE = 110
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("--rebuild", action="store_true", help="ask the store itself, not the list of what was sent")
     parser.add_argument("--uri", help="the tracking store (default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     results_option(parser)

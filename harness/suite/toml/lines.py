@@ -23,7 +23,7 @@ _STRINGS = (
 )
 
 
-class Lines:
+class LineNumbers:
     """Key paths of valid TOML text to line numbers; ``("task", 1)`` is the second ``[[task]]``.
 
     ``line(path)`` falls back to the nearest enclosing key, and to line 1.

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from harness import registry
 from harness.registry import OptionError, Registry, RegistryError, did_you_mean, show
-from harness.suite.tables import Table
-from harness.suite.toml.lines import KeyPath, Lines
-from harness.suite.toml.problems import Problem, Problems, SuiteError
+from harness.suite.tables import TomlTable
+from harness.suite.toml.lines import KeyPath, LineNumbers
+from harness.suite.toml.problems import FileProblem, Problems, SuiteError
 
-T = TypeVar("T", bound=Table)
+T = TypeVar("T", bound=TomlTable)
 _PATTERNS = {
     ("suite", "name"): 'write lower-case letters, digits and dashes, as in "core"',
     ("device", "device"): 'write "cpu", "cuda" or "cuda:0"',
@@ -28,7 +28,7 @@ _INLINE = {
 }
 
 
-def source(path: str | Path, problems: Iterable[Problem] = ()) -> str:
+def source(path: str | Path, problems: Iterable[FileProblem] = ()) -> str:
     """The text of a file, without a byte order mark. Raises :class:`SuiteError` where it cannot be read."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
@@ -44,32 +44,33 @@ def kind_of(path: Path) -> str:
         return "suite"
 
 
-def _unreadable(path: Path, error: Exception) -> Problem:
+def _unreadable(path: Path, error: Exception) -> FileProblem:
     if isinstance(error, UnicodeDecodeError):
         line = error.object[: error.start].count(b"\n") + 1
         wide = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return Problem(str(path), line, f"is {'UTF-16, not' if wide else 'not'} UTF-8 text; save it as UTF-8.")
+        return FileProblem(str(path), line, f"is {'UTF-16, not' if wide else 'not'} UTF-8 text; save it as UTF-8.")
     if isinstance(error, FileNotFoundError):
         near = {p.name: p for folder in (Path("suites"), path.parent) for p in folder.glob("*.toml")}
         word = did_you_mean(path.name, near) or did_you_mean(f"{path.name}.toml", near)
-        return Problem(str(path), 1, "there is no such file.", str(near[word]) if word else None)
-    return Problem(str(path), 1, f"cannot be read: {getattr(error, 'strerror', None) or error}.")
+        return FileProblem(str(path), 1, "there is no such file.", str(near[word]) if word else None)
+    return FileProblem(str(path), 1, f"cannot be read: {getattr(error, 'strerror', None) or error}.")
 
 
-def _document(text: str, file: str) -> dict[str, Any] | Problem:
+def _document(text: str, file: str) -> dict[str, Any] | FileProblem:
     """The tables of a TOML text, or why it is not one."""
     try:
         return tomllib.loads(text)
     except RecursionError:
-        return Problem(file, 1, "not valid TOML: nested too deeply.")
+        return FileProblem(file, 1, "not valid TOML: nested too deeply.")
     except ValueError as error:
         place = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error))
         message = str(error)[: place.start()].rstrip(".") if place else f"{error}."
         if place is None:
-            return Problem(file, 1, f"not valid TOML: {message}")
+            return FileProblem(file, 1, f"not valid TOML: {message}")
         if place[1] is None:
-            return Problem(file, text.rstrip().count("\n") + 1, f"not valid TOML: {message}, at the end of the file.")
-        return Problem(file, int(place[1]), f"not valid TOML: {message} (column {place[2]}).")
+            last = text.rstrip().count("\n") + 1
+            return FileProblem(file, last, f"not valid TOML: {message}, at the end of the file.")
+        return FileProblem(file, int(place[1]), f"not valid TOML: {message} (column {place[2]}).")
 
 
 class Reader(Problems):
@@ -82,16 +83,18 @@ class Reader(Problems):
 
     noun: ClassVar[str] = "suite"
     kind: ClassVar[str | None] = None
-    single: ClassVar[Mapping[str, type[Table]]]
-    arrays: ClassVar[Mapping[str, type[Table]]]
+    single: ClassVar[Mapping[str, type[TomlTable]]]
+    arrays: ClassVar[Mapping[str, type[TomlTable]]]
     needed: ClassVar[Sequence[str]]
 
-    def __init__(self, text: str, file: str, names: Registry | None = None, problems: Iterable[Problem] = ()) -> None:
-        super().__init__(file, Lines(text), problems)
+    def __init__(
+        self, text: str, file: str, names: Registry | None = None, problems: Iterable[FileProblem] = ()
+    ) -> None:
+        super().__init__(file, LineNumbers(text), problems)
         self.names = names or registry.installed()
         self._faulty: set[str | int] = set()
         data = _document(text, file)
-        if isinstance(data, Problem):
+        if isinstance(data, FileProblem):
             raise SuiteError([*self.problems, data])
         self.data = data
         self._known_tables()
@@ -153,7 +156,7 @@ class Reader(Problems):
             self._explain(path, one, table, meant)
         return None
 
-    def _explain(self, path: KeyPath, error: Any, table: type[Table], meant: set[KeyPath]) -> None:
+    def _explain(self, path: KeyPath, error: Any, table: type[TomlTable], meant: set[KeyPath]) -> None:
         """Report one error of pydantic, at a key of the table or of one inside it."""
         kind, value, context = error["type"], error["input"], error.get("ctx", {})
         at = (*path, *error["loc"])
@@ -198,17 +201,17 @@ class Reader(Problems):
             self.bad(path, one.message, one.suggestion)
 
 
-def _keys(table: type[Table]) -> list[str]:
+def _keys(table: type[TomlTable]) -> list[str]:
     """The keys of a table as the file writes them."""
     return [one.alias or key for key, one in table.model_fields.items()]
 
 
-def _nested(table: type[Table], path: KeyPath) -> type[Table]:
+def _nested(table: type[TomlTable], path: KeyPath) -> type[TomlTable]:
     """The type of a table inside a table."""
     for key in path:
         if isinstance(key, str):
             inside = [table.model_fields[key].annotation]
-            while not (isinstance(inside[0], type) and issubclass(inside[0], Table)):
+            while not (isinstance(inside[0], type) and issubclass(inside[0], TomlTable)):
                 inside = [*get_args(inside[0]), *inside[1:]]
             table = inside[0]
     return table

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from harness.registry import did_you_mean
-from harness.suite import Reader, Table, Text, source
+from harness.suite.tables import Text, TomlTable
+from harness.suite.toml.reader import Reader, source
 from harness.verify.claims.accounts import ORDERS
 from harness.verify.claims.kinds import KINDS, Claim
 from harness.verify.claims.verdict import NEAR, ROUNDED, Finding
@@ -27,7 +28,7 @@ FILE, DOCUMENT = Path("suites/claims.toml"), Path("docs/claims.md")
 # The file -------------------------------------------------------------------------------------------------
 
 
-class Header(Table):
+class Header(TomlTable):
     """``[claims]``: the question that the file answers."""
 
     question: Text
@@ -49,14 +50,14 @@ def load(path: Path) -> Claims:
 
 def parse(text: str, file: str = "claims.toml") -> Claims:
     """Check a text; `file` is the name that errors give. Raises `SuiteError`."""
-    return _Reader(text, file).claims()
+    return ClaimsReader(text, file).claims()
 
 
-class _Reader(Reader):
+class ClaimsReader(Reader):
     noun: ClassVar[str] = "file of claims"
     kind: ClassVar[str] = KIND
-    single: ClassVar[Mapping[str, type[Table]]] = {"claims": Header}
-    arrays: ClassVar[Mapping[str, type[Table]]] = KINDS
+    single: ClassVar[Mapping[str, type[TomlTable]]] = {"claims": Header}
+    arrays: ClassVar[Mapping[str, type[TomlTable]]] = KINDS
     needed: ClassVar[Sequence[str]] = ("claims",)
 
     def claims(self) -> Claims:
