@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import textwrap
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -44,7 +45,7 @@ epsbench COMMAND --help says more, with examples.
     for name, module in known().items():
         summary, _, examples = module.__doc__.partition("\n\n")
         title = summary.split(". ")[0].rstrip(".")
-        epilog = f"examples:\n{examples.rstrip()}\n\n{CODES}"
+        epilog = f"examples:\n{textwrap.indent(examples.rstrip(), '  ')}\n\n{CODES}"
         made = verbs.add_parser(name, help=title, description=summary, formatter_class=TEXT, epilog=epilog)
         made.set_defaults(run=module.run, error=made.error, parser=parser)
         module.arguments(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -43,10 +44,8 @@ def epsilon(value: float | None) -> str:
 
 def counts(words: Iterable[str]) -> str:
     """ "ok 3, diverged 1" in order of frequency."""
-    found: dict[str, int] = {}
-    for word in words:
-        found[word] = found.get(word, 0) + 1
-    return ", ".join(f"{word} {n}" for word, n in sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    found = sorted(Counter(words).items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{word} {n}" for word, n in found)
 
 
 def first_line(record: store.Record) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.registry import Entry, bind
-from harness.registry.options import Parameter, RegistryError, check_type, did_you_mean, parse_spec, show
+from harness.registry.options import Parameter, RegistryError, did_you_mean, members, parse_spec, show
 
 if TYPE_CHECKING:
     from harness.dp import Method
@@ -196,7 +196,7 @@ def _parameter(type_text: str, default: ast.expr | None) -> Parameter | None:
     if not type_text.startswith(_NUMBERS):
         kind = Parameter
         try:
-            check_type(type_text)
+            members(type_text)
         except ValueError:
             return None
     if default is None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.registry.options import Parameter, check_type
+from harness.registry.options import Parameter, members
 
 KINDS = ("method", "dataset", "model")
 # Parameters that the harness fills in; they are never options of a suite or of a spec.
@@ -138,7 +138,7 @@ def _annotation(arg: ast.arg) -> str:
         raise _Malformed(arg.lineno, f"parameter {arg.arg} has no type; write {arg.arg}: float, int, str or bool")
     text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ast.unparse(node)
     try:
-        check_type(text)
+        members(text)
     except (ValueError, SyntaxError) as error:
         raise _Malformed(arg.lineno, f"parameter {arg.arg}: {error}") from None
     return text

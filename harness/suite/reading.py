@@ -6,25 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from harness.registry import RegistryError
-from harness.suite import methods, published
+from harness.suite import methods, published, tables
 from harness.suite.expand import Suite
 from harness.suite.files import Files
-from harness.suite.tables import (
-    ARRAYS,
-    MOST_CELLS,
-    NEEDED,
-    SINGLE,
-    BudgetTable,
-    DeviceTable,
-    MethodTable,
-    PrivacyTable,
-    PublishedTable,
-    ReducedTable,
-    SuiteTable,
-    TaskTable,
-    TrainTable,
-    TuningTable,
-)  # fmt: skip
 from harness.suite.tasks import scheduled
 from harness.suite.toml.lines import KeyPath
 from harness.suite.toml.reader import Reader
@@ -36,7 +20,7 @@ REDUCED = " (reduced)"  # what the names of a reduced profile's tasks end in
 class SuiteReader(Reader):
     """Reads the document of a suite. What is wrong with ``files`` of the user's is reported there, not here again."""
 
-    single, arrays, needed = SINGLE, ARRAYS, NEEDED
+    single, arrays, needed = tables.SINGLE, tables.ARRAYS, tables.NEEDED
 
     def __init__(self, text: str, file: str, files: Files) -> None:
         super().__init__(text, file, files.names, files.problems)
@@ -55,11 +39,12 @@ class SuiteReader(Reader):
         Raises :class:`SuiteError` with all that is wrong. Tables are compared with each other where they are valid
         themselves, so that nothing is reported which only follows from another error.
         """
-        header, privacy = self.one("suite", SuiteTable), self.one("privacy", PrivacyTable)
-        train, reduced = self.one("train", TrainTable) or TrainTable(), self.one("reduced", ReducedTable)
-        budget, tuning = self.one("budget", BudgetTable), self.one("tuning", TuningTable)
-        tasks, tables = self.array("task", TaskTable), self.array("method", MethodTable)
-        devices, rows = self.array("device", DeviceTable), self.array("published", PublishedTable)
+        header, privacy = self.one("suite", tables.SuiteTable), self.one("privacy", tables.PrivacyTable)
+        budget, tuning = self.one("budget", tables.BudgetTable), self.one("tuning", tables.TuningTable)
+        train, reduced = self.one("train", tables.TrainTable), self.one("reduced", tables.ReducedTable)
+        train = train or tables.TrainTable()
+        tasks, given = self.array("task", tables.TaskTable), self.array("method", tables.MethodTable)
+        devices, rows = self.array("device", tables.DeviceTable), self.array("published", tables.PublishedTable)
         named = methods.read(self)
         if small and "reduced" not in self.data:
             text = 'the suite has no reduced profile; write one, as [reduced] with why = "...", or leave --reduced out.'
@@ -69,15 +54,15 @@ class SuiteReader(Reader):
         few = self._few(reduced, tasks, train) if reduced and self.valid("task", "train", "reduced") else None
         chosen, variants = few if small else full, None
         if chosen is not None and self.valid("method"):
-            variants = methods.variants(self, tables, named, chosen.values())
+            variants = methods.variants(self, given, named, chosen.values())
         known = {} if full is None else {"task": [task.name for task in full.values()]}
         if variants is not None:
-            known["method"] = [name for table in tables.values() for name in (table.name, table.label) if name]
+            known["method"] = [name for table in given.values() for name in (table.name, table.label) if name]
             known["method"] += [one.label for one in variants if one.changes or one.then]
         published.check(self, rows, known)
         aims, aims_of_few = (privacy and privacy.epsilon) or (), (reduced and reduced.epsilon) or ()
         if self.valid("privacy", "reduced"):
-            methods.targets(self, tables, aims, aims_of_few if small else ())
+            methods.targets(self, given, aims, aims_of_few if small else ())
             # Where one changes a target for a run, the published values need not be changed too.
             if thorough:
                 published.targets(self, rows, dict.fromkeys((*aims, *aims_of_few)))
@@ -88,20 +73,21 @@ class SuiteReader(Reader):
             aims, seeds = aims_of_few or aims, reduced.seeds or seeds
             variants = self._reached(variants, aims)
         cells = len(variants) * len(seeds) * len(aims) * max(1, len(devices))
-        if cells > MOST_CELLS:
-            self.bad(("suite",), f"the suite means up to {cells} runs; {MOST_CELLS} is the most. Shorten its lists.")
+        if cells > tables.MOST_CELLS:
+            most = f"{tables.MOST_CELLS} is the most. Shorten its lists."
+            self.bad(("suite",), f"the suite means up to {cells} runs; {most}")
         self.stop()
         suite = Suite(
             file=self.file, name=header.name, question=header.question, seeds=seeds,
             privacy=privacy.model_copy(update={"epsilon": aims}), tasks=tuple(chosen.values()),
-            variants=tuple(variants), budget=budget or BudgetTable(), tuning=tuning,
-            devices=tuple(devices.values()) or (DeviceTable(),), published=tuple(rows.values()), reduced=None,
+            variants=tuple(variants), budget=budget or tables.BudgetTable(), tuning=tuning,
+            devices=tuple(devices.values()) or (tables.DeviceTable(),), published=tuple(rows.values()), reduced=None,
             names=self.names, lines=self.lines, files=self.files.named, thorough=thorough,
         )  # fmt: skip
         return _reduced(suite, reduced.why, full or {}) if small and reduced else suite
 
     def _few(
-        self, reduced: ReducedTable, tasks: Mapping[int, TaskTable], train: TrainTable
+        self, reduced: tables.ReducedTable, tasks: Mapping[int, tables.TaskTable], train: tables.TrainTable
     ) -> dict[int, ScheduledTask]:
         """The tasks of the reduced profile: those of the suite where it has none of its own."""
         own = dict(enumerate(reduced.task or ()))
@@ -120,7 +106,7 @@ class SuiteReader(Reader):
             self.bad(("reduced", "epsilon"), "[reduced] epsilon: no method is for these targets; take others.")
         return found
 
-    def _numerics(self, devices: Mapping[int, DeviceTable]) -> None:
+    def _numerics(self, devices: Mapping[int, tables.DeviceTable]) -> None:
         """Report devices whose runs would be those of another one."""
         seen: dict[tuple[str, bool], int] = {}
         for index, device in devices.items():
