@@ -1,4 +1,4 @@
-"""What the engine would do with each parameter of a workload's model, and what it thinks that costs."""
+"""How the engine would compute the norm of each parameter of a workload's model, and its estimates of the cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one full-batch private step for a last layer costs at ImageNet's size, and what it cannot go below.
+"""Measures a full-batch private step for a last layer at ImageNet's size, and a lower bound on its cost.
 
 The step is the ordinary one (`harness.running.train.step`) of the method `one-step-last-layer` with its default engine,
 on synthetic features that are mapped from a file, so that the batch of all examples is never held in memory.

@@ -1,4 +1,4 @@
-"""What a step of Logit-DP costs: the engine `Pairs` against one backward pass for every pair.
+"""Times a step of Logit-DP: the engine `Pairs` against one backward pass for every pair.
 
     python -m harness.bench.pairs pairs.json
 

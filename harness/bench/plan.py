@@ -1,4 +1,4 @@
-"""What is to be timed: `suites/throughput.toml`, checked as a whole.
+"""Reads what is to be timed from `suites/throughput.toml`, with all errors at once.
 
 The file begins with ``kind = "throughput"``; ``[bench]`` says how, each ``[[workload]]`` what.
 """

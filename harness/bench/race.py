@@ -1,4 +1,4 @@
-"""Engines side by side in one process, in turn: what slows the machine down hits them alike."""
+"""Times engines in turn in one process, so that what slows the machine down affects all of them alike."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def interleave(
     A turn is several calls, as in training; the first only brings its data back into the caches, perhaps its pages
     back into memory, and does not count.
 
-    The order is drawn anew each round, so that nobody always comes after the same other. Whoever raises is out, and its
-    entry in `rows` says so.
+    The order is drawn anew each round, so that no engine always comes after the same other. One that raises takes no
+    part in later rounds, and its entry in `rows` says why.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, most = list(calls), max(shares.values(), default=0)

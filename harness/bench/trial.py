@@ -1,4 +1,4 @@
-"""One engine by itself, in a fresh process: is it right, what does it hold, what does a first call cost?"""
+"""Tries one engine in a fresh process: whether it is right, its memory, and the cost of its first call."""
 
 from __future__ import annotations
 

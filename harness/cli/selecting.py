@@ -74,8 +74,6 @@ def chosen(options: argparse.Namespace) -> tuple[Suite, list[Cell]]:
     suite = load(options)
     cells = suite.cells()
     if options.device is not None:
-        if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", options.device):
-            raise UserError(f'--device {options.device}: no such kind of device; write "cpu" or "cuda:0".')
         cells = [cell.on(options.device) for cell in cells]
     return suite, _only(cells, options.only or []) if options.only else cells
 

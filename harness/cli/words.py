@@ -53,13 +53,13 @@ def first_line(record: store.Record) -> str:
     return (str(record.get("reason") or "no reason given").splitlines() or [""])[0][:200]
 
 
-def say_conflicts(conflicts: Sequence[Broken]) -> None:
+def print_conflicts(conflicts: Sequence[Broken]) -> None:
     """Print which folders hold a run of another cell than the one that is asked for."""
     for one in conflicts:
         print(f"  ! conflict: {one}")
 
 
-def say_broken(broken: Sequence[Broken]) -> None:
+def print_broken(broken: Sequence[Broken]) -> None:
     """Print what could not be used."""
     for one in broken:
         print(f"  ! quarantined: {one}")

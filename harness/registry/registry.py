@@ -28,6 +28,11 @@ class UnknownName(RegistryError):
 class DuplicateName(RegistryError):
     """Two functions claim one name; the message names both files and lines."""
 
+    def __init__(self, first: Entry, second: Entry) -> None:
+        places = f"{first.where} and {second.where}"
+        super().__init__(f'two {first.kind}s are called "{first.name}": {places}; rename one of them.')
+        self.entries = (first, second)
+
 
 class BrokenEntry(RegistryError):
     """The name belongs to a file that cannot be read as Python or is not declared properly."""
@@ -143,9 +148,7 @@ class Registry:
             for entry in entries:
                 other = found[entry.kind].setdefault(entry.name, entry)
                 if other is not entry and other.where != entry.where:
-                    places = f"{other.where} and {entry.where}"
-                    text = f'two {entry.kind}s are called "{entry.name}": {places}; rename one of them.'
-                    clashes.append(DuplicateName(text))
+                    clashes.append(DuplicateName(other, entry))
         self._index = found, bad, clashes
         return self._index
 

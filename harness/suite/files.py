@@ -45,8 +45,10 @@ class Files:
             tried = _Tolerant(names.root, entry_points=names.entry_points)
             for known in (*names.files(), *(there[file] for file in found)):
                 tried.add_file(known)
-        clashes = [clash.message for clash in tried.clashes()]
-        problems += [_clash(clash, {str(there[file]): file for file in found}) for clash in clashes]
+        clashes, given = tried.clashes(), {there[file]: file for file in found}
+        for clash in clashes:  # reported at the function in a file of the user
+            entry = next((one for one in reversed(clash.entries) if one.file in given), clash.entries[1])
+            problems.append(FileProblem(given.get(entry.file, str(entry.file)), entry.line, clash.message))
         broken = [(file, one) for file in found for one in tried.broken() if one.file == there[file]]
         problems += [FileProblem(file, max(1, one.line), f"{one.reason.rstrip('.')}.") for file, one in broken]
         if not clashes:
@@ -61,14 +63,6 @@ class Files:
         return any(
             error.suggestion is None if text is None else written.search(text) is not None for text in self.texts
         )
-
-
-def _clash(message: str, named: dict[str, str]) -> FileProblem:
-    """Two functions of one name, reported at the one in a file of the user's; the message names both places."""
-    found = re.search(r": (.+):([0-9]+) and (.+):([0-9]+); ", message)
-    places = [(found[3], found[4]), (found[1], found[2])] if found else [("", "1")]
-    file, line = next((one for one in places if one[0] in named), places[0])
-    return FileProblem(named.get(file, file), int(line), message)
 
 
 def unimportable(files: Iterable[str], names: Registry) -> dict[Path, FileProblem]:

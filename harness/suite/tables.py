@@ -60,15 +60,15 @@ def _batch(value: object) -> object:
 
 
 def _name(value: str) -> str:
-    """The name of a folder, on any system, which is that of nothing else there."""
+    """The name of a folder in results/: allowed on any system, and not used for anything else there."""
     if len(value) > LONGEST_NAME:
-        raise ValueError(f"has {len(value)} letters; a folder is called so, write {LONGEST_NAME} at most")
+        raise ValueError(f"has {len(value)} letters; it names a folder, write {LONGEST_NAME} at most")
     if value in FOLDERS:
         raise ValueError(f"is a folder of results/ for other things ({', '.join(FOLDERS)}); write another name")
     if value.endswith("-reduced"):
         raise ValueError('would be taken for a reduced profile; write a name that does not end in "-reduced"')
     if re.fullmatch(r"con|prn|aux|nul|(com|lpt)[0-9]", value):
-        raise ValueError("is no name of a folder on Windows; write another")
+        raise ValueError("is not allowed as the name of a folder on Windows; write another")
     return value
 
 

@@ -67,11 +67,11 @@ def test_a_byte_order_mark_is_no_mistake_and_other_encodings_are_named(tmp_path:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('name = "tiny"', f'name = "{"n" * 300}"', "2: .*has 300 letters; a folder is called so, write 100 at most"),
+        ('name = "tiny"', f'name = "{"n" * 300}"', "2: .*has 300 letters; it names a folder, write 100 at most"),
         ('name = "tiny"', 'name = "audits"', "2: .*is a folder of results/ for other things"),
         ('name = "tiny"', 'name = "checks"', "2: .*is a folder of results/ for other things"),
         ('name = "tiny"', 'name = "throughput"', "2: .*is a folder of results/ for other things"),
-        ('name = "tiny"', 'name = "con"', "2: .*is no name of a folder on Windows"),
+        ('name = "tiny"', 'name = "con"', "2: .*is not allowed as the name of a folder on Windows"),
         ('name = "tiny"', 'name = "x-reduced"', "2: .*would be taken for a reduced profile"),
         ('name = "tiny"', 'name = "../up"', "2: .*lower-case letters, digits and dashes"),
         ('name = "tiny"', r'name = "a\u0000b"', "2: .*lower-case letters, digits and dashes"),

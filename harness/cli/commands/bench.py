@@ -11,14 +11,15 @@ epsbench bench --explain --workloads w4           the engine's way to each param
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.cli import words
+from harness.cli.arguments import device, positive
 from harness.cli.errors import FAILED, OK, hint
+from harness.cli.selecting import need_device
 
 PLACE = 120
 
@@ -28,10 +29,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--workloads", nargs="+", metavar="NAME", help="as in the suite: w1 ... (default: all)")
     add("--batches", nargs="+", metavar="N|all", help="batches of the suite (default: each workload's own)")
     add("--engines", nargs="+", metavar="NAME", help="engines to time, the most important first (default: the suite's)")
-    add("--device", type=_device, default="cpu", metavar="cpu|cuda:N", help="where to time (default: cpu)")
-    add("--threads", type=_count, help="CPU threads (default: all cores)")
-    add("--rounds", type=_count, help="the most timed calls of an engine (default: the suite's)")
-    add("--seconds", type=_count, help="about what one workload and batch takes (default: the suite's)")
+    add("--device", type=device, default="cpu", metavar="cpu|cuda:N", help="where to time (default: cpu)")
+    add("--threads", type=positive, help="CPU threads (default: all cores)")
+    add("--rounds", type=positive, help="the most timed calls of an engine (default: the suite's)")
+    add("--seconds", type=positive, help="about what one workload and batch takes (default: the suite's)")
     add("--compiled", action="store_true", help="time the plain step under torch.compile too")
     add("--fresh", action="store_true", help="begin anew where an earlier bench was stopped")
     add("--report", action="store_true", help="measure nothing; table and figure from the records there are")
@@ -42,28 +43,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", type=Path, default=Path("suites/throughput.toml"), metavar="FILE", help="what to time")
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number, 1 or more")
-    return int(text)
-
-
-def _device(text: str) -> str:
-    import torch
-
-    if not re.fullmatch(r"cpu|cuda:\d+", text):
-        raise argparse.ArgumentTypeError(f'"{text}" should be cpu or cuda:N, as in cuda:0')
-    if text != "cpu" and int(text[5:]) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
-    return text
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure what is asked for, print the table, and write it with its figure beside the records; the exit code."""
     from harness.bench import plan, session, table
     from harness.bench.compare import compare
     from harness.provenance import measure
 
+    need_device(options.device)
     chosen = plan.load(options.suite)
     threads = options.threads or measure.cores()
     items = _items(options, chosen)

@@ -16,7 +16,7 @@ from pathlib import Path
 from harness.cli.arguments import method_option, reduced_option, results_option
 from harness.cli.errors import FAILED, OK, UserError
 from harness.cli.selecting import add_files, find, load
-from harness.cli.words import say_broken, table
+from harness.cli.words import print_broken, table
 
 PLACE = 20
 
@@ -54,7 +54,7 @@ def _check_tables(options: argparse.Namespace) -> int:
     from harness.records import checks
     from harness.verify import recorded
 
-    say_broken(checks.load(options.results / checks.FOLDER).broken)
+    print_broken(checks.load(options.results / checks.FOLDER).broken)
     try:
         print(recorded.write_tables(options.results / checks.FOLDER, options.docs))
     except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from harness.cli.arguments import results_option
 from harness.cli.errors import FAILED, OK, UserError
 from harness.cli.selecting import results_in
-from harness.cli.words import say_broken
+from harness.cli.words import print_broken
 
 if TYPE_CHECKING:
     from harness.records import store
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     there = [place.is_dir() for place in places]
     if there[0] != there[1]:
         place, other = (options.a, options.b) if there[0] else (options.b, options.a)
-        raise UserError(f"{place} is a folder and {other} is none; name two methods or two results folders.")
+        raise UserError(f"{place} is a folder and {other} is not; name two methods or two results folders.")
     how = {"metric": options.metric, "by": options.by, "threshold": options.threshold}
     try:
         if all(there):
@@ -77,7 +77,7 @@ def _compared(results: Path, suite: str | None) -> list[store.Record]:
     from harness.records import store
 
     records = store.load(results, suite)
-    say_broken(records.broken)
+    print_broken(records.broken)
     if not records:
         where = results / suite if suite else results
         raise UserError(f"{where}: holds no records to compare; epsbench run SUITE makes some.")

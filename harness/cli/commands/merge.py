@@ -40,11 +40,11 @@ def run(options: argparse.Namespace) -> int:
         for one in ones:
             print(f"  {title}: {one}")
     if result.added:
-        _say_ineligible(result.added, options.results)
+        _print_ineligible(result.added, options.results)
     return FAILED if result.conflicts or result.refused else OK
 
 
-def _say_ineligible(added: Sequence[str], results: Path) -> None:
+def _print_ineligible(added: Sequence[str], results: Path) -> None:
     """Which of the records that were added cannot be ranked, and why."""
     from harness.records import store
     from harness.verify.exchange import bundle

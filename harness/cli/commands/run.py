@@ -23,7 +23,7 @@ from harness.cli.codes import codes_of_cells
 from harness.cli.commands.report import write_report
 from harness.cli.errors import FAILED, INTERRUPTED, OK
 from harness.cli.selecting import again, chosen, need_device
-from harness.cli.words import counts, first_line, say_broken, say_conflicts
+from harness.cli.words import counts, first_line, print_broken, print_conflicts
 
 if TYPE_CHECKING:
     from harness.records.cell import Cell
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         need_device(spec)
     suite.try_models([job.cell for job in selection.todo])
     at_once = jobs.slots([job.cell for job in selection.todo], options.jobs)
-    _say_selection(options, suite, cells, selection, at_once)
+    _print_selection(options, suite, cells, selection, at_once)
     on_terminal = sys.stdout.isatty() and bool(selection.todo)
     reporter: progress.Reporter = progress.Bar() if on_terminal else progress.Lines()
     tracker = None if options.no_track else _tracker(options, suite.name, selection, reporter)
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     return _end(options, suite, cells, codes, summary)
 
 
-def _say_selection(
+def _print_selection(
     options: argparse.Namespace, suite: Suite, cells: Sequence[Cell], selection: jobs.Selection, at_once: int
 ) -> None:
     from harness.provenance import measure
@@ -109,8 +109,8 @@ def _say_selection(
             print(f"  stale: {record['id']}, made by code {record['code'].get('hash')}")
         if len(selection.stale) > 10:
             print(f"  and {len(selection.stale) - 10} more: {again(options, 'plan')}")
-    say_broken(selection.broken)
-    say_conflicts(selection.conflicts)
+    print_broken(selection.broken)
+    print_conflicts(selection.conflicts)
     threads = max((int(job.cell.device.get("threads") or 1) for job in selection.todo), default=1)
     if options.jobs and options.jobs * threads > measure.cores():
         print(f"  {options.jobs} runs of {threads} threads share {measure.cores()} cores: their throughput will suffer")

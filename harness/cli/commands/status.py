@@ -16,7 +16,7 @@ from harness.cli.arguments import method_option, reduced_option, results_option
 from harness.cli.codes import codes_of_cells, codes_of_records
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files, again, load, need_suite, suite_file
-from harness.cli.words import counts, first_line, say_broken, say_conflicts, table
+from harness.cli.words import counts, first_line, print_broken, print_conflicts, table
 from harness.records.lock import locked
 from harness.records.record import FAILED as FAILURES
 
@@ -71,8 +71,8 @@ def run(options: argparse.Namespace) -> int:
     extra = {record["id"] for record in store.load(options.results, suite.name)} - known
     if extra:
         print(f"  {len(extra)} more have records but are not in the suite as it is today")
-    say_broken(selection.broken)
-    say_conflicts(selection.conflicts)
+    print_broken(selection.broken)
+    print_conflicts(selection.conflicts)
     return FAILED if selection.failed or selection.conflicts else OK
 
 
@@ -89,7 +89,7 @@ def _status_of_all(results: Path, suite: str | None = None) -> int:
     lost = {name: sum(r["id"] not in codes for r in ones) for name, ones in suites.items()}
     rows = [
         [name, str(len(ones)), counts(r["status"] for r in ones),
-         f"{len(old[name])} stale" + (f", {lost[name]} whose code cannot be told" if lost[name] else "")]
+         f"{len(old[name])} stale" + (f", {lost[name]} whose code is unknown" if lost[name] else "")]
         for name, ones in suites.items()
     ]  # fmt: skip
     print(
@@ -101,7 +101,7 @@ def _status_of_all(results: Path, suite: str | None = None) -> int:
         if ids:
             more = f" and {len(ids) - 10} more; epsbench plan {name} lists all" if len(ids) > 10 else ""
             print(f"  stale in {name}: {', '.join(ids[:10])}{more}")
-    say_broken(records.broken)
+    print_broken(records.broken)
     return FAILED if any(record["status"] in FAILURES for record in current) else OK
 
 
