@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -24,12 +22,6 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), indent: str
         (indent + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))).rstrip()
         for line in lines
     )
-
-
-def wrap(text: str, indent: str) -> str:
-    """A paragraph as wide as the terminal, each line indented."""
-    width = max(60, shutil.get_terminal_size((110, 24)).columns)
-    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
 
 
 def number(value: float | None, digits: int = 4) -> str:

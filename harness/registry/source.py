@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
 ARGUMENT: Mapping[str, str] = {"dataset": "path", "model": "name"}
 # Keys of a [[method]] table of a suite, so no hyper-parameter may have such a name.
 RESERVED: Mapping[str, frozenset[str]] = {
-    "method": frozenset({"name", "label", "tasks", "epsilon", "on"}),
+    "method": frozenset({"name", "label", "tasks", "epsilon", "on", "train", "then"}),
     "dataset": frozenset(),
     "model": frozenset(),
 }
@@ -106,17 +107,11 @@ def _constants(tree: ast.Module) -> dict[str, object]:
     """Module-level names bound once to a literal, so that ``clip: float = CLIP`` can be read."""
     found: dict[str, object] = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            target, value = node.targets[0], node.value
-        elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            target, value = node.target, node.value
-        else:
-            continue
-        if isinstance(target, ast.Name):
-            try:
-                found[target.id] = ast.literal_eval(value)
-            except (ValueError, TypeError, SyntaxError):
-                continue  # not a literal: simply not a constant
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if len(targets) == 1 and isinstance(targets[0], ast.Name):
+                with contextlib.suppress(ValueError, TypeError, SyntaxError):  # what is not a literal is no constant
+                    found[targets[0].id] = ast.literal_eval(node.value)
     return found
 
 
@@ -126,10 +121,8 @@ def _literal(node: ast.expr, constants: Mapping[str, object], what: str) -> obje
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError):
-        raise _Malformed(
-            node.lineno,
-            f"{what} is {ast.unparse(node)}; write a literal, because the index is read without importing the file",
-        ) from None
+        text = f"{what} is {ast.unparse(node)}; write a literal, because the index is read without importing the file"
+        raise _Malformed(node.lineno, text) from None
 
 
 def _annotation(arg: ast.arg) -> str:

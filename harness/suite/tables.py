@@ -203,7 +203,7 @@ class MethodTable(TomlTable):
     """``[[method]]``: name, label, tasks (globs) and epsilons it is for, overrides by task, other parts (``with``), a
     schedule of its own (``train``), a second stage (``then``); the other keys are hyper-parameters."""
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
 
     name: Annotated[Text, known("method", options=False)]
     label: Line | None = None

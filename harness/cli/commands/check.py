@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.cli.arguments import method_option, reduced_option, results_option
+from harness.cli.arguments import method_option, positive, reduced_option, results_option
 from harness.cli.errors import FAILED, OK, UserError
 from harness.cli.selecting import add_files, find, load
 from harness.cli.words import print_broken, table
@@ -23,7 +23,7 @@ PLACE = 20
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subjects", metavar="SUITE|METHOD|METHOD.py", nargs="*")
-    parser.add_argument("--repeat", type=int, metavar="N", help="the statistical checks of a method, N times")
+    parser.add_argument("--repeat", type=positive, metavar="N", help="the statistical checks of a method, N times")
     parser.add_argument("--tables", action="store_true", help="then print the tables of all recorded checks")
     parser.add_argument("--docs", type=Path, metavar="FILE",
                        help="write them into that text too, which has the markers of docs/verification.md")  # fmt: skip
@@ -38,8 +38,6 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("name a suite, a method or a file of methods to check, or ask for --tables.")
     if options.docs and not options.tables:
         raise UserError(f"--docs {options.docs}: it is for --tables.")
-    if options.repeat is not None and options.repeat < 1:
-        raise UserError(f"--repeat {options.repeat}: it is a number of repetitions; write 1 or more.")
     subjects = [s for s in options.subjects if Path(s).name != "__init__.py"] or options.subjects
     codes = [OK]
     for subject in subjects:

@@ -9,6 +9,8 @@ epsbench ls parts                   what a suite may give a method in the place 
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 from harness.cli.arguments import method_option
 from harness.cli.errors import OK
 from harness.cli.selecting import add_files
-from harness.cli.words import table, wrap
+from harness.cli.words import table
 
 PLACE = 10
 KINDS = {"methods": "method", "datasets": "dataset", "models": "model"}
@@ -74,22 +76,22 @@ def _ls_entries(entries: Sequence[Any], detail: bool) -> None:
     for entry, line in zip(entries, lines, strict=True):
         print(line)
         if detail and entry.parameters:
-            shown = (
+            shown = ", ".join(
                 f"{name}: {p.type}" + ("" if p.required else f" = {p.default!r}")
                 for name, p in entry.parameters.items()
             )
-            print(wrap(", ".join(shown), " " * 6))
-
-
-_HEADERS = {"suite": "suite", "throughput": "bench", "claims": "claims"}  # where a kind of file says what it is for
+            width = max(60, shutil.get_terminal_size((110, 24)).columns)
+            print(textwrap.fill(shown, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
 
 def _suite_rows() -> list[list[str]]:
+    """The files under suites/, each with the question in its header."""
+    headers = {"suite": "suite", "throughput": "bench", "claims": "claims"}
     rows = []
     for path in sorted(Path("suites").glob("*.toml")):
         try:
             tables = tomllib.loads(path.read_text("utf-8-sig"))
-            header = tables[_HEADERS[tables.get("kind", "suite")]]
+            header = tables[headers[tables.get("kind", "suite")]]
             rows.append([str(path), str(header["question"])])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             rows.append([str(path), f"cannot be read: epsbench check {path}"])

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 PLACE = 30
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    suite_options(parser)
+arguments = suite_options
 
 
 def run(options: argparse.Namespace) -> int:

@@ -106,9 +106,8 @@ def _status_of_all(results: Path, suite: str | None = None) -> int:
 
 
 def states_of(cells: Iterable[Cell], selection: jobs.Selection) -> dict[str, str]:
-    """A word on each cell by id."""
-
-    states = dict.fromkeys((cell.id for cell in cells), "conflict")  # what else there is to say of one follows
+    """The state of each cell in words, by id."""
+    states = dict.fromkeys((cell.id for cell in cells), "conflict")  # unless one of the following holds
     states |= {record["id"]: f"done, {record['status']}" for record in selection.done}
     states |= {record["id"]: f"stale, {record['status']}" for record in selection.stale}
     states |= {record["id"]: f"failed, {record['status']}" for record in selection.failed}
