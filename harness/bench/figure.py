@@ -1,4 +1,4 @@
-"""Records to one SVG: a panel for each workload, a bar for each engine. The same bytes from the same records."""
+"""Draws records as one SVG: a panel for each workload, a bar for each engine. Equal records give equal bytes."""
 
 from __future__ import annotations
 

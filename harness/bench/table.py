@@ -1,4 +1,4 @@
-"""Records to Markdown: the engine that targets are for beside the best of the others, and all engines."""
+"""Writes records as Markdown: the engine that targets are for beside the best of the others, and all engines."""
 
 from __future__ import annotations
 

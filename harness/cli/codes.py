@@ -1,4 +1,4 @@
-"""Today's code of cells and of records, against which a record is stale."""
+"""Works out today's code of cells and of records; a record of other code is stale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request names: suites and their cells, files of methods, devices, results folders."""
+"""Finds what a request names: suites and their cells, files of methods, devices, results folders."""
 
 from __future__ import annotations
 

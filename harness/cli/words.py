@@ -1,4 +1,4 @@
-"""Tables, numbers and counts as text for a terminal."""
+"""Writes tables, numbers and counts as text for a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts by name: what a suite may give a method in the place of its own (``with``), and how they are put together.
+"""Finds parts by name: those that a suite may give a method in the place of its own (``with``).
 
 A slot is a part of a method that may be replaced (``clip path optimizer sampler``), or a wrapper around one that it has
 (``schedule average views``). Options are the fields of the part's dataclass. They are read from its source text, as

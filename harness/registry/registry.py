@@ -1,4 +1,4 @@
-"""The index of everything that @method, @dataset and @model mark, and the look-ups in it."""
+"""Keeps the index of everything that @method, @dataset and @model mark, and looks names up in it."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class Registry:
         return [b for b in self._scan()[1] if kind in (None, b.kind)]
 
     def clashes(self) -> list[DuplicateName]:
-        """Every name that two functions share, for who wants to know of all."""
+        """Every name that two functions share; :meth:`index` raises the first."""
         return list(self._scan()[2])
 
     def resolve(self, kind: str, name: str) -> Entry:

@@ -1,4 +1,4 @@
-"""Reading the functions that @method, @dataset and @model mark, with their parameters, from source text alone."""
+"""Reads the functions that @method, @dataset and @model mark, with their parameters, from source text alone."""
 
 from __future__ import annotations
 

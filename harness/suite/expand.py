@@ -1,4 +1,4 @@
-"""A suite to its cells, one for each run, and all that stands in their way."""
+"""Builds the cells of a suite, one for each run, and reports every error that prevents one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Python files of the user: what is wrong with them as text, and whether they can be imported."""
+"""Checks Python files of the user: first their text, then whether they can be imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets of a suite: what identifies them, and how many steps of which batch the lengths make on them."""
+"""Looks up the data sets of a suite, and works out the batch and the steps of each run on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Lengths:
     _private: set[KeyPath] = field(default_factory=set)
 
     def facts(self, spec: str, place: KeyPath, evaluate: str) -> Facts | None:
-        """What identifies a data set, and the number of examples to train on; None where it cannot be had."""
+        """What identifies a data set, and the number of examples to train on; None where it is missing."""
         from harness import data
 
         try:
@@ -123,7 +123,7 @@ def _origins(dataset: str) -> set[str]:
 
 
 def _absent(spec: str, known: Facts) -> Exception | None:
-    """The error that loading would raise for want of files. Features that are kept need none."""
+    """The error that loading would raise for a missing file; None where all are here, or features of them are kept."""
     from harness import data
     from harness.data.dataset import Split
     from harness.data.extract import finished

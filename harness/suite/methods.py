@@ -1,4 +1,4 @@
-"""``[[method]]``: hyper-parameters by task, other parts, and the variants that they mean."""
+"""Reads ``[[method]]``: hyper-parameters by task, other parts, and the variants that they make."""
 
 from __future__ import annotations
 

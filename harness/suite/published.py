@@ -1,4 +1,4 @@
-"""``[[published]]``: values of the literature, which must name methods, tasks and targets of the suite."""
+"""Checks ``[[published]]``: values of the literature must name methods, tasks and targets of the suite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The document of a suite: every table by itself, then what the tables say of each other."""
+"""Reads the document of a suite: every table by itself, then what the tables say of each other."""
 
 from __future__ import annotations
 

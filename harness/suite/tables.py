@@ -1,4 +1,4 @@
-"""The tables of a suite: their keys, the types of these, and what each is for."""
+"""Defines the tables of a suite: their keys, the types of these, and what each is for."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _line(value: str) -> str:
 
 
 def invalid(message: str, at: str | int | None = None, *, table: bool = True) -> PydanticCustomError:
-    """An error whose message says all but the table that it is about, and the key where not ``table``.
+    """An error of a whole table, or of one key where not ``table``; the reader puts that in front of the message.
 
     ``at`` is the key or the number in a list whose line is named, where that is not the line of what is validated.
     """
@@ -181,7 +181,7 @@ class ThenTable(TomlTable):
     """``then`` of a ``[[method]]``: the method that goes on with the trained network, under a new linear head.
 
     ``method`` is a spec (name?key=value). ``trains`` the head alone, or all of the network. With a ``dataset`` the
-    stage trains and is judged on that data instead, which then counts as public.
+    stage trains and is evaluated on that data instead, which then counts as public.
     """
 
     method: Annotated[Text, known("method")]

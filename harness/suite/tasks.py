@@ -1,4 +1,4 @@
-"""``[[task]]``: data sets and models by name, and how long to train."""
+"""Reads ``[[task]]``: data sets and models by name, and how long to train."""
 
 from __future__ import annotations
 

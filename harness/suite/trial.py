@@ -1,4 +1,4 @@
-"""Models built and tried on examples of the shape of their data, before anything runs."""
+"""Builds models and tries them on examples of the shape of their data, before anything runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refuse_models(variants: Iterable[Variant], report: Problems, refused: Collec
 
 
 def _facts(spec: str) -> dict[str, Any] | None:
-    """What a model is given of a data set; None where that cannot be had."""
+    """What a model is given of a data set; None where the data is missing."""
     from harness import data
 
     try:

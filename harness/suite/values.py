@@ -1,4 +1,4 @@
-"""What a suite is once it is read: tasks, and variants of methods."""
+"""Defines what a suite is once it is read: tasks, and variants of methods."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ def test_from_the_command_to_the_table(tmp_path: Path, capsys: pytest.CaptureFix
 # What is made of records ----------------------------------------------------------------------------------
 
 
-def test_compare_tells_by_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_says_whether_an_engine_got_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     suite = tmp_path / "tiny.toml"
     suite.write_text(TINY)
     now = write(tmp_path / "now", record("w1", bookkeeping=0.0024, loop=0.1))

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from harness.records.cell import Cell
 
 PLACE = 30
-
-
 arguments = suite_options
 
 

@@ -68,14 +68,8 @@ def run(options: argparse.Namespace) -> int:
     on_terminal = sys.stdout.isatty() and bool(selection.todo)
     reporter: progress.Reporter = progress.Bar() if on_terminal else progress.Lines()
     tracker = None if options.no_track else _tracker(options, suite.name, selection, reporter)
-    summary = launch.run(
-        selection.todo,
-        suite.name,
-        at_once=options.jobs,
-        codes=codes,
-        reporter=reporter,
-        watch=tracker.watch if tracker else None,
-    )
+    watch = tracker.watch if tracker else None
+    summary = launch.run(selection.todo, suite.name, at_once=options.jobs, codes=codes, reporter=reporter, watch=watch)
     if tracker:
         tracker.close(5.0 if summary.interrupted else 60.0)
     if summary.interrupted:

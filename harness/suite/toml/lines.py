@@ -1,7 +1,7 @@
-"""Line numbers of the keys of a TOML document, so that an error can name its place.
+"""Finds the line numbers of the keys of a TOML document, so that an error can name its place.
 
 :mod:`tomllib` gives values without places. This scanner walks over text that tomllib has accepted and notes
-where each key path begins; it never looks at values beyond finding their end.
+where each key path begins; it reads of values only where they end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LineNumbers:
         try:
             self._document()
         except (IndexError, RecursionError, ValueError):
-            return  # places are best effort: what was found so far still helps
+            return  # Lines are best effort: those found so far are kept.
 
     def line(self, path: KeyPath) -> int:
         """The line on which a key path begins, counted from 1."""

@@ -1,4 +1,4 @@
-"""What is wrong with a file: each problem with its line, all of them in one error."""
+"""Collects the errors of a file, each with its line, and raises them together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading TOML into typed tables, with every error and its line."""
+"""Reads TOML into typed tables, and reports every error with its line."""
 
 from __future__ import annotations
 
