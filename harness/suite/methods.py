@@ -117,7 +117,7 @@ def _grid(reader: Reader, path: KeyPath, entry: Entry, given: Mapping[str, Any])
                 reader.bad(where, one.message, near)
             if not mine:
                 if arguments[key] in grid[key].values:
-                    reader.bad(place, f'"{key}": {show(arguments[key])} is given twice; keep one.')
+                    reader.bad(place, f'"{key}": {show(value)} is given twice; keep one.')
                 grid[key].values.append(arguments[key])
     return grid
 
