@@ -13,6 +13,6 @@ def adaptive(
     lr: float = 1.0,
     momentum: float = 0.9,
 ) -> Method:
-    """DP-SGD whose clipping norm starts at `clip` and moves with a noisy count, billed jointly with the gradient."""
+    """DP-SGD whose clipping norm starts at `clip` and moves with a noisy count, charged jointly with the gradient."""
     rule = Quantile(clip, by="flat", quantile=quantile, rate=rate, count_noise=count_noise)
     return Method(clip=rule, optimizer=SGD(lr, momentum))

@@ -20,10 +20,7 @@ def modelmix(
 
 @method("modelmix-control", paper="arXiv:2210.03843", family="path")
 def modelmix_control(
-    average: Literal["none", "midpoint"] = "none",
-    clip: float = 0.1,
-    lr: float = 1.0,
-    weight_decay: float = 0.0,
+    average: Literal["none", "midpoint"] = "none", clip: float = 0.1, lr: float = 1.0, weight_decay: float = 0.0
 ) -> Method:
     """What mixing is compared with: DP-SGD without momentum, stepping from the iterate or the mean of the last two."""
     path = Midpoint() if average == "midpoint" else Path()

@@ -22,7 +22,7 @@ from harness.dp.optimizer import SGD
 from harness.dp.random import Stream
 from harness.dp.release import Bounded, Relation
 from harness.dp.tree import Tree
-from harness.running.train import Streams, bill, start, step
+from harness.running.train import Streams, event_of, start, step
 
 LOSS, CLIP, RATE = CrossEntropy(), Flat(1.0), 1e-3
 FEW = 8  # examples on which an engine is compared with the loop in float64
@@ -160,6 +160,6 @@ def outside(engine: PerExample, model: nn.Module, batch: Batch) -> Callable[[], 
         rng = Streams(Stream(1, "noise", p.step), Stream(1, "path", p.step))
         done = step(method, model, p.w, batch, p.parts, 1.0, len(batch), rng)
         p.w, p.parts, p.step = done.w, done.parts, p.step + 1
-        p.ledger.add(bill(method, done.sigmas, 50_000, len(batch), p.step))
+        p.ledger.add(event_of(method, done.sigmas, 50_000, len(batch), p.step))
 
     return one

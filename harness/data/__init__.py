@@ -7,15 +7,7 @@ does.
 from harness.data.canonical import Raw
 from harness.data.catalog import describe, digest_of, load, missing
 from harness.data.dataset import Dataset, validation_size
-from harness.data.source import (
-    Candidate,
-    DatasetError,
-    DatasetMismatch,
-    DatasetMissing,
-    Places,
-    Source,
-    places,
-)
+from harness.data.source import Candidate, DatasetError, DatasetMismatch, DatasetMissing, Places, Source, places
 
 __all__ = [
     "Candidate",

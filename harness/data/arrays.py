@@ -161,12 +161,7 @@ def _refuse_gaps(path: Path, y_train: Array, y_test: Array) -> None:
     )
 
 
-IDX_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
 def read_idx(path: Path) -> Array:
@@ -187,11 +182,4 @@ def read_idx(path: Path) -> Array:
 def read_idx_folder(files: tuple[Path, ...], source: str) -> Raw:
     """The four files of :data:`IDX_FILES`, in that order, as images ``[N, 1, H, W]`` with ten classes."""
     x_train, y_train, x_test, y_test = (read_idx(file) for file in files)
-    return Raw(
-        x_train[:, None],
-        y_train.astype(np.int64),
-        x_test[:, None],
-        y_test.astype(np.int64),
-        source,
-        classes=10,
-    )
+    return Raw(x_train[:, None], y_train.astype(np.int64), x_test[:, None], y_test.astype(np.int64), source, classes=10)

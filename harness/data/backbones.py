@@ -16,15 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from harness.data.source import (
-    DOWNLOAD,
-    DatasetError,
-    DatasetMismatch,
-    DatasetMissing,
-    Places,
-    files_stamp,
-    found_at,
-)
+from harness.data.source import DOWNLOAD, DatasetError, DatasetMismatch, DatasetMissing, Places, files_stamp, found_at
 from harness.dp import cache
 from harness.registry import did_you_mean
 

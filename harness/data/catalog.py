@@ -16,14 +16,7 @@ from harness import registry
 from harness.data.arrays import KEYS
 from harness.data.canonical import Array, Raw, canonical
 from harness.data.dataset import Dataset, Facts
-from harness.data.source import (
-    DatasetError,
-    DatasetMismatch,
-    DatasetMissing,
-    Derived,
-    Source,
-    places,
-)
+from harness.data.source import DatasetError, DatasetMismatch, DatasetMissing, Derived, Source, places
 from harness.dp import cache
 
 # Part of every cache key: raise it when reading, ordering or digests change.

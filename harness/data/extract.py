@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from harness.data.canonical import Array
 from harness.data.dataset import Split
@@ -107,13 +107,16 @@ def _done(folder: Path, sizes: Mapping[Split, int], width: int) -> dict[Split, i
 @contextmanager
 def _alone(folder: Path, what: str) -> Iterator[None]:
     """Hold the folder's lock; the death of its holder frees it."""
-    with open(folder / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{what}: another process is at it; waiting", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(folder / "lock", thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"{what}: another process computes it; waiting", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -57,12 +57,7 @@ def features(
     if norm != "unit" and norm <= 0:
         raise DatasetError(f'features:{path}?norm={norm}: write "unit" or a length above 0')
     one = Features(
-        found_base(path, root),
-        found_backbone(backbone, checkpoint, public, root),
-        backbone,
-        size,
-        norm,
-        checkpoint,
+        found_base(path, root), found_backbone(backbone, checkpoint, public, root), backbone, size, norm, checkpoint
     )
     return Derived(one.facts, one.load, one.missing)
 

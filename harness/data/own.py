@@ -10,16 +10,7 @@ import numpy as np
 
 from harness.data.arrays import read_npz
 from harness.data.canonical import Array, Raw
-from harness.data.source import (
-    Candidate,
-    DatasetError,
-    DatasetMissing,
-    Places,
-    Source,
-    files_stamp,
-    first_of,
-    found_at,
-)
+from harness.data.source import Candidate, DatasetError, DatasetMissing, Places, Source, files_stamp, first_of, found_at
 from harness.registry import dataset
 
 if TYPE_CHECKING:
@@ -57,12 +48,7 @@ def npz(
 
 @dataset("imagefolder")
 def imagefolder(
-    path: str,
-    root: Places,
-    size: int | None = None,
-    channels: int = 3,
-    mean: str | None = None,
-    std: str | None = None,
+    path: str, root: Places, size: int | None = None, channels: int = 3, mean: str | None = None, std: str | None = None
 ) -> Source:
     """A folder with train/CLASS/*.png and test/CLASS/*.png.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,13 +17,9 @@ from harness.data import catalog
 from harness.data.canonical import Array
 from harness.data.dataset import Facts, Split
 from harness.data.own import class_names, labelled_files, open_picture, picture_folder
-from harness.data.source import (
-    DatasetError,
-    DatasetMissing,
-    Places,
-    files_stamp,
-)
+from harness.data.source import DatasetError, DatasetMissing, Places, files_stamp
 from harness.dp import cache
+from harness.provenance.measure import cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,7 +164,7 @@ class _Folder:
             return resized(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255, side, mode)
 
         names = [name for name, _ in getattr(self._files, split)[start:stop]]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             return torch.cat(list(pool.map(one, names)))
 
 
@@ -195,7 +190,7 @@ def _hashed(folder: Path) -> tuple[Facts, _Files]:
     total = hashlib.sha256(DECODING.encode())
     for part in ("train", "test"):
         listed = labelled_files(folder / part, classes)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             hashes = list(pool.map(_hash, listed))
         order = sorted(range(len(listed)), key=hashes.__getitem__)
         total.update(json.dumps([part, len(classes), len(order)]).encode())

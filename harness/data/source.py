@@ -140,10 +140,7 @@ def files_stamp(files: Iterable[Path]) -> str:
 
 
 def first_of(
-    name: str,
-    candidates: Sequence[Candidate],
-    remedies: Sequence[str],
-    fetch: Callable[[], None] | None = None,
+    name: str, candidates: Sequence[Candidate], remedies: Sequence[str], fetch: Callable[[], None] | None = None
 ) -> Source:
     """The first candidate that exists, else what ``fetch`` brings; else :class:`DatasetMissing`."""
 

@@ -46,12 +46,7 @@ def calibrate(
 
 
 def calibrate_stages(
-    stages: Sequence[Stage],
-    n: int,
-    target: float,
-    delta: float,
-    accountant: str = "pld",
-    cache: Path | None = None,
+    stages: Sequence[Stage], n: int, target: float, delta: float, accountant: str = "pld", cache: Path | None = None
 ) -> float:
     """The smallest noise multiplier, to 1e-4 relative, at which all stages together cost at most `target` at `delta`.
 
@@ -104,8 +99,7 @@ def calibrate_stages(
     def solve(name: str, bracket: BracketInterval, tol: float) -> float:
         # In the place of an accountant, which would compute again what `epsilon` knows; of an event, its multiplier.
         account: Any = SimpleNamespace(
-            ledger=NoOpDpEvent(),
-            compose=lambda sigma: SimpleNamespace(get_epsilon=lambda _: spent(sigma, name)),
+            ledger=NoOpDpEvent(), compose=lambda sigma: SimpleNamespace(get_epsilon=lambda _: spent(sigma, name))
         )
         multiplier: Any = float
         return float(calibrate_dp_mechanism(lambda: account, multiplier, target, delta, bracket, tol=tol))

@@ -36,7 +36,7 @@ class Method:
     path: Path = field(default_factory=Path)
 
     def event(self, sigma: float, n: int, batch: int, step: int) -> DpEvent:
-        """What one step will be billed: the noise's event on all releases, amended by the path, amplified by the
+        """What one step will be charged: the noise's event on all releases, amended by the path, amplified by the
         sampler. Known before any data is seen."""
         event = self.path.amend(self.noise.event(self.engine.split(self.clip, sigma, step).values()))
         return self.sampler.wrap(event, n, batch, step)
@@ -53,7 +53,7 @@ class Stage(NamedTuple):
     """One method for some steps of a run, in batches of an expected size.
 
     The stages of a run train one after the other on the same data: one noise multiplier serves them all, and one ledger
-    bills them.
+    charges them.
     """
 
     method: Method

@@ -18,7 +18,7 @@ from harness.dp.release import Relation
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws logical batches from n examples and bills a step accordingly. n and the batch size are public."""
+    """Draws logical batches from n examples and charges a step accordingly. n and the batch size are public."""
 
     @property
     def relation(self) -> Relation:
@@ -100,7 +100,7 @@ class Shuffle(Sampler):
 
     No amplification is claimed: none is proved that is worth having (Chua et al., arXiv:2403.17673). What does hold,
     for replace-one neighbours, is that the permutation does not depend on the data, so that an example touches at most
-    one step of an epoch: by parallel composition an epoch costs one un-amplified event, billed at its first step.
+    one step of an epoch: by parallel composition an epoch costs one un-amplified event, charged at its first step.
     """
 
     @property

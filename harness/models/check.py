@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from harness.dp.engines.memory import FORGET, remembered
+from harness.dp.engines.memory import FORGET, changed, remembered
 from harness.dp.engines.weights import held, restored
 from harness.models import mixing, reading
 from harness.models.passes import REMEDY, WHOLE, CrossExampleLayer, called, kind, seeded
@@ -17,10 +17,7 @@ __all__ = ["REMEDY", "CrossExampleLayer", "check"]
 
 
 def check(
-    model: nn.Module,
-    input_shape: tuple[int, ...] | None = None,
-    classes: int | None = None,
-    tokens: int | None = None,
+    model: nn.Module, input_shape: tuple[int, ...] | None = None, classes: int | None = None, tokens: int | None = None
 ) -> None:
     """Raise `CrossExampleLayer`, naming the first module that mixes examples, or `ValueError` for other obstacles.
 
@@ -57,13 +54,18 @@ def check(
         with held(model, values):
             draws = mixing.drawn(model, tuple(input_shape), tokens)
             # First: what is kept of an infinite example would hide all that comes after it.
-            if found := remembered(model, draws[0](mixing.PROBE), called):
+            x, many = draws[0](mixing.PROBE), mixing.large(model, draws[0])
+            if found := remembered(model, x, called, many):
                 owner = model.get_submodule(found.path)
                 raise CrossExampleLayer(found.path or WHOLE, type(owner).__name__, str(found), FORGET)
             for draw in draws:
                 mixing.probe(model, classes, draw)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         reading.probe(model, draws[0](1), {name: t for name, t in values.items() if name in trained})
+        with held(model, values):
+            model.train()
+            if how := changed(model, x, called, many):
+                raise CrossExampleLayer(WHOLE, type(model).__name__, how, FORGET)
 
 
 def _shaken(model: nn.Module) -> dict[str, Tensor]:

@@ -76,10 +76,7 @@ class Cell(nn.Module):
 
 @model("dpnas", paper="arXiv:2110.08557")
 def dpnas(
-    input_shape: tuple[int, ...],
-    classes: int,
-    cell: Literal["cifar", "fashion", "mnist"] = "cifar",
-    width: int = 16,
+    input_shape: tuple[int, ...], classes: int, cell: Literal["cifar", "fashion", "mnist"] = "cifar", width: int = 16
 ) -> nn.Module:
     """DPNASNet: 529,434 parameters on CIFAR-10, 214,570 on 28x28 grey with ``cell=fashion``.
 

@@ -131,7 +131,7 @@ def _separable(model: nn.Module, x: Tensor, many: Tensor) -> None:
 
     # What cannot be differentiated shows in another place, by its reason.
     with suppress(RuntimeError):
-        for batch, size, draws in ((x, 1, DRAWS), (many, PROBE, 1)):
+        for batch, size, draws in ((x, 1, DRAWS), (many, 2 * PROBE, 2)):
             name = mixed(values, leaves, Batch(batch, batch.new_zeros(len(batch))), ROUGH, size, draws)
             if name:
                 raise CrossExampleLayer(
@@ -176,6 +176,12 @@ def _unseeded() -> dict[str, str]:
     """The states of the generators that models draw from and runs do not seed."""
     arrays = np.random.get_state(legacy=False)  # noqa: NPY002 (it is the legacy generator that models draw from)
     return {"Python's random": repr(random.getstate()), "numpy.random": repr(arrays)}
+
+
+def large(model: nn.Module, draw: Draw) -> Tensor:
+    """A batch as large as a second or so allows."""
+    x = draw(PROBE)
+    return draw(size(forward(model, x, record=True), x[0].numel()))
 
 
 def size(base: Pass, inputs: int) -> int:

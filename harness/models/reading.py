@@ -92,9 +92,7 @@ def _answer(model: nn.Module, x: Tensor) -> Answer:
         mix = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2))
         try:
             grads = torch.autograd.grad(
-                (outputs.to(mix.dtype) * mix.to(outputs.device)).sum(),
-                list(trained.values()),
-                allow_unused=True,
+                (outputs.to(mix.dtype) * mix.to(outputs.device)).sum(), list(trained.values()), allow_unused=True
             )
         except RuntimeError as error:
             raise ValueError(f"{type(model).__name__} cannot be differentiated: {error}") from error
@@ -117,11 +115,7 @@ def _gradients_reach(model: nn.Module, x: Tensor, values: Mapping[str, Tensor], 
 
 def _moved(model: nn.Module, x: Tensor, values: Mapping[str, Tensor], names: list[str]) -> Tensor:
     """The outputs with the parameters of these names moved on."""
-    with (
-        held(model, {name: values[name] * 1.5 + SHIFT for name in names}),
-        seeded(x.device, 0),
-        torch.no_grad(),
-    ):
+    with held(model, {name: values[name] * 1.5 + SHIFT for name in names}), seeded(x.device, 0), torch.no_grad():
         return called(model, x.clone())
 
 

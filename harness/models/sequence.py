@@ -80,12 +80,7 @@ def transformer(
             f"{list(input_shape)}."
         )
     body = [EncoderLayer(width, heads, feedforward) for _ in range(layers)]
-    return nn.Sequential(
-        Embedded(vocabulary, input_shape[0], width),
-        *body,
-        Mean(),
-        nn.Linear(width, classes),
-    )
+    return nn.Sequential(Embedded(vocabulary, input_shape[0], width), *body, Mean(), nn.Linear(width, classes))
 
 
 class Mean(nn.Module):
@@ -113,12 +108,7 @@ class Recurrent(nn.Module):
 
 
 def _recurrent(
-    name: str,
-    cell: type[nn.LSTM] | type[nn.GRU],
-    shape: tuple[int, ...],
-    classes: int,
-    hidden: int,
-    layers: int,
+    name: str, cell: type[nn.LSTM] | type[nn.GRU], shape: tuple[int, ...], classes: int, hidden: int, layers: int
 ) -> nn.Module:
     if len(shape) not in (2, 3):
         raise ValueError(

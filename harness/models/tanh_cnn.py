@@ -51,9 +51,5 @@ def tanh_cnn_32(input_shape: tuple[int, ...], classes: int) -> nn.Module:
         layers.append(nn.MaxPool2d(2))
         channels = wide
     return nn.Sequential(
-        *layers,
-        nn.Flatten(),
-        nn.Linear(128 * (height // 8) * (width // 8), 128),
-        nn.Tanh(),
-        nn.Linear(128, classes),
+        *layers, nn.Flatten(), nn.Linear(128 * (height // 8) * (width // 8), 128), nn.Tanh(), nn.Linear(128, classes)
     )

@@ -26,7 +26,7 @@ class BackPack(Rows):
 
     PACKAGE: ClassVar[str] = "backpack-for-pytorch"
     IMPORTS: ClassVar[str] = "backpack"
-    INSTALL: ClassVar[str] = "epsbench[backpack]"
+    INSTALL: ClassVar[str] = "epsbench[peers]"
     SOURCE: ClassVar[str] = "Dangel, Kunstner and Hennig, BackPACK: Packing more into backprop, arXiv:1912.10985"
 
     def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:

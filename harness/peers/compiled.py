@@ -25,7 +25,7 @@ _compiled: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Callable[..., A
 class Jax(Peer):
     """What both have in common: compiled once for a model, its modes and its layout, and for each shape of a batch."""
 
-    INSTALL: ClassVar[str] = "epsbench[jax]"
+    INSTALL: ClassVar[str] = "epsbench[peers]"
 
     def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         import jax

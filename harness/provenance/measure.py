@@ -12,7 +12,6 @@ import hashlib
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 MIB = 1024 * 1024
 PACKAGES = ("torch", "torchvision", "opacus", "dp-accounting", "numpy", "scipy", "timm", "mlflow-skinny")
@@ -90,11 +91,14 @@ def peak_memory_mib(device: str | Any = "cpu") -> float:
         import torch
 
         return torch.cuda.max_memory_allocated(str(device)) / MIB
-    resident = _status_mib("VmHWM")
-    if resident is not None:
-        return resident
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MIB if sys.platform == "darwin" else peak / 1024  # bytes on macOS, KiB elsewhere
+    # In bytes on macOS, in KiB elsewhere.
+    return peak / MIB if sys.platform == "darwin" else peak / 1024
 
 
 def reset_peak_memory(device: str | Any = "cpu") -> bool:
@@ -112,16 +116,17 @@ def reset_peak_memory(device: str | Any = "cpu") -> bool:
 
 
 def resident_mib(pid: int) -> float | None:
-    """Resident memory of another process in MiB; None when it is gone or the system does not tell."""
-    return _status_mib("VmRSS", pid)
-
-
-def _status_mib(field: str, pid: int | str = "self") -> float | None:
+    """Resident memory of a process and all that it started, in MiB; None when it is gone or hidden from us."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
+        process = psutil.Process(pid)
+        tree = [process, *process.children(recursive=True)]
+    except psutil.Error:
         return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":")), None)
+    found = 0.0
+    for one in tree:
+        with contextlib.suppress(psutil.Error):
+            found += one.memory_info().rss / MIB
+    return found or None
 
 
 def cpu_name() -> str:
@@ -184,7 +189,7 @@ def environment() -> dict[str, Any]:
         "os": platform.platform(),
         "cpu": cpu_name(),
         "cores": cores(),
-        "memory_mib": _memory_mib(),
+        "memory_mib": psutil.virtual_memory().total // MIB,
         "variables": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
         **_torch_settings(),
         **git_state(),
@@ -220,13 +225,6 @@ def _driver() -> str | None:
         first = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
         return next((word for word in first.split() if word[0].isdigit() and "." in word), first)
     return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-
-
-def _memory_mib() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB
-    except (ValueError, OSError):
-        return None
 
 
 def _version(package: str) -> str | None:

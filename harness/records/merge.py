@@ -157,11 +157,7 @@ def _add(source: Path, target: Path, data: bytes, note: bytes, refused: list[Bro
         staged[origin.FILE] = temporary(target / origin.FILE)
         write_durably(staged[origin.FILE], note)
         aside.mkdir()
-        for name in (
-            "checkpoint",
-            *_COPIED,
-            origin.FILE,
-        ):  # without its checkpoint first: a trace alone is begun again
+        for name in ("checkpoint", *_COPIED, origin.FILE):  # without its checkpoint first: a trace alone is begun again
             if os.path.lexists(target / name):
                 (target / name).rename(aside / name)
                 moved.append(name)

@@ -13,7 +13,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from harness.records.record import FAILED, Came, Measured, Private, Stage
+from harness.records.field import Came, Private
+from harness.records.record import FAILED, Measured, Stage
 from harness.records.schema import names
 
 __all__ = ["LEFT_OUT", "SWITCH", "diagnostics", "points", "privately_judged", "trace", "view"]
@@ -49,10 +50,7 @@ UNTOLD: Mapping[str, Any] = {
 }
 """What the privacy of a run of another status says where nothing is reported of how far it came."""
 HIDDEN = "what ended this run may tell of private data, and is left out"
-_PROBED = (
-    "InfoNCE",
-    "Rotations",
-)  # losses that records of schema 1 do not say to be judged by private labels
+_PROBED = ("InfoNCE", "Rotations")  # losses that records of schema 1 do not say to be judged by private labels
 
 Told = Mapping[str, Any]
 

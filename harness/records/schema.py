@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import msgspec
 from msgspec import Struct, UnsetType
 
-from harness.records.record import READ, SCHEMA, Column, Quartiles, Record
+from harness.records.field import Column
+from harness.records.record import READ, SCHEMA, Quartiles, Record
 
 __all__ = ["blank", "columns", "decode", "fault", "names", "schema", "unknown"]
 

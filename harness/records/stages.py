@@ -15,9 +15,9 @@ FACTS = (
 def told(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each stage with all of `FACTS`, None where the record does not know one; [] for a run of one stage.
 
-    What was to be run is the cell's. A record whose stages lack their sampling law is from before they had one: its
-    ``privacy.sampling`` is the first stage's, its ``privacy.sensitivity``, engine and loss are the last one's, and its
-    throughput and counts are of both together and so of neither. Nothing about the types of `record` is assumed.
+    What was to be run is the cell's. A record whose stages lack their sampling distribution is from before they had
+    one: its ``privacy.sampling`` is the first stage's, its ``privacy.sensitivity``, engine and loss are the last one's,
+    and its throughput and counts are of both together and so of neither. Fields of `record` may be of any type.
     """
     cell, privacy = _map(record.get("cell")), _map(record.get("privacy"))
     then = _map(cell.get("then"))
@@ -60,7 +60,7 @@ def _recover(first: dict[str, Any], last: dict[str, Any], record: Mapping[str, A
         last["sensitivity"] = privacy.get("sensitivity")
         samplers = [_map(one["parts"]).get("sampler") for one in (first, last)]
         if samplers[0] is not None and samplers[0] == samplers[1] and first["batch"] == last["batch"]:
-            last["sampling"] = first["sampling"]  # one law on one data set
+            last["sampling"] = first["sampling"]  # one distribution on one data set
 
 
 def _map(value: Any) -> Mapping[str, Any]:

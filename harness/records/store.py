@@ -225,12 +225,7 @@ def cell_of(record: Record) -> Cell:
     return Cell.from_canonical(
         record["cell"],
         suite=record["suite"],
-        device={
-            "device": device.get("spec"),
-            "threads": device.get("threads"),
-            "engine": None,
-            "microbatch": None,
-        },
+        device={"device": device.get("spec"), "threads": device.get("threads"), "engine": None, "microbatch": None},
     )
 
 
@@ -303,10 +298,7 @@ def crowded(records: Iterable[Record]) -> list[Broken]:
     for record in records:
         families.setdefault((record["suite"], record["id"]), []).append(record)
     return [
-        Broken(
-            Path(record["path"]),
-            "is a run of one of two cells with the same id: keep them in two results folders",
-        )
+        Broken(Path(record["path"]), "is a run of one of two cells with the same id: keep them in two results folders")
         for attempts in families.values()
         if len(list(_by_cell(attempts))) > 1
         for record in attempts

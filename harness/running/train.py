@@ -84,8 +84,8 @@ def step(
         noise = rng.own(name, r, observed) if m.noise.private else rng.noise
         public[name] = r._replace(value=m.noise.add(r, noise)).formatted / denominator
     g = public.pop("grad")
-    told = m.optimizer.receive(s.optimizer, public)
-    new, optimizer = m.optimizer.update(g, told, m.path.base(w, s.path, rng.path))
+    state = m.optimizer.receive(s.optimizer, public)
+    new, optimizer = m.optimizer.update(g, state, m.path.base(w, s.path, rng.path))
     parts = Parts(optimizer, m.path.after(w, new, g, s.path), m.clip.update(s.clip, public))
     sigmas = tuple(r.sigma for r in releases.values())
     return Stepped(new, parts, sigmas, {name: r.sensitivity for name, r in releases.items()}, observed)
@@ -214,13 +214,9 @@ def train(
         fill(device, Stream(seeds.path, "dropout", p.step))
         noise, path = Stream(seeds.noise, f"noise of {method.engine.role}", p.step), Stream(seeds.path, "path", p.step)
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams(noise, path), p.step)
-        p.ledger.add(bill(method, done.sigmas, n, schedule.batch, p.step))
+        p.ledger.add(event_of(method, done.sigmas, n, schedule.batch, p.step))
         p.w, p.parts, p.step = done.w, done.parts, p.step + 1
-        p.sensitivity, p.engine, p.microbatch = (
-            done.sensitivity,
-            done.observed.engine,
-            done.observed.microbatch,
-        )
+        p.sensitivity, p.engine, p.microbatch = (done.sensitivity, done.observed.engine, done.observed.microbatch)
         losses.append(done.observed.losses.sum())
         counts.append(torch.stack([done.observed.clipped, done.observed.non_finite]))
         size += len(batch)
@@ -234,11 +230,7 @@ def train(
             size, lap = 0, now
         if logging:
             clipped, non_finite = (int(c) for c in torch.stack(counts).sum(0))
-            p.seen, p.clipped, p.non_finite = (
-                p.seen + examples,
-                p.clipped + clipped,
-                p.non_finite + non_finite,
-            )
+            p.seen, p.clipped, p.non_finite = (p.seen + examples, p.clipped + clipped, p.non_finite + non_finite)
             p.loss = float(torch.stack(losses).sum()) / examples if examples else None
             if not p.w.flat.isfinite().all():
                 raise Diverged(f"weights are not finite after step {p.step}")
@@ -252,7 +244,7 @@ def train(
     return p
 
 
-def bill(method: Method, sigmas: tuple[float, ...], n: int, batch: int, step: int) -> Any:
+def event_of(method: Method, sigmas: tuple[float, ...], n: int, batch: int, step: int) -> Any:
     """The event of a step that released values with these multipliers: what was done, not what was planned."""
     return method.sampler.wrap(method.path.amend(method.noise.event(sigmas)), n, batch, step)
 
@@ -294,17 +286,7 @@ def write_checkpoint(file: Path, p: Progress) -> None:
         "loss": p.loss,
         **{
             name: getattr(p, name)
-            for name in (
-                "stage",
-                "seconds",
-                "sizes",
-                "seen",
-                "clipped",
-                "non_finite",
-                "trace",
-                "engine",
-                "microbatch",
-            )
+            for name in ("stage", "seconds", "sizes", "seen", "clipped", "non_finite", "trace", "engine", "microbatch")
         },
     }
     file.parent.mkdir(parents=True, exist_ok=True)

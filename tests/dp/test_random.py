@@ -7,7 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -61,6 +62,18 @@ def without_kernels(monkeypatch):
 def test_the_cipher_is_chacha20(key, counter, block):
     words = cipher_words(tuple(np.frombuffer(key, "<u4").tolist()), 0, 1)
     assert words[0, :, counter].numpy().astype("<i4").tobytes().hex() == block
+
+
+@pytest.mark.usefixtures("way")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.binary(min_size=32, max_size=32), counter=st.integers(0, 2**60))
+def test_the_cipher_is_that_of_another_library(key, counter):
+    """OpenSSL's, block by block: its nonce of 16 bytes begins with the counter. Also where the low half runs over."""
+    nonces = [block.to_bytes(8, "little") + bytes(8) for block in range(counter, counter + 32)]
+    blocks = [Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor().update(bytes(64)) for nonce in nonces]
+    theirs = b"".join(blocks)
+    words = cipher_words(tuple(np.frombuffer(key, "<u4").tolist()), counter, 2)
+    assert words.transpose(1, 2).contiguous().numpy().astype("<i4").tobytes() == theirs
 
 
 @pytest.mark.parametrize("counter", [0, 2**32 - 16, 2**63])

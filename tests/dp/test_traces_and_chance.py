@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import math
+import threading
+import weakref
+from array import array
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
+from functools import partial
+from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.dp.clip import Flat
+from harness.dp.engines import memory
 from harness.dp.engines.engine import PerExample, Unserved, trainable
 from harness.dp.engines.loop import Loop
 from harness.dp.engines.taped.bookkeeping import BookKeeping
@@ -91,6 +104,97 @@ class Graded(Net):
             h.register_hook(lambda g: setattr(self, "norm", 0.9 * self.norm + float(g.norm())))
         out: Tensor = self.b(torch.tanh(h))
         return out
+
+
+class Ranged(Net):
+    """Evaluation clips to the range of the last batch, as quantisers do: what it keeps is gone with the next."""
+
+    top = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.top = 0.05 * float(x.detach().nan_to_num(0, 0, 0).abs().max())
+            return super().forward(x)
+        return super().forward(x.clamp(-self.top, self.top))
+
+
+class Selective(Net):
+    """Keeps statistics of large batches alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) >= 16:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().nan_to_num(0, 0, 0).mean()
+        return super().forward(x if self.training else x - self.mean)
+
+
+class Hidden(Net):
+    """A running mean where no copy has one of its own: behind a weak reference, in a bound method, in the class."""
+
+    seen: ClassVar[list[float]] = [0.0]
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place, self.mean, self.owner = place, 0.0, weakref.ref(self)
+        self.history = [0.0]
+        self.add = self.history.append
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = {"class": self.seen, "method": self.history}.get(self.place)
+        mean = self.owner().mean if kept is None else kept[-1]  # type: ignore[union-attr]
+        if not self.training:
+            return super().forward(x - mean)
+        mean = 0.9 * mean + 0.1 * float(x.detach().nan_to_num(0, 0, 0).mean())
+        if self.place == "class":
+            self.seen[0] = mean
+        elif self.place == "method":
+            self.add(mean)
+        else:
+            self.owner().mean = mean  # type: ignore[union-attr]
+        return super().forward(x)
+
+
+@dataclass(slots=True)
+class Slots:
+    mean: float = 0.0
+
+
+def frozen(value: float) -> nn.Parameter:
+    p = nn.Parameter(torch.zeros(()), requires_grad=False)
+    p.grad = torch.tensor(value)
+    return p
+
+
+def attributed(value: float) -> Tensor:
+    t = torch.zeros(())
+    t.mean_ = value  # type: ignore[attr-defined]
+    return t
+
+
+def defaulted(value: float) -> Callable[[], object]:
+    return lambda kept=[value]: kept[0]  # type: ignore[misc]
+
+
+STORES: dict[str, Callable[[float], object]] = {
+    "slots": Slots, "bytes": lambda v: bytearray(np.float64(v).tobytes()), "array": lambda v: array("d", [v]),
+    "distribution": lambda v: torch.distributions.Normal(v, 1.0), "decimal": Decimal, "fraction": Fraction,
+    "number": np.float32, "proxy": lambda v: MappingProxyType({"mean": v}), "ctypes": ctypes.c_double,
+    "range": lambda v: range(int(1e6 * v)), "timedelta": lambda v: timedelta(seconds=v), "gradient": frozen,
+    "attribute": attributed, "default": defaulted, "keyword": lambda v: partial(max, v, key=float),
+    "nested": lambda v: [{"a": (Slots(v),)}],
+}  # fmt: skip
+"""Where a running mean can be kept."""
+
+
+class Stored(Net):
+    """Keeps a number in a place of its own."""
+
+    def __init__(self, store: Callable[[float], object], value: float) -> None:
+        super().__init__()
+        self.kept = store(value)
 
 
 class Cached(Net):
@@ -179,7 +283,11 @@ def test_a_model_without_trained_parameters_is_named() -> None:
         check(Net().requires_grad_(False), (8,), 3)
 
 
-@pytest.mark.parametrize("build", [Centred, lambda: Centred(500), Hooked, Graded])
+@pytest.mark.parametrize(
+    "build",
+    [Centred, lambda: Centred(500), Hooked, Graded, Ranged, Selective]
+    + [partial(Hidden, place) for place in ("weak", "method", "class")],
+)
 def test_what_a_model_keeps_of_examples_beyond_the_next_batch_is_refused(
     build: Callable[[], nn.Module],
 ) -> None:
@@ -189,6 +297,29 @@ def test_what_a_model_keeps_of_examples_beyond_the_next_batch_is_refused(
         model = build()
         with pytest.raises(Unserved, match="keeps something of the examples"):
             release(engine, model)
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_what_is_kept_is_seen_wherever_it_is(name: str) -> None:
+    one, other, again = (dict(memory._state(Stored(STORES[name], value))) for value in (1.5, 2.5, 1.5))
+    assert any(not memory._equal(value, other.get(place)) for place, value in one.items())
+    assert all(memory._equal(value, again.get(place)) for place, value in one.items())
+
+
+def test_a_model_is_compared_with_copies_of_itself_or_refused() -> None:
+    """A lock, a logger's say, is no reason to look less; what cannot be copied otherwise is named."""
+    locked = Centred()
+    locked.lock = threading.Lock()
+    with pytest.raises(ValueError, match="keeps something of the examples"):
+        check(locked, (8,), 3)
+    plain = Net()
+    plain.lock, plain.view = threading.Lock(), plain.a.weight * 1.0
+    check(plain, (8,), 3)
+    plain.here = threading.local()
+    with pytest.raises(ValueError, match=r"Net cannot be copied .*local"):
+        check(plain, (8,), 3)
+    with pytest.raises(Unserved, match="cannot be copied"):
+        release(BookKeeping(), plain)
 
 
 def test_what_is_gone_with_the_next_batch_is_no_memory() -> None:
@@ -218,7 +349,9 @@ class Majority(Net):
 
 @pytest.mark.parametrize("way", ["hook", "straight through"])
 def test_what_mixes_examples_on_the_way_back_alone_is_refused(way: str) -> None:
-    for model in (Majority(way), Majority(way, after=32)):
+    for seed, after in itertools.product(range(3), (0, 32)):
+        torch.manual_seed(seed)
+        model = Majority(way, after)
         with pytest.raises(CrossExampleLayer, match="mixes examples in its backward pass"):
             check(model, (8,), 3)
     for engine in (Ghost(), BookKeeping()):

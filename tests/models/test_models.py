@@ -387,7 +387,8 @@ class Remembering(nn.Module):
     ("module", "message"),
     [
         (Large(), r'module "1\.1" \(Large\).*batch of \d+'), (Rescue(1e3), "Rescue"), (Rescue(1e6), "Rescue"),
-        (Unless(), "Unless"), (Remembering(), "second pass"), (nn.RReLU(), r'"1\.1" .RReLU. draws random numbers'),
+        (Unless(), "Unless"), (Remembering(), "keeps something of the examples"),
+        (nn.RReLU(), r'"1\.1" .RReLU. draws random numbers'),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -168,9 +168,10 @@ def test_a_merged_record_supersedes_a_half_done_run_but_not_a_running_one(tmp_pa
 
 
 def _hold(folder: str, ready: Any) -> None:
-    lock(Path(folder))
+    held = lock(Path(folder))
     ready.set()
     time.sleep(60)
+    assert held is not None
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print one record; the exit code."""
     from harness.records import origin, public, store
-    from harness.records.record import Diagnostics, Measured, Private
+    from harness.records.field import Private
+    from harness.records.record import Diagnostics, Measured
     from harness.records.schema import names
     from harness.records.stages import told
     from harness.report.model import runs as read

@@ -20,12 +20,7 @@ __all__ = ["ACCOUNTANTS", "Ledger", "epsilon", "epsilons", "explain", "quiet", "
 
 # In order of rank: where the first knows every event, its epsilon is the one that counts; the others cross-check it.
 # The last two know nothing that the first does not.
-ACCOUNTANTS: dict[str, Callable[[Relation], PrivacyAccountant]] = {
-    "pld": Pld,
-    "rdp": Rdp,
-    "prv": Prv,
-    "gdp": Gdp,
-}
+ACCOUNTANTS: dict[str, Callable[[Relation], PrivacyAccountant]] = {"pld": Pld, "rdp": Rdp, "prv": Prv, "gdp": Gdp}
 
 
 @contextmanager
@@ -90,5 +85,5 @@ def _answer(entries: str, delta: float, relation: Relation, accountant: str) -> 
         except Unproved as reason:
             return _Answer(math.inf, str(reason))
         if isinstance(account, Rdp):
-            return _Answer(found, account.told(delta))
+            return _Answer(found, account.note(delta))
     return _Answer(found, "" if math.isfinite(found) else "a value is released without noise")

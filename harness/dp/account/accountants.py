@@ -116,7 +116,7 @@ class Rdp(RdpAccountant):
             return None
         return super()._maybe_compose(event, count, do_compose)
 
-    def told(self, delta: float) -> str:
+    def note(self, delta: float) -> str:
         """The order that binds, and those that count for nothing: they overflowed, or their series did not converge."""
         _, order = self.get_epsilon_and_optimal_order(delta)
         lost = np.isinf(self.rdp)

@@ -6,8 +6,8 @@ independently. An example moves p = 1 / share^2 of the coordinates by C / (sqrt(
 move fewer by more. (That no uneven spread, and no wider uniform draw, costs more is the authors' assumption: `worst`
 looks for a counter-example.)
 
-With P and Q the laws of one coordinate with and without the example, K(k) = E_Q[(P / Q)^k] to the p-th power is the
-moment for all of them, and of a step under Poisson sampling with rate q
+With P and Q the distributions of one coordinate with and without the example, K(k) = E_Q[(P / Q)^k] to the p-th power
+is the moment for all of them, and of a step under Poisson sampling with rate q
 
     A(a) = sum over k of binomial(a, k) (1 - q)^(a - k) q^k K(k),    a = 2, 3, ...
 
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ORDERS = range(2, 20)  # those of the authors' code
-REACH = 12.0  # standard deviations beyond which a normal law counts for nothing: exp(-72)
+REACH = 12.0  # standard deviations beyond which a normal distribution counts for nothing: exp(-72)
 STEP = 1 / 32  # of the quadrature, in standard deviations
 NARROWEST, FARTHEST = 1e-3, 100.0  # beyond them the uniform noise is not made use of
 WIDER = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 100.0)
@@ -79,9 +79,9 @@ def worst(*, sigma: float, clip: float, share: float, batch: float, tau: float) 
 
 
 def log_moment(k: int, shift: float, width: float) -> float:
-    """log E_Q[(P / Q)^k], Q the law of U[-width / 2, width / 2] + N(0, 1), P the same moved by `shift` >= 0.
+    """log E_Q[(P / Q)^k], Q the distribution of U[-width / 2, width / 2] + N(0, 1), P the same moved by `shift` >= 0.
 
-    At most k (k - 1) shift^2 / 2, that of the Gaussian alone: the uniform noise is added to both laws alike.
+    At most k (k - 1) shift^2 / 2, that of the Gaussian alone: the uniform noise is added to both distributions alike.
 
     By the trapezoidal rule, which converges faster than any power of its step on smooth functions that vanish or are
     flat at both ends. Where the ends of the uniform draw are far apart each has a grid of its own, in distances from

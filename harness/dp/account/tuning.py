@@ -24,7 +24,7 @@ class Tuning:
     their number is drawn, `tries` is its mean, and nothing is published but the best: repeat and select (Liu and Talwar
     2019, arXiv:1811.07971; Papernot and Steinke 2022, arXiv:2110.03620, theorems 2 and 6).
 
-    `retrained`: the run that is billed is one more, with the hyper-parameters found. Else it is the best try itself.
+    `retrained`: the run that is charged is one more, with the hyper-parameters found. Else it is the best try itself.
     Raises ValueError where these do not fit each other.
     """
 

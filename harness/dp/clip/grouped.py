@@ -66,12 +66,7 @@ def _block(name: str) -> str:
     return ".".join(path[: end + 1])
 
 
-_KEYS: dict[str, Callable[[str], str]] = {
-    "flat": lambda name: "",
-    "parameter": str,
-    "layer": _layer,
-    "block": _block,
-}
+_KEYS: dict[str, Callable[[str], str]] = {"flat": lambda name: "", "parameter": str, "layer": _layer, "block": _block}
 
 
 def _pattern(by: str) -> Callable[[str], str]:

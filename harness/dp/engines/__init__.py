@@ -9,13 +9,7 @@ if TYPE_CHECKING:
     from harness.dp.engines.engine import PerExample
 
 # Those that are one mechanism, per-example clipping, and differ in speed alone.
-PER_EXAMPLE = {
-    "bookkeeping": "BookKeeping",
-    "ghost": "Ghost",
-    "vmap": "Vmap",
-    "loop": "Loop",
-    "auto": "Auto",
-}
+PER_EXAMPLE = {"bookkeeping": "BookKeeping", "ghost": "Ghost", "vmap": "Vmap", "loop": "Loop", "auto": "Auto"}
 
 
 def per_example(name: str) -> PerExample:

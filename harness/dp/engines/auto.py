@@ -91,14 +91,7 @@ class Auto(PerExample):
             for name, engine in CANDIDATES.items()
             if engine.accepts(loss, clip, model) is None and (images or not channels_last(engine))
         }
-        facts = [
-            type(loss).__name__,
-            groups,
-            clip.needs_norms,
-            list(batch.x.shape[1:]),
-            str(batch.x.dtype),
-            list(able),
-        ]
+        facts = [type(loss).__name__, groups, clip.needs_norms, list(batch.x.shape[1:]), str(batch.x.dtype), list(able)]
         key = repr((facts, modes(model), w.layout, batch.x.device.type, torch.get_num_threads()))
         known = _chosen.setdefault(model, {})
         if key not in known:

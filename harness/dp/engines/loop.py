@@ -42,14 +42,7 @@ class Loop(PerExample):
             _tried.add(used.model)
 
     def clipped_sum(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         total = torch.zeros_like(w.flat, dtype=torch.float64)
         norms, weights, losses = [], [], []

@@ -58,7 +58,7 @@ class Pairs(Engine):
     is clipped. Clipping norms are the rule's; the sensitivity is the engine's own (`sensitivity`). Where the batch has
     no fixed public size (add-or-remove neighbours) it is that for any size, unless `cap` gives a largest one: a
     batch's examples beyond the first `cap` are then left out. One more example may push another out, which is a
-    replacement in a batch of `cap`, and is billed as one: the cap pays where e^(2 / temperature) is above it.
+    replacement in a batch of `cap`, and is charged as one: the cap pays where e^(2 / temperature) is above it.
 
     An example whose embeddings are not finite, or whose Jacobian is longer than 1e15, is left out of the batch: that is
     a removal, decided by its own views. An empty batch and a batch of one give zero.

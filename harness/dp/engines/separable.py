@@ -10,7 +10,9 @@ from torch import Tensor
 
 from harness.dp.loss import Batch
 
-DRAWS = 6  # batches that are tried: what looks at the sign of a sum agrees with each of its examples in one of four
+# Batches that are tried, in pairs of opposite inputs, each with its weights and with their opposites: what turns
+# gradients by the sign of a sum over the batch, of gradients or of inputs, turns one of two.
+DRAWS = 4
 
 # The share of the whole, squared, that a parameter's gradient may be wrong by, times the tolerance. What is zero but
 # for rounding, like the gradient of a bias before a normalisation, has no relative accuracy.
@@ -46,28 +48,35 @@ def mixed(
         grads = torch.autograd.grad(total, each, allow_unused=True, materialize_grads=True)
         return [g.detach().double().cpu() for g in grads]
 
+    few = batch
     for k in range(draws):
-        few = batch if k == 0 else varied(batch, rng)
+        if k:
+            few = Batch(-few.x, few.y) if k % 2 and continuous(few.x) else varied(batch, rng)
         c = torch.randn(len(few), generator=rng).to(few.x.device)
-        together = gradients(few, c)
         parts = [gradients(Batch(*one), own) for *one, own in zip(*(t.split(size) for t in (*few, c)), strict=True)]
         sums = [sum(own[1:], own[0]) for own in zip(*parts, strict=True)]
         scales = [sum(float(g.square().sum()) for g in own) for own in zip(*parts, strict=True)]
         # A kink, or a number beyond all others, says nothing.
         if not math.isfinite(sum(scales)):
             continue
-        for name, a, b, scale in zip(leaves, together, sums, scales, strict=True):
-            allowed = tolerance**2 * (scale + SMALL * sum(scales)) + negligible**2
-            if not float((a - b).square().sum()) <= allowed:
-                return name
+        for sign in (1, -1):
+            for name, a, b, scale in zip(leaves, gradients(few, sign * c), sums, scales, strict=True):
+                allowed = tolerance**2 * (scale + SMALL * sum(scales)) + negligible**2
+                if not float((a - sign * b).square().sum()) <= allowed:
+                    return name
     return None
+
+
+def continuous(x: Tensor) -> bool:
+    """Whether inputs are numbers that may be scaled: no tokens, also where these are held as floats."""
+    return x.is_floating_point() and not bool((x == x.round()).all())
 
 
 def varied(batch: Batch, rng: torch.Generator) -> Batch:
     """Other examples: turned, stretched and in another order with their labels, or made of each other's tokens."""
     order = torch.randperm(len(batch), generator=rng).to(batch.x.device)
     x = batch.x[order]
-    if x.is_floating_point() and not bool((x == x.round()).all()):
+    if continuous(x):
         factors = torch.randn(len(x), generator=rng).to(x)
         return Batch(x * factors.view(-1, *(1,) * (x.ndim - 1)), batch.y[order])
     other = batch.x[torch.randperm(len(batch), generator=rng).to(x.device)]

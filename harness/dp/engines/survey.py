@@ -375,10 +375,7 @@ def watching(model: nn.Module, random: set[str]) -> Iterator[None]:
     before: list[list[Tensor]] = []
 
     def states() -> list[Tensor]:
-        return [
-            torch.get_rng_state(),
-            *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []),
-        ]
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
     def enter(module: nn.Module, args: Any) -> None:
         before.append(states())

@@ -22,10 +22,7 @@ from harness.dp.engines.engine import losses_of
 from harness.dp.engines.weights import replaced
 from harness.dp.loss import Batch, Loss
 
-ANSWERING = (
-    nn.RNNBase,
-    nn.MultiheadAttention,
-)  # modules whose rules read their outputs, which are kept for them
+ANSWERING = (nn.RNNBase, nn.MultiheadAttention)  # modules whose rules read their outputs, which are kept for them
 
 
 @dataclass(slots=True)

@@ -199,14 +199,7 @@ class Vmap(PerExample):
         return self.microbatch or chunk_within(len(batch), batch.x.device, sizes)
 
     def clipped_sum(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         if not clip.needs_norms:
             total, losses = plain_sum(loss, model, w, batch)
@@ -221,13 +214,7 @@ class Vmap(PerExample):
             return self._weighed(clip, groups, w, state, grads, losses)
 
     def _weighed(
-        self,
-        clip: Clip,
-        groups: Mapping[str, int],
-        w: Tree,
-        state: State,
-        grads: dict[str, Tensor],
-        losses: Tensor,
+        self, clip: Clip, groups: Mapping[str, int], w: Tree, state: State, grads: dict[str, Tensor], losses: Tensor
     ) -> Clipped:
         norms = group_norms({name: squared_norms(g) for name, g in grads.items()}, groups, losses)
         weights, limit = clip.weights(norms, state), clip.limit(norms, state)

@@ -52,13 +52,7 @@ def _typed() -> ctypes.CDLL | None:
             _Key, ctypes.c_uint64, tables_of, _AT, _AT, _DOUBLE, _DOUBLE, _INT, _AT, _AT, _LONG, _INT,
         )  # fmt: skip
         found.gaussian.restype = ctypes.c_uint64
-        for name in (
-            "squared_norms",
-            "group_norm_rows",
-            "cipher_words",
-            "lstm_local",
-            "lstm_step",
-        ):
+        for name in ("squared_norms", "group_norm_rows", "cipher_words", "lstm_local", "lstm_step"):
             getattr(found, name).restype = None
     return found
 
@@ -252,14 +246,7 @@ def gaussian(
         if not (value.is_cpu and value.is_contiguous()):
             return None
         shift, integers = FINE - grid.bits, None
-        places = (
-            value.data_ptr(),
-            1 / grid.step,
-            grid.step,
-            shift,
-            at if narrow else None,
-            None if narrow else at,
-        )
+        places = (value.data_ptr(), 1 / grid.step, grid.step, shift, at if narrow else None, None if narrow else at)
     counter = _compiled().gaussian(
         _Key(*key), counter, ctypes.byref(_tables()), integers, *places, n, torch.get_num_threads()
     )

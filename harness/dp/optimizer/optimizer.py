@@ -22,7 +22,7 @@ class Optimizer:
         return None
 
     def receive(self, state: Any, public: Mapping[str, Tree]) -> Any:
-        """The state, told of a step's privatised side releases (divided by the public denominator, as "grad" is)."""
+        """The state, given a step's privatised side releases (divided by the public denominator, as "grad" is)."""
         return state
 
     def update(self, g: Tree, state: Any, w: Tree) -> tuple[Tree, Any]:

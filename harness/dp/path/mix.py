@@ -53,11 +53,7 @@ class Mix(Path):
 
     def init(self, w: Tree) -> dict[str, Any]:
         none = w.flat[:1]
-        return {
-            "previous": w,
-            "narrowest": torch.full_like(none, torch.inf),
-            "coarsest": torch.zeros_like(none),
-        }
+        return {"previous": w, "narrowest": torch.full_like(none, torch.inf), "coarsest": torch.zeros_like(none)}
 
     def base(self, w: Tree, state: dict[str, Any], rng: Stream) -> Tree:
         low, high = self.interval(w, state["previous"])

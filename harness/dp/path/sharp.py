@@ -37,7 +37,7 @@ class Sharp(Path):
 
 @dataclass(frozen=True)
 class LookAhead(Path):
-    """DP-SAM (the control of arXiv:2306.05651): two private gradients for one step, each billed as a step of its own.
+    """DP-SAM (the control of arXiv:2306.05651): two private gradients for one step, each charged as a step of its own.
 
     One logical step takes the gradient g at w and goes nowhere; the next, on a batch of its own, differentiates at
     w + rho * g / |g| and moves from w. Belongs with the optimizer EverySecond.

@@ -381,13 +381,16 @@ def _stated(record: store.Record, cell: Cell) -> None:
     places = (record["stages"][: len(private)] if cell.then else [privacy]) if ok else []
     for k, (told, stage) in enumerate(zip(places, private, strict=False), 1):
         where, method = f"stages.{k}" if cell.then else "privacy", stage.method
+        if told.get("sensitivity") is None and not cell.then:
+            raise _Refused("privacy.sensitivity is null, and its status is ok")
         if not cell.private or told.get("sensitivity") is None:
             continue
         releases = method.engine.split(method.clip, privacy["noise_multiplier"], stage.steps - 1)
         _demand(f"the names in {where}.sensitivity", sorted(told["sensitivity"]), sorted(releases))
-        # A rule with a state bounds by that state, and what it releases beside the gradient by what it saw.
-        words += [f"{where}.sensitivity"] * (type(method.clip).init is not Clip.init or len(releases) > 1)
         note = method.engine.note(method.loss, method.clip, stage.batch, method.sampler.relation)
+        # An engine may have a bound of its own, and so has what is released beside gradients.
+        exact = isinstance(method.engine, PerExample) and _rule_bound(stage) is not None and len(releases) == 1
+        words += [] if exact else [f"{where}.sensitivity"]
         words += [f"{where}.sensitivity_note"] * (told.get("sensitivity_note") != note)
     if privacy.get("accounting"):
         terms = cell.privacy["delta"], Relation(privacy["relation"])
@@ -439,18 +442,24 @@ def _stages(
             _bounded(where, one, stage)
 
 
-def _bounded(where: str, told: Mapping[str, Any], stage: Stage) -> None:
-    """The sensitivity of the clipped sum, where the rule has no state: its own, or more by an engine's."""
+def _rule_bound(stage: Stage) -> float | None:
+    """The sensitivity of the clipped sum where the rule alone decides it; None where its state or the engine does."""
     method = stage.method
     clip, relation = method.clip, method.sampler.relation
-    if type(clip).init is Clip.init and not method.engine.note(method.loss, clip, stage.batch, relation):
-        bound = clip.sensitivity(None, relation)
-        found = (told["sensitivity"] or {}).get("grad", 0.0)
-        exact = isinstance(method.engine, PerExample) and math.isfinite(bound)
-        if found is None and math.isfinite(bound):
-            raise _Refused(f"{where}.sensitivity.grad is null, and its clipping rule bounds by {bound:g}")
-        if found is not None and (found < bound or (exact and found > bound * (1 + 1e-9))):
-            raise _Refused(f"{where}.sensitivity.grad is {_short(found)}, and its clipping rule bounds by {bound:g}")
+    if type(clip).init is not Clip.init or method.engine.note(method.loss, clip, stage.batch, relation):
+        return None
+    bound = clip.sensitivity(None, relation)
+    return bound if math.isfinite(bound) or isinstance(method.engine, PerExample) else None
+
+
+def _bounded(where: str, told: Mapping[str, Any], stage: Stage) -> None:
+    """The recorded sensitivity is the rule's where that decides it; of an engine that adds to it, no less."""
+    if (bound := _rule_bound(stage)) is None:
+        return
+    recorded = (told["sensitivity"] or {}).get("grad", 0.0)
+    found, exact = math.inf if recorded is None else recorded, isinstance(stage.method.engine, PerExample)
+    if found < bound or (exact and found > bound * (1 + 1e-9)):
+        raise _Refused(f"{where}.sensitivity.grad is {_short(recorded)}, and its clipping rule bounds by {bound:g}")
 
 
 def _spent(

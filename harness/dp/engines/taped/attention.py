@@ -22,15 +22,7 @@ from harness.dp.engines.rows import wide
 from harness.dp.engines.taped.gradients import Costs, Gradient, Outer, Rows
 
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-PARAMETERS = {
-    "in_proj_weight",
-    *SEPARATE,
-    "in_proj_bias",
-    "bias_k",
-    "bias_v",
-    "out_proj.weight",
-    "out_proj.bias",
-}
+PARAMETERS = {"in_proj_weight", *SEPARATE, "in_proj_bias", "bias_k", "bias_v", "out_proj.weight", "out_proj.bias"}
 
 
 class Called(NamedTuple):
@@ -148,10 +140,7 @@ def attention(
     gs = torch.autograd.grad(towards, leaves, values, materialize_grads=True)
 
     weights = [Outer(own(p.x), own(y)) for p, y in zip(projections, gs, strict=False)]
-    found: dict[str, Gradient] = {
-        "out_proj.weight": Outer(own(result), own(g)),
-        "out_proj.bias": Rows(own(g).sum(1)),
-    }
+    found: dict[str, Gradient] = {"out_proj.weight": Outer(own(result), own(g)), "out_proj.bias": Rows(own(g).sum(1))}
     if "in_proj_weight" in w:
         found["in_proj_weight"] = weights[0] if len(weights) == 1 else Stacked(tuple(weights))
     else:

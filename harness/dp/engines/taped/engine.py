@@ -81,14 +81,7 @@ class Taped(PerExample):
             audit(self, used, bool(plan.random))
 
     def clipped_sum(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         if not clip.needs_norms:
             total, losses = plain_sum(loss, model, w, batch)
@@ -116,12 +109,7 @@ class Taped(PerExample):
         return Clipped(w.with_flat(total), norms, weights, losses)
 
     def finite_sum(
-        self,
-        w: Tree,
-        groups: Mapping[str, int],
-        weights: Tensor,
-        found: Mapping[str, Gradient],
-        finite: Tensor,
+        self, w: Tree, groups: Mapping[str, int], weights: Tensor, found: Mapping[str, Gradient], finite: Tensor
     ) -> Tensor:
         """The flat weighted sum over the examples that are `finite` [B]. Weight 0 would not do: 0 * inf is no number.
 
@@ -134,11 +122,7 @@ class Taped(PerExample):
         return self.weighted_sum(w, groups, weights[chosen], rest)
 
     def weighted_sum(
-        self,
-        w: Tree,
-        groups: Mapping[str, int],
-        weights: Tensor,
-        found: Mapping[str, Gradient],
+        self, w: Tree, groups: Mapping[str, int], weights: Tensor, found: Mapping[str, Gradient]
     ) -> Tensor:
         """The flat sum of all gradients, each example's weighted by `weights` [B, G]."""
         total = torch.empty_like(w.flat, dtype=torch.float64)

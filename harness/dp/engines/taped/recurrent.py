@@ -263,11 +263,7 @@ def layer_weights(module: nn.RNNBase, dtype: torch.dtype) -> list[dict[str, Tens
 
 
 def _forward(
-    module: nn.RNNBase,
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Mapping[str, Tensor]],
-    layer: int,
+    module: nn.RNNBase, x: Tensor, state: Sequence[Tensor], weights: Sequence[Mapping[str, Tensor]], layer: int
 ) -> Tensor:
     """The output [T, N, directions * p] of one layer of a stack, from its input."""
     directions = 1 + module.bidirectional
@@ -285,10 +281,7 @@ def _forward(
 
 
 def _direction(
-    weights: Mapping[str, Tensor],
-    sequences: Sequence[Tensor],
-    start: Sequence[Tensor],
-    end: Sequence[Tensor | None],
+    weights: Mapping[str, Tensor], sequences: Sequence[Tensor], start: Sequence[Tensor], end: Sequence[Tensor | None]
 ) -> Direction:
     """From its input, its output and the gradient there, the states it began with and the gradients at its last."""
     x, after, dh = sequences

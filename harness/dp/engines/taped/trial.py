@@ -104,12 +104,7 @@ class Unsteady(Exception):
 
 
 def tame(
-    loss: Loss,
-    model: nn.Module,
-    w: Mapping[str, Tensor],
-    batch: Batch,
-    random: frozenset[str],
-    calls: Calls | None,
+    loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch, random: frozenset[str], calls: Calls | None
 ) -> Plan:
     """The plan, made at weights near `w` where all gradients are finite. `calls`: what each pass calls, if known."""
     for distance in (1.0, 0.0):
