@@ -1,4 +1,4 @@
-"""Records of now against records of then, by the ratio to the plain step of their own process."""
+"""Compares records with earlier ones, each by its ratio to the plain step of its own process."""
 
 from __future__ import annotations
 

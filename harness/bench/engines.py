@@ -1,4 +1,4 @@
-"""Engines by name: ours, other people's, and any other by its import path. Options may follow: "vmap?microbatch=32"."""
+"""Finds engines by name: ours, other people's, and any by its import path. Options may follow: "vmap?microbatch=32"."""
 
 from __future__ import annotations
 

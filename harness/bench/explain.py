@@ -1,8 +1,8 @@
-"""What the engine would do with each parameter of a workload's model, and what it thinks that costs."""
+"""How the engine would compute the norm of each parameter of a workload's model, and its estimates of the cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,24 +13,13 @@ from harness.dp.engines.engine import trainable
 from harness.dp.tree import Tree
 
 
-def explained(workload: Workload, batch: int, device: str) -> str:
-    """A table of the parameters: the engine's way to each norm, and its estimate of the cost of every way."""
+def explained(workload: Workload, batch: int, device: str) -> list[list[str]]:
+    """A row for each parameter, below a header: the way to its norm, and the estimated cost of every way."""
     from harness.dp.engines.taped.explain import explain
 
     model, examples = steps.build(workload, batch, torch.float32, device)
     rows = explain(steps.LOSS, model, Tree.of(trainable(model)), examples)
-    return f"{workload.name} {workload.title}, batch {batch}\n" + columns(rows)
-
-
-def columns(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as aligned columns, headed by the keys of the first."""
-    if not rows:
-        return "  no parameters\n"
-    lines = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines
-    )
+    return [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)] if rows else [["no parameters"]]
 
 
 def _text(value: Any) -> str:

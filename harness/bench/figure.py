@@ -1,4 +1,4 @@
-"""Records to one SVG: a panel for each workload, a bar for each engine. The same bytes from the same records."""
+"""Draws records as one SVG: a panel for each workload, a bar for each engine. Equal records give equal bytes."""
 
 from __future__ import annotations
 
@@ -52,10 +52,7 @@ def _panel(axis: Axes, record: Record, most: int) -> None:
     bars = axis.barh(range(len(names)), [min(ratios[n], CUT) for n in names], height=0.66, color=colours)
     texts = [f"{ratios[n]:.2f}" if ratios[n] < 10 else f"{ratios[n]:.0f}" for n in names]
     axis.bar_label(
-        bars,
-        [f"{t} ▸" if ratios[n] > CUT else t for n, t in zip(names, texts, strict=True)],
-        padding=3,
-        fontsize=8,
+        bars, [f"{t} ▸" if ratios[n] > CUT else t for n, t in zip(names, texts, strict=True)], padding=3, fontsize=8
     )
     axis.axvline(1.0, color=INK, linestyle="--", linewidth=1)
     if (target := record["workload"]["target"]) is not None and record["batch"] == record["workload"]["default"]:

@@ -1,4 +1,4 @@
-"""A function in a process of its own: what it leaks, kills or takes too long for stays there."""
+"""Runs a function in a process of its own, so that its leaks, crashes and time limits harm nothing else."""
 
 from __future__ import annotations
 

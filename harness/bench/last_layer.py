@@ -1,4 +1,4 @@
-"""What one full-batch private step for a last layer costs at ImageNet's size, and what it cannot go below.
+"""Measures a full-batch private step for a last layer at ImageNet's size, and a lower bound on its cost.
 
 The step is the ordinary one (`harness.running.train.step`) of the method `one-step-last-layer` with its default engine,
 on synthetic features that are mapped from a file, so that the batch of all examples is never held in memory.
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness import models, registry
+from harness.bench.table import grid
 from harness.dp.engines.rows import product
 from harness.dp.engines.taped.bookkeeping import BookKeeping
 from harness.dp.loss import Batch
@@ -134,17 +135,17 @@ HEADINGS = (
 
 def report(costs: list[Cost], limits: Floor, width: int, classes: int) -> str:
     """A Markdown table, a line for each size."""
-    lines = [HEADINGS, tuple("---:" for _ in HEADINGS)]
+    rows = []
     for cost in costs:
         products, reading = limits.seconds(cost.rows, width, classes)
-        lines.append(
+        rows.append(
             (
                 f"{cost.rows:,}", f"{cost.seconds:.2f}", f"{cost.rows / cost.seconds:,.0f}", f"{cost.worked:.2f}",
                 f"{products:.2f}", f"{reading:.2f}", f"{cost.worked / max(products, reading):.2f}",
                 f"{cost.rows * width * 4 / 1e9:.2f}", f"{cost.memory:,.0f}", f"{cost.microbatch:,}",
             )
         )  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(grid(HEADINGS, rows, "---:"))
 
 
 def main() -> None:

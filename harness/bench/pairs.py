@@ -1,4 +1,4 @@
-"""What a step of Logit-DP costs: the engine `Pairs` against one backward pass for every pair.
+"""Times a step of Logit-DP: the engine `Pairs` against one backward pass for every pair.
 
     python -m harness.bench.pairs pairs.json
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from harness.bench.fresh import Answer, Gone, call
+from harness.bench.table import grid
 from harness.dp.clip import Flat
 from harness.dp.engines.engine import trainable
 from harness.dp.engines.pairs import Pairs
@@ -85,19 +86,19 @@ def one_pair(model: torch.nn.Module, w: Tree, views: Tensor) -> Tensor:
 def table(found: list[Answer]) -> str:
     """The measurements as a Markdown table."""
     by = {(one["size"], one["width"], one["way"]): one for one in found}
-    lines = ["| n | width | parameters | Pairs, s | memory, MiB | one backward pass, s | every pair, s | ratio |"]
-    lines.append("|--:" * 8 + "|")
+    header = ["n", "width", "parameters", "Pairs, s", "memory, MiB", "one backward pass, s", "every pair, s", "ratio"]
+    rows = []
     for size, width in dict.fromkeys((one["size"], one["width"]) for one in found):
         pairs, plain, direct = (by.get((size, width, way)) for way in ("pairs", "plain", "direct"))
         if pairs is None or plain is None or direct is None:
             continue
         about = "≈ " if direct["extrapolated"] else ""
         memory = pairs["peak_mib"] - pairs["before_mib"]
-        cells = [size, width, f"{pairs['parameters']:,}", f"{pairs['cpu_seconds']:.3g}", f"{memory:.0f}"]
+        cells = [str(size), str(width), f"{pairs['parameters']:,}", f"{pairs['cpu_seconds']:.3g}", f"{memory:.0f}"]
         cells += [f"{plain['cpu_seconds']:.2g}", f"{about}{direct['cpu_seconds']:.3g}"]
         cells += [f"{direct['cpu_seconds'] / pairs['cpu_seconds']:.3g}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return "\n".join(grid(header, rows, "--:"))
 
 
 def main() -> None:

@@ -1,29 +1,27 @@
-"""What is to be timed: `suites/throughput.toml`, checked as a whole.
+"""Reads what is to be timed from `suites/throughput.toml`, with all errors at once.
 
 The file begins with ``kind = "throughput"``; ``[bench]`` says how, each ``[[workload]]`` what.
 """
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from harness import registry
 from harness.bench import engines
 from harness.registry import did_you_mean
-from harness.suite import Many, Positive, Reader, Size, SuiteError, Table, Text, document, source
-from harness.suite.toml.lines import Lines
+from harness.suite.tables import Many, Positive, Size, Text, TomlTable, distinct, known
+from harness.suite.toml.reader import Reader, source
 
 KIND = "throughput"
 FILE = Path("suites/throughput.toml")
 
 
-class Bench(Table):
+class Bench(TomlTable):
     """``[bench]``: the engines, and how long to time them.
 
     The first engine is the one that targets are for. ``rounds`` are the most timed calls of an
@@ -32,12 +30,12 @@ class Bench(Table):
     """
 
     question: Text
-    engines: Annotated[tuple[Text, ...], Many]
+    engines: Annotated[tuple[Text, ...], Many, AfterValidator(distinct)]
     rounds: Size = 40
     seconds: Positive = 100.0
 
 
-class Workload(Table):
+class Workload(TomlTable):
     """``[[workload]]``: a model and the batches to time it at.
 
     ``shape`` is that of one example; ``tokens`` makes it token numbers below that, not normals. ``target`` is the
@@ -46,7 +44,7 @@ class Workload(Table):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     title: Text
-    model: Text
+    model: Annotated[Text, known("model")]
     shape: Annotated[tuple[Size, ...], Many]
     classes: Size = 10
     batches: Annotated[tuple[Size, ...], Many]
@@ -54,9 +52,17 @@ class Workload(Table):
     tokens: Size | None = None
     target: Positive | None = None
 
+    @field_validator("default")
+    @classmethod
+    def _among(cls, default: int, info: ValidationInfo) -> int:
+        batches = info.data.get("batches", (default,))
+        if default not in batches:
+            raise ValueError(f"is not one of its batches, {', '.join(map(str, batches))}")
+        return default
+
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """A checked file."""
 
     file: str
@@ -64,51 +70,34 @@ class Plan:
     workloads: tuple[Workload, ...]
 
 
-def is_plan(path: Path) -> bool:
-    """Whether a TOML file says that it is one of these; False where it cannot be read."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig")).get("kind") == KIND
-    except (OSError, ValueError, RecursionError):
-        return False
-
-
-def load(path: Path) -> Plan:
+def load(path: Path) -> BenchPlan:
     """Read and check a file. Raises `SuiteError` with every problem and its line."""
     return parse(source(path), str(path))
 
 
-def parse(text: str, file: str = "throughput.toml") -> Plan:
+def parse(text: str, file: str = "throughput.toml") -> BenchPlan:
     """Check a text; `file` is the name that errors give. Raises `SuiteError`."""
-    return _Reader(file, document(text, file), Lines(text), registry.installed(), []).plan()
+    return PlanReader(text, file).plan()
 
 
-class _Reader(Reader):
-    kind: ClassVar[str] = "throughput suite"
-    single: ClassVar[Mapping[str, type[Table]]] = {"bench": Bench}
-    arrays: ClassVar[Mapping[str, type[Table]]] = {"workload": Workload}
+class PlanReader(Reader):
+    noun: ClassVar[str] = "throughput suite"
+    kind: ClassVar[str] = KIND
+    single: ClassVar[Mapping[str, type[TomlTable]]] = {"bench": Bench}
+    arrays: ClassVar[Mapping[str, type[TomlTable]]] = {"workload": Workload}
     needed: ClassVar[Sequence[str]] = ("bench", "workload")
 
-    def plan(self) -> Plan:
-        if self.data.pop("kind", None) != KIND:
-            self.bad(("kind",), f'the file should begin with kind = "{KIND}".')
-        self.known_tables()
+    def plan(self) -> BenchPlan:
         bench, workloads = self.one("bench", Bench), self.array("workload", Workload)
         if bench is not None:
-            self.distinct(("bench", "engines"), bench.engines)
-            known = engines.names()
+            names = engines.names()
             for number, name in enumerate(bench.engines):
                 if reason := engines.unknown(name):
-                    self.bad(("bench", "engines", number), reason, did_you_mean(name, known))
-        for index, workload in workloads.items():
-            self.lookup(("workload", index, "model"), "model", workload.model)
-            if workload.default not in workload.batches:
-                self.bad(
-                    ("workload", index, "default"),
-                    f"[[workload]] default = {workload.default} is none of its batches, "
-                    f"{', '.join(map(str, workload.batches))}.",
-                )
-            if workload.name in [other.name for i, other in workloads.items() if i < index]:
-                self.bad(("workload", index, "name"), f'two workloads are called "{workload.name}".')
-        if self.problems or bench is None:
-            raise SuiteError(self.problems)
-        return Plan(self.file, bench, tuple(workloads.values()))
+                    self.bad(("bench", "engines", number), reason, did_you_mean(name, names))
+        called = [raw.get("name") for raw in self.rows("workload")]
+        for index, one in enumerate(called):
+            if isinstance(one, str) and one in called[:index]:
+                self.bad(("workload", index, "name"), f'two workloads are called "{one}".')
+        self.stop()
+        assert bench is not None
+        return BenchPlan(self.file, bench, tuple(workloads.values()))

@@ -1,4 +1,4 @@
-"""Engines side by side in one process, in turn: what slows the machine down hits them alike."""
+"""Times engines in turn in one process, so that what slows the machine down affects all of them alike."""
 
 from __future__ import annotations
 
@@ -21,13 +21,7 @@ TURN = 0.05  # seconds that a turn takes at least
 
 
 def race(
-    names: list[str],
-    workload: Workload,
-    batch: int,
-    device: str,
-    threads: int,
-    rounds: int,
-    seconds: float,
+    names: list[str], workload: Workload, batch: int, device: str, threads: int, rounds: int, seconds: float
 ) -> Answer:
     """Quartiles of seconds per call for each name, and of what a private step costs outside its engine.
 
@@ -83,18 +77,15 @@ def turns(costs: Mapping[str, float], rounds: int, seconds: float) -> dict[str, 
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]],
-    shares: Mapping[str, int],
-    clock: measure.Clock,
-    rows: dict[str, Answer],
+    calls: Mapping[str, Callable[[], object]], shares: Mapping[str, int], clock: measure.Clock, rows: dict[str, Answer]
 ) -> dict[str, list[float]]:
     """Seconds of each call, one turn of each in a round, those with fewer turns in evenly spread rounds.
 
     A turn is several calls, as in training; the first only brings its data back into the caches, perhaps its pages
     back into memory, and does not count.
 
-    The order is drawn anew each round, so that nobody always comes after the same other. Whoever raises is out, and its
-    entry in `rows` says so.
+    The order is drawn anew each round, so that no engine always comes after the same other. One that raises takes no
+    part in later rounds, and its entry in `rows` says why.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, most = list(calls), max(shares.values(), default=0)

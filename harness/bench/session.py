@@ -1,4 +1,4 @@
-"""From a plan to records: one JSON file for each workload and batch, written in one step.
+"""Measures what a plan asks for: one JSON file for each workload and batch, written in one step.
 
 A bench that was stopped goes on where it was: the file `session.tmp` beside the records is there until all is done.
 """
@@ -63,7 +63,7 @@ def run(items: Sequence[tuple[Workload, int]], settings: Settings, fresh: bool =
         if records[number] is not None:
             say(f"{path.stem}: measured already")
             continue
-        # What one takes too long, those after it give up: the whole takes about as long as it was given.
+        # The time that one takes too long is taken from those after it, so that the whole takes as long as asked.
         seconds = max((end - time.monotonic()) / missing, settings.seconds / 3)
         record = {
             "schema": SCHEMA, "session": session, "workload": workload.model_dump(mode="json"), "batch": batch,
@@ -130,7 +130,7 @@ def read(folder: Path) -> list[Record]:
 
 
 def say(text: str) -> None:
-    """Progress, which is no part of the table."""
+    """Print progress, apart from the table."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -49,7 +49,7 @@ def clipped(engine: PerExample, clip: Clip, model: nn.Module, w: Tree, batch: Ba
     return engine.bounded(LOSS, clip, model, w, batch, None, 1.0, Relation.ADD_OR_REMOVE)
 
 
-class Private:
+class PrivateStep:
     """The step with an engine; a call returns the clipped sum, flat. `worked`: who did it, on how many at once."""
 
     def __init__(self, engine: PerExample, model: nn.Module, batch: Batch) -> None:
@@ -110,7 +110,7 @@ def baselines(model: nn.Module, with_compiled: bool) -> Iterator[str]:
 def stepper(name: str, engine: PerExample | None, model: nn.Module, batch: Batch) -> Step:
     """A baseline's step, or that of an engine, on a copy of the model: some engines leave traces on theirs."""
     own = copy.deepcopy(model)
-    return BASELINES[name](own, batch) if engine is None else Private(engine, own, batch)
+    return BASELINES[name](own, batch) if engine is None else PrivateStep(engine, own, batch)
 
 
 # Checks ---------------------------------------------------------------------------------------------------

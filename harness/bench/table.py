@@ -1,4 +1,4 @@
-"""Records to Markdown: the engine that targets are for beside the best of the others, and all engines."""
+"""Writes records as Markdown: the engine that targets are for beside the best of the others, and all engines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from harness.bench.engines import OURS
 Record = dict[str, Any]
 BASE = "plain"
 ORACLE = "loop"
-RIVALS = ("vmap", ORACLE)  # engines of this project that are nobody's news; everyone else's are rivals too
+# Naive engines of this project, which the headline is compared with like engines of other people.
+RIVALS = ("vmap", ORACLE)
 CLAIM = "54 to 94 times faster than the naive loop at batch 128 (arXiv:2009.03106)"
 
 
@@ -95,7 +96,7 @@ def markdown(records: Sequence[Record]) -> str:
         f"{environment['torch']}, in units of the plain non-private step measured in turn with it; medians, in "
         "brackets quartiles.",
         "",
-        *_grid(
+        *grid(
             ["workload", "batch", "plain ms", "fastest plain", "engine", "ratio", "to fastest plain", "target",
              "best other", "loop", "faster than the loop", "memory", "first call", "outside the engine"],
             [_summary(record) for record in records],
@@ -106,14 +107,14 @@ def markdown(records: Sequence[Record]) -> str:
         "process. *outside the engine*: noise, optimizer and ledger of a "
         f"whole private step, and their share of the plain step. Lee and Kifer claim {CLAIM}.",
         "",
-        *_grid(["workload", "batch", *names], [
+        *grid(["workload", "batch", *names], [
             [record["workload"]["name"], str(record["batch"]), *(_cell(record, name, notes) for name in names)]
             for record in records
         ]),
         "",
         "Peak memory above the loaded model, in units of the plain step's:",
         "",
-        *_grid(["workload", "batch", "plain MiB", *names], [
+        *grid(["workload", "batch", "plain MiB", *names], [
             [record["workload"]["name"], str(record["batch"]), _number((row(record, BASE) or {}).get("memory_mib")),
              *(_number(memory(record, name)) for name in names)]
             for record in records
@@ -124,17 +125,13 @@ def markdown(records: Sequence[Record]) -> str:
     ]).rstrip() + "\n"  # fmt: skip
 
 
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]], rule: str = "---") -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(line)} |" for line in (header, [rule] * len(header), *rows)]
 
 
 def _summary(record: Record) -> list[str]:
-    workload, name, fastest, rival = (
-        record["workload"],
-        headline(record),
-        fastest_plain(record),
-        best_rival(record),
-    )
+    workload, name, fastest, rival = (record["workload"], headline(record), fastest_plain(record), best_rival(record))
     plain, loop, ours = median(record, BASE), median(record, ORACLE), median(record, name) if name else None
     target = workload["target"] if record["batch"] == workload["default"] else None
     outside = (record["outside"] or {}).get("median")

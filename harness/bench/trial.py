@@ -1,4 +1,4 @@
-"""One engine by itself, in a fresh process: is it right, what does it hold, what does a first call cost?"""
+"""Tries one engine in a fresh process: whether it is right, its memory, and the cost of its first call."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _tried(name: str, engine: Any, workload: Workload, size: int, device: str, s
         "status": "ok", "first_seconds": first[0], "alone_seconds": measure.quartiles(later),
         "memory_mib": None if before is None else round(max(0.0, peak - before), 1),
     }  # fmt: skip
-    if isinstance(one, steps.Private):
+    if isinstance(one, steps.PrivateStep):
         found["worked"] = one.worked
     if engine is not None:
         found["error"] = steps.error(engine, workload, device)

@@ -10,7 +10,6 @@ Modules, each of which uses only those above it::
     words       tables, numbers and counts as text
     codes       today's code of cells and of records
     selecting   what a request names: suites, cells, files, devices, folders
-    command     what a command declares
     arguments   what several commands take
     commands/   the commands, a file each
     parser      the parser of them all
@@ -36,7 +35,7 @@ OWN_FILE = "What is in a file of your own, methods, models and data sets, is fou
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show ends no command
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot show is escaped
             stream.reconfigure(errors="backslashreplace")
     with screen.clean():
         return _main(arguments)
@@ -50,13 +49,13 @@ def _main(arguments: Sequence[str] | None) -> int:
                             + hint(given[0], known()))  # fmt: skip
         options = build_parser().parse_args(given)
         options.command = ["epsbench", *given]
-        code: int = options.verb(options)
+        code: int = options.run(options)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe has seen enough; nothing more can be said to it
+    except BrokenPipeError:  # the reader of the pipe is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except Exception as error:

@@ -18,7 +18,7 @@ def suite_options(parser: argparse.ArgumentParser) -> None:
         help="an id's first digits, a method or its label, a task or data set, eps=3, seed=0; of one kind "
              "any may hold, of different kinds all must",
     )  # fmt: skip
-    parser.add_argument("--device", metavar="cpu|cuda:N", help="run here whatever device the suite names")
+    parser.add_argument("--device", type=device, metavar="cpu|cuda:N", help="run here whatever device the suite names")
     reduced_option(parser)
     results_option(parser)
     method_option(parser)
@@ -74,6 +74,13 @@ def method_option(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """A whole number, 1 or more."""
-    if not re.fullmatch(r"0*[1-9][0-9]{0,4}", text):
+    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; write 1 or more")
     return int(text)
+
+
+def device(text: str) -> str:
+    """A device as PyTorch names it."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f'there is no device "{text}"; write "cpu" or "cuda:0"')
+    return text

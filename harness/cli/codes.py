@@ -1,4 +1,4 @@
-"""Today's code of cells and of records, against which a record is stale."""
+"""Works out today's code of cells and of records; a record of other code is stale."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def codes_of_records(records: Iterable[store.Record]) -> dict[str, Mapping[str, 
         try:
             cell = store.cell_of(record)
         except (KeyError, TypeError, ValueError):
-            found[record["id"]] = "its cell is not whole"
+            found[record["id"]] = "its cell is incomplete"
             continue
         # Where today's method makes other parts of the same parameters, its file has changed, and so the code.
         types = re.findall(r'"type": "(\w+)"', json.dumps([cell.parts, cell.then]))

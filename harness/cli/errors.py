@@ -1,4 +1,4 @@
-"""Exit codes, and what a user is told who asks for what cannot be done."""
+"""Exit codes, and the errors that are reported to a user by their message alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 CODES = "exit codes: 0 all is well; 1 some runs or checks failed; 2 the request is wrong; 130 stopped"
 
-# Exceptions of other rooms that say what a user should change. Looked up only where the room is loaded.
+# Exceptions of other packages that say what a user should change. Looked up only where the package is loaded.
 _USER_ERRORS = {
     "harness.registry": ("RegistryError",),
     "harness.suite": ("SuiteError",),
@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 def message_of(error: Exception) -> str | None:
-    """What to tell the user, or None for an error that is ours and deserves its traceback."""
+    """The message for the user; None for an error of this program, which needs its traceback."""
     if isinstance(error, UserError):
         return f"epsbench: {error}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -38,7 +38,7 @@ def message_of(error: Exception) -> str | None:
 
 
 def hint(word: str, candidates: Iterable[str]) -> str:
-    """A sentence on the candidate that is nearest to the word; nothing where none is near."""
+    """A sentence on the candidate that is nearest to the word; empty where no candidate is near."""
     from harness.registry import did_you_mean
 
     near = did_you_mean(word, candidates)

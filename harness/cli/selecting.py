@@ -1,4 +1,4 @@
-"""What a request names: suites and their cells, files of methods, devices, results folders."""
+"""Finds what a request names: suites and their cells, files of methods, devices, results folders."""
 
 from __future__ import annotations
 
@@ -21,23 +21,11 @@ if TYPE_CHECKING:
 
 
 def add_files(files: Iterable[str]) -> None:
-    """Register the methods, models and data sets of a user's files. Raises UserError where there is no such file."""
+    """Register the methods, models and data sets of a user's files."""
     from harness import registry
 
     for file in files:
-        if not Path(file).is_file():
-            raise UserError(
-                f"{file}: no such file; name a Python file with an @method, @model or @dataset function in it."
-            )
         registry.add_file(file)
-
-
-def file_kind(file: Path) -> str:
-    """The kind that a TOML file says it is; "suite" where it says nothing, or cannot be read."""
-    try:
-        return str(tomllib.loads(file.read_text("utf-8-sig")).get("kind", "suite"))
-    except (OSError, ValueError, RecursionError):
-        return "suite"
 
 
 def find(text: str) -> Path:
@@ -56,15 +44,14 @@ def find(text: str) -> Path:
 
 def load(options: argparse.Namespace, thorough: bool = False) -> Suite:
     """The suite that is named; `thorough` as in :func:`harness.suite.load`."""
-    named = find(getattr(options, "suite", None) or options.subject)
-    if file_kind(named) == "claims":
-        raise UserError(f"{named}: holds claims and trains nothing; epsbench claims --suite {named} recomputes it.")
-    from harness.bench import plan
-
-    if plan.is_plan(named):
-        raise UserError(f"{named}: times engines and trains nothing; epsbench bench --suite {named} runs it.")
     from harness import suite
 
+    named = find(getattr(options, "suite", None) or options.subject)
+    kind = suite.kind_of(named)
+    if kind == "claims":
+        raise UserError(f"{named}: holds claims and trains nothing; epsbench claims --suite {named} recomputes it.")
+    if kind == "throughput":
+        raise UserError(f"{named}: times engines and trains nothing; epsbench bench --suite {named} runs it.")
     return suite.load(named, options.method, reduced=options.reduced, thorough=thorough)
 
 
@@ -87,8 +74,6 @@ def chosen(options: argparse.Namespace) -> tuple[Suite, list[Cell]]:
     suite = load(options)
     cells = suite.cells()
     if options.device is not None:
-        if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", options.device):
-            raise UserError(f'--device {options.device}: no such kind of device; write "cpu" or "cuda:0".')
         cells = [cell.on(options.device) for cell in cells]
     return suite, _only(cells, options.only or []) if options.only else cells
 
@@ -159,11 +144,7 @@ def suite_file(name: str) -> tuple[Path | None, bool]:
 
     It is the one under suites/ or in the working directory that is called so, or whose suite is.
     """
-    files = [
-        Path("suites") / f"{name}.toml",
-        *sorted(Path("suites").glob("*.toml")),
-        *sorted(Path().glob("*.toml")),
-    ]
+    files = [Path("suites") / f"{name}.toml", *sorted(Path("suites").glob("*.toml")), *sorted(Path().glob("*.toml"))]
     if files[0].is_file():
         return files[0], False
     for full, reduced in ((name, False), (name.removesuffix("-reduced"), True)):

@@ -1,9 +1,8 @@
-"""Tables, numbers and counts as text for a terminal."""
+"""Writes tables, numbers and counts as text for a terminal."""
 
 from __future__ import annotations
 
-import shutil
-import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,12 +24,6 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), indent: str
     )
 
 
-def wrap(text: str, indent: str) -> str:
-    """A paragraph as wide as the terminal, each line indented."""
-    width = max(60, shutil.get_terminal_size((110, 24)).columns)
-    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
-
-
 def number(value: float | None, digits: int = 4) -> str:
     """A number of so many significant digits; "-" where there is none."""
     return "-" if value is None else f"{value:.{digits}g}"
@@ -43,10 +36,8 @@ def epsilon(value: float | None) -> str:
 
 def counts(words: Iterable[str]) -> str:
     """ "ok 3, diverged 1" in order of frequency."""
-    found: dict[str, int] = {}
-    for word in words:
-        found[word] = found.get(word, 0) + 1
-    return ", ".join(f"{word} {n}" for word, n in sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    found = sorted(Counter(words).items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{word} {n}" for word, n in found)
 
 
 def first_line(record: store.Record) -> str:
@@ -54,13 +45,13 @@ def first_line(record: store.Record) -> str:
     return (str(record.get("reason") or "no reason given").splitlines() or [""])[0][:200]
 
 
-def say_conflicts(conflicts: Sequence[Broken]) -> None:
+def print_conflicts(conflicts: Sequence[Broken]) -> None:
     """Print which folders hold a run of another cell than the one that is asked for."""
     for one in conflicts:
         print(f"  ! conflict: {one}")
 
 
-def say_broken(broken: Sequence[Broken]) -> None:
+def print_broken(broken: Sequence[Broken]) -> None:
     """Print what could not be used."""
     for one in broken:
         print(f"  ! quarantined: {one}")

@@ -8,19 +8,18 @@ parameter schema::
     def dp_sgd(clip: float = 1.0, lr: float = 1.0, momentum: float = 0.9) -> Method:
         \"\"\"Clipped per-example gradients plus Gaussian noise.\"\"\"
 
-Names come from four places: ``methods/*.py`` beside this package, ``harness/data/*.py`` and
-``harness/models/*.py``, installed packages with an entry point in the group ``epsbench.methods`` (``module``
-or ``module:function``), and files named by the user (:func:`add_file`). A file that cannot be read is listed
-as :class:`Broken` with its reason and takes no other name down; two functions of one name are refused.
+Names come from four places: ``methods/*.py`` beside this package, ``harness/data/*.py`` and ``harness/models/*.py``,
+installed packages with an entry point in the group ``epsbench.methods`` (``module`` or ``module:function``), and files
+named by the user (:func:`add_file`). A file that cannot be read is listed as broken with its reason, and all others
+stay usable; two functions of one name are refused.
 
-Some parameters are not options but are handed over by the harness (:data:`SUPPLIED`); they are left out of
-``Entry.parameters``. A dataset with a parameter ``path`` and a model with a parameter ``name`` take the text
-after a colon, as in ``npz:PATH`` and ``timm:NAME`` (:data:`ARGUMENT`).
+Some parameters are not options but are handed over by the harness (:mod:`harness.registry.source` lists them). They are
+left out of ``Entry.parameters``. A dataset with a parameter ``path`` and a model with a parameter ``name`` take the
+text after a colon, as in ``npz:PATH`` and ``timm:NAME``.
 """
 
 from harness.registry.options import (
     OptionError,
-    OptionProblem,
     Parameter,
     RegistryError,
     SpecError,
@@ -50,40 +49,11 @@ from harness.registry.registry import (
     model,
     resolve,
 )
-from harness.registry.source import ARGUMENT, KINDS, SUPPLIED, Broken, Entry
+from harness.registry.source import KINDS, Entry
 
 __all__ = [
-    "ARGUMENT",
-    "GROUP",
-    "KINDS",
-    "SUPPLIED",
-    "Broken",
-    "BrokenEntry",
-    "DuplicateName",
-    "Entry",
-    "LoadError",
-    "OptionError",
-    "OptionProblem",
-    "Parameter",
-    "Registry",
-    "RegistryError",
-    "SpecError",
-    "UnknownName",
-    "add_file",
-    "bind",
-    "broken",
-    "check_options",
-    "dataset",
-    "did_you_mean",
-    "files",
-    "index",
-    "installed",
-    "load",
-    "lookup",
-    "method",
-    "model",
-    "parse_spec",
-    "resolve",
-    "show",
-    "split_name",
-]
+    "GROUP", "KINDS", "BrokenEntry", "DuplicateName", "Entry", "LoadError", "OptionError", "Parameter", "Registry",
+    "RegistryError", "SpecError", "UnknownName", "add_file", "bind", "broken", "check_options", "dataset",
+    "did_you_mean", "files", "index", "installed", "load", "lookup", "method", "model", "parse_spec", "resolve",
+    "show", "split_name",
+]  # fmt: skip

@@ -14,19 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-__all__ = [
-    "OptionError",
-    "OptionProblem",
-    "Parameter",
-    "RegistryError",
-    "SpecError",
-    "check_type",
-    "did_you_mean",
-    "parse_spec",
-    "show",
-    "split_name",
-]
-
 _EXAMPLES = {
     "int": "a whole number such as 3",
     "float": "a number such as 0.5",
@@ -72,11 +59,23 @@ class Parameter:
         An int is accepted for a float (and becomes one), a bool is never a number, ``"none"`` stands for None
         where None is allowed (TOML has no null), and infinities and NaN are refused.
         """
-        return _convert(self.type, value, text=False)
+        return self._read(value, text=False)
 
     def parse(self, text: str) -> object:
         """``text`` read as this parameter's type, or raise ``ValueError`` saying what to write."""
-        return _convert(self.type, text, text=True)
+        return self._read(text, text=True)
+
+    def _read(self, value: object, text: bool) -> object:
+        # None first, so that "none" is None also for `str | None`; text last, because it accepts everything.
+        for name, choices in sorted(members(self.type), key=lambda m: {"None": 0, "str": 9}.get(m[0], 5)):
+            ok, result = _convert_one(name, choices, value, text)
+            if ok:
+                return result
+        wanted = (
+            f"one of {', '.join(map(show, choices))}" if choices else _EXAMPLES[name]
+            for name, choices in members(self.type)
+        )
+        raise ValueError(f"{show(value)} does not fit the type {self.type}; write {' or '.join(wanted)}.")
 
 
 @dataclass(frozen=True)
@@ -123,63 +122,32 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
 # Types of parameters --------------------------------------------------------------------------------------
 
 
-def check_type(text: str) -> None:
-    """Raise ``ValueError`` where the annotation ``text`` is not a type that a suite can write."""
-    _alternatives(text)
+@lru_cache(maxsize=512)
+def members(type_text: str) -> tuple[tuple[str, tuple[object, ...]], ...]:
+    """``(name, choices)`` of each member of a union that an annotation writes; the name of a choice is ``"Literal"``.
 
-
-def _alternatives(type_text: str) -> list[ast.expr]:
-    """The members of a union as expressions. Raises ValueError for a type that no suite can write."""
-    node: ast.expr = ast.parse(type_text, mode="eval").body
-    found: list[ast.expr] = []
-    todo = [node]
+    Raises ``ValueError`` where it is not a type that a suite can write.
+    """
+    found: list[tuple[str, tuple[object, ...]]] = []
+    todo: list[ast.expr] = [ast.parse(type_text, mode="eval").body]
     while todo:
-        one = todo.pop(0)
-        if isinstance(one, ast.BinOp) and isinstance(one.op, ast.BitOr):
-            todo[:0] = [one.left, one.right]
-        elif isinstance(one, ast.Subscript) and ast.unparse(one.value).split(".")[-1] == "Optional":
-            todo[:0] = [one.slice, ast.Constant(None)]
+        node = todo.pop(0)
+        head = ast.unparse(node.value).split(".")[-1] if isinstance(node, ast.Subscript) else ""
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+            todo[:0] = [node.left, node.right]
+        elif isinstance(node, ast.Subscript) and head == "Optional":
+            todo[:0] = [node.slice, ast.Constant(None)]
+        elif isinstance(node, ast.Subscript) and head == "Literal":
+            value = ast.literal_eval(node.slice)
+            found.append((head, value if isinstance(value, tuple) else (value,)))
+        elif ast.unparse(node) in _EXAMPLES:
+            found.append((ast.unparse(node), ()))
         else:
-            found.append(one)
-    for one in found:
-        is_literal = isinstance(one, ast.Subscript) and ast.unparse(one.value).split(".")[-1] == "Literal"
-        if not is_literal and ast.unparse(one) not in _EXAMPLES:
             raise ValueError(
-                f"type {ast.unparse(one)} cannot be written in a suite; use int, float, str, bool, "
+                f"type {ast.unparse(node)} cannot be written in a suite; use int, float, str, bool, "
                 "Literal[...] or one of these with | None"
             )
-        if is_literal:
-            _choices(one)
-    return found
-
-
-def _choices(node: ast.expr) -> tuple[object, ...]:
-    """The values of ``Literal[...]``."""
-    assert isinstance(node, ast.Subscript)
-    value = ast.literal_eval(node.slice)
-    return value if isinstance(value, tuple) else (value,)
-
-
-@lru_cache(maxsize=512)
-def _members(type_text: str) -> tuple[tuple[str, tuple[object, ...]], ...]:
-    """``(name, choices)`` for each member of a union; name is ``"Literal"`` for a choice."""
-    return tuple(
-        ("Literal", _choices(n)) if isinstance(n, ast.Subscript) else (ast.unparse(n), ())
-        for n in _alternatives(type_text)
-    )
-
-
-def _convert(type_text: str, value: object, *, text: bool) -> object:
-    members = _members(type_text)
-    # None first, so that "none" is None also for `str | None`; text last, because it accepts everything.
-    for name, choices in sorted(members, key=lambda m: {"None": 0, "str": 9}.get(m[0], 5)):
-        ok, result = _convert_one(name, choices, value, text)
-        if ok:
-            return result
-    wanted = " or ".join(
-        "one of " + ", ".join(map(show, choices)) if name == "Literal" else _EXAMPLES[name] for name, choices in members
-    )
-    raise ValueError(f"{show(value)} does not fit the type {type_text}; write {wanted}.")
+    return tuple(found)
 
 
 def _convert_one(name: str, choices: tuple[object, ...], value: object, text: bool) -> tuple[bool, object]:

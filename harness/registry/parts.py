@@ -1,4 +1,4 @@
-"""Parts by name: what a suite may give a method in the place of its own (``with``), and how they are put together.
+"""Finds parts by name: those that a suite may give a method in the place of its own (``with``).
 
 A slot is a part of a method that may be replaced (``clip path optimizer sampler``), or a wrapper around one that it has
 (``schedule average views``). Options are the fields of the part's dataclass. They are read from its source text, as
@@ -12,61 +12,51 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.registry import Entry, bind
-from harness.registry.options import Parameter, RegistryError, check_type, did_you_mean, parse_spec, show
+from harness.registry.options import Parameter, RegistryError, did_you_mean, members, parse_spec, show
 
 if TYPE_CHECKING:
     from harness.dp import Method
 
-__all__ = ["SLOTS", "Choice", "choose", "combine", "entries", "modules", "put"]
+__all__ = ["SLOTS", "PartChoice", "choose", "combine", "entries", "modules", "put"]
 
 
-@dataclass(frozen=True)
-class _Where:
-    """A dataclass in a module of ``harness.dp``, and the fields that its name sets."""
-
-    module: str
-    name: str
-    given: Mapping[str, object] = field(default_factory=dict)
-
-
-_CATALOGUE: Mapping[str, Mapping[str, _Where]] = {
+# The dataclass of each part, below `harness.dp`.
+_CATALOGUE: Mapping[str, Mapping[str, str]] = {
     "clip": {
-        "flat": _Where("clip.flat", "Flat"),
-        "automatic": _Where("clip.scaling", "Automatic"),
-        "psac": _Where("clip.scaling", "PSAC"),
-        "psasc": _Where("clip.scaling", "PSASC"),
-        "group-wise": _Where("clip.grouped", "GroupWise"),
-        "quantile": _Where("clip.grouped", "Quantile"),
-        "refined": _Where("clip.refined", "Refined"),
+        "flat": "clip.flat.Flat",
+        "automatic": "clip.scaling.Automatic",
+        "psac": "clip.scaling.PSAC",
+        "psasc": "clip.scaling.PSASC",
+        "group-wise": "clip.grouped.GroupWise",
+        "quantile": "clip.grouped.Quantile",
+        "refined": "clip.refined.Refined",
     },
     "path": {
-        "straight": _Where("path.straight", "Path"),
-        "sharp": _Where("path.sharp", "Sharp"),
-        "mix": _Where("path.mix", "Mix"),
-        "midpoint": _Where("path.mix", "Midpoint"),
+        "straight": "path.straight.Path",
+        "sharp": "path.sharp.Sharp",
+        "mix": "path.mix.Mix",
+        "midpoint": "path.mix.Midpoint",
     },
     "optimizer": {
-        "sgd": _Where("optimizer.optimizer", "SGD"),
-        "adam": _Where("optimizer.optimizer", "Adam"),
-        "lamb": _Where("optimizer.optimizer", "LAMB"),
+        "sgd": "optimizer.optimizer.SGD",
+        "adam": "optimizer.optimizer.Adam",
+        "lamb": "optimizer.optimizer.LAMB",
     },
     "sampler": {
-        "poisson": _Where("sampler", "Poisson"),
-        "fixed": _Where("sampler", "Fixed"),
-        "full": _Where("sampler", "Full"),
-        "shuffle": _Where("sampler", "Shuffle"),
+        "poisson": "sampler.Poisson",
+        "fixed": "sampler.Fixed",
+        "full": "sampler.Full",
+        "shuffle": "sampler.Shuffle",
     },
-    "schedule": {
-        name: _Where("optimizer.optimizer", "Scheduled", {"decay": name}) for name in ("constant", "cosine", "step")
-    },
-    "average": {"ema": _Where("path.straight", "EMA")},
-    "views": {"views": _Where("loss.loss", "Views")},
+    "schedule": dict.fromkeys(("constant", "cosine", "step"), "optimizer.optimizer.Scheduled"),
+    "average": {"ema": "path.straight.EMA"},
+    "views": {"views": "loss.loss.Views"},
 }
 # A wrapper's slot, to the part of the method that it wraps and the wrapper's field for it.
 _WRAPPERS: Mapping[str, tuple[str, str]] = {
@@ -82,7 +72,7 @@ _NUMBERS = "tuple[float, ...]"
 
 
 @dataclass(frozen=True)
-class Choice:
+class PartChoice:
     """One part as a suite names it: its slot, its name, and every option that has a field."""
 
     slot: str
@@ -104,14 +94,14 @@ def entries(slot: str) -> dict[str, Entry]:
     return {name: _entry(slot, name) for name in _CATALOGUE[slot]}
 
 
-def choose(slot: str, spec: str) -> Choice:
+def choose(slot: str, spec: str) -> PartChoice:
     """Check ``name?key=value`` for a slot. Raises :class:`RegistryError`, ``OptionError`` with all that is wrong."""
     there = entries(slot)
     name, options = parse_spec(spec)
     if name not in there:
         text = f'no {slot} is called "{name}"; there are {", ".join(there)}.'
         raise RegistryError(text, did_you_mean(name, there))
-    return Choice(slot, name, bind(there[name], options))
+    return PartChoice(slot, name, bind(there[name], options))
 
 
 @dataclass(frozen=True)
@@ -142,12 +132,16 @@ def _written(value: object) -> str:
 
 @cache
 def _entry(slot: str, name: str) -> Entry:
-    where = _CATALOGUE[slot][name]
-    module = f"harness.dp.{where.module}"
-    file, node = _class(module, where.name)
-    parameters = {key: p for key, p in _fields(module, where.name).items() if key not in where.given}
+    module, _, kind = f"harness.dp.{_CATALOGUE[slot][name]}".rpartition(".")
+    file, node = _class(module, kind)
+    parameters = {key: p for key, p in _fields(module, kind).items() if key not in _given(slot, name)}
     summary = (ast.get_docstring(node) or "").split("\n")[0]
-    return Entry(slot, name, where.name, file, node.lineno, summary, {}, parameters, module)
+    return Entry(slot, name, kind, file, node.lineno, summary, {}, parameters, module)
+
+
+def _given(slot: str, name: str) -> dict[str, object]:
+    """The fields that the name of a part sets."""
+    return {"decay": name} if slot == "schedule" else {}
 
 
 @cache
@@ -196,7 +190,7 @@ def _parameter(type_text: str, default: ast.expr | None) -> Parameter | None:
     if not type_text.startswith(_NUMBERS):
         kind = Parameter
         try:
-            check_type(type_text)
+            members(type_text)
         except ValueError:
             return None
     if default is None:
@@ -237,12 +231,12 @@ def put(method: Method, slot: str, spec: str) -> Method:
             f'its path {type(method.path).__name__} takes two gradients for each step of the optimizer; leave "path"'
             " out, or give the path to a method that steps by every gradient"
         )
-    where = _CATALOGUE[slot][choice.name]
-    make = getattr(importlib.import_module(f"harness.dp.{where.module}"), where.name)
+    entry = _entry(slot, choice.name)
+    make = getattr(importlib.import_module(entry.module), entry.function)
     part, inner = _WRAPPERS.get(slot, (slot, None))
 
     def given(old: Any) -> Any:
-        return make(**choice.options, **where.given, **({inner: old} if inner else {}))
+        return make(**choice.options, **_given(slot, choice.name), **({inner: old} if inner else {}))
 
     old: Any = getattr(method, part)
     # What moves by every second gradient goes on doing so: the path needs it.

@@ -1,4 +1,4 @@
-"""The index of everything that @method, @dataset and @model mark, and the look-ups in it."""
+"""Keeps the index of everything that @method, @dataset and @model mark, and looks names up in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from harness.registry.options import OptionError, OptionProblem, RegistryError, did_you_mean, parse_spec, split_name
-from harness.registry.source import KINDS, NAME, Broken, Entry, locate, read
+from harness.registry.source import KINDS, NAME, BrokenSource, Entry, locate, read
 
 GROUP = "epsbench.methods"
 
@@ -27,6 +27,11 @@ class UnknownName(RegistryError):
 
 class DuplicateName(RegistryError):
     """Two functions claim one name; the message names both files and lines."""
+
+    def __init__(self, first: Entry, second: Entry) -> None:
+        places = f"{first.where} and {second.where}"
+        super().__init__(f'two {first.kind}s are called "{first.name}": {places}; rename one of them.')
+        self.entries = (first, second)
 
 
 class BrokenEntry(RegistryError):
@@ -77,17 +82,16 @@ class Registry:
         self.root = (root or Path(__file__).parents[2]).resolve()
         self.entry_points = entry_points
         self._files: list[Path] = []
-        self._index: tuple[dict[str, dict[str, Entry]], list[Broken], list[DuplicateName]] | None = None
+        self._index: tuple[dict[str, dict[str, Entry]], list[BrokenSource], list[DuplicateName]] | None = None
 
     # sources
 
     def add_file(self, path: str | Path) -> Path:
-        """Index one more file. Raises ``FileNotFoundError`` naming it; adding a file twice is harmless."""
+        """Index one more file. Raises :class:`RegistryError` where it is missing; adding a file twice is harmless."""
         file = Path(path).expanduser().resolve()
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file; name a Python file with an @method, @model or @dataset function in it"
-            )
+            text = "no such file; name a Python file with an @method, @model or @dataset function in it."
+            raise RegistryError(f"{path}: {text}")
         if file not in self._files:
             self._files.append(file)
             self._index = None
@@ -96,10 +100,6 @@ class Registry:
     def files(self) -> tuple[Path, ...]:
         """The files added by the user, in order."""
         return tuple(self._files)
-
-    def refresh(self) -> None:
-        """Forget what was read, so that the next look-up reads the sources again."""
-        self._index = None
 
     def _sources(self) -> Iterator[tuple[Path, str, str, str | None]]:
         """``(file, module, kind, function or None)`` of each built-in or user file."""
@@ -114,7 +114,7 @@ class Registry:
         for file in self._files:
             yield file, "", "method", None
 
-    def _points(self, bad: list[Broken]) -> Iterator[tuple[Path, str, str, str | None]]:
+    def _points(self, bad: list[BrokenSource]) -> Iterator[tuple[Path, str, str, str | None]]:
         """The same for entry points; those that cannot be found are added to ``bad``."""
         if not self.entry_points:
             return
@@ -124,13 +124,13 @@ class Registry:
                 yield locate(module.strip()), module.strip(), "method", attribute.strip() or None
             except Exception as error:
                 # A finder of another package may raise anything; it must not stop the rest.
-                bad.append(Broken("method", point.name, None, 0, f"entry point {point.value!r}: {error}"))
+                bad.append(BrokenSource("method", point.name, None, 0, f"entry point {point.value!r}: {error}"))
 
-    def _scan(self) -> tuple[dict[str, dict[str, Entry]], list[Broken], list[DuplicateName]]:
+    def _scan(self) -> tuple[dict[str, dict[str, Entry]], list[BrokenSource], list[DuplicateName]]:
         if self._index is not None:
             return self._index
         found: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
-        bad: list[Broken] = []
+        bad: list[BrokenSource] = []
         clashes: list[DuplicateName] = []
         seen: set[tuple[Path, str | None]] = set()
         for file, module, kind, function in (*self._sources(), *self._points(bad)):
@@ -143,24 +143,12 @@ class Registry:
             if function is not None:
                 entries = [e for e in entries if e.function == function]
                 if not entries and not problems:
-                    bad.append(
-                        Broken(
-                            kind,
-                            function,
-                            file,
-                            1,
-                            f"entry point names {function!r}, which is not a function marked with @method",
-                        )
-                    )
+                    text = f"entry point names {function!r}, which is not a function marked with @method"
+                    bad.append(BrokenSource(kind, function, file, 1, text))
             for entry in entries:
                 other = found[entry.kind].setdefault(entry.name, entry)
                 if other is not entry and other.where != entry.where:
-                    clashes.append(
-                        DuplicateName(
-                            f'two {entry.kind}s are called "{entry.name}": {other.where} and {entry.where}; '
-                            "rename one of them."
-                        )
-                    )
+                    clashes.append(DuplicateName(other, entry))
         self._index = found, bad, clashes
         return self._index
 
@@ -175,12 +163,12 @@ class Registry:
             raise clash
         return dict(sorted(found[kind].items()))
 
-    def broken(self, kind: str | None = None) -> list[Broken]:
+    def broken(self, kind: str | None = None) -> list[BrokenSource]:
         """What could not be indexed, and why."""
         return [b for b in self._scan()[1] if kind in (None, b.kind)]
 
     def clashes(self) -> list[DuplicateName]:
-        """Every name that two functions share, for who wants to know of all."""
+        """Every name that two functions share; :meth:`index` raises the first."""
         return list(self._scan()[2])
 
     def resolve(self, kind: str, name: str) -> Entry:
@@ -265,30 +253,24 @@ def _same(one: str | None, other: Path) -> bool:
 
 
 def check_options(
-    entry: Entry, options: Mapping[str, object], *, text: bool | None = None
+    entry: Entry, options: Mapping[str, object], *, text: bool = True
 ) -> tuple[dict[str, object], list[OptionProblem]]:
     """Arguments (defaults expanded, in signature order) and all that is wrong with them.
 
-    ``text`` False takes strings as they are, as in TOML, where ``"0.5"`` is no float. None, the default,
-    reads strings as the parameter's type, as in a spec.
+    With ``text`` strings are read as the parameter's type, as in a spec; else they are taken as they are, as in TOML,
+    where ``"0.5"`` is not a float.
     """
     problems: list[OptionProblem] = []
     given: dict[str, object] = {}
     for key, value in options.items():
         parameter = entry.parameters.get(key)
         if parameter is None:
-            has = f"it has {', '.join(entry.parameters)}" if entry.parameters else "it has none"
-            problems.append(
-                OptionProblem(
-                    key,
-                    f'{entry.kind} "{entry.name}" has no parameter "{key}"; {has}.',
-                    did_you_mean(key, entry.parameters),
-                )
-            )
+            message = f'has no parameter "{key}"; it has {", ".join(entry.parameters) or "none"}.'
+            near = did_you_mean(key, entry.parameters)
+            problems.append(OptionProblem(key, f'{entry.kind} "{entry.name}" {message}', near))
             continue
         try:
-            as_text = isinstance(value, str) and text is not False
-            given[key] = parameter.parse(str(value)) if as_text else parameter.convert(value)
+            given[key] = parameter.parse(value) if text and isinstance(value, str) else parameter.convert(value)
         except ValueError as error:
             problems.append(OptionProblem(key, f'{entry.kind} "{entry.name}", parameter "{key}": {error}'))
     arguments: dict[str, object] = {}
@@ -296,9 +278,8 @@ def check_options(
         if key in given:
             arguments[key] = given[key]
         elif parameter.required and key not in options:
-            problems.append(
-                OptionProblem(key, f'{entry.kind} "{entry.name}" needs parameter "{key}" ({parameter.type}).')
-            )
+            message = f'{entry.kind} "{entry.name}" needs parameter "{key}" ({parameter.type}).'
+            problems.append(OptionProblem(key, message))
         else:
             arguments[key] = parameter.default
     return arguments, problems
@@ -316,43 +297,11 @@ def bind(entry: Entry, options: Mapping[str, object]) -> dict[str, object]:
 
 
 _HERE = Registry()
+# The look-ups in the registry of this installation.
+add_file, files, index, broken = _HERE.add_file, _HERE.files, _HERE.index, _HERE.broken
+resolve, lookup, load = _HERE.resolve, _HERE.lookup, _HERE.load
 
 
 def installed() -> Registry:
-    """The registry of this installation, which the functions below act on."""
+    """The registry of this installation."""
     return _HERE
-
-
-def add_file(path: str | Path) -> Path:
-    """Index a file named by the user and return its absolute path. See :meth:`Registry.add_file`."""
-    return _HERE.add_file(path)
-
-
-def files() -> tuple[Path, ...]:
-    """The files added with :func:`add_file`."""
-    return _HERE.files()
-
-
-def index(kind: str) -> dict[str, Entry]:
-    """Name to entry for ``"method"``, ``"dataset"`` or ``"model"``. See :meth:`Registry.index`."""
-    return _HERE.index(kind)
-
-
-def broken(kind: str | None = None) -> list[Broken]:
-    """What could not be indexed. See :meth:`Registry.broken`."""
-    return _HERE.broken(kind)
-
-
-def resolve(kind: str, name: str) -> Entry:
-    """The entry of a name, or :class:`UnknownName` with a suggestion. See :meth:`Registry.resolve`."""
-    return _HERE.resolve(kind, name)
-
-
-def lookup(kind: str, spec: str) -> tuple[Entry, dict[str, object]]:
-    """Entry and keyword arguments of a spec. See :meth:`Registry.lookup`."""
-    return _HERE.lookup(kind, spec)
-
-
-def load(entry: Entry) -> Callable[..., Any]:
-    """Import and return the function of an entry. See :meth:`Registry.load`."""
-    return _HERE.load(entry)

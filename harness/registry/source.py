@@ -1,15 +1,16 @@
-"""Reading the functions that @method, @dataset and @model mark, with their parameters, from source text alone."""
+"""Reads the functions that @method, @dataset and @model mark, with their parameters, from source text alone."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.registry.options import Parameter, check_type
+from harness.registry.options import Parameter, members
 
 KINDS = ("method", "dataset", "model")
 # Parameters that the harness fills in; they are never options of a suite or of a spec.
@@ -22,7 +23,7 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
 ARGUMENT: Mapping[str, str] = {"dataset": "path", "model": "name"}
 # Keys of a [[method]] table of a suite, so no hyper-parameter may have such a name.
 RESERVED: Mapping[str, frozenset[str]] = {
-    "method": frozenset({"name", "label", "tasks", "epsilon", "on"}),
+    "method": frozenset({"name", "label", "tasks", "epsilon", "on", "train", "then"}),
     "dataset": frozenset(),
     "model": frozenset(),
 }
@@ -60,7 +61,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Broken:
+class BrokenSource:
     """A file, entry point or declaration that cannot be used, and why; ``name`` may be a guess."""
 
     kind: str
@@ -106,17 +107,11 @@ def _constants(tree: ast.Module) -> dict[str, object]:
     """Module-level names bound once to a literal, so that ``clip: float = CLIP`` can be read."""
     found: dict[str, object] = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            target, value = node.targets[0], node.value
-        elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            target, value = node.target, node.value
-        else:
-            continue
-        if isinstance(target, ast.Name):
-            try:
-                found[target.id] = ast.literal_eval(value)
-            except (ValueError, TypeError, SyntaxError):
-                continue  # not a literal: simply not a constant
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if len(targets) == 1 and isinstance(targets[0], ast.Name):
+                with contextlib.suppress(ValueError, TypeError, SyntaxError):  # what is not a literal is no constant
+                    found[targets[0].id] = ast.literal_eval(node.value)
     return found
 
 
@@ -126,10 +121,8 @@ def _literal(node: ast.expr, constants: Mapping[str, object], what: str) -> obje
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError):
-        raise _Malformed(
-            node.lineno,
-            f"{what} is {ast.unparse(node)}; write a literal, because the index is read without importing the file",
-        ) from None
+        text = f"{what} is {ast.unparse(node)}; write a literal, because the index is read without importing the file"
+        raise _Malformed(node.lineno, text) from None
 
 
 def _annotation(arg: ast.arg) -> str:
@@ -138,7 +131,7 @@ def _annotation(arg: ast.arg) -> str:
         raise _Malformed(arg.lineno, f"parameter {arg.arg} has no type; write {arg.arg}: float, int, str or bool")
     text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ast.unparse(node)
     try:
-        check_type(text)
+        members(text)
     except (ValueError, SyntaxError) as error:
         raise _Malformed(arg.lineno, f"parameter {arg.arg}: {error}") from None
     return text
@@ -206,18 +199,18 @@ def _entry(kind: str, call: ast.Call, function: ast.FunctionDef, tree: ast.Modul
     )
 
 
-def read(file: Path, module: str, kind: str) -> tuple[list[Entry], list[Broken]]:
+def read(file: Path, module: str, kind: str) -> tuple[list[Entry], list[BrokenSource]]:
     """Everything declared at the top level of one file; ``kind`` is what an unreadable file counts as."""
     guess = file.stem.replace("_", "-")
     try:
         tree = ast.parse(file.read_bytes(), filename=str(file))
     except SyntaxError as error:
-        return [], [Broken(kind, guess, file, error.lineno or 1, f"not valid Python: {error.msg}")]
+        return [], [BrokenSource(kind, guess, file, error.lineno or 1, f"not valid Python: {error.msg}")]
     except (OSError, ValueError, RecursionError) as error:
-        return [], [Broken(kind, guess, file, 1, f"cannot be read: {error}")]
+        return [], [BrokenSource(kind, guess, file, 1, f"cannot be read: {error}")]
     aliases = _aliases(tree)
     entries: list[Entry] = []
-    bad: list[Broken] = []
+    bad: list[BrokenSource] = []
     for node in tree.body:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
@@ -233,7 +226,7 @@ def read(file: Path, module: str, kind: str) -> tuple[list[Entry], list[Broken]]
                     raise _Malformed(node.lineno, f'write @{found}("name", ...), not @{found}')
                 entries.append(_entry(found, decorator, node, tree, file, module))
             except _Malformed as error:
-                bad.append(Broken(found, _declared(decorator, node.name), file, error.line, error.reason))
+                bad.append(BrokenSource(found, _declared(decorator, node.name), file, error.line, error.reason))
     return entries, bad
 
 

@@ -1,25 +1,25 @@
-"""Suites: a TOML file, checked as a whole, to the cells that are to be run.
+"""Suites: from a TOML file to the cells that are to be run, checked in two phases.
 
-:func:`load` reads and checks a file without importing torch or any method: names, options and their types
-come from the registry's index. :meth:`Suite.cells` then builds the methods and asks for the data's digests, and
-gives one :class:`Cell` for each run. All that is wrong is reported at once, each problem with its line and what to
-write instead: where reading finds something, what is sound is built all the same to see what else there is.
+:func:`load` reads: names, options and their types come from the registry's index, so that neither torch nor any method
+is imported. :meth:`Suite.cells` then builds the methods, asks for the data's digests and gives one :class:`Cell` for
+each run. Each phase reports all of its errors at once, each with its line and what to write instead. Nothing is built
+of a suite that could not be read.
 
 What a cell *is* (method, data, model, privacy, schedule, numerics, seed) makes its id; where and how fast it
 runs (device, threads, engine, microbatch, budgets, paths) does not, nor does how it is shown (labels, names of
 tasks).
 
-Rooms, in the order in which a file goes through them::
+Modules, in the order in which a file goes through them::
 
-    toml/       lines and problems; reading, also for the files of claims and of throughput
+    toml/       lines, problems and typed tables, also for the files of claims and of throughput
     tables      keys and their types
     files       Python files of the user's
     tasks       [[task]]
-    stages      what a [[method]] is given: parts, a schedule, a second stage
     methods     [[method]], variants, labels
     published   [[published]]
     reading     all tables of a suite, and its reduced profile
     values      what a suite is once it is read
+
     build       methods with their parts
     lengths     data, and steps
     trial       models, built and tried
@@ -32,53 +32,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from harness import registry
-from harness.records.cell import Cell, canonical_json
 from harness.registry import Registry
 from harness.suite.expand import Suite
 from harness.suite.files import Files
 from harness.suite.reading import SuiteReader
-from harness.suite.tables import (
-    Budget,
-    Device,
-    Many,
-    Positive,
-    Privacy,
-    Published,
-    Size,
-    Table,
-    Task,
-    Text,
-    Tuning,
-)
-from harness.suite.toml.lines import Lines
-from harness.suite.toml.problems import Problem, SuiteError
-from harness.suite.toml.reader import Reader, document, source
-from harness.suite.values import Variant
+from harness.suite.toml.problems import SuiteError
+from harness.suite.toml.reader import kind_of, source
 
-__all__ = [
-    "Budget",
-    "Cell",
-    "Device",
-    "Many",
-    "Positive",
-    "Privacy",
-    "Problem",
-    "Published",
-    "Reader",
-    "Size",
-    "Suite",
-    "SuiteError",
-    "Table",
-    "Task",
-    "Text",
-    "Tuning",
-    "Variant",
-    "canonical_json",
-    "document",
-    "load",
-    "parse",
-    "source",
-]
+__all__ = ["Suite", "SuiteError", "kind_of", "load", "parse"]
 
 
 def load(
@@ -89,23 +50,16 @@ def load(
     reduced: bool = False,
     thorough: bool = False,
 ) -> Suite:
-    """Read and check a suite, or its reduced profile; ``files`` are Python files with methods, models
-    and data sets of the user.
+    """Read a suite, or its reduced profile; ``files`` are Python files with methods, models and data sets of the user.
 
     ``names`` is the registry to look names up in, by default the installation's. With ``thorough``
-    files of data that are not here are a problem even where all is known of the data, and every model is built and
-    tried. Raises :class:`SuiteError` with every problem,
-    whatever the file holds.
+    :meth:`Suite.cells` also reports files of data that are not here, where all is known of the data without them, and
+    builds and tries every model. Raises :class:`SuiteError` with every problem, whatever the file holds.
     """
     own = Files.admit(files, names or registry.installed())
-    return _read(source(path, own.problems), str(path), own, reduced, thorough)
+    return SuiteReader(source(path, own.problems), str(path), own).suite(reduced, thorough)
 
 
 def parse(text: str, file: str = "suite.toml", *, names: Registry | None = None, reduced: bool = False) -> Suite:
-    """Check the text of a suite; ``file`` is the name that errors give. Raises :class:`SuiteError`."""
-    return _read(text, file, Files.admit((), names or registry.installed()), reduced, False)
-
-
-def _read(text: str, file: str, own: Files, reduced: bool, thorough: bool) -> Suite:
-    data = document(text, file, own.problems)
-    return SuiteReader(file, data, Lines(text), own).suite(reduced, thorough)
+    """Read the text of a suite; ``file`` is the name that errors give. Raises :class:`SuiteError`."""
+    return SuiteReader(text, file, Files.admit((), names or registry.installed())).suite(reduced, thorough=False)

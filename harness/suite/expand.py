@@ -1,10 +1,11 @@
-"""A suite to its cells, one for each run, and all that stands in their way."""
+"""Builds the cells of a suite, one for each run, and reports every error that prevents one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness import registry
@@ -13,17 +14,14 @@ from harness.registry import Entry, Registry
 from harness.suite.build import Builder, Built
 from harness.suite.files import unimportable
 from harness.suite.lengths import Facts, Lengths, Size
-from harness.suite.tables import Budget, Device, Privacy, Published, Tuning
-from harness.suite.toml.lines import Lines
-from harness.suite.toml.problems import Problem, Report, SuiteError
+from harness.suite.tables import BudgetTable, DeviceTable, PrivacyTable, PublishedTable, TuningTable
+from harness.suite.toml.lines import KeyPath, LineNumbers
+from harness.suite.toml.problems import FileProblem, Problems
 from harness.suite.trial import refuse_models
-from harness.suite.values import Scheduled, Variant
+from harness.suite.values import ScheduledTask, Variant
 
 if TYPE_CHECKING:
     from harness.dp import Method
-    from harness.suite.toml.lines import Path as KeyPath
-
-__all__ = ["Suite", "expand", "problems", "try_models"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +37,16 @@ class Suite:
     name: str
     question: str
     seeds: tuple[int, ...]
-    privacy: Privacy
-    tasks: tuple[Scheduled, ...]
+    privacy: PrivacyTable
+    tasks: tuple[ScheduledTask, ...]
     variants: tuple[Variant, ...]
-    devices: tuple[Device, ...]
-    budget: Budget
-    tuning: Tuning | None
-    published: tuple[Published, ...]
+    devices: tuple[DeviceTable, ...]
+    budget: BudgetTable
+    tuning: TuningTable | None
+    published: tuple[PublishedTable, ...]
     reduced: str | None
     names: Registry = field(repr=False)
-    lines: Lines = field(repr=False)
+    lines: LineNumbers = field(repr=False)
     files: tuple[str, ...] = ()
     thorough: bool = False
 
@@ -59,95 +57,75 @@ class Suite:
         every method that refuses its parameters or its parts, targets that need more noise than a clipping rule
         can serve, data that is missing, and runs that would be the same.
         """
-        return expand(self)
+        report, refused = Problems(self.file, self.lines), unimportable(self.files, self.names)
+        report.problems += refused.values()
+        runs = list(_runs(self, report, refused))
+        _refuse_unreachable(self.privacy, runs, report)
+        cells = [
+            _cell(self, run, epsilon, device, seed)
+            for seed in self.seeds
+            for run in runs
+            for epsilon in (_targets(self.privacy, run.variant) if run.built.private else (None,))
+            for device in self.devices
+        ]
+        _refuse_twins(self, cells, report)
+        if self.thorough:
+            refuse_models(self.variants, report, refused)
+        report.stop()
+        return cells
 
     def try_models(self, cells: Iterable[Cell]) -> None:
         """Build the models of these cells, each once, and try them on examples of their data's shape.
 
         Raises :class:`SuiteError` with every one that cannot be built, does not fit its data, or mixes examples.
         """
-        try_models(self, cells)
+        report, wanted = Problems(self.file, self.lines), {(c.label, c.task["name"]) for c in cells}
+        refuse_models([v for v in self.variants if (v.label, v.task.name) in wanted], report)
+        report.stop()
 
 
-class _Run(NamedTuple):
-    """A variant with what it needs to run; None where something is wrong with that."""
+class _Runnable(NamedTuple):
+    """A variant with what it needs to run."""
 
     variant: Variant
-    built: Built | None
-    facts: Facts | None
-    size: Size | None
-    second: Facts | None
+    built: Built
+    facts: Facts
+    size: Size
+    second: Facts
 
 
-def expand(suite: Suite) -> list[Cell]:
-    """Every run, all methods of the first seed first. Raises :class:`SuiteError`."""
-    cells, found = _expanded(suite)
-    if found:
-        raise SuiteError(found)
-    return cells
-
-
-def problems(suite: Suite) -> list[Problem]:
-    """What is wrong with a suite besides what reading it tells; parts that are wrong already are passed over."""
-    return _expanded(suite)[1]
-
-
-def _expanded(suite: Suite) -> tuple[list[Cell], list[Problem]]:
-    report = Report(suite.file, suite.lines, [])
-    refused = unimportable(suite.files, suite.names)
+def _runs(suite: Suite, report: Problems, refused: Mapping[Path, FileProblem]) -> Iterator[_Runnable]:
+    """The variants that can be run; what is wrong with the others is reported. ``refused`` files cannot be imported."""
     builder, lengths = Builder(suite.names, report, refused), Lengths(report, suite.thorough)
-    facts = {
-        task.index: lengths.facts(task.dataset, (*task.path, "dataset"), task.evaluate) if task.dataset else None
-        for task in suite.tasks
-    }
-    shared = {task.index: lengths.of_task(task, facts[task.index]) for task in suite.tasks}
-    runs: list[_Run] = []
+    known = {t.index: lengths.facts(t.dataset, (*t.path, "dataset"), t.evaluate) for t in suite.tasks}
+    shared = {t.index: lengths.of_task(t, facts) for t in suite.tasks if (facts := known[t.index]) is not None}
     for variant in suite.variants:
-        built, known = builder.of(variant), facts.get(variant.task.index)
+        built, facts, size = builder.of(variant), known[variant.task.index], shared.get(variant.task.index)
         if variant.epsilons is not None and built is not None and not built.private:
             text = f'method "{variant.name}" trains without privacy; leave "epsilon" out.'
             report.bad(("method", variant.index, "epsilon"), text)
-        size = lengths.of_variant(variant, shared.get(variant.task.index), known)
-        runs.append(_Run(variant, built, known, size, lengths.of_second(variant, size, known)))
-    _refuse_unreachable(suite.privacy, runs, report)
-    cells = [
-        _cell(suite, run.variant, run.built, run.facts, run.size, run.second, epsilon, device, seed)
-        for seed in suite.seeds
-        for run in runs
-        if run.variant.whole and run.variant.task.architecture
-        if run.built is not None and run.facts is not None and run.size is not None and run.second is not None
-        for epsilon in (_targets(suite.privacy, run.variant) if run.built.private else (None,))
-        for device in suite.devices
-    ]
-    _refuse_twins(suite, cells, report)
-    if suite.thorough:
-        refuse_models(suite.variants, report, refused)
-    return cells, [*refused.values(), *report.problems]
+        if size is not None and facts is not None:
+            size = lengths.of_variant(variant, size, facts["n_train"])
+        second = lengths.of_second(variant, size, facts)
+        if built is not None and facts is not None and size is not None and second is not None:
+            yield _Runnable(variant, built, facts, size, second)
 
 
-def try_models(suite: Suite, cells: Iterable[Cell]) -> None:
-    """Try the models of some of a suite's cells. Raises :class:`SuiteError`."""
-    report, wanted = Report(suite.file, suite.lines, []), {(c.label, c.task["name"]) for c in cells}
-    refuse_models([v for v in suite.variants if (v.label, v.task.name) in wanted], report)
-    if report.problems:
-        raise SuiteError(report.problems)
-
-
-def _targets(privacy: Privacy, variant: Variant) -> tuple[float, ...]:
+def _targets(privacy: PrivacyTable, variant: Variant) -> tuple[float, ...]:
     return privacy.epsilon if variant.epsilons is None else variant.epsilons
 
 
-def _refuse_unreachable(privacy: Privacy, runs: Sequence[_Run], report: Report) -> None:
+def _refuse_unreachable(privacy: PrivacyTable, runs: Sequence[_Runnable], report: Problems) -> None:
     """Report targets that need more noise than a clipping rule with a ceiling can serve.
 
     Its side releases have noise of a size of their own, which the joint noise multiplier must stay below.
     """
     known: dict[str, str | None] = {}  # by what decides the answer: most variants differ in learning rates
     for variant, one, facts, size, _ in runs:
-        if one is None or facts is None or size is None or not one.private or not variant.whole:
+        if not one.private or math.isinf(one.method.clip.ceiling):
             continue
-        if math.isinf(one.method.clip.ceiling) or one.method.sampler.relation.value != privacy.relation:
-            continue  # no run of another relation will be made
+        if one.method.sampler.relation.value != privacy.relation:  # it will be skipped
+            continue
         n, batch, steps = facts["n_train"], size["batch"], size["steps"]
         plan = one.method.plan(one.method.clip.ceiling / 2, n, batch, steps).to_json()
         for epsilon in _targets(privacy, variant):
@@ -161,7 +139,7 @@ def _refuse_unreachable(privacy: Privacy, runs: Sequence[_Run], report: Report) 
                 report.bad(place, text)
 
 
-def _unreachable(method: Method, n: int, batch: int, steps: int, epsilon: float, privacy: Privacy) -> str | None:
+def _unreachable(method: Method, n: int, batch: int, steps: int, epsilon: float, privacy: PrivacyTable) -> str | None:
     """Why no noise multiplier meets a target, or None. What is calibrated is kept for the run."""
     from harness.dp import cache
     from harness.dp.calibrate import calibrate
@@ -174,10 +152,8 @@ def _unreachable(method: Method, n: int, batch: int, steps: int, epsilon: float,
     return None
 
 
-def _cell(
-    suite: Suite, variant: Variant, built: Built, facts: Facts, size: Size, second: Facts, epsilon: float | None,
-    device: Device, seed: int,
-) -> Cell:  # fmt: skip
+def _cell(suite: Suite, run: _Runnable, epsilon: float | None, device: DeviceTable, seed: int) -> Cell:
+    variant, built, facts, size, second = run
     task, privacy, tuning, then = variant.task, suite.privacy, suite.tuning, variant.then
     private = epsilon is not None
     return Cell(
@@ -217,7 +193,7 @@ def _named(suite: Suite, variant: Variant) -> Iterator[Entry]:
     task, then = variant.task, variant.then
     named = [("method", variant.name), ("model", registry.parse_spec(task.model)[0])]
     named += [("method", then.name)] if then else []
-    for spec in (task.dataset, then.dataset if then else None):
+    for spec in (task.dataset, then.table.dataset if then else None):
         name = registry.parse_spec(spec)[0] if spec else ""
         while name:
             named.append(("dataset", name))
@@ -228,7 +204,7 @@ def _named(suite: Suite, variant: Variant) -> Iterator[Entry]:
         yield suite.names.resolve(kind, name)
 
 
-def _refuse_twins(suite: Suite, cells: Iterable[Cell], report: Report) -> None:
+def _refuse_twins(suite: Suite, cells: Iterable[Cell], report: Problems) -> None:
     """Two tasks may name the same data, two labels the same method: their runs would share one record."""
     first: dict[str, Cell] = {}
     for cell in cells:

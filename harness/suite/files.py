@@ -1,4 +1,4 @@
-"""Python files of the user's: what can be told of them without running them, and whether they can be imported."""
+"""Checks Python files of the user: first their text, then whether they can be imported."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.registry import KINDS, Broken, Entry, LoadError, Registry, RegistryError
-from harness.suite.toml.problems import Problem
-
-__all__ = ["Files", "unimportable"]
+from harness.registry import KINDS, Entry, LoadError, Registry, RegistryError
+from harness.suite.toml.problems import FileProblem
 
 
 class _Tolerant(Registry):
-    """A registry in which the first of two functions of one name counts; :attr:`Files.problems` tells of the second."""
+    """A registry in which the first of two functions of one name counts; the second is among :attr:`Files.problems`."""
 
     def index(self, kind: str) -> dict[str, Entry]:
         return dict(sorted(self._scan()[0][kind].items()))
@@ -30,7 +28,7 @@ class Files:
 
     named: tuple[str, ...]
     names: Registry
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[FileProblem, ...] = ()
     texts: tuple[str | None, ...] = ()
 
     @classmethod
@@ -39,25 +37,20 @@ class Files:
         named = tuple(dict.fromkeys(map(str, files)))
         there = {file: Path(file).expanduser().resolve() for file in named}
         absent = [file for file in named if not there[file].is_file()]
-        problems = [
-            Problem(
-                file,
-                0,
-                "no such file; name a Python file with an @method, @model or @dataset function in it.",
-            )
-            for file in absent
-        ]
+        text = "no such file; name a Python file with an @method, @model or @dataset function in it."
+        problems = [FileProblem(file, 0, text) for file in absent]
         found = [file for file in named if file not in absent]
         tried = names
         if names.clashes() or any(there[file] not in names.files() for file in found):
             tried = _Tolerant(names.root, entry_points=names.entry_points)
             for known in (*names.files(), *(there[file] for file in found)):
                 tried.add_file(known)
-        clashes = [clash.message for clash in tried.clashes()]
-        for clash in clashes:
-            problems.append(_clash(clash, {str(there[file]): file for file in found}))
+        clashes, given = tried.clashes(), {there[file]: file for file in found}
+        for clash in clashes:  # reported at the function in a file of the user
+            entry = next((one for one in reversed(clash.entries) if one.file in given), clash.entries[1])
+            problems.append(FileProblem(given.get(entry.file, str(entry.file)), entry.line, clash.message))
         broken = [(file, one) for file in found for one in tried.broken() if one.file == there[file]]
-        problems += [_unreadable(file, one) for file, one in broken]
+        problems += [FileProblem(file, max(1, one.line), f"{one.reason.rstrip('.')}.") for file, one in broken]
         if not clashes:
             for file in found:
                 names.add_file(file)
@@ -72,21 +65,9 @@ class Files:
         )
 
 
-def _clash(message: str, named: dict[str, str]) -> Problem:
-    """Two functions of one name, told of at the one in a file of the user's; the message names both places."""
-    found = re.search(r": (.+):([0-9]+) and (.+):([0-9]+); ", message)
-    places = [(found[3], found[4]), (found[1], found[2])] if found else [("", "1")]
-    file, line = next((one for one in places if one[0] in named), places[0])
-    return Problem(named.get(file, file), int(line), message)
-
-
-def _unreadable(file: str, broken: Broken) -> Problem:
-    return Problem(file, max(1, broken.line), f"{broken.reason.rstrip('.')}.")
-
-
-def unimportable(files: Iterable[str], names: Registry) -> dict[Path, Problem]:
+def unimportable(files: Iterable[str], names: Registry) -> dict[Path, FileProblem]:
     """The files whose import fails, and why."""
-    found: dict[Path, Problem] = {}
+    found: dict[Path, FileProblem] = {}
     for file in files:
         path = Path(file).expanduser().resolve()
         entries = [one for kind in KINDS for one in names.index(kind).values() if one.file == path]
@@ -100,5 +81,5 @@ def unimportable(files: Iterable[str], names: Registry) -> dict[Path, Problem]:
             frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename == str(path)]
             line = (frames[-1].lineno if frames else None) or entry.line
             text = f"cannot be imported: {type(cause).__name__}: {cause}"
-            found[path] = Problem(file, line, text if text.endswith(".") else f"{text}.")
+            found[path] = FileProblem(file, line, text if text.endswith(".") else f"{text}.")
     return found

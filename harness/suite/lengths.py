@@ -1,17 +1,15 @@
-"""What is known of the data of a suite, and how many steps of which batch that makes."""
+"""Looks up the data sets of a suite, and works out the batch and the steps of each run on them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.registry import DuplicateName
-from harness.suite.toml.lines import Path as KeyPath
-from harness.suite.toml.problems import Report
-from harness.suite.values import Scheduled, Variant
-
-__all__ = ["Lengths"]
+from harness.suite.toml.lines import KeyPath
+from harness.suite.toml.problems import Problems
+from harness.suite.values import ScheduledTask, Variant
 
 Facts = dict[str, Any]
 Size = dict[str, int]
@@ -19,17 +17,17 @@ Size = dict[str, int]
 
 @dataclass(frozen=True)
 class Lengths:
-    """Data sets and schedules; reports what only a look at the data can tell.
+    """Looks up data sets, works out schedules, and reports what is wrong with them.
 
-    ``thorough`` says that files which are not here are a problem, even where what is asked of the data is known.
+    ``thorough`` says that missing files are a problem, even where all is known of the data without them.
     """
 
-    report: Report
+    report: Problems
     thorough: bool
     _private: set[KeyPath] = field(default_factory=set)
 
     def facts(self, spec: str, place: KeyPath, evaluate: str) -> Facts | None:
-        """What identifies a data set, and the number of examples to train on; None where it cannot be had."""
+        """What identifies a data set, and the number of examples to train on; None where it is missing."""
         from harness import data
 
         try:
@@ -37,9 +35,7 @@ class Lengths:
             absent = _absent(spec, known) if self.thorough else None
             if absent is not None:
                 raise absent
-        except DuplicateName:  # which is told of elsewhere
-            return None
-        except data.DatasetMissing as error:  # once, for one file mends it everywhere
+        except data.DatasetMissing as error:  # once: one file supplies it everywhere
             if all(one.message != str(error) for one in self.report.problems):
                 self.report.bad(place, str(error))
             return None
@@ -54,62 +50,61 @@ class Lengths:
             "n_train": data.validation_size(n_train) if evaluate == "validation" else n_train,
         }
 
-    def of_task(self, task: Scheduled, facts: Facts | None) -> Size | None:
+    def of_task(self, task: ScheduledTask, facts: Facts) -> Size | None:
         """Batch and steps of a task; None where something is wrong with them."""
-        if facts is None or not task.schedule:
-            return None
-        n, batch, epochs = facts["n_train"], task.schedule["batch"], task.schedule["epochs"]
-        batch = n if batch == "full" else batch
-        steps = task.schedule["steps"] if epochs is None else math.floor(epochs * n / batch)
-        if batch > n:
-            text = f'task "{task.name}": batch {batch} is more than its {n} training examples.'
-            self.report.bad(self._written(task, "batch"), text)
-            return None
-        if steps < 1:
-            text = f'task "{task.name}": {epochs} epochs of {n} examples are no step of {batch}; write more.'
-            self.report.bad(self._written(task, "epochs"), text)
-            return None
-        return {"batch": batch, "steps": steps}
+        return self._size(f'task "{task.name}"', (task.path, task.train), facts["n_train"], **task.schedule)
 
-    def of_variant(self, variant: Variant, shared: Size | None, facts: Facts | None) -> Size | None:
-        """The schedule of a variant: its task's, but for what its method's ``train`` says."""
-        train, place = variant.train, ("method", variant.index, "train")
-        if train is None or shared is None or facts is None:
+    def of_variant(self, variant: Variant, shared: Size, n: int) -> Size | None:
+        """The schedule of a variant on ``n`` examples: its task's, but for what its method's ``train`` says."""
+        train = variant.train
+        if train is None:
             return shared
-        n = facts["n_train"]
-        batch = n if train.batch == "full" else train.batch or shared["batch"]
-        steps = train.steps or (math.floor(train.epochs * n / batch) if train.epochs else shared["steps"])
-        if batch > n or steps < 1:
-            text = f'"train" on task "{variant.task.name}": {steps} steps of {batch} of {n} examples; write others.'
-            self.report.bad(place, text)
-            return None
-        return {"batch": batch, "steps": steps}
+        what, steps = (
+            f'"train" on task "{variant.task.name}"',
+            train.steps or (None if train.epochs else shared["steps"]),
+        )
+        place = ("method", variant.index, "train")
+        return self._size(what, (place,), n, train.batch or shared["batch"], train.epochs, steps)
 
     def of_second(self, variant: Variant, shared: Size | None, facts: Facts | None) -> Facts | None:
         """``task`` (where it has data of its own) and ``schedule`` of a second stage; None where something is wrong."""
-        second, task, place = variant.then, variant.task, ("method", variant.index, "then")
-        if second is None:
+        if variant.then is None:
             return {}
+        table, task, place = variant.then.table, variant.task, ("method", variant.index, "then")
         found: Facts = {}
-        if second.public:
-            other = second.dataset and self.facts(second.dataset, (*place, "dataset"), task.evaluate)
-            if not second.dataset or not other or self._refuse_private(second.dataset, variant, facts):
+        if table.dataset is not None:
+            other = self.facts(table.dataset, (*place, "dataset"), task.evaluate)
+            if other is None or facts is None or self._refuse_private(table.dataset, variant):
                 return None
-            facts, found["task"] = other, {"dataset": second.dataset, "evaluate": task.evaluate, **other}
-        if facts is None or shared is None or not variant.whole:
+            facts, found["task"] = other, {"dataset": table.dataset, "evaluate": task.evaluate, **other}
+        if facts is None or shared is None:
             return None
-        n, table = facts["n_train"], second.table
-        batch = n if table.batch == "full" else table.batch or shared["batch"]
-        steps = table.steps or math.floor((table.epochs or 0) * n / batch)
-        if batch > n or steps < 1:
-            text = f'"then" on task "{task.name}": {steps} steps of {batch} of {n} examples; write other lengths.'
-            self.report.bad(place, text)
-            return None
-        return found | {"schedule": {"batch": batch, "steps": steps}}
+        batch = table.batch or shared["batch"]
+        size = self._size(f'"then" on task "{task.name}"', (place,), facts["n_train"], batch, table.epochs, table.steps)
+        return None if size is None else found | {"schedule": size}
 
-    def _refuse_private(self, public: str, variant: Variant, facts: Facts | None) -> bool:
+    def _size(
+        self, what: str, places: Sequence[KeyPath], n: int, batch: int | str, epochs: float | None, steps: int | None
+    ) -> Size | None:
+        """Batch and steps on ``n`` examples; ``places`` are the tables in which lengths may be written."""
+
+        def written(key: str) -> KeyPath:
+            return next((at for one in places if self.report.lines.has(at := (*one, key))), places[0])
+
+        batch = n if isinstance(batch, str) else batch
+        if batch > n:
+            self.report.bad(written("batch"), f"{what}: batch {batch} is more than its {n} training examples.")
+            return None
+        steps = math.floor((epochs or 0) * n / batch) if steps is None else steps
+        if steps < 1:
+            text = f"{what}: {epochs} epochs of {n} examples are less than one step of {batch}; write more."
+            self.report.bad(written("epochs"), text)
+            return None
+        return {"batch": batch, "steps": steps}
+
+    def _refuse_private(self, public: str, variant: Variant) -> bool:
         """Whether data that is called public is that of the task, which is reported."""
-        if facts is None or not _origins(public) & _origins(variant.task.dataset):
+        if not _origins(public) & _origins(variant.task.dataset):
             return False
         text = f'"then": {public} is the private data of task'
         place = ("method", variant.index, "then", "dataset")
@@ -117,11 +112,6 @@ class Lengths:
             self._private.add(place)
             self.report.bad(place, f'{text} "{variant.task.name}"; name public data, or leave "dataset" out.')
         return True
-
-    def _written(self, task: Scheduled, key: str) -> KeyPath:
-        """Where a task's schedule is written: in its own table, else in ``[train]``."""
-        own = (*task.path, key)
-        return own if self.report.lines.has(own) else (*task.train, key)
 
 
 def _origins(dataset: str) -> set[str]:
@@ -133,7 +123,7 @@ def _origins(dataset: str) -> set[str]:
 
 
 def _absent(spec: str, known: Facts) -> Exception | None:
-    """The error that loading would raise for want of files. Features that are kept need none."""
+    """The error that loading would raise for a missing file; None where all are here, or features of them are kept."""
     from harness import data
     from harness.data.dataset import Split
     from harness.data.extract import finished

@@ -1,4 +1,4 @@
-"""The tables of a suite: their keys, the types of these, and what each is for."""
+"""Defines the tables of a suite: their keys, the types of these, and what each is for."""
 
 from __future__ import annotations
 
@@ -7,32 +7,20 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from harness.registry import RegistryError, did_you_mean
-
-__all__ = [
-    "ARRAYS",
-    "MOST_CELLS",
-    "NEEDED",
-    "SINGLE",
-    "Budget",
-    "Device",
-    "Header",
-    "Many",
-    "MethodTable",
-    "Positive",
-    "Privacy",
-    "Published",
-    "Reduced",
-    "Size",
-    "Table",
-    "Task",
-    "Text",
-    "Then",
-    "Train",
-    "Tuning",
-]
+from harness.registry import Registry, RegistryError, did_you_mean, show
 
 MOST_CELLS = 100_000
 MOST_SEEDS = 10_000
@@ -72,15 +60,15 @@ def _batch(value: object) -> object:
 
 
 def _name(value: str) -> str:
-    """The name of a folder, on any system, which is that of nothing else there."""
+    """The name of a folder in results/: allowed on any system, and not used for anything else there."""
     if len(value) > LONGEST_NAME:
-        raise ValueError(f"has {len(value)} letters; a folder is called so, write {LONGEST_NAME} at most")
+        raise ValueError(f"has {len(value)} letters; it names a folder, write {LONGEST_NAME} at most")
     if value in FOLDERS:
         raise ValueError(f"is a folder of results/ for other things ({', '.join(FOLDERS)}); write another name")
     if value.endswith("-reduced"):
         raise ValueError('would be taken for a reduced profile; write a name that does not end in "-reduced"')
     if re.fullmatch(r"con|prn|aux|nul|(com|lpt)[0-9]", value):
-        raise ValueError("is no name of a folder on Windows; write another")
+        raise ValueError("is not allowed as the name of a folder on Windows; write another")
     return value
 
 
@@ -94,23 +82,63 @@ def _line(value: str) -> str:
     return value
 
 
+def invalid(message: str, at: str | int | None = None, *, table: bool = True) -> PydanticCustomError:
+    """An error of a whole table, or of one key where not ``table``; the reader puts that in front of the message.
+
+    ``at`` is the key or the number in a list whose line is named, where that is not the line of what is validated.
+    """
+    return PydanticCustomError("table" if table else "key", "{text}", {"text": message, "at": at})
+
+
+def distinct(values: tuple[object, ...]) -> tuple[object, ...]:
+    """A list without repeats."""
+    seen: set[object] = set()
+    for number, value in enumerate(values):
+        if value in seen:
+            raise invalid(f"{show(value)} is given twice; keep one", number, table=False)
+        seen.add(value)
+    return values
+
+
+def _one_length(steps: object, info: ValidationInfo) -> object:
+    """Steps, where no epochs are given."""
+    if steps is not None and info.data.get("epochs") is not None:
+        raise invalid("has both epochs and steps; keep one")
+    return steps
+
+
+def known(kind: str, options: bool = True) -> AfterValidator:
+    """The name of something registered; with ``options``, followed by some that fit it: ``name?key=value``."""
+
+    def check(spec: str, info: ValidationInfo) -> str:
+        assert isinstance(info.context, Registry)
+        try:
+            (info.context.lookup if options else info.context.resolve)(kind, spec)
+        except RegistryError as error:
+            raise PydanticCustomError("registry", "{error}", {"error": error}) from None
+        return spec
+
+    return AfterValidator(check)
+
+
 Size = Annotated[int, Field(ge=1, lt=2**53)]
 Positive = Annotated[float, Field(gt=0, le=1e15)]
 Text = Annotated[str, Field(min_length=1)]
 Line = Annotated[str, Field(min_length=1), AfterValidator(_line)]
 Many = BeforeValidator(_one_or_many)
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**53)], ...], BeforeValidator(_seeds)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**53)], ...], BeforeValidator(_seeds), AfterValidator(distinct)]
 Batch = Annotated[int | Literal["full"], PlainValidator(_batch)]
-Epsilons = Annotated[tuple[Positive, ...], Many]
+Epsilons = Annotated[tuple[Positive, ...], Many, AfterValidator(distinct)]
+Dataset = Annotated[Text, known("dataset")]
 
 
-class Table(BaseModel):
+class TomlTable(BaseModel):
     """One table of a file: exact types, no other keys, no infinities."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Header(Table):
+class SuiteTable(TomlTable):
     """``[suite]``: its name, the question it answers, and the seeds of each run (a count or a list)."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$"), AfterValidator(_name)]
@@ -118,7 +146,7 @@ class Header(Table):
     seeds: Seeds = (0,)
 
 
-class Privacy(Table):
+class PrivacyTable(TomlTable):
     """``[privacy]``: targets for private methods; the noise is calibrated to them by ``accountant``."""
 
     epsilon: Epsilons
@@ -127,58 +155,67 @@ class Privacy(Table):
     accountant: Literal["pld", "rdp"] = "pld"
 
 
-class Train(Table):
+class TrainTable(TomlTable):
     """``[train]``: expected logical batch, a number or "full", and the length in epochs or in steps."""
 
     batch: Batch | None = None
     epochs: Positive | None = None
     steps: Size | None = None
+    _length = field_validator("steps")(_one_length)
 
 
-class Task(Table):
+class TaskTable(TomlTable):
     """``[[task]]``: data set and model (specs), where to evaluate, and a schedule of its own."""
 
-    dataset: Text
-    model: Text
+    dataset: Dataset
+    model: Annotated[Text, known("model")]
     evaluate: Literal["test", "validation"] = "test"
     name: Line | None = None
     batch: Batch | None = None
     epochs: Positive | None = None
     steps: Size | None = None
+    _length = field_validator("steps")(_one_length)
 
 
-class MethodTable(Table):
+class ThenTable(TomlTable):
+    """``then`` of a ``[[method]]``: the method that goes on with the trained network, under a new linear head.
+
+    ``method`` is a spec (name?key=value). ``trains`` the head alone, or all of the network. With a ``dataset`` the
+    stage trains and is evaluated on that data instead, which then counts as public.
+    """
+
+    method: Annotated[Text, known("method")]
+    epochs: Positive | None = None
+    steps: Size | None = None
+    batch: Batch | None = None
+    trains: Literal["head", "all"] = "head"
+    dataset: Dataset | None = None
+    _length = field_validator("steps")(_one_length)
+
+    @model_validator(mode="after")
+    def _has_length(self) -> ThenTable:
+        if self.epochs is None and self.steps is None:
+            raise invalid("needs one of epochs and steps")
+        return self
+
+
+class MethodTable(TomlTable):
     """``[[method]]``: name, label, tasks (globs) and epsilons it is for, overrides by task, other parts (``with``), a
     schedule of its own (``train``), a second stage (``then``); the other keys are hyper-parameters."""
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
 
-    name: Text
+    name: Annotated[Text, known("method", options=False)]
     label: Line | None = None
     tasks: Annotated[tuple[Text, ...], Many] = ("*",)
     epsilon: Epsilons | None = None
     on: dict[str, dict[str, Any]] = Field(default_factory=dict)
     changes: dict[str, Any] = Field(default_factory=dict, alias="with")
-    train: Any = None
-    then: Any = None
+    train: TrainTable | None = None
+    then: ThenTable | None = None
 
 
-class Then(Table):
-    """``then`` of a ``[[method]]``: the method that goes on with the trained network, under a new linear head.
-
-    ``method`` is a spec (name?key=value). ``trains`` the head alone, or all of the network. With a ``dataset`` the
-    stage trains and is judged on that data instead, which then counts as public.
-    """
-
-    method: Text
-    epochs: Positive | None = None
-    steps: Size | None = None
-    batch: Batch | None = None
-    trains: Literal["head", "all"] = "head"
-    dataset: Text | None = None
-
-
-class Device(Table):
+class DeviceTable(TomlTable):
     """``[[device]]``: numerics (``dtype``, ``tf32``) and speed (``device``, ``threads``, ``engine``, ``microbatch``).
 
     ``engine`` takes the place of the default one; a method that names its own keeps it.
@@ -191,15 +228,22 @@ class Device(Table):
     engine: Literal["bookkeeping", "ghost", "vmap", "loop", "auto"] | None = None
     microbatch: Size | None = None
 
+    @field_validator("tf32")
+    @classmethod
+    def _numerics(cls, tf32: bool, info: ValidationInfo) -> bool:
+        if tf32 and (info.data.get("device") == "cpu" or info.data.get("dtype") == "float64"):
+            raise ValueError("it exists for float32 on cuda only; remove it")
+        return tf32
 
-class Budget(Table):
+
+class BudgetTable(TomlTable):
     """``[budget]``: limits for each run; None is no limit."""
 
     seconds: Positive | None = None
     memory_mib: Positive | None = None
 
 
-class Tuning(Table):
+class TuningTable(TomlTable):
     """``[tuning]``: how hyper-parameters were chosen, as text for the report.
 
     Where on data that is ``private``, also by how many ``tries``: exactly so many, or the mean of a ``distribution``.
@@ -214,12 +258,30 @@ class Tuning(Table):
     distribution: Literal["fixed", "poisson", "geometric", "logarithmic"] = "fixed"
     retrained: bool = True
 
+    @field_validator("tries", "distribution", "retrained")
+    @classmethod
+    def _of_search(cls, value: object, info: ValidationInfo) -> object:
+        if info.data.get("private") is False:
+            text = f'"{info.field_name}" is for a search on private data; write private = true, or leave it out'
+            raise invalid(text)
+        return value
+
+    @model_validator(mode="after")
+    def _counted(self) -> TuningTable:
+        if self.private and self.tries is None:
+            text = 'private = true needs "tries": write how many runs the hyper-parameters were chosen by'
+            raise invalid(text, "private")
+        if self.tries is not None and self.distribution == "fixed" and self.tries != int(self.tries):
+            text = f"tries = {self.tries:g}: a fixed number is a whole one; write one, or a distribution"
+            raise invalid(text, "tries")
+        return self
+
     def charged(self) -> dict[str, Any]:
         """What a run's epsilon with tuning is made of; {} where nothing is charged."""
         return self.model_dump(include={"tries", "distribution", "retrained"}) if self.private else {}
 
 
-class Published(Table):
+class PublishedTable(TomlTable):
     """``[[published]]``: a value from the literature, its source, and the accountant of its epsilon where known."""
 
     method: Text
@@ -232,7 +294,7 @@ class Published(Table):
     accountant: Text | None = None
 
 
-class Reduced(Table):
+class ReducedTable(TomlTable):
     """``[reduced]``: what makes the suite small enough to run in minutes, and why its results are not the suite's.
 
     ``train`` and ``task`` stand in the place of the suite's own tables where they are given.
@@ -241,14 +303,15 @@ class Reduced(Table):
     why: Text
     seeds: Seeds | None = None
     epsilon: Epsilons | None = None
-    train: Any = None
-    task: Any = None
+    train: TrainTable | None = None
+    task: Annotated[tuple[TaskTable, ...], BeforeValidator(_many)] | None = None
 
 
-SINGLE: Mapping[str, type[Table]] = {
-    "suite": Header, "privacy": Privacy, "train": Train, "budget": Budget, "tuning": Tuning, "reduced": Reduced,
+SINGLE: Mapping[str, type[TomlTable]] = {
+    "suite": SuiteTable, "privacy": PrivacyTable, "train": TrainTable, "budget": BudgetTable,
+    "tuning": TuningTable, "reduced": ReducedTable,
 }  # fmt: skip
-ARRAYS: Mapping[str, type[Table]] = {
-    "task": Task, "method": MethodTable, "device": Device, "published": Published,
+ARRAYS: Mapping[str, type[TomlTable]] = {
+    "task": TaskTable, "method": MethodTable, "device": DeviceTable, "published": PublishedTable,
 }  # fmt: skip
 NEEDED = ("suite", "privacy", "task", "method")

@@ -1,4 +1,4 @@
-"""Models built and tried on examples of the shape of their data, before anything runs."""
+"""Builds models and tries them on examples of the shape of their data, before anything runs."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from harness.records.cell import canonical_json
-from harness.registry import LoadError, RegistryError
-from harness.suite.toml.lines import Path as KeyPath
-from harness.suite.toml.problems import Report
+from harness.registry import LoadError
+from harness.suite.toml.lines import KeyPath
+from harness.suite.toml.problems import Problems
 from harness.suite.values import Second, Variant
 
-__all__ = ["refuse_models"]
 
-
-def refuse_models(variants: Iterable[Variant], report: Report, refused: Collection[Path] = ()) -> None:
+def refuse_models(variants: Iterable[Variant], report: Problems, refused: Collection[Path] = ()) -> None:
     """Report models that cannot be built, do not fit the data, or mix examples, and second stages on other shapes.
 
-    One architecture is built once for each shape. What has been reported otherwise is passed over: data that cannot be
-    had, names that are not known, and files that cannot be imported, which are ``refused``.
+    One architecture is built once for each shape. What has been reported already is passed over: data that is missing,
+    and files that cannot be imported, which are ``refused``.
     """
     known: dict[str, str | None] = {}
     for variant in variants:
         task, then = variant.task, variant.then
-        seen = _facts(task.dataset) if task.architecture else None
+        seen = _facts(task.dataset)
         if seen is None:
             continue
         key = canonical_json([task.architecture, seen])
@@ -33,8 +31,8 @@ def refuse_models(variants: Iterable[Variant], report: Report, refused: Collecti
         if known[key]:
             report.bad((*task.path, "model"), f'task "{task.name}": {known[key]}')
             continue
-        other = _facts(then.dataset) if then and then.dataset else seen
-        if then is None or other is None or (then.public and not then.dataset):
+        other = _facts(then.table.dataset) if then and then.table.dataset else seen
+        if then is None or other is None:
             continue
         key = canonical_json([task.architecture, seen, other, then.table.trains])
         if key not in known:
@@ -45,16 +43,15 @@ def refuse_models(variants: Iterable[Variant], report: Report, refused: Collecti
             report.bad(place, f'"then" on task "{task.name}": {known[key]}')
 
 
-def _facts(spec: str | None) -> dict[str, Any] | None:
-    """What a model is given of a data set; None where that cannot be had."""
+def _facts(spec: str) -> dict[str, Any] | None:
+    """What a model is given of a data set; None where the data is missing."""
     from harness import data
 
     try:
-        known = data.describe(spec) if spec else {}
+        known = data.describe(spec)
     except (ValueError, OSError, ImportError):  # which is reported where its digest is asked for
         return None
-    wanted = ("input_shape", "classes", "tokens")
-    return {key: known[key] for key in wanted} if known else None
+    return {key: known[key] for key in ("input_shape", "classes", "tokens")}
 
 
 def _fault(model: str, seen: dict[str, Any], refused: Collection[Path]) -> str | None:
@@ -66,8 +63,6 @@ def _fault(model: str, seen: dict[str, Any], refused: Collection[Path]) -> str |
     except LoadError as error:
         file = registry.resolve("model", registry.parse_spec(model)[0]).file
         return None if file in refused else str(error)
-    except RegistryError:
-        return None
     except Exception as error:  # the function may be a user's: whatever it raises has a line
         return str(error) if isinstance(error, ValueError) else f'model "{model}": {_words(error)}'
     return None
@@ -84,7 +79,7 @@ def _second(model: str, seen: dict[str, Any], other: dict[str, Any], then: Secon
     except Exception as error:
         return (
             f"the network {model}, made for examples of shape {list(seen['input_shape'])}, does not take those of"
-            f" {then.dataset or 'the same data'}, {list(shape)}: {_words(error)}"
+            f" {then.table.dataset or 'the same data'}, {list(shape)}: {_words(error)}"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""What a suite is once it is read: tasks, variants of methods, and the whole."""
+"""Defines what a suite is once it is read: tasks, and variants of methods."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.suite.tables import Then, Train
-from harness.suite.toml.lines import Path as KeyPath
-
-__all__ = ["Scheduled", "Second", "Variant"]
+from harness.suite.tables import ThenTable, TrainTable
+from harness.suite.toml.lines import KeyPath
 
 
 @dataclass(frozen=True)
-class Scheduled:
-    """A task with everything resolved: ``schedule`` has ``batch`` and one of ``epochs`` and ``steps``.
+class ScheduledTask:
+    """A task with everything resolved: ``schedule`` has ``batch``, ``epochs`` and ``steps``, of which one is None.
 
     ``path`` is where its table is in the file, ``train`` where the lengths are that it does not give itself.
-    Of a task with something wrong in it, the part that is wrong is empty: ``dataset``, ``architecture``, ``schedule``.
     """
 
     index: int
@@ -33,17 +30,11 @@ class Scheduled:
 
 @dataclass(frozen=True)
 class Second:
-    """A second stage with its method resolved: its name, and its parameters with defaults expanded.
-
-    The name is empty where something is wrong with it. ``public`` says whether it is for a data set of its own, None
-    where that cannot be told; ``dataset`` is that data set where there is one of this name.
-    """
+    """A second stage with its method resolved: its name, and its parameters with defaults expanded."""
 
     name: str
     parameters: dict[str, Any]
-    table: Then
-    public: bool | None = False
-    dataset: str | None = None
+    table: ThenTable
 
 
 @dataclass(frozen=True)
@@ -53,29 +44,24 @@ class Variant:
     ``epsilons`` are the privacy targets it is for, None for all of the suite's. ``changes`` are the parts it is given
     in the place of its own (slot to spec). ``places`` says where in the file its parameters are written, ``given``
     where its parts are.
-
-    Of a method with something wrong in it variants are made all the same, to be checked and never to be run: they are
-    not ``whole``. ``ready`` says that its function can be called.
     """
 
     index: int
     name: str
     label: str
     parameters: dict[str, Any]
-    task: Scheduled
+    task: ScheduledTask
     epsilons: tuple[float, ...] | None = None
     changes: dict[str, str] = field(default_factory=dict)
-    train: Train | None = None
+    train: TrainTable | None = None
     then: Second | None = None
     places: Mapping[str, KeyPath] = field(default_factory=dict, repr=False)
     given: Mapping[str, KeyPath] = field(default_factory=dict, repr=False)
-    ready: bool = True
-    whole: bool = True
 
     def meets(self, other: Variant) -> bool:
         """Whether both are for one of the same targets."""
         return self.epsilons is None or other.epsilons is None or bool({*self.epsilons} & {*other.epsilons})
 
     def what(self) -> tuple[object, ...]:
-        """What tells a variant from another on the same task and for the same target."""
+        """What distinguishes a variant from another on the same task and for the same target."""
         return self.name, self.parameters, self.changes, self.train, self.then

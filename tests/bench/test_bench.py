@@ -90,23 +90,10 @@ def record(name: str = "w1", batch: int = 128, **seconds: float) -> dict[str, An
         row: dict[str, Any] = {"name": engine, "status": "failed", "reason": "RuntimeError: no"}
         if value is not None:
             spread = {"median": value, "q1": 0.9 * value, "q3": 1.1 * value, "calls": 9}
-            row = {
-                "name": engine,
-                "status": "ok",
-                "seconds": spread,
-                "interleaved": True,
-                "first_seconds": 0.5,
-            }
+            row = {"name": engine, "status": "ok", "seconds": spread, "interleaved": True, "first_seconds": 0.5}
             row |= {"error": 1e-16, "memory_mib": 10.0 if engine == "plain" else 12.0}
         rows.append(row)
-    workload = {
-        "name": name,
-        "title": "MLP",
-        "model": "mlp",
-        "shape": [1, 3, 3],
-        "target": 1.1,
-        "default": 128,
-    }
+    workload = {"name": name, "title": "MLP", "model": "mlp", "shape": [1, 3, 3], "target": 1.1, "default": 128}
     return {
         "schema": session.SCHEMA, "workload": workload, "batch": batch, "engines": rows, "session": "s",
         "device": {"name": "a CPU", "kind": "cpu", "threads": 2}, "environment": {"torch": "2.15"},
@@ -130,18 +117,8 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once() -> None:
     wrong = wrong.replace('name = "tokens"', 'name = "small"').replace('kind = "throughput"', "[train]")
     misshapen = TINY.replace("target", "targget").replace("[3]", "[]")
     for text, expected in (
-        (
-            wrong,
-            ('kind = "throughput"', 'no table "train"', "mine.toml:5: no engine", 'Did you mean "ghost"?'),
-        ),
-        (
-            wrong,
-            (
-                'Did you mean "mlp"?',
-                "default = 5 is none of its batches, 4, 6",
-                'two workloads are called "small"',
-            ),
-        ),
+        (wrong, ('kind = "throughput"', 'no table "train"', "mine.toml:5: no engine", 'Did you mean "ghost"?')),
+        (wrong, ('Did you mean "mlp"?', "default = 5: is not one of its batches, 4, 6", "two workloads are called")),
         (misshapen, ("mine.toml:15:", 'no key "targget"', "is an empty list")),
     ):
         with pytest.raises(SuiteError) as caught:
@@ -272,7 +249,7 @@ def test_from_the_command_to_the_table(tmp_path: Path, capsys: pytest.CaptureFix
 # What is made of records ----------------------------------------------------------------------------------
 
 
-def test_compare_tells_by_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_says_whether_an_engine_got_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     suite = tmp_path / "tiny.toml"
     suite.write_text(TINY)
     now = write(tmp_path / "now", record("w1", bookkeeping=0.0024, loop=0.1))
@@ -295,11 +272,7 @@ def test_the_table_says_what_the_records_say() -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     row = dict(zip(cells[0], cells[2], strict=True))
     assert row["fastest plain"] == "channels-last 0.80" and row["plain ms"] == "2.00"
-    assert (row["engine"], row["ratio"], row["to fastest plain"]) == (
-        "bookkeeping",
-        "**1.10** (0.99 to 1.21)",
-        "1.38",
-    )
+    assert (row["engine"], row["ratio"], row["to fastest plain"]) == ("bookkeeping", "**1.10** (0.99 to 1.21)", "1.38")
     assert (row["best other"], row["loop"], row["faster than the loop"]) == ("vmap 4.00", "50.0", "45.5×")
     assert (row["memory"], row["target"], row["outside the engine"]) == ("1.20", "≤ 1.10", "0.30 ms, 15.0%")
     failed = dict(zip(cells[0], cells[3], strict=True))

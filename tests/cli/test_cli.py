@@ -113,7 +113,6 @@ def test_a_user_error_says_what_where_and_what_to_write(home: Path, capsys: pyte
         "run tiny --reduced": r"suites/tiny.toml:1: the suite has no reduced profile; write one, as \[reduced\]",
         "check dp-sgd --reduced": "--reduced: dp-sgd is a method; it is for suites",
         "status --reduced": "the profile of which suite",
-        "run tiny --device gpu": 'write "cpu" or "cuda:0"',
         "run tiny --device cuda:99": "this machine has .* CUDA devices; write --device",
         "run tiny --no-track --results file": "file",
         "show 123": "no record under results has this id",
@@ -129,6 +128,9 @@ def test_a_user_error_says_what_where_and_what_to_write(home: Path, capsys: pyte
         said = capsys.readouterr().err
         assert code == cli.USER_ERROR and re.search(expected, said), f"{request}: {code}: {said}"
         assert "Traceback" not in said
+    with pytest.raises(SystemExit) as end:
+        cli.main(["run", "tiny", "--device", "gpu"])
+    assert end.value.code == cli.USER_ERROR and 'write "cpu" or "cuda:0"' in capsys.readouterr().err
     assert not (home / "results").exists()  # nothing was begun
 
 

@@ -38,7 +38,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_show_tells_what_a_part_replaced_and_what_a_claim_rests_on(
+def test_show_prints_what_a_part_replaced_and_what_a_claim_rests_on(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = make_record()

@@ -67,11 +67,11 @@ def test_a_byte_order_mark_is_no_mistake_and_other_encodings_are_named(tmp_path:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('name = "tiny"', f'name = "{"n" * 300}"', "2: .*has 300 letters; a folder is called so, write 100 at most"),
+        ('name = "tiny"', f'name = "{"n" * 300}"', "2: .*has 300 letters; it names a folder, write 100 at most"),
         ('name = "tiny"', 'name = "audits"', "2: .*is a folder of results/ for other things"),
         ('name = "tiny"', 'name = "checks"', "2: .*is a folder of results/ for other things"),
         ('name = "tiny"', 'name = "throughput"', "2: .*is a folder of results/ for other things"),
-        ('name = "tiny"', 'name = "con"', "2: .*is no name of a folder on Windows"),
+        ('name = "tiny"', 'name = "con"', "2: .*is not allowed as the name of a folder on Windows"),
         ('name = "tiny"', 'name = "x-reduced"', "2: .*would be taken for a reduced profile"),
         ('name = "tiny"', 'name = "../up"', "2: .*lower-case letters, digits and dashes"),
         ('name = "tiny"', r'name = "a\u0000b"', "2: .*lower-case letters, digits and dashes"),
@@ -86,7 +86,7 @@ def test_names_that_no_folder_or_table_can_have_are_refused(old: str, new: str, 
         suite.parse(TEXT.replace(old, new))
 
 
-def test_misspelt_published_values_are_told_by_check(tmp_path: Path) -> None:
+def test_misspelt_published_values_are_reported_by_check(tmp_path: Path) -> None:
     row = '[[published]]\nmethod = "non-private"\ntask = "digits/logistic"\nvalue = 0.9\nsource = "x"\n'
     (tmp_path / "s.toml").write_text(TEXT + row + 'epsilon = 3.1\nmetric = "acuracy"\n', encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
@@ -95,7 +95,7 @@ def test_misspelt_published_values_are_told_by_check(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [1e9, 1e15])
-def test_targets_that_need_no_noise_are_told_in_our_words(target: float) -> None:
+def test_targets_that_need_no_noise_have_a_message_of_their_own(target: float) -> None:
     with pytest.raises(ValueError, match=r"less noise than a multiplier of 0\.05.*write a smaller epsilon"):
         calibrate(Method(), 1000, 100, 20, target, 1e-4)
 

@@ -160,7 +160,7 @@ def test_a_users_file(tmp_path: Path) -> None:
     assert names.load(entry)(x=2.0).x == 2.0
     assert names.load(entry) is names.load(entry)
     assert list(names.resolve("model", "net").parameters) == ["width"]
-    with pytest.raises(FileNotFoundError, match=r"absent\.py: no such file"):
+    with pytest.raises(RegistryError, match=r"absent\.py: no such file"):
         names.add_file(tmp_path / "absent.py")
 
 

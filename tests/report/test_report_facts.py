@@ -307,7 +307,7 @@ def test_status_of_every_suite_names_the_stale_records(
     assert cli.main(["status", "--results", str(tmp_path / "results")]) == cli.OK
     said = capsys.readouterr().out
     assert " ".join(said.split()).startswith(
-        "suite runs code core 2 ok 2 1 stale other 1 ok 1 0 stale, 1 whose code cannot be told"
+        "suite runs code core 2 ok 2 1 stale other 1 ok 1 0 stale, 1 whose code is unknown"
     )
     assert f"stale in core: {old['id']}\n" in said and fresh["id"] not in said
 

@@ -26,7 +26,7 @@ from harness.registry import parts
 from harness.running.plan import code_of, methods_of
 from harness.running.seeds import Seeds
 from harness.suite import Suite, SuiteError
-from harness.suite.toml.lines import Lines
+from harness.suite.toml.lines import LineNumbers
 from tests.support import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "ids.json"
@@ -858,7 +858,7 @@ one = 31
 @pytest.mark.parametrize("ends", ["\n", "\r\n"])
 def test_lines(ends: str) -> None:
     text = NUMBERED.replace("\n", ends)
-    lines = Lines(text)
+    lines = LineNumbers(text)
 
     def walk(value: object, path: tuple[str | int, ...]) -> int:
         if isinstance(value, dict):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import cli
-from harness.suite import SuiteError
+from harness.suite import SuiteError, kind_of
 from harness.verify.claims import accounts
 from harness.verify.claims import command as claims
 from harness.verify.claims.accounts import Sampled
@@ -237,7 +237,7 @@ def test_errors_name_their_lines(text, line, message):
 def test_the_command_shows_a_claim_and_writes_the_page(tmp_path, capsys):
     suite, page = tmp_path / "mine.toml", tmp_path / "docs" / "page.md"
     suite.write_text(HEAD + SGD + SGD.replace("one", "two").replace("3.0", "1.0").replace("8.0", "0.1"))
-    assert claims.is_claims(suite) and not claims.is_claims(ROOT / "suites/core.toml")
+    assert kind_of(suite) == "claims" and kind_of(ROOT / "suites/core.toml") == "suite"
     assert cli.main(["claims", "one", "--suite", str(suite)]) == 0
     shown = capsys.readouterr().out
     assert "### one" in shown and "two" not in shown and "| published, epsilon | 8 | the claim |" in shown

@@ -1,12 +1,22 @@
-"""``audit``: lower bounds on epsilon, by attack."""
+"""Bound a method's epsilon from below, by attacking it; record it.
+
+epsbench audit dp-sgd                                   at epsilon 3, in seconds
+epsbench audit dp-sgd dp-adam --epsilon 1 8             two methods, each at both
+epsbench audit '*' --epsilon 1 8 --task mnist-5k/tanh-cnn-28    every method
+epsbench audit group-wise?adaptive=false                with parameters of its own
+epsbench audit my.py                                    each method of a file of yours
+epsbench audit dp-sgd --canaries 1 --repeat 500         a run for each canary: no two share one
+epsbench audit logit-dp adaptive --neighbours           one example in or out, in thousands of short runs
+epsbench audit dp-sgd --membership                      who was in the training data? (LiRA)
+epsbench audit '*' --support                            do the floats of the noise give an example away?
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from harness.cli.command import Command
-
+PLACE = 140
 COUNTS = {
     "examples": "of the task, 0 for all", "steps": "of each run", "canaries": "in each run",
     "repeat": "independent runs; models, with --membership", "seed": "of all",
@@ -14,7 +24,6 @@ COUNTS = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument(
         "method", nargs="+", metavar="METHOD|METHOD.py",
         help="as registered, with options: name?key=value; 'dp-*' for all whose names begin so",
@@ -41,28 +50,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
 
 
-def audit(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Audit what is asked for; the exit code: 1 where a claim is refuted."""
     from harness.verify.audits import command as audits
 
     return audits.run(options)
-
-
-COMMAND = Command(
-    "audit",
-    140,
-    "Bound a method's epsilon from below, by attacking it; record it.",
-    """
-    epsbench audit dp-sgd                                   at epsilon 3, in seconds
-    epsbench audit dp-sgd dp-adam --epsilon 1 8             two methods, each at both
-    epsbench audit '*' --epsilon 1 8 --task mnist-5k/tanh-cnn-28    every method
-    epsbench audit group-wise?adaptive=false                with parameters of its own
-    epsbench audit my.py                                    each method of a file of yours
-    epsbench audit dp-sgd --canaries 1 --repeat 500         a run for each canary: no two share one
-    epsbench audit logit-dp adaptive --neighbours           one example in or out, in thousands of short runs
-    epsbench audit dp-sgd --membership                      who was in the training data? (LiRA)
-    epsbench audit '*' --support                            do the floats of the noise give an example away?
-    """,
-    arguments,
-    audit,
-)

@@ -1,21 +1,29 @@
-"""``check``: all that is wrong with a suite, or what a method promises."""
+"""Check a suite for all errors at once, or what a method promises.
+
+epsbench check suites/core.toml    all that is wrong with it, each with its line
+epsbench check dp-sgd              sensitivity, ledger, microbatches, resuming, ...
+epsbench check my.py               the same for each method of a file of yours
+epsbench check methods/*.py        and of several files
+epsbench check dp-sgd --repeat 20  the statistical checks alone, with fresh seeds: any false alarm?
+epsbench check --tables            times and false alarms of what is recorded
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from harness.cli.arguments import method_option, reduced_option, results_option
-from harness.cli.command import Command
+from harness.cli.arguments import method_option, positive, reduced_option, results_option
 from harness.cli.errors import FAILED, OK, UserError
-from harness.cli.selecting import add_files, file_kind, find, load
-from harness.cli.words import say_broken, table
+from harness.cli.selecting import add_files, find, load
+from harness.cli.words import print_broken, table
+
+PLACE = 20
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("subjects", metavar="SUITE|METHOD|METHOD.py", nargs="*")
-    parser.add_argument("--repeat", type=int, metavar="N", help="the statistical checks of a method, N times")
+    parser.add_argument("--repeat", type=positive, metavar="N", help="the statistical checks of a method, N times")
     parser.add_argument("--tables", action="store_true", help="then print the tables of all recorded checks")
     parser.add_argument("--docs", type=Path, metavar="FILE",
                        help="write them into that text too, which has the markers of docs/verification.md")  # fmt: skip
@@ -24,14 +32,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     method_option(parser)
 
 
-def check(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Check each subject, and print the tables where asked; the worst exit code."""
     if not options.subjects and not options.tables:
         raise UserError("name a suite, a method or a file of methods to check, or ask for --tables.")
     if options.docs and not options.tables:
         raise UserError(f"--docs {options.docs}: it is for --tables.")
-    if options.repeat is not None and options.repeat < 1:
-        raise UserError(f"--repeat {options.repeat}: it is a number of repetitions; write 1 or more.")
     subjects = [s for s in options.subjects if Path(s).name != "__init__.py"] or options.subjects
     codes = [OK]
     for subject in subjects:
@@ -46,7 +52,7 @@ def _check_tables(options: argparse.Namespace) -> int:
     from harness.records import checks
     from harness.verify import recorded
 
-    say_broken(checks.load(options.results / checks.FOLDER).broken)
+    print_broken(checks.load(options.results / checks.FOLDER).broken)
     try:
         print(recorded.write_tables(options.results / checks.FOLDER, options.docs))
     except (OSError, ValueError) as error:
@@ -58,16 +64,19 @@ def _checked(options: argparse.Namespace) -> int:
     if options.subject.endswith(".toml") or _is_suite(options.subject):
         if options.repeat:
             raise UserError(f"--repeat: {options.subject} is a suite; it is for methods.")
+        from harness.suite import kind_of
+
         file = find(options.subject)
-        if file_kind(file) == "claims":
+        kind = kind_of(file)
+        if kind == "claims":
             from harness.verify.claims import command as claims
 
             held = claims.load(file)
             print(f"{file}: {len(held.claims)} claims for epsbench claims; nothing is wrong.")
             return OK
-        from harness.bench import plan
+        if kind == "throughput":
+            from harness.bench import plan
 
-        if plan.is_plan(file):
             timed = plan.load(file)
             print(f"{file}: {len(timed.workloads)} workloads for epsbench bench; nothing is wrong.")
             return OK
@@ -105,20 +114,3 @@ def _is_suite(name: str) -> bool:
     from harness import registry
 
     return (Path("suites") / f"{name}.toml").is_file() and name not in registry.index("method")
-
-
-COMMAND = Command(
-    "check",
-    20,
-    "Check a suite for all errors at once, or what a method promises.",
-    """
-    epsbench check suites/core.toml    all that is wrong with it, each with its line
-    epsbench check dp-sgd              sensitivity, ledger, microbatches, resuming, ...
-    epsbench check my.py               the same for each method of a file of yours
-    epsbench check methods/*.py        and of several files
-    epsbench check dp-sgd --repeat 20  the statistical checks alone, with fresh seeds: any false alarm?
-    epsbench check --tables            times and false alarms of what is recorded
-    """,
-    arguments,
-    check,
-)

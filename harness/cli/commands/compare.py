@@ -1,4 +1,10 @@
-"""``compare``: two methods, or two results folders."""
+"""Compare two methods, or two results folders, paired by seed.
+
+epsbench compare dp-sgd dp-adam                       two methods, on every task and epsilon they share
+epsbench compare dp-sgd dp-adam --suite core --by task
+epsbench compare before/results after/results --threshold 0.01    fails where a cell lost over a point
+epsbench compare before after --metric examples_per_second --threshold 0.05
+"""
 
 from __future__ import annotations
 
@@ -8,17 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.cli.arguments import results_option
-from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK, UserError
 from harness.cli.selecting import results_in
-from harness.cli.words import say_broken
+from harness.cli.words import print_broken
 
 if TYPE_CHECKING:
     from harness.records import store
 
+PLACE = 70
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("a", metavar="A", help="a method's label, title or group; or a results folder")
     parser.add_argument("b", metavar="B", help="what is compared with it, of the same kind")
     parser.add_argument(
@@ -39,7 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     results_option(parser)
 
 
-def compare(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print a comparison, and write it where asked; the exit code, of failure where a cell lost too much."""
     from harness.report.compare import folders, methods
     from harness.report.model.pairs import CompareError
@@ -48,7 +54,7 @@ def compare(options: argparse.Namespace) -> int:
     there = [place.is_dir() for place in places]
     if there[0] != there[1]:
         place, other = (options.a, options.b) if there[0] else (options.b, options.a)
-        raise UserError(f"{place} is a folder and {other} is none; name two methods or two results folders.")
+        raise UserError(f"{place} is a folder and {other} is not; name two methods or two results folders.")
     how = {"metric": options.metric, "by": options.by, "threshold": options.threshold}
     try:
         if all(there):
@@ -60,10 +66,7 @@ def compare(options: argparse.Namespace) -> int:
     except CompareError as error:
         raise UserError(str(error)) from error
     print(made.terminal())
-    for file, text in (
-        (options.json, json.dumps(made.json(), indent=1) + "\n"),
-        (options.markdown, made.markdown()),
-    ):
+    for file, text in ((options.json, json.dumps(made.json(), indent=1) + "\n"), (options.markdown, made.markdown())):
         if file is not None:
             file.write_text(text, encoding="utf-8")
     return FAILED if made.regressions else OK
@@ -74,23 +77,8 @@ def _compared(results: Path, suite: str | None) -> list[store.Record]:
     from harness.records import store
 
     records = store.load(results, suite)
-    say_broken(records.broken)
+    print_broken(records.broken)
     if not records:
         where = results / suite if suite else results
         raise UserError(f"{where}: holds no records to compare; epsbench run SUITE makes some.")
     return store.current(records)
-
-
-COMMAND = Command(
-    "compare",
-    70,
-    "Compare two methods, or two results folders, paired by seed.",
-    """
-    epsbench compare dp-sgd dp-adam                       two methods, on every task and epsilon they share
-    epsbench compare dp-sgd dp-adam --suite core --by task
-    epsbench compare before/results after/results --threshold 0.01    fails where a cell lost over a point
-    epsbench compare before after --metric examples_per_second --threshold 0.05
-    """,
-    arguments,
-    compare,
-)

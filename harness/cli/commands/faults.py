@@ -1,17 +1,19 @@
-"""``faults``: what public code got wrong, planted, and what catches each."""
+"""Plant faults that public code had; say which instrument catches each.
+
+epsbench faults                  all of them, and the table in this checkout's manual
+epsbench faults --docs my.md     in a text of yours that has the two markers
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from harness.cli.command import Command
-
+PLACE = 150
 MANUAL = Path(__file__).resolve().parents[3] / "docs" / "verification.md"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument(
         "--docs",
         type=Path,
@@ -21,21 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def faults(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Plant them all; the exit code: 1 where one is missed, and nothing is written."""
     from harness.verify.faults import gallery as planted
 
     return planted.run(options.docs)
-
-
-COMMAND = Command(
-    "faults",
-    150,
-    "Plant faults that public code had; say which instrument catches each.",
-    """
-    epsbench faults                  all of them, and the table in this checkout's manual
-    epsbench faults --docs my.md     in a text of yours that has the two markers
-    """,
-    arguments,
-    faults,
-)

@@ -1,34 +1,38 @@
-"""``ls``: methods, data sets, models, suites and parts."""
+"""List methods, data sets, models and suites.
+
+epsbench ls
+epsbench ls methods                 with paper, family, parameters and defaults
+epsbench ls methods --method my.py  with those of a file of yours
+epsbench ls parts                   what a suite may give a method in the place of its own
+"""
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.cli.arguments import method_option
-from harness.cli.command import Command
 from harness.cli.errors import OK
 from harness.cli.selecting import add_files
-from harness.cli.words import table, wrap
+from harness.cli.words import table
 
+PLACE = 10
 KINDS = {"methods": "method", "datasets": "dataset", "models": "model"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument(
-        "what",
-        nargs="?",
-        choices=(*KINDS, "suites", "parts"),
-        metavar="methods|datasets|models|suites|parts",
+        "what", nargs="?", choices=(*KINDS, "suites", "parts"), metavar="methods|datasets|models|suites|parts"
     )
     method_option(parser)
 
 
-def ls(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """List what is asked for, or everything; the exit code."""
     from harness import registry
 
@@ -72,42 +76,23 @@ def _ls_entries(entries: Sequence[Any], detail: bool) -> None:
     for entry, line in zip(entries, lines, strict=True):
         print(line)
         if detail and entry.parameters:
-            shown = (
+            shown = ", ".join(
                 f"{name}: {p.type}" + ("" if p.required else f" = {p.default!r}")
                 for name, p in entry.parameters.items()
             )
-            print(wrap(", ".join(shown), " " * 6))
-
-
-_HEADERS = {
-    "suite": "suite",
-    "throughput": "bench",
-    "claims": "claims",
-}  # where a kind of file says what it is for
+            width = max(60, shutil.get_terminal_size((110, 24)).columns)
+            print(textwrap.fill(shown, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
 
 def _suite_rows() -> list[list[str]]:
+    """The files under suites/, each with the question in its header."""
+    headers = {"suite": "suite", "throughput": "bench", "claims": "claims"}
     rows = []
     for path in sorted(Path("suites").glob("*.toml")):
         try:
             tables = tomllib.loads(path.read_text("utf-8-sig"))
-            header = tables[_HEADERS[tables.get("kind", "suite")]]
+            header = tables[headers[tables.get("kind", "suite")]]
             rows.append([str(path), str(header["question"])])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             rows.append([str(path), f"cannot be read: epsbench check {path}"])
     return rows
-
-
-COMMAND = Command(
-    "ls",
-    10,
-    "List methods, data sets, models and suites.",
-    """
-    epsbench ls
-    epsbench ls methods                 with paper, family, parameters and defaults
-    epsbench ls methods --method my.py  with those of a file of yours
-    epsbench ls parts                   what a suite may give a method in the place of its own
-    """,
-    arguments,
-    ls,
-)

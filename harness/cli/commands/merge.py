@@ -1,4 +1,9 @@
-"""``merge``: records from another laboratory."""
+"""Add the records of other results folders. Nothing is overwritten.
+
+epsbench merge ../other-machine/results
+epsbench merge a/results b/results --results all
+epsbench merge core.zip             a bundle of epsbench pack, which is checked first
+"""
 
 from __future__ import annotations
 
@@ -8,14 +13,14 @@ from pathlib import Path
 
 from harness.cli.arguments import method_option, results_option
 from harness.cli.codes import codes_of_records
-from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files
 from harness.records.files import Broken
 
+PLACE = 90
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument(
         "sources", nargs="+", metavar="DIR|BUNDLE", type=Path,
         help="folders that hold <suite>/<id>/record.json, or bundles",
@@ -24,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     method_option(parser)
 
 
-def merge(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Add records from elsewhere; the exit code, of failure where some conflict or are refused."""
     from harness.verify.exchange import bundle
 
@@ -35,11 +40,11 @@ def merge(options: argparse.Namespace) -> int:
         for one in ones:
             print(f"  {title}: {one}")
     if result.added:
-        _say_ineligible(result.added, options.results)
+        _print_ineligible(result.added, options.results)
     return FAILED if result.conflicts or result.refused else OK
 
 
-def _say_ineligible(added: Sequence[str], results: Path) -> None:
+def _print_ineligible(added: Sequence[str], results: Path) -> None:
     """Which of the records that were added cannot be ranked, and why."""
     from harness.records import store
     from harness.verify.exchange import bundle
@@ -57,17 +62,3 @@ def _say_ineligible(added: Sequence[str], results: Path) -> None:
     for why, places in sorted(found.items()):
         more = f" and {len(places) - 5} more" if len(places) > 5 else ""
         print(f"  {Broken(Path(why), ', '.join(places[:5]))}{more}")
-
-
-COMMAND = Command(
-    "merge",
-    90,
-    "Add the records of other results folders. Nothing is overwritten.",
-    """
-    epsbench merge ../other-machine/results
-    epsbench merge a/results b/results --results all
-    epsbench merge core.zip             a bundle of epsbench pack, which is checked first
-    """,
-    arguments,
-    merge,
-)

@@ -1,4 +1,9 @@
-"""``pack``: records to another laboratory."""
+"""Pack records into one file that another laboratory can merge.
+
+epsbench pack core                  the records of a suite, as core.zip
+epsbench pack results -o all.zip    those of a folder
+epsbench pack core --with-private-diagnostics    with speeds and losses: of public data
+"""
 
 from __future__ import annotations
 
@@ -8,21 +13,21 @@ import tomllib
 from pathlib import Path
 
 from harness.cli.arguments import private_option, results_option
-from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import find, results_in
 from harness.records.public import LEFT_OUT
 
+PLACE = 80
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("subject", metavar="SUITE|DIR", help="a suite's name or TOML file, or a results folder")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (default: NAME.zip)")
     results_option(parser)
     private_option(parser)
 
 
-def pack(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Write a bundle of records; the exit code, of failure where some were left out."""
     from harness.verify.exchange import bundle
 
@@ -49,17 +54,3 @@ def _name_in(file: Path) -> str:
         return str(tomllib.loads(file.read_text("utf-8-sig"))["suite"]["name"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return file.stem
-
-
-COMMAND = Command(
-    "pack",
-    80,
-    "Pack records into one file that another laboratory can merge.",
-    """
-    epsbench pack core                  the records of a suite, as core.zip
-    epsbench pack results -o all.zip    those of a folder
-    epsbench pack core --with-private-diagnostics    with speeds and losses: of public data
-    """,
-    arguments,
-    pack,
-)

@@ -1,4 +1,8 @@
-"""``plan``: what a run would do, with which noise, for how long."""
+"""Show what a run would do: ids, noise, epsilon, what is done, time left.
+
+epsbench plan suites/core.toml
+epsbench plan suites/core.toml --only dp-sgd eps=3
+"""
 
 from __future__ import annotations
 
@@ -10,22 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from harness.cli.arguments import suite_options
 from harness.cli.codes import codes_of_cells
-from harness.cli.command import Command
 from harness.cli.commands.status import states_of
 from harness.cli.errors import OK
 from harness.cli.selecting import chosen, need_device
-from harness.cli.words import counts, epsilon, number, say_conflicts, table
+from harness.cli.words import counts, epsilon, number, print_conflicts, table
 
 if TYPE_CHECKING:
     from harness.records.cell import Cell
 
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
-    suite_options(parser)
+PLACE = 30
+arguments = suite_options
 
 
-def plan(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print a line for each run, and the time that is left; the exit code."""
     from harness.running import jobs
 
@@ -47,7 +48,7 @@ def plan(options: argparse.Namespace) -> int:
         ])  # fmt: skip
     names = ["id", "method", "task", "eps", "seed", "batch", "steps", "sigma", *accountants, "state"]
     print(table(rows, names))
-    say_conflicts(selection.conflicts)
+    print_conflicts(selection.conflicts)
     print(f"\n{len(cells)} runs of suite {suite.name}: {counts(states.values())}")
     at_once = jobs.slots(cells)
     print(_time_left([job.cell for job in selection.todo], options.results, at_once))
@@ -124,16 +125,3 @@ def _kind_of(cell: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
     second = (then.get("schedule") or {}).get("steps", 0)
     kind = (str(then.get("name")), str(then.get("trains")), f"{second / steps:.3g}") if then else ()
     return (method, cell["task"]["name"], *kind), steps + second
-
-
-COMMAND = Command(
-    "plan",
-    30,
-    "Show what a run would do: ids, noise, epsilon, what is done, time left.",
-    """
-    epsbench plan suites/core.toml
-    epsbench plan suites/core.toml --only dp-sgd eps=3
-    """,
-    arguments,
-    plan,
-)

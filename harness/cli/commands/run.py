@@ -1,4 +1,14 @@
-"""``run``: what is missing of a suite."""
+"""Run what is missing of a suite: finished runs are kept, half-done go on.
+
+epsbench run suites/core.toml --report
+epsbench run suites/core.toml --report --with-private-diagnostics    with speeds and losses: on public data
+epsbench run suites/core.toml --only dp-sgd dp-adam eps=3    these two methods, at epsilon 3
+epsbench run suites/core.toml --only 3f2a                    the run whose id begins so
+epsbench run suites/smoke.toml --method my.py                with methods of a file of yours
+epsbench run suites/core.toml --retry                        crashed, oom and timeout once more
+epsbench run suites/fashion.toml --device cuda:0             the suite's runs, on a GPU
+epsbench run suites/fashion.toml --reduced                   its reduced profile, in minutes
+"""
 
 from __future__ import annotations
 
@@ -10,20 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 from harness.cli.arguments import positive, private_option, reports_option, suite_options
 from harness.cli.codes import codes_of_cells
-from harness.cli.command import Command
 from harness.cli.commands.report import write_report
 from harness.cli.errors import FAILED, INTERRUPTED, OK
 from harness.cli.selecting import again, chosen, need_device
-from harness.cli.words import counts, first_line, say_broken, say_conflicts
+from harness.cli.words import counts, first_line, print_broken, print_conflicts
 
 if TYPE_CHECKING:
     from harness.records.cell import Cell
     from harness.running import jobs, launch, progress
     from harness.suite import Suite
 
+PLACE = 40
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     suite_options(parser)
     parser.add_argument("--jobs", type=positive, metavar="N",
                      help="runs at once (default: cores / threads of a run; one for each GPU)")  # fmt: skip
@@ -54,18 +64,12 @@ def run(options: argparse.Namespace) -> int:
         need_device(spec)
     suite.try_models([job.cell for job in selection.todo])
     at_once = jobs.slots([job.cell for job in selection.todo], options.jobs)
-    _say_selection(options, suite, cells, selection, at_once)
+    _print_selection(options, suite, cells, selection, at_once)
     on_terminal = sys.stdout.isatty() and bool(selection.todo)
     reporter: progress.Reporter = progress.Bar() if on_terminal else progress.Lines()
     tracker = None if options.no_track else _tracker(options, suite.name, selection, reporter)
-    summary = launch.run(
-        selection.todo,
-        suite.name,
-        at_once=options.jobs,
-        codes=codes,
-        reporter=reporter,
-        watch=tracker.watch if tracker else None,
-    )
+    watch = tracker.watch if tracker else None
+    summary = launch.run(selection.todo, suite.name, at_once=options.jobs, codes=codes, reporter=reporter, watch=watch)
     if tracker:
         tracker.close(5.0 if summary.interrupted else 60.0)
     if summary.interrupted:
@@ -79,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     return _end(options, suite, cells, codes, summary)
 
 
-def _say_selection(
+def _print_selection(
     options: argparse.Namespace, suite: Suite, cells: Sequence[Cell], selection: jobs.Selection, at_once: int
 ) -> None:
     from harness.provenance import measure
@@ -99,8 +103,8 @@ def _say_selection(
             print(f"  stale: {record['id']}, made by code {record['code'].get('hash')}")
         if len(selection.stale) > 10:
             print(f"  and {len(selection.stale) - 10} more: {again(options, 'plan')}")
-    say_broken(selection.broken)
-    say_conflicts(selection.conflicts)
+    print_broken(selection.broken)
+    print_conflicts(selection.conflicts)
     threads = max((int(job.cell.device.get("threads") or 1) for job in selection.todo), default=1)
     if options.jobs and options.jobs * threads > measure.cores():
         print(f"  {options.jobs} runs of {threads} threads share {measure.cores()} cores: their throughput will suffer")
@@ -139,22 +143,3 @@ def _end(
     if options.report:
         write_report(options, suite, codes)
     return FAILED if now.failed or now.conflicts or summary.conflicts else OK
-
-
-COMMAND = Command(
-    "run",
-    40,
-    "Run what is missing of a suite: finished runs are kept, half-done go on.",
-    """
-    epsbench run suites/core.toml --report
-    epsbench run suites/core.toml --report --with-private-diagnostics    with speeds and losses: on public data
-    epsbench run suites/core.toml --only dp-sgd dp-adam eps=3    these two methods, at epsilon 3
-    epsbench run suites/core.toml --only 3f2a                    the run whose id begins so
-    epsbench run suites/smoke.toml --method my.py                with methods of a file of yours
-    epsbench run suites/core.toml --retry                        crashed, oom and timeout once more
-    epsbench run suites/fashion.toml --device cuda:0             the suite's runs, on a GPU
-    epsbench run suites/fashion.toml --reduced                   its reduced profile, in minutes
-    """,
-    arguments,
-    run,
-)

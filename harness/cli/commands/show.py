@@ -1,4 +1,8 @@
-"""``show``: one record, and the commands that make it again."""
+"""Show one record, and the command that makes it again.
+
+epsbench show 3f2a
+epsbench show 3f2a --json | jq .privacy
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.arguments import results_option
-from harness.cli.command import Command
 from harness.cli.errors import OK, UserError
 from harness.cli.selecting import suite_file
 from harness.cli.words import epsilon, number, table
@@ -18,19 +21,19 @@ from harness.records.files import dumps
 if TYPE_CHECKING:
     from harness.records import store
 
+PLACE = 60
 PRIVATE = "private, not for publication"
 # What of `measured` and of `diagnostics` has a line of its own.
 ROWS = frozenset({"jobs", "sessions", "examples_per_second", "train_seconds", "wall_seconds", "peak_memory_mib"})
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("id", metavar="ID", help="the first digits of a run's id; id.2 names its second attempt")
     parser.add_argument("--json", action="store_true", help="print the record as it is")
     results_option(parser)
 
 
-def show(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print one record; the exit code."""
     from harness.records import origin, public, store
     from harness.records.field import Private
@@ -105,11 +108,7 @@ def show(options: argparse.Namespace) -> int:
     if not stages:
         rest = [name for name in names(Diagnostics) if name in private and name not in ROWS]
         row("diagnostics", pairs({name: private[name] for name in rest}), PRIVATE)
-    row(
-        "code",
-        code.get("hash"),
-        f"commit {code.get('commit')}" + (" with changes" if code.get("dirty") else ""),
-    )
+    row("code", code.get("hash"), f"commit {code.get('commit')}" + (" with changes" if code.get("dirty") else ""))
     row("weights", record.get("weights_sha256"))
     row("ran", f"{record.get('started')} to {record.get('finished')}")
     print(progress.describe(cell))
@@ -123,8 +122,7 @@ def show(options: argparse.Namespace) -> int:
 
 
 def _stage_rows(nth: int, stage: Mapping[str, Any], given: Mapping[str, Any]) -> list[list[str]]:
-    """The lines of one stage as `harness.records.stages.told` has it; what its record does not know is said to be
-    unknown."""
+    """The lines of one stage of `harness.records.stages.told`; what its record lacks is shown as not recorded."""
     own = {name: value for name, value in (stage["parameters"] or {}).items() if name not in given}
     public = stage["public"]
     unknown = "not recorded" if stage["non_finite"] is None else "-"  # an older record, or a stage not begun
@@ -231,16 +229,3 @@ def _recipe(record: store.Record) -> list[str]:
     file, reduced = suite_file(record["suite"])
     method = registry.index("method").get(record["cell"]["method"]["name"])
     return recipe.commands(read.read([record])[0], str(file or ""), reduced, method is not None and bool(method.module))
-
-
-COMMAND = Command(
-    "show",
-    60,
-    "Show one record, and the command that makes it again.",
-    """
-    epsbench show 3f2a
-    epsbench show 3f2a --json | jq .privacy
-    """,
-    arguments,
-    show,
-)

@@ -1,4 +1,8 @@
-"""``status``: what is done, failed, stale, running and missing."""
+"""Count what is done, failed, stale, running and missing.
+
+epsbench status                     every suite that has results
+epsbench status suites/core.toml    against what the suite asks for today
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,9 @@ from typing import TYPE_CHECKING
 
 from harness.cli.arguments import method_option, reduced_option, results_option
 from harness.cli.codes import codes_of_cells, codes_of_records
-from harness.cli.command import Command
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files, again, load, need_suite, suite_file
-from harness.cli.words import counts, first_line, say_broken, say_conflicts, table
+from harness.cli.words import counts, first_line, print_broken, print_conflicts, table
 from harness.records.lock import locked
 from harness.records.record import FAILED as FAILURES
 
@@ -21,16 +24,17 @@ if TYPE_CHECKING:
     from harness.records.cell import Cell
     from harness.running import jobs
 
+PLACE = 50
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
     reduced_option(parser)
     results_option(parser)
     method_option(parser)
 
 
-def status(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Count the runs of one suite, or of all that have records; the exit code."""
     from harness.records import store
     from harness.running import jobs, progress
@@ -67,8 +71,8 @@ def status(options: argparse.Namespace) -> int:
     extra = {record["id"] for record in store.load(options.results, suite.name)} - known
     if extra:
         print(f"  {len(extra)} more have records but are not in the suite as it is today")
-    say_broken(selection.broken)
-    say_conflicts(selection.conflicts)
+    print_broken(selection.broken)
+    print_conflicts(selection.conflicts)
     return FAILED if selection.failed or selection.conflicts else OK
 
 
@@ -85,7 +89,7 @@ def _status_of_all(results: Path, suite: str | None = None) -> int:
     lost = {name: sum(r["id"] not in codes for r in ones) for name, ones in suites.items()}
     rows = [
         [name, str(len(ones)), counts(r["status"] for r in ones),
-         f"{len(old[name])} stale" + (f", {lost[name]} whose code cannot be told" if lost[name] else "")]
+         f"{len(old[name])} stale" + (f", {lost[name]} whose code is unknown" if lost[name] else "")]
         for name, ones in suites.items()
     ]  # fmt: skip
     print(
@@ -97,14 +101,13 @@ def _status_of_all(results: Path, suite: str | None = None) -> int:
         if ids:
             more = f" and {len(ids) - 10} more; epsbench plan {name} lists all" if len(ids) > 10 else ""
             print(f"  stale in {name}: {', '.join(ids[:10])}{more}")
-    say_broken(records.broken)
+    print_broken(records.broken)
     return FAILED if any(record["status"] in FAILURES for record in current) else OK
 
 
 def states_of(cells: Iterable[Cell], selection: jobs.Selection) -> dict[str, str]:
-    """A word on each cell by id."""
-
-    states = dict.fromkeys((cell.id for cell in cells), "conflict")  # what else there is to say of one follows
+    """The state of each cell in words, by id."""
+    states = dict.fromkeys((cell.id for cell in cells), "conflict")  # unless one of the following holds
     states |= {record["id"]: f"done, {record['status']}" for record in selection.done}
     states |= {record["id"]: f"stale, {record['status']}" for record in selection.stale}
     states |= {record["id"]: f"failed, {record['status']}" for record in selection.failed}
@@ -114,16 +117,3 @@ def states_of(cells: Iterable[Cell], selection: jobs.Selection) -> dict[str, str
         else:
             states[job.cell.id] = "running" if locked(job.folder) else "half done"
     return states
-
-
-COMMAND = Command(
-    "status",
-    50,
-    "Count what is done, failed, stale, running and missing.",
-    """
-    epsbench status                     every suite that has results
-    epsbench status suites/core.toml    against what the suite asks for today
-    """,
-    arguments,
-    status,
-)

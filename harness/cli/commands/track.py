@@ -1,27 +1,28 @@
-"""``track``: records in MLflow."""
+"""Bring the records that MLflow lacks into MLflow.
+
+epsbench track                       what is not known to be there
+epsbench track --rebuild             compare with the store itself, and add or replace what differs
+MLFLOW_TRACKING_URI=http://host:5000 epsbench track
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from harness.cli.arguments import private_option, results_option
-from harness.cli.command import Command
 from harness.cli.errors import OK, UserError
 
-if TYPE_CHECKING:
-    pass
+PLACE = 110
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What it takes."""
     parser.add_argument("--rebuild", action="store_true", help="ask the store itself, not the list of what was sent")
     parser.add_argument("--uri", help="the tracking store (default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     results_option(parser)
     private_option(parser)
 
 
-def track(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Bring into MLflow what it lacks; the exit code."""
     from harness.records import mlflow as tracking
 
@@ -34,17 +35,3 @@ def track(options: argparse.Namespace) -> int:
     added = tracking.rebuild(options.results, options.uri, private=options.private)
     print(f"{added} records added to {tracking.resolve_uri(options.uri)}")
     return OK
-
-
-COMMAND = Command(
-    "track",
-    110,
-    "Bring the records that MLflow lacks into MLflow.",
-    """
-    epsbench track                       what is not known to be there
-    epsbench track --rebuild             compare with the store itself, and add or replace what differs
-    MLFLOW_TRACKING_URI=http://host:5000 epsbench track
-    """,
-    arguments,
-    track,
-)

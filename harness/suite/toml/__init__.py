@@ -1,1 +1,1 @@
-"""TOML with line numbers: keys, types, and every problem of a file at once. Suites, claims and benchmarks use it."""
+"""Reads TOML into typed tables, and reports every error with its line. Suites, claims and benchmarks use it."""

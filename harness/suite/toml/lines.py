@@ -1,7 +1,7 @@
-"""Line numbers of the keys of a TOML document, so that an error can name its place.
+"""Finds the line numbers of the keys of a TOML document, so that an error can name its place.
 
 :mod:`tomllib` gives values without places. This scanner walks over text that tomllib has accepted and notes
-where each key path begins; it never looks at values beyond finding their end.
+where each key path begins; it reads of values only where they end.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import bisect
 import re
 import tomllib
 
-__all__ = ["Lines", "Path"]
-
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _SPACE = re.compile(r"[ \t]*")
 _BLANK = re.compile(r"(?:[ \t\n]|#[^\n]*)*")
@@ -25,7 +23,7 @@ _STRINGS = (
 )
 
 
-class Lines:
+class LineNumbers:
     """Key paths of valid TOML text to line numbers; ``("task", 1)`` is the second ``[[task]]``.
 
     ``line(path)`` falls back to the nearest enclosing key, and to line 1.
@@ -34,25 +32,25 @@ class Lines:
     def __init__(self, text: str) -> None:
         self._text = text.replace("\r\n", "\n")
         self._starts = [0, *(m.end() for m in re.finditer("\n", self._text))]
-        self._found: dict[Path, int] = {}
-        self._counts: dict[Path, int] = {}
+        self._found: dict[KeyPath, int] = {}
+        self._counts: dict[KeyPath, int] = {}
         self._at = 0
         try:
             self._document()
         except (IndexError, RecursionError, ValueError):
-            return  # places are best effort: what was found so far still helps
+            return  # Lines are best effort: those found so far are kept.
 
-    def line(self, path: Path) -> int:
+    def line(self, path: KeyPath) -> int:
         """The line on which a key path begins, counted from 1."""
         while path and path not in self._found:
             path = path[:-1]
         return self._found.get(path, 1)
 
-    def has(self, path: Path) -> bool:
+    def has(self, path: KeyPath) -> bool:
         """Whether the document writes this key path itself."""
         return path in self._found
 
-    def _note(self, path: Path, at: int) -> None:
+    def _note(self, path: KeyPath, at: int) -> None:
         line = bisect.bisect_right(self._starts, at)
         for length in range(1, len(path) + 1):
             self._found.setdefault(path[:length], line)
@@ -62,7 +60,7 @@ class Lines:
         self._at = match.end() if match else self._at
 
     def _document(self) -> None:
-        prefix: Path = ()
+        prefix: KeyPath = ()
         while True:
             self._skip(_BLANK)
             if self._at >= len(self._text):
@@ -78,9 +76,9 @@ class Lines:
             self._note(prefix, start)
             self._at = self._text.index("]]" if array else "]", self._at) + (2 if array else 1)
 
-    def _table(self, keys: list[str], array: bool) -> Path:
+    def _table(self, keys: list[str], array: bool) -> KeyPath:
         """The path of a header: keys that name an array of tables lead into its latest table."""
-        path: Path = ()
+        path: KeyPath = ()
         for number, key in enumerate(keys):
             path += (key,)
             if array and number == len(keys) - 1:
@@ -115,7 +113,7 @@ class Lines:
                 return
         raise ValueError(f"no string at {self._at}")
 
-    def _pair(self, prefix: Path) -> None:
+    def _pair(self, prefix: KeyPath) -> None:
         start = self._at
         path = (*prefix, *self._keys())
         self._note(path, start)
@@ -123,7 +121,7 @@ class Lines:
         self._skip(_SPACE)
         self._value(path)
 
-    def _value(self, path: Path) -> None:
+    def _value(self, path: KeyPath) -> None:
         first = self._text[self._at]
         if first in "\"'":
             self._string()
@@ -134,7 +132,7 @@ class Lines:
         else:
             self._skip(_SCALAR)
 
-    def _list(self, path: Path) -> None:
+    def _list(self, path: KeyPath) -> None:
         self._at += 1
         for number in range(len(self._text)):
             self._skip(_BLANK)
@@ -147,7 +145,7 @@ class Lines:
                 self._at += 1
         self._at += 1
 
-    def _inline(self, path: Path) -> None:
+    def _inline(self, path: KeyPath) -> None:
         self._at += 1
         while True:
             self._skip(_BLANK)

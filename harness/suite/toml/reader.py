@@ -1,35 +1,34 @@
-"""Reading TOML: tables checked one by one, every problem gathered with its line."""
+"""Reads TOML into typed tables, and reports every error with its line."""
 
 from __future__ import annotations
 
 import codecs
-import copy
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import ValidationError, create_model
+from pydantic import ValidationError
 
 from harness import registry
-from harness.registry import Registry, RegistryError, did_you_mean, show
-from harness.suite.tables import Table
-from harness.suite.toml.lines import Lines
-from harness.suite.toml.lines import Path as KeyPath
-from harness.suite.toml.problems import Problem, Report, SuiteError
+from harness.registry import OptionError, Registry, RegistryError, did_you_mean, show
+from harness.suite.tables import TomlTable
+from harness.suite.toml.lines import KeyPath, LineNumbers
+from harness.suite.toml.problems import FileProblem, Problems, SuiteError
 
-__all__ = ["Reader", "document", "heading", "source"]
-
-T = TypeVar("T", bound=Table)
+T = TypeVar("T", bound=TomlTable)
 _PATTERNS = {
     ("suite", "name"): 'write lower-case letters, digits and dashes, as in "core"',
     ("device", "device"): 'write "cpu", "cuda" or "cuda:0"',
 }
+_INLINE = {
+    "train": "should be a table; write train = { steps = 1 }",
+    "then": 'should be a table; write then = { method = "dp-sgd?lr=0.5", epochs = 5 }',
+}
 
 
-def source(path: str | Path, problems: Iterable[Problem] = ()) -> str:
+def source(path: str | Path, problems: Iterable[FileProblem] = ()) -> str:
     """The text of a file, without a byte order mark. Raises :class:`SuiteError` where it cannot be read."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
@@ -37,211 +36,185 @@ def source(path: str | Path, problems: Iterable[Problem] = ()) -> str:
         raise SuiteError([*problems, _unreadable(Path(path), error)]) from None
 
 
-def document(text: str, file: str, problems: Iterable[Problem] = ()) -> dict[str, Any]:
-    """The tables of a TOML text. Raises :class:`SuiteError` where it is not one."""
+def kind_of(path: Path) -> str:
+    """What a TOML file says it is, by its key ``kind``; "suite" where it says nothing, or cannot be read."""
     try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise SuiteError([*problems, Problem(file, 1, "not valid TOML: nested too deeply.")]) from None
-    except ValueError as error:
-        raise SuiteError([*problems, _not_toml(file, text, error)]) from None
+        return str(tomllib.loads(path.read_text("utf-8-sig")).get("kind", "suite"))
+    except (OSError, ValueError, RecursionError):
+        return "suite"
 
 
-def _unreadable(path: Path, error: Exception) -> Problem:
+def _unreadable(path: Path, error: Exception) -> FileProblem:
     if isinstance(error, UnicodeDecodeError):
         line = error.object[: error.start].count(b"\n") + 1
         wide = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return Problem(str(path), line, f"is {'UTF-16, not' if wide else 'not'} UTF-8 text; save it as UTF-8.")
+        return FileProblem(str(path), line, f"is {'UTF-16, not' if wide else 'not'} UTF-8 text; save it as UTF-8.")
     if isinstance(error, FileNotFoundError):
         near = {p.name: p for folder in (Path("suites"), path.parent) for p in folder.glob("*.toml")}
         word = did_you_mean(path.name, near) or did_you_mean(f"{path.name}.toml", near)
-        return Problem(str(path), 1, "there is no such file.", str(near[word]) if word else None)
-    return Problem(str(path), 1, f"cannot be read: {getattr(error, 'strerror', None) or error}.")
+        return FileProblem(str(path), 1, "there is no such file.", str(near[word]) if word else None)
+    return FileProblem(str(path), 1, f"cannot be read: {getattr(error, 'strerror', None) or error}.")
 
 
-def _not_toml(file: str, text: str, error: ValueError) -> Problem:
-    place = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error))
-    if place is None:
-        return Problem(file, 1, f"not valid TOML: {error}.")
-    message = str(error)[: place.start()].rstrip(".")
-    if place[1] is None:
-        return Problem(file, text.rstrip().count("\n") + 1, f"not valid TOML: {message}, at the end of the file.")
-    return Problem(file, int(place[1]), f"not valid TOML: {message} (column {place[2]}).")
+def _document(text: str, file: str) -> dict[str, Any] | FileProblem:
+    """The tables of a TOML text, or why it is not one."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        return FileProblem(file, 1, "not valid TOML: nested too deeply.")
+    except ValueError as error:
+        place = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error))
+        message = str(error)[: place.start()].rstrip(".") if place else f"{error}."
+        if place is None:
+            return FileProblem(file, 1, f"not valid TOML: {message}")
+        if place[1] is None:
+            last = text.rstrip().count("\n") + 1
+            return FileProblem(file, last, f"not valid TOML: {message}, at the end of the file.")
+        return FileProblem(file, int(place[1]), f"not valid TOML: {message} (column {place[2]}).")
 
 
-class Reader(Report):
-    """Checks the tables of one document and gathers every problem before it gives up.
+class Reader(Problems):
+    """Reads the tables of one document, each by itself, and collects every error.
 
-    ``wrong`` are the key paths of what has been reported, and of what it was probably meant to be, so that nobody
-    complains of what follows from it. ``meant`` are the corrected texts of misspelt specs, by path.
+    ``single`` are the tables ``[key]`` that it may have, ``arrays`` those written ``[[key]]``, ``needed`` the ones that
+    it must have. ``kind`` is what its key of that name must be, where it has one; ``noun`` what messages call the
+    document. Raises :class:`SuiteError` where the text is not TOML.
     """
 
-    kind: ClassVar[str] = "suite"
-    single: ClassVar[Mapping[str, type[Table]]]
-    arrays: ClassVar[Mapping[str, type[Table]]]
+    noun: ClassVar[str] = "suite"
+    kind: ClassVar[str | None] = None
+    single: ClassVar[Mapping[str, type[TomlTable]]]
+    arrays: ClassVar[Mapping[str, type[TomlTable]]]
     needed: ClassVar[Sequence[str]]
 
-    def __init__(self, file: str, data: dict[str, Any], lines: Lines, names: Registry, problems: list[Problem]) -> None:
-        super().__init__(file, lines, problems)
-        self.data, self.names = data, names
-        self.wrong: set[KeyPath] = set()
-        self.meant: dict[KeyPath, str] = {}
+    def __init__(
+        self, text: str, file: str, names: Registry | None = None, problems: Iterable[FileProblem] = ()
+    ) -> None:
+        super().__init__(file, LineNumbers(text), problems)
+        self.names = names or registry.installed()
+        self._faulty: set[str | int] = set()
+        data = _document(text, file)
+        if isinstance(data, FileProblem):
+            raise SuiteError([*self.problems, data])
+        self.data = data
+        self._known_tables()
 
     def bad(self, path: KeyPath, message: str, suggestion: str | None = None) -> None:
         """Report a problem at the line of a key path."""
-        self.wrong.add(path)
+        self._faulty.update(path[:1])
         super().bad(path, message, suggestion)
 
-    def sound(self, *paths: KeyPath) -> bool:
-        """Whether nothing has been reported at these paths, below them, or of the tables that they are in."""
-        return not any(one[: len(path)] == path or path[: len(one)] == one for one in self.wrong for path in paths)
+    def valid(self, *keys: str) -> bool:
+        """Whether nothing is wrong in these tables. Else they cannot be compared with others yet."""
+        return self._faulty.isdisjoint(keys)
 
-    def known_tables(self) -> None:
+    def _known_tables(self) -> None:
         """Report tables that are unknown, and those that are missing."""
-        known = [*self.single, *self.arrays]
-        for key in self.data:
-            if key not in known:
-                near = did_you_mean(key, known)
-                text = f'a {self.kind} has no table "{key}"; it has {", ".join(known)}.'
-                self.bad((key,), text, near)
-                self._instead((), near, self.data)
+        if self.kind is not None and self.data.pop("kind", None) != self.kind:
+            self.bad(("kind",), f'the file should begin with kind = "{self.kind}".')
+        tables = [*self.single, *self.arrays]
+        for key in self.data.keys() - set(tables):
+            near = did_you_mean(key, tables)
+            self.bad((key,), f'a {self.noun} has no table "{key}"; it has {", ".join(tables)}.', near)
+            if near is not None:
+                self._faulty.add(near)
         for key in self.needed:
-            if key not in self.data and self.sound((key,)):
-                self.bad((key,), f"the {self.kind} needs {self._title(key)}.")
+            if key not in self.data and self.valid(key):
+                self.bad((key,), f"the {self.noun} needs {f'[[{key}]]' if key in self.arrays else f'[{key}]'}.")
 
-    def _instead(self, path: KeyPath, near: str | None, written: Mapping[str, Any]) -> None:
-        """A misspelt key stands for the one that was meant, unless that is written too."""
-        if near is not None and near not in written:
-            self.wrong.add((*path, near))
+    def one(self, key: str, table: type[T]) -> T | None:
+        """The table ``[key]``; None where it is absent, or something is wrong with it."""
+        raw = self.data.get(key)
+        if raw is not None and not isinstance(raw, dict):
+            self.bad((key,), f'"{key}" should be one table; write [{key}].')
+        return self._table((key,), raw, table) if isinstance(raw, dict) else None
 
-    def _title(self, key: str) -> str:
-        return f"[[{key}]]" if key in self.arrays else f"[{key}]"
-
-    def written(self, path: KeyPath) -> Any:
-        """What the document has at a path of keys; None where it has nothing there."""
-        found: Any = self.data
-        for key in path:
-            found = found.get(key) if isinstance(found, dict) else None
-        return found
-
-    def one(self, key: str, table: type[T], within: KeyPath = (), *, whole: bool = True) -> T | None:
-        """The table ``[key]``, or that ``within`` another; None where it is absent or wrong.
-
-        With ``whole`` False one with something wrong in it comes back as :meth:`read` gives it.
-        """
-        path = (*within, key)
-        raw = self.written(path)
-        if raw is None:
-            return None
-        if not isinstance(raw, dict):
-            self.bad(path, f'"{_dotted(path)}" should be one table; write [{_dotted(path)}].')
-            return None
-        return self._table(path, raw, table, whole)
-
-    def array(self, key: str, table: type[T], within: KeyPath = (), *, whole: bool = True) -> dict[int, T]:
-        """The tables of an array by index: the valid ones, or with ``whole`` False all, as :meth:`read` gives them."""
-        path = (*within, key)
-        raw = self.written(path)
-        if raw is None:
-            return {}
-        if not isinstance(raw, list) or not all(isinstance(one, dict) for one in raw):
-            text = f'"{_dotted(path)}" should be a list of tables; write [[{_dotted(path)}]] above each.'
-            self.bad(path, text)
-            return {}
-        if not raw:
-            self.bad(path, f'"{_dotted(path)}" is an empty list; write at least one [[{_dotted(path)}]].')
-        found = {index: self._table((*path, index), one, table, whole) for index, one in enumerate(raw)}
+    def array(self, key: str, table: type[T]) -> dict[int, T]:
+        """The valid tables ``[[key]]`` by their index."""
+        found = {index: self._table((key, index), raw, table) for index, raw in enumerate(self.rows(key))}
         return {index: one for index, one in found.items() if one is not None}
 
-    def read(self, path: KeyPath, raw: dict[str, Any], table: type[T]) -> T:
-        """A table without what is wrong with it, which is reported: such keys take their defaults.
+    def rows(self, key: str) -> list[dict[str, Any]]:
+        """The tables ``[[key]]`` as they are written; none where ``key`` is something else, which is reported."""
+        raw = self.data.get(key)
+        if raw is None:
+            return []
+        if not isinstance(raw, list) or not all(isinstance(one, dict) for one in raw):
+            self.bad((key,), f'"{key}" should be a list of tables; write [[{key}]] above each.')
+            return []
+        if not raw:
+            self.bad((key,), f'"{key}" is an empty list; write at least one [[{key}]].')
+        return raw
 
-        Those without a default are None, whatever the type says; :meth:`sound` tells.
-        """
+    def _table(self, path: KeyPath, raw: dict[str, Any], table: type[T]) -> T | None:
         try:
-            return table.model_validate(raw)
+            return table.model_validate(raw, context=self.names)
         except ValidationError as error:
-            found = error.errors(include_url=False)
-        for one in sorted(found, key=lambda one: one["type"] == "missing"):  # which a misspelt key may explain
-            self._explain(path, raw, one, _keys(table))
-        faulty = {str(one["loc"][0]) for one in found if one["loc"]}
-        return _lenient(table).model_validate({key: one for key, one in raw.items() if key not in faulty})
+            problems = error.errors(include_url=False)
+        meant: set[KeyPath] = set()  # keys that are there, misspelt
+        for one in sorted(problems, key=lambda one: one["type"] == "missing"):
+            self._explain(path, one, table, meant)
+        return None
 
-    def _table(self, path: KeyPath, raw: dict[str, Any], table: type[T], whole: bool) -> T | None:
-        found = self.read(path, raw, table)
-        return None if whole and type(found) is not table else found
-
-    def _explain(self, path: KeyPath, raw: dict[str, Any], error: Any, keys: list[str]) -> None:
-        """One error of pydantic as a problem."""
-        place: KeyPath = error["loc"]
-        title, key = heading(path), str(place[0]) if place else ""
-        if error["type"] == "extra_forbidden":
-            text = f'{title} has no key "{key}"; it has {", ".join(keys)}.'
+    def _explain(self, path: KeyPath, error: Any, table: type[TomlTable], meant: set[KeyPath]) -> None:
+        """Report one error of pydantic, at a key of the table or of one inside it."""
+        kind, value, context = error["type"], error["input"], error.get("ctx", {})
+        at = (*path, *error["loc"])
+        whole = kind == "table" and not isinstance(value, str | int | float)  # of a table as such
+        depth = len(at) if whole else max(number for number, one in enumerate(at) if isinstance(one, str))
+        inner, key = at[:depth], "" if whole else str(at[depth])
+        title, near = heading(inner), None
+        if kind == "registry":
+            self.refuse(at, context["error"], str(value))
+            return
+        if kind in ("table", "key"):
+            at = at if context["at"] is None else (*at, context["at"])
+            text = f"{title} {context['text']}." if kind == "table" else f"{title} {key}: {context['text']}."
+        elif kind == "extra_forbidden":
+            keys = _keys(_nested(table, inner[len(path) :]))
             near = did_you_mean(key, keys)
-            self.bad((*path, *place), text, near)
-            self._instead(path, near, raw)
-        elif error["type"] == "missing":
-            if self.sound((*path, key)):
-                self.bad((*path, key), f'{title} needs "{key}".')
+            text = f'{title} has no key "{key}"; it has {", ".join(keys)}.'
+            meant.add((*inner, near or ""))
+        elif kind == "missing":
+            if at in meant:
+                return
+            text = f'{title} needs "{key}".'
+        elif kind == "model_type" and key in _INLINE:
+            text = f'"{key}" {_INLINE[key]}.'
         else:
-            cause = error["ctx"]["error"] if error["type"] == "value_error" else None
+            cause = context["error"] if kind == "value_error" else None
             message = str(getattr(cause, "message", cause)) if cause else error["msg"]
             message = message.removeprefix("Input ").replace("dictionary", "table").replace("tuple", "list")
-            value = error["input"]
-            guess = getattr(cause, "suggestion", None)
-            if error["type"] in ("float_type", "int_type", "bool_type") and isinstance(value, str):
+            near = getattr(cause, "suggestion", None)
+            if kind in ("float_type", "int_type", "bool_type") and isinstance(value, str):
                 message += "; write it without quotes"
-            if error["type"] == "literal_error" and isinstance(value, str):
-                guess = did_you_mean(value, re.findall(r"'([^']*)'", error["ctx"]["expected"]))
-            if error["type"] == "string_pattern_mismatch":
+            if kind == "literal_error" and isinstance(value, str):
+                near = did_you_mean(value, re.findall(r"'([^']*)'", context["expected"]))
+            if kind == "string_pattern_mismatch":
                 message = _PATTERNS.get((str(path[0]), key), message)
-            self.bad((*path, *place), f"{title} {key} = {show(_listed(value))}: {message}.", guess)
-
-    def distinct(self, path: KeyPath, values: Iterable[object]) -> None:
-        """Report values of a list that are given twice."""
-        seen: set[object] = set()
-        for number, value in enumerate(values):
-            if value in seen:
-                self.bad((*path, number), f"[{path[0]}] {path[1]}: {show(value)} is given twice; keep one.")
-            seen.add(value)
-
-    def lookup(self, path: KeyPath, kind: str, spec: str) -> dict[str, Any] | None:
-        """``{"name", "options"}`` of a spec, with defaults expanded."""
-        try:
-            entry, arguments = self.names.lookup(kind, spec)
-        except RegistryError as error:
-            self.refuse(path, error, spec)
-            return None
-        given = arguments.pop(entry.argument, None) if entry.argument else None
-        name = entry.name if given is None else f"{entry.name}:{given}"
-        return {"name": name, "options": arguments}
+            text = f"{title} {key} = {show(list(value) if isinstance(value, tuple) else value)}: {message}."
+        self.bad(at, text, near)
 
     def refuse(self, path: KeyPath, error: RegistryError, spec: str) -> None:
         """Report what the registry says of a spec."""
-        if isinstance(error, registry.OptionError):
-            for one in error.problems:
-                self.bad(path, one.message, one.suggestion)
-            return
-        self.bad(path, error.message, error.suggestion)
-        if error.suggestion is not None:
-            base = registry.split_name(spec.partition("?")[0])[0]
-            self.meant[path] = error.suggestion + spec[len(base) :]
+        for one in error.problems if isinstance(error, OptionError) else [error]:
+            self.bad(path, one.message, one.suggestion)
 
 
-@cache
-def _lenient(table: type[T]) -> type[T]:
-    """The table with nothing required: what is absent is None."""
-    fields: dict[str, Any] = {}
-    for key, one in table.model_fields.items():
-        if one.is_required():
-            fields[key] = (one.annotation, copy.copy(one))
-            fields[key][1].default = None
-    return create_model(table.__name__, __base__=table, **fields)
-
-
-def _keys(table: type[Table]) -> list[str]:
+def _keys(table: type[TomlTable]) -> list[str]:
     """The keys of a table as the file writes them."""
     return [one.alias or key for key, one in table.model_fields.items()]
+
+
+def _nested(table: type[TomlTable], path: KeyPath) -> type[TomlTable]:
+    """The type of a table inside a table."""
+    for key in path:
+        if isinstance(key, str):
+            inside = [table.model_fields[key].annotation]
+            while not (isinstance(inside[0], type) and issubclass(inside[0], TomlTable)):
+                inside = [*get_args(inside[0]), *inside[1:]]
+            table = inside[0]
+    return table
 
 
 def _dotted(path: KeyPath) -> str:
@@ -251,7 +224,3 @@ def _dotted(path: KeyPath) -> str:
 def heading(path: KeyPath) -> str:
     """The header of a table as the file writes it: ``[train]``, ``[[task]]``, ``[[reduced.task]]``."""
     return f"[[{_dotted(path)}]]" if isinstance(path[-1], int) else f"[{_dotted(path)}]"
-
-
-def _listed(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value

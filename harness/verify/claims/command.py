@@ -9,16 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from harness import registry
 from harness.registry import did_you_mean
-from harness.suite import Reader, SuiteError, Table, Text, document, source
-from harness.suite.toml.lines import Lines
+from harness.suite.tables import Text, TomlTable
+from harness.suite.toml.reader import Reader, source
 from harness.verify.claims.accounts import ORDERS
 from harness.verify.claims.kinds import KINDS, Claim
 from harness.verify.claims.verdict import NEAR, ROUNDED, Finding
@@ -30,7 +28,7 @@ FILE, DOCUMENT = Path("suites/claims.toml"), Path("docs/claims.md")
 # The file -------------------------------------------------------------------------------------------------
 
 
-class Header(Table):
+class Header(TomlTable):
     """``[claims]``: the question that the file answers."""
 
     question: Text
@@ -45,14 +43,6 @@ class Claims:
     claims: tuple[Claim, ...]
 
 
-def is_claims(path: Path) -> bool:
-    """Whether a TOML file says that it is one of these; False where it cannot be read."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig")).get("kind") == KIND
-    except (OSError, ValueError, RecursionError):
-        return False
-
-
 def load(path: Path) -> Claims:
     """Read and check a file. Raises `SuiteError` with every problem and its line."""
     return parse(source(path), str(path))
@@ -60,19 +50,17 @@ def load(path: Path) -> Claims:
 
 def parse(text: str, file: str = "claims.toml") -> Claims:
     """Check a text; `file` is the name that errors give. Raises `SuiteError`."""
-    return _Reader(file, document(text, file), Lines(text), registry.installed(), []).claims()
+    return ClaimsReader(text, file).claims()
 
 
-class _Reader(Reader):
-    kind: ClassVar[str] = "file of claims"
-    single: ClassVar[Mapping[str, type[Table]]] = {"claims": Header}
-    arrays: ClassVar[Mapping[str, type[Table]]] = KINDS
+class ClaimsReader(Reader):
+    noun: ClassVar[str] = "file of claims"
+    kind: ClassVar[str] = KIND
+    single: ClassVar[Mapping[str, type[TomlTable]]] = {"claims": Header}
+    arrays: ClassVar[Mapping[str, type[TomlTable]]] = KINDS
     needed: ClassVar[Sequence[str]] = ("claims",)
 
     def claims(self) -> Claims:
-        if self.data.pop("kind", None) != KIND:
-            self.bad(("kind",), f'the file should begin with kind = "{KIND}".')
-        self.known_tables()
         header = self.one("claims", Header)
         found: dict[str, Claim] = {}
         for kind, table in KINDS.items():
@@ -83,9 +71,9 @@ class _Reader(Reader):
                     self.bad((kind, index, "id"), f'two claims are called "{claim.id}".')
                 found[claim.id] = claim
         if not found and not self.problems:
-            self.bad((), f"the {self.kind} has no claim; write one of {', '.join(f'[[{k}]]' for k in KINDS)}.")
-        if self.problems or header is None:
-            raise SuiteError(self.problems)
+            self.bad((), f"the {self.noun} has no claim; write one of {', '.join(f'[[{k}]]' for k in KINDS)}.")
+        self.stop()
+        assert header is not None
         return Claims(self.file, header.question, tuple(found.values()))
 
 

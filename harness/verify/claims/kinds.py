@@ -14,13 +14,13 @@ from harness.dp.account.mixture import ORDERS as INTEGERS
 from harness.dp.account.mixture import amplified, worst
 from harness.dp.calibrate import calibrate
 from harness.dp.method import Method
-from harness.suite import Many, Positive, Size, Table, Text
+from harness.suite.tables import Many, Positive, Size, Text, TomlTable
 from harness.verify.claims import accounts
 from harness.verify.claims.accounts import Sampled
 from harness.verify.claims.verdict import AGREES, ASSUMES, OVERSTATES, Figure, Finding, judge
 
 
-class Claim(Table):
+class Claim(TomlTable):
     """What was published (`claim`, and `published` where it is a number), by whom, and where that was read."""
 
     quantity: ClassVar[str] = "epsilon"
