@@ -134,7 +134,7 @@ class Cell:
         """Whether the run has a privacy target."""
         return self.privacy["epsilon"] is not None
 
-    def on(self, device: str, **speed: int | None) -> Cell:
+    def on(self, device: str, **speed: int | str | None) -> Cell:
         """The same cell on another device, with other ``threads``, ``engine`` or ``microbatch``; the id stays."""
         return dataclasses.replace(self, device=self.device | {"device": device} | speed)
 

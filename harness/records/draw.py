@@ -34,7 +34,8 @@ class OtherCell(Exception):
 class Draw:
     """What the seeds of a run are derived from besides its cell: the number of the attempt, and a hash of its code.
 
-    And `setting`, a hash of what else decides its sums to the bit: device, threads, microbatch, libraries, kernels.
+    And `setting`, a hash of what else decides its sums to the bit: device, threads, engine, microbatch, libraries,
+    kernels.
     """
 
     attempt: int

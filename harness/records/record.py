@@ -367,8 +367,8 @@ class Randomness(Closed):
     setting: Annotated[
         Maybe[Id],
         says(
-            "Hash of what else decides its sums to the bit: device, threads, microbatch, libraries, kernels. Absent"
-            " in older records."
+            "Hash of what else decides its sums to the bit: device, threads, engine, microbatch, libraries, kernels."
+            " Absent in older records."
         ),
     ] = UNSET
     dropout_bits: Annotated[

@@ -104,8 +104,9 @@ def test_what_decides_sums_to_the_bit_decides_the_noise(tmp_path: Path, monkeypa
     one = cell()
     here = running.setting(one, "cpu", 1)
     others = {running.setting(one, "cpu", 2), running.setting(one.on("cpu", microbatch=7), "cpu", 1)}
+    others.add(running.setting(one.on("cpu", engine="loop"), "cpu", 1))
     monkeypatch.setattr(running.numpy, "__version__", "0")
-    assert len({here, running.setting(one, "cpu", 1), *others}) == 4
+    assert len({here, running.setting(one, "cpu", 1), *others}) == 5
     released = []
     for engine, sigma in (
         (BookKeeping(), 1.0),

@@ -167,12 +167,12 @@ def test_the_stages_add_up_to_the_run_and_are_those_of_its_trace(whole):
     assert first["epsilon"] == epsilon(half, 1e-5, Relation(first["relation"]), first["accountant"])
 
 
-def test_two_laws_are_both_named():
+def test_two_distributions_are_both_named(tmp_path):
     (cell,) = cells(HEAD.replace("steps = 30", "steps = 30, batch = 91"))
-    record = run._Session(cell, Path("nowhere"), 1e9).blank("stages", datetime.now(UTC))
-    laws = [f"Poisson, q = {batch / cell.task['n_train']:.6g}" for batch in (128, 91)]
-    assert [stage["sampling"] for stage in record["stages"]] == laws
-    assert record["privacy"]["sampling"] == f"{laws[0]} (stage 1); {laws[1]} (stage 2)"
+    record = run._Session(cell, tmp_path, 1e9).blank("stages", datetime.now(UTC))
+    both = [f"Poisson, q = {batch / cell.task['n_train']:.6g}" for batch in (128, 91)]
+    assert [stage["sampling"] for stage in record["stages"]] == both
+    assert record["privacy"]["sampling"] == f"{both[0]} (stage 1); {both[1]} (stage 2)"
     assert "sensitivity" not in record["stages"][0], "nothing has come of it"
 
 
