@@ -12,6 +12,8 @@ SHELL := /bin/sh
 PYTHON ?=
 SUITE ?= suites/core.toml suites/transfer.toml suites/contrastive.toml
 TESTS ?= tests
+QUICK := $(addprefix tests/,provenance dp/test_clip.py dp/test_mixture.py dp/test_optimizers.py dp/test_random.py \
+  records/test_store.py registry report/test_compare.py report/test_export.py)
 THREADS ?= 1
 PORT ?= 5000
 
@@ -25,12 +27,13 @@ LIMIT := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THRE
 # Compiled modules are kept: without them every process spends seconds on compiling what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup reproduce test report ui bench lint format clean-venv
+.PHONY: help setup reproduce test quick report ui bench lint format clean-venv
 
 help:
 	@echo "make reproduce    train $(SUITE):"
 	@echo "                  write their leaderboards and print the first rows"
 	@echo "make test         run the tests"
+	@echo "make quick        run those that take seconds (under a minute), and the contracts of imports"
 	@echo "make report       write these leaderboards from the records in results/"
 	@echo "make ui           open MLflow on the local store"
 	@echo "make bench        time every engine and peer side by side (under 20 minutes)"
@@ -50,6 +53,11 @@ bench: $(READY)
 
 test: $(READY)
 	@$(LIMIT) $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# One process: the second would spend its time on loading what the first has loaded.
+quick: $(READY)
+	@$(BIN)/lint-imports --no-logo --no-cache
+	@$(LIMIT) $(BIN)/python -m pytest -q -m "not slow" $(QUICK)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -54,7 +54,8 @@ def setting(cell: Cell, device: str, threads: int) -> str:
     """12 hex digits over what decides a run's sums to the bit besides cell, code and noise multiplier."""
     facts = {
         "device": measure.device_info(device, threads), "engine": cell.device.get("engine"),
-        "microbatch": cell.device.get("microbatch"), "libraries": [torch.__version__, numpy.__version__], "kernels": kernels(),
+        "microbatch": cell.device.get("microbatch"), "libraries": [torch.__version__, numpy.__version__],
+        "kernels": kernels(),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
