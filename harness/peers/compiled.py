@@ -44,27 +44,13 @@ class Jax(Peer):
         raise NotImplementedError
 
     def together(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         """`clipped_sum`, where it is enough that an example that is broken adds zero if it is alone."""
         raise NotImplementedError
 
     def clipped_sum(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         found = self.together(loss, clip, groups, model, w, batch, state)
         if found.norms is None or found.weights is None or len(batch) == 1 or found.norms.isfinite().all():
@@ -199,14 +185,7 @@ class Privacy(Jax):
         return whole
 
     def together(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         grads, norms, losses = self.call(model, clip, w, batch)
         flat = torch.cat([grads[name].reshape(-1) for name in w.names])

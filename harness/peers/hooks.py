@@ -154,14 +154,7 @@ class Ghost(Opacus):
         return super().refuses(loss, clip, model)
 
     def clipped_sum(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         module: Any
         with double(type(self), self.wrap, model, w) as (module, parameters):

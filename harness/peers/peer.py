@@ -135,14 +135,7 @@ class Rows(Peer):
         raise NotImplementedError
 
     def clipped_sum(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         grads, losses = self.rows(loss, model, w, batch)
         norms = group_norms({name: squared_norms(g) for name, g in grads.items()}, groups, losses)

@@ -53,12 +53,7 @@ def files(board: Board) -> dict[str, str]:
             "suite": board.suite, "table": heading(table), "statement": statement(table),
             "search": table.search, "notes": _notes(table),
         }  # fmt: skip
-        forms = (
-            "\n".join(text.markdown_table(table)),
-            _csv(rows),
-            _tex_table(table, name),
-            _json(facts, rows),
-        )
+        forms = ("\n".join(text.markdown_table(table)), _csv(rows), _tex_table(table, name), _json(facts, rows))
         found |= dict(zip((f"{FOLDER}/{name}{suffix}" for suffix in SUFFIXES), forms, strict=True))
     if board.published:
         found |= _published(board)
@@ -205,12 +200,7 @@ def _tex_row(entry: Entry, rank: str) -> list[str]:
 
 
 def _tex(
-    titles: Sequence[str],
-    lines: Iterable[Sequence[str]],
-    columns: str,
-    caption: str,
-    label: str,
-    notes: Sequence[str],
+    titles: Sequence[str], lines: Iterable[Sequence[str]], columns: str, caption: str, label: str, notes: Sequence[str]
 ) -> str:
     """A floating table of booktabs; every text is escaped here."""
     out = [

@@ -169,12 +169,7 @@ def pareto_data(board: Board) -> list[tuple[str, list[Choice]]]:
     panels = []
     for (task, _), rows in sorted(groups.items(), key=lambda g: (natural(g[0][0]), g[0][1])):
         points = [
-            (
-                r.title,
-                r.accuracy.mean if r.accuracy else 0.0,
-                _rounded(r.epsilon or 0.0),
-                r.train_seconds or 0.0,
-            )
+            (r.title, r.accuracy.mean if r.accuracy else 0.0, _rounded(r.epsilon or 0.0), r.train_seconds or 0.0)
             for r in rows
         ]
         quiet = [i for i, row in enumerate(rows) if not row.busy]
@@ -286,11 +281,7 @@ def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     for i, name in enumerate(n for n in names if n != REFERENCE):
         turn = i // len(COLOURS)
         style = ("-", (0, (4, 1.5)), (0, (1, 1.2)))[turn % 3]
-        looks[name] = {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[(i + turn) % 7],
-            "linestyle": style,
-        }
+        looks[name] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + turn) % 7], "linestyle": style}
     return looks
 
 
@@ -327,11 +318,7 @@ def _accuracy(figure: type[Figure], panels: Sequence[Panel], looks: Mapping[str,
                 axis.vlines(x, low, high, color=look["color"], linewidth=1.2)
         for name, value in panel.references.items():
             handles[name] = axis.axhline(
-                100 * value.mean,
-                color=looks[name]["color"],
-                linestyle="--",
-                linewidth=1.2,
-                label=_short(name),
+                100 * value.mean, color=looks[name]["color"], linestyle="--", linewidth=1.2, label=_short(name)
             )
         if epsilons:
             axis.set_xscale("log")
@@ -383,7 +370,7 @@ def _curves(figure: type[Figure], panels: Sequence[Curves], looks: Mapping[str, 
             look = {**looks[name], "marker": ""}
             (handles[name],) = axis.plot(
                 [e for e, _ in points], [100 * i.mean for _, i in points], linewidth=1.3, label=_short(name), **look
-            )  # fmt: skip
+            )
         axis.grid(True, axis="y")
         axis.tick_params(length=0)
         axis.set_xlabel("ε spent, by RDP")
@@ -428,12 +415,7 @@ def _relative(
 
 def _legend(fig: Figure, handles: Mapping[str, Any]) -> None:
     if handles:
-        fig.legend(
-            handles=list(handles.values()),
-            loc="outside lower center",
-            ncols=min(len(handles), 5),
-            fontsize=8.5,
-        )
+        fig.legend(handles=list(handles.values()), loc="outside lower center", ncols=min(len(handles), 5), fontsize=8.5)
 
 
 def _svg(fig: Figure) -> str:

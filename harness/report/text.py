@@ -45,10 +45,7 @@ def markdown(board: Board) -> str:
     data = "Data: [leaderboard.csv](leaderboard.csv)"
     data += ", [published.csv](published.csv)." if board.published else "."
     out += ["", f"Full page: [index.html](index.html). {data}", ""]
-    out += [
-        f"{LEGEND} A record is `results/{escape(board.suite)}/ID/record.json`; `epsbench show ID` prints it.",
-        "",
-    ]
+    out += [f"{LEGEND} A record is `results/{escape(board.suite)}/ID/record.json`; `epsbench show ID` prints it.", ""]
     out += ["![Accuracy against epsilon](accuracy-vs-epsilon.svg)", "", "![Throughput](throughput.svg)", ""]
     for table in board.tables:
         out += markdown_table(table)
@@ -247,18 +244,7 @@ def top_rows(board: Board, n: int = 5) -> str:
     """The first `n` rows of every result table (of every search where there is no result), for a terminal."""
     blocks = []
     for table in board.results or board.tables:
-        lines = [
-            [
-                "rank",
-                "method",
-                "accuracy %",
-                "vs dp-sgd, points",
-                "ε spent",
-                "examples/s",
-                "vs non-priv",
-                "runs",
-            ]
-        ]
+        lines = [["rank", "method", "accuracy %", "vs dp-sgd, points", "ε spent", "examples/s", "vs non-priv", "runs"]]
         lines += [_line(e, place(e)) for e in table.entries[:n]]
         lines += [_line(e, "ref") for e in table.references[:1]]
         more = len(table.entries) - n

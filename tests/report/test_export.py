@@ -162,7 +162,7 @@ def test_the_columns_are_those_that_are_documented() -> None:
         ),
         max_size=4,
     )
-)  # fmt: skip
+)
 def test_types_do_not_depend_on_what_is_there(changes: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as place:
         for seed, change in enumerate(changes):
@@ -184,10 +184,7 @@ def test_epsilons_and_attempts_and_damage(tmp_path: Path) -> None:
     spent = {"spent": {"pld": 2.9, "rdp": 3.1}, "accountant": "pld", "epsilon": 2.9}
     put(tmp_path, make_record(0, privacy=base | spent))
     put(tmp_path, make_record(0, privacy=base | {"spent": {"pld": None}, "accountant": "pld"}), attempt=2)
-    put(
-        tmp_path,
-        make_record(1, status="crashed", reason="x", privacy=base | {"spent": {}, "accountant": None}),
-    )
+    put(tmp_path, make_record(1, status="crashed", reason="x", privacy=base | {"spent": {}, "accountant": None}))
     bad = tmp_path / "core" / ("e" * 12)
     bad.mkdir()
     (bad / "record.json").write_text('{"schema": 1')

@@ -42,18 +42,7 @@ def table(one: dict[str, Any]) -> list[dict[str, str]]:
 def test_a_line_for_each_stage_with_its_own_facts() -> None:
     first, second = table(staged())
     of_first = {"1", "logit-dp", "everything", "256", "40", "2.56", "grad 16.78", "1.75", "123", "Pairs"}
-    of_second = {
-        "2",
-        "dp-adam",
-        "the head",
-        "512",
-        "60",
-        "7.68",
-        "grad 0.25",
-        "2.994",
-        "9,876",
-        "BookKeeping",
-    }
+    of_second = {"2", "dp-adam", "the head", "512", "60", "7.68", "grad 0.25", "2.994", "9,876", "BookKeeping"}
     assert of_first | {"Poisson, q = 0.064"} <= set(first.values())
     assert of_second | {"Poisson, q = 0.128"} <= set(second.values())
     page = pages(make([staged()]))["runs"]

@@ -193,14 +193,7 @@ def record(name="dp-sgd", ok=True, repeat=None, **changes):
     failures = None if repeat is None else 0 if ok else 1
     line = {"function": "billed", "name": "the ledger is the plan", "ok": ok, "detail": "" if ok else "name <it>",
             "applies": True, "seconds": 0.5, "failures": failures}  # fmt: skip
-    other = line | {
-        "function": "still",
-        "name": "still",
-        "ok": True,
-        "detail": "",
-        "seconds": 2.5,
-        "failures": None,
-    }
+    other = line | {"function": "still", "name": "still", "ok": True, "detail": "", "seconds": 2.5, "failures": None}
     return facts | {
         "id": checks.identity(facts), "lines": [line, other], "wall_seconds": 3.21, "cpu_seconds": 4.5,
         "load_average": 1.25, "code": code(name) | {"commit": None, "dirty": None},

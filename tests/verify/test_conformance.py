@@ -176,8 +176,7 @@ def test_a_fault_at_other_options_is_caught(tmp_path, name, claimed, options, gi
     file.write_text(RULE.format(name=name, claimed=claimed, options=options, given=given))
     (one,) = checks.named(str(file))
     line = checks.verdict(
-        checks.other_options,
-        dataclasses.replace(checks.subject(one.method), identity=(one.name, one.file)),
+        checks.other_options, dataclasses.replace(checks.subject(one.method), identity=(one.name, one.file))
     )
     assert line.ok if fault is None else not line.ok and line.detail.startswith(fault)
 

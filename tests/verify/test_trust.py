@@ -56,12 +56,7 @@ def respent(record: store.Record, ledger: Ledger) -> None:
     privacy = record["privacy"]
     bounds = epsilons(ledger, privacy["delta"], Relation(privacy["relation"]))
     told = {name: bounds[name] if bounds[name] < float("inf") else None for name in privacy["spent"]}
-    privacy |= {
-        "ledger": ledger.to_json(),
-        "spent": told,
-        "planned": told,
-        "epsilon": told[privacy["accountant"]],
-    }
+    privacy |= {"ledger": ledger.to_json(), "spent": told, "planned": told, "epsilon": told[privacy["accountant"]]}
 
 
 @pytest.mark.parametrize("one", [genuine, staged])

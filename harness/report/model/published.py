@@ -111,9 +111,8 @@ def _obstacles(row: Row, metric: str, measured: Interval, accountant: str, reduc
     others = {run.calibrated for run in row.counted if run.calibrated} - {accountant}
     if accountant and others and math.isfinite(row.setting.epsilon):
         why.append(
-            (f"its epsilon is by {accountant}, ours by {', '.join(sorted(others))}",
-             f"runs calibrated by {accountant}")
-        )  # fmt: skip
+            (f"its epsilon is by {accountant}, ours by {', '.join(sorted(others))}", f"runs calibrated by {accountant}")
+        )
     if stale := sum(run.stale for run in row.counted):
         why.append((f"{stale} of {len(row.counted)} runs were made by other code than today's", "running it again"))
     if metric in ("examples_per_second", "train_seconds") and (busy := sum(run.busy for run in row.counted)):

@@ -61,9 +61,7 @@ def _accuracy(board: Board) -> Drawing:
     looks = _looks(n for p in panels for n in p.series)
     made = []
     for p in panels:
-        series = {
-            n: [_dot(e, i, f"ε = {epsilon(e)}") for e, i in points] for n, points in p.series.items()
-        }  # fmt: skip
+        series = {n: [_dot(e, i, f"ε = {epsilon(e)}") for e, i in points] for n, points in p.series.items()}
         ticks = {e: epsilon(e) for points in p.series.values() for e, _ in points}
         levels = {n: 100 * i.mean for n, i in p.references.items()}
         y = Axis(f"{p.split} accuracy, %")
@@ -138,10 +136,7 @@ def of_row(row: Row) -> list[Drawing]:
     """
     names = [f"Stage {number}: {stage.method}" for number, stage in enumerate(row.first.stages, 1)] or [""]
     out = []
-    for what, title, warning in (
-        ("accuracy", "Accuracy in training", ""),
-        ("clipped", "Clipped fraction", PRIVATE),
-    ):
+    for what, title, warning in (("accuracy", "Accuracy in training", ""), ("clipped", "Clipped fraction", PRIVATE)):
         label = f"{title} of every seed"
         panels = _panels(
             (name, _of_stage(row, i, what, f"{label}, {name}" if name else label)) for i, name in enumerate(names)

@@ -164,13 +164,12 @@ def _run(run: Run, board: Board, places: Places, sources: Mapping[str, Any] | No
         "anchor": "run-" + (re.sub(r"[^A-Za-z0-9_-]+", "-", run.id).strip("-") or "x"),
         "title": (f"Seed {run.seed}, " if run.seed is not None else "") + run.id,
         "facts": [(name, text) for name, text in facts if text],
-        "commands": "\n".join((
-            *recipe.commands(run, board.file, reduced, installed),
-            f"epsbench show {shlex.quote(run.id)}",
-        )),
+        "commands": "\n".join(
+            (*recipe.commands(run, board.file, reduced, installed), f"epsbench show {shlex.quote(run.id)}")
+        ),
         "files": [(name, href) for name, href in files if href],
         "record": _record(run),
-    }  # fmt: skip
+    }
 
 
 def _load(run: Run) -> str:
@@ -268,11 +267,7 @@ def _changes(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for change in row.first.changes:
             found[change][row.title] += 1
     return [
-        {
-            "slot": slot,
-            "spec": spec,
-            "rows": "; ".join(f"{t} ({n} setting{'s' * (n > 1)})" for t, n in titles.items()),
-        }
+        {"slot": slot, "spec": spec, "rows": "; ".join(f"{t} ({n} setting{'s' * (n > 1)})" for t, n in titles.items())}
         for (slot, spec), titles in sorted(found.items())
     ]
 

@@ -72,7 +72,7 @@ COLUMNS = (
     Column("device", "Device", "Where it ran", "text", True),
     Column("seeds", "Seeds", "Seeds that were run or tried", "text", True),
     Column("runs", "Runs", "How the runs ended; failures are rows with their reason", "text"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,8 @@ def audit_of(row: Row, known: Sequence[Audit]) -> Audit | None:
     if row.first.stages:
         return None
     fits = [
-        a for a in known
-        if a.method == row.first.method and math.isclose(a.target, row.setting.epsilon, rel_tol=1e-3)
-    ]  # fmt: skip
+        a for a in known if a.method == row.first.method and math.isclose(a.target, row.setting.epsilon, rel_tol=1e-3)
+    ]
     return min(fits, key=lambda a: (a.task not in (row.setting.task, row.first.dataset), -a.lower), default=None)
 
 
@@ -129,7 +128,7 @@ def exceeds(row: Row, audit: Audit) -> bool:
 
 def payload(
     board: Board, hrefs: Mapping[int, str], known: Sequence[Audit] = (), checked: Mapping[str, Checked] | None = None
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Everything the leaderboard's script needs of one suite. `hrefs` leads from ``id(row)`` to the row's page."""
     tables, rows = [], []
     for i, table in enumerate(board.tables):
@@ -187,7 +186,7 @@ def _table(board: Board, table: Table) -> dict[str, Any]:
         "statement": " · ".join([*statement(table), baseline]),
         "search": int(table.search),
         "notes": [f"{e.row.title} is unranked: {e.place.why}." for e in table.entries if e.place.why] + table.notes,
-    }  # fmt: skip
+    }
 
 
 def _row(
@@ -223,9 +222,7 @@ def _row(
         "claim": row.shared("claim") or "",
         "audited": None
         if audit is None
-        else [
-            audit.lower, audit.confidence, audit.instrument, audit.task, int(exceeds(row, audit)),
-        ],
+        else [audit.lower, audit.confidence, audit.instrument, audit.task, int(exceeds(row, audit))],
         "checked": list(of_row(checked, row)),
         "tuned": _number(row.shared("tuned")),
         "rate": _number(row.rate),
@@ -242,7 +239,7 @@ def _row(
         "failures": [list(f) for f in row.failures],
         "href": hrefs.get(id(row), ""),
         "more": " ".join([*(f"{k}={v}" for k, v in run.parameters), *(r.id for r in row.runs)]),
-    }  # fmt: skip
+    }
     return [values[name] for name in FIELDS]
 
 

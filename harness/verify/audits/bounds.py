@@ -113,12 +113,7 @@ def mistakes(sample: Sample, score: str, thresholds: Floats, significance: float
 def _errors(sample: Sample, score: str, thresholds: Floats) -> tuple[Any, Any, int, int]:
     values, inside = sample.scores[score], sample.inside
     outs, ins = np.sort(values[~inside]), np.sort(values[inside])
-    return (
-        len(outs) - np.searchsorted(outs, thresholds),
-        np.searchsorted(ins, thresholds),
-        len(outs),
-        len(ins),
-    )
+    return (len(outs) - np.searchsorted(outs, thresholds), np.searchsorted(ins, thresholds), len(outs), len(ins))
 
 
 def by_rates(found: Limits, delta: float) -> Floats:
@@ -136,11 +131,7 @@ Measure = Callable[[Sample, str, Floats, float], Limits]
 
 
 def chosen(
-    choosing: Sample,
-    testing: Sample,
-    measures: Sequence[Measure],
-    worth: Callable[[Limits], Floats],
-    level: float,
+    choosing: Sample, testing: Sample, measures: Sequence[Measure], worth: Callable[[Limits], Floats], level: float
 ) -> tuple[Limits, str]:
     """Error rates on `testing` by the measure, score and threshold that were worth most on `choosing`; the score."""
     best: tuple[float, Measure, str, float] | None = None

@@ -198,9 +198,7 @@ def takes_canaries(method: Method, task: Task) -> bool:
 
 def outline(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
     """What of an audit's record is known before it, the id included; where nothing is found it stays so."""
-    counted = {
-        Setting: getattr(s, "canaries", 0), pair.Setting: 1, membership.Setting: len(task.x), support.Setting: 1
-    }  # fmt: skip
+    counted = {Setting: getattr(s, "canaries", 0), pair.Setting: 1, membership.Setting: len(task.x), support.Setting: 1}
     facts: dict[str, Any] = subject.facts() | {
         "schema": audits.SCHEMA, "kind": "audit", "instrument": NAMES[type(s)],
         "task": {"name": s.task, "digest": task.digest, "model": task.model, "examples": len(task.x)},

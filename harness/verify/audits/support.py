@@ -256,7 +256,7 @@ class Ending:
         none = Batch(torch.zeros(0), torch.zeros(0))
         done = step(
             method, self.model, self.w, none, copy.deepcopy(self.parts), self.release.sigma, self.denominator, streams
-        )  # fmt: skip
+        )
         return numbers(method.path.kept(done.w, done.parts.path))
 
     def line(self, s: Array, rng: np.random.Generator) -> tuple[Array, Array, Array] | None:
@@ -436,13 +436,7 @@ def verdict(attack: Attack, s: Setting, price: Callable[[float], float], account
 
     sample = Sample({name: np.array(t.decided, float) for name, t in seen.items()}, inside)
     bounds = bound(
-        sample,
-        dataclasses.replace(s, level=s.level * 2 / 3),
-        plan,
-        price,
-        o.sigma,
-        o.method,
-        (RATES, TRADEOFF),
+        sample, dataclasses.replace(s, level=s.level * 2 / 3), plan, price, o.sigma, o.method, (RATES, TRADEOFF)
     )
     sure = {name: certainty(t, inside, s.delta, s.level / 3 / len(seen)) for name, t in seen.items()}
     best = max(sure, key=lambda name: sure[name])

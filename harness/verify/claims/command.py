@@ -194,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
             there = textwrap.fill(", ".join(known), 100)
             options.error(
                 f"{claims.file} has no claim {name!r}" + (f'; did you mean "{near}"?' if near else f"; it has\n{there}")
-            )  # fmt: skip
+            )
     chosen = [known[name] for name in dict.fromkeys(options.ids)] or claims.claims
     findings = [(claim, claim.recompute()) for claim in chosen]
     if options.write:

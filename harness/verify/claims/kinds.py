@@ -38,10 +38,7 @@ class Claim(Table):
     def objections(self) -> Iterator[tuple[str, str]]:
         """Keys whose values make no sense, each with what is wrong."""
         if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", self.id):
-            yield (
-                "id",
-                f'"{self.id}": write lower-case letters, digits, dots and dashes, as in "tan-cifar10".',
-            )
+            yield ("id", f'"{self.id}": write lower-case letters, digits, dots and dashes, as in "tan-cifar10".')
 
     def inputs(self) -> dict[str, Any]:
         """What it is recomputed from."""
@@ -189,11 +186,11 @@ class Textbook(Claim):
         figures = [
             Figure("the formula", sigma),
             Figure("the least that suffices (analytic Gaussian)", exact, "bound"),
-            Figure("epsilon of the formula's, analytic Gaussian",
-                   dp_accounting.get_epsilon_gaussian(sigma, self.delta)),
-            *(Figure(f"epsilon of the formula's, {f.name}", f.value)
-              for f in both(Sampled(sigma, 1.0, 1), self.delta)),
-        ]  # fmt: skip
+            Figure(
+                "epsilon of the formula's, analytic Gaussian", dp_accounting.get_epsilon_gaussian(sigma, self.delta)
+            ),
+            *(Figure(f"epsilon of the formula's, {f.name}", f.value) for f in both(Sampled(sigma, 1.0, 1), self.delta)),
+        ]
         return judge(self.published, figures)
 
 

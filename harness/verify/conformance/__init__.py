@@ -36,14 +36,7 @@ from harness.verify.conformance.neighbours import (
 )
 from harness.verify.conformance.noise import independent, noise_billed, noised
 from harness.verify.conformance.options import other_options
-from harness.verify.conformance.replay import (
-    described,
-    empty_step,
-    microbatch_free,
-    resumed,
-    still,
-    thread_free,
-)
+from harness.verify.conformance.replay import described, empty_step, microbatch_free, resumed, still, thread_free
 from harness.verify.conformance.rule import clip_rule
 from harness.verify.conformance.sampling import sampled, sampled_at_large
 from harness.verify.conformance.secrecy import poisoned, twins, twins_later

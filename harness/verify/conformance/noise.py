@@ -162,10 +162,10 @@ def _steps(drawn: Noised, tests: int) -> None:
     for lag in range(1, LAGS + 1):
         along = float((z[lag:] * z[:-lag]).sum()) / math.sqrt(width * (steps - lag))
         alarm(
-            normal(along), tests,
-            f"noise {lag} steps apart is correlated, by {along / math.sqrt(width * (steps - lag)):.2g}: draw it"
-            " afresh",
-        )  # fmt: skip
+            normal(along),
+            tests,
+            f"noise {lag} steps apart is correlated, by {along / math.sqrt(width * (steps - lag)):.2g}: draw it afresh",
+        )
 
 
 def _off_diagonal(square: Tensor) -> Tensor:

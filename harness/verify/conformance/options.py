@@ -14,15 +14,7 @@ from harness.registry.options import Parameter
 from harness.verify.conformance.ledger import billed
 from harness.verify.conformance.neighbours import neighbours
 from harness.verify.conformance.rule import ruled
-from harness.verify.conformance.subject import (
-    PROBLEMS,
-    Inapplicable,
-    Problem,
-    Subject,
-    Toy,
-    Violation,
-    refusal,
-)
+from harness.verify.conformance.subject import PROBLEMS, Inapplicable, Problem, Subject, Toy, Violation, refusal
 
 
 def other_options(s: Subject) -> None:

@@ -5,13 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from dp_accounting import (
-    DpEvent,
-    GaussianDpEvent,
-    NoOpDpEvent,
-    PoissonSampledDpEvent,
-    SampledWithoutReplacementDpEvent,
-)
+from dp_accounting import DpEvent, GaussianDpEvent, NoOpDpEvent, PoissonSampledDpEvent, SampledWithoutReplacementDpEvent
 from scipy.special import bdtrc
 from torch import Tensor
 

@@ -89,13 +89,7 @@ def toy_model(outputs: int = 3) -> nn.Module:
     """A convolution, a normalisation and a linear layer, smooth everywhere, so that float64 agrees to 1e-9."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(9)
-        layers = [
-            nn.Conv2d(1, 4, 3, padding=1),
-            nn.GroupNorm(2, 4),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(144, outputs),
-        ]
+        layers = [nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(144, outputs)]
         return nn.Sequential(*layers).double()
 
 
@@ -189,11 +183,7 @@ class Subject:
         return self.method.loss.prepare(Batch(x, y), Stream(1, "views", 0))
 
     def releases(
-        self,
-        batch: Batch,
-        method: Method | None = None,
-        at: Progress | None = None,
-        relation: Relation | None = None,
+        self, batch: Batch, method: Method | None = None, at: Progress | None = None, relation: Relation | None = None
     ) -> dict[str, Release]:
         """The bounded releases of one prepared batch, at the start or `at` a later state."""
         m = method or self.method

@@ -64,15 +64,7 @@ _ABSOLUTE = re.compile(
     r"""(?:^|[\s"'`(\[{<=,;:|])/(?:[\w.@+~-]{2,}|[^\s/]+/)"""  # /home, but neither "1/s" nor "https://"
     r"|file:/|(?<![A-Za-z0-9])[A-Za-z]:[\\/][^\\/\s]|\\\\\w"
 )
-_UNREADABLE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-    OSError,
-)
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError)
 
 
 class BundleError(StoreError):

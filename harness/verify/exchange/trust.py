@@ -120,10 +120,7 @@ KEYS: Mapping[str, tuple[set[str], set[str]]] = {
     "schedule": ({"batch", "steps"}, set()),
     "numerics": ({"dtype", "tf32"}, set()),
     "privacy": ({"accountant", "delta", "epsilon", "relation", "unit"}, {"tuning"}),
-    "task": (
-        {"architecture", "dataset", "digest", "evaluate", "mean", "model", "n_train", "name", "std"},
-        set(),
-    ),
+    "task": ({"architecture", "dataset", "digest", "evaluate", "mean", "model", "n_train", "name", "std"}, set()),
     "then": ({"name", "parameters", "parts", "schedule", "trains"}, {"task", "with"}),
 }
 """The keys that each part of a cell has, and may have. One more would make another id of the same run."""
@@ -223,10 +220,7 @@ def _data(record: store.Record, cell: Cell) -> None:
             raise _Unknown(f"its data set {_short(spec)} is not here, so that n_train and its digest are its word")
         _demand(f"{where}.digest", task["digest"], known["digest"])
         n = known["n_train"]
-        _demand(
-            f"{where}.n_train", task["n_train"],
-            data.validation_size(n) if task["evaluate"] == "validation" else n,
-        )  # fmt: skip
+        _demand(f"{where}.n_train", task["n_train"], data.validation_size(n) if task["evaluate"] == "validation" else n)
         for name in ("mean", "std"):
             _demand(f"{where}.{name}", task[name], list(known[name]))
         made_of.append(known["public_data"])

@@ -168,13 +168,7 @@ class OneForWhole(Whole):
         (Method(loss=STILL, engine=ClippedBeforeTemperature(2), clip=Flat(0.1)), {"examples": 3}),
         (Method(loss=STILL, engine=OneForWhole()), {"examples": 3, "repeat": 800}),
     ],
-    ids=[
-        "half the noise",
-        "count not billed",
-        "count moves twice",
-        "temperature",
-        "C for 2C",
-    ],
+    ids=["half the noise", "count not billed", "count moves twice", "temperature", "C for 2C"],
 )
 def test_planted_faults_are_refuted(method, options):
     found = audited(method, **options)

@@ -44,10 +44,7 @@ def test_an_image_is_all_that_noise_can_make_and_no_more(image, deviation):
                 made = v + image.scaled(s, every.dtype) * every
             else:
                 made = v + every
-            made, y = (
-                np.unique(made[np.isfinite(made)]),
-                every[(np.abs(every) < 1e3) & (np.abs(every) > 1e-2)],
-            )
+            made, y = (np.unique(made[np.isfinite(made)]), every[(np.abs(every) < 1e3) & (np.abs(every) > 1e-2)])
             there = np.isin(y, made)
             assert np.array_equal(image.possible(y, np.full_like(y, v), s), there)
             assert (isinstance(image, Sum) and not v) or (~there).sum() > 30  # it excludes something
@@ -139,7 +136,7 @@ CASES = {
     "matrices": (named("dp-ls"), LESS),
     "groups": (named("group-wise"), LESS),
     "views": (Method(loss=Views(views=2, pad=1)), LESS),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
