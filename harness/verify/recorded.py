@@ -15,6 +15,7 @@ from harness.dp.method import describe, parts
 from harness.provenance import code as codehash
 from harness.provenance import measure
 from harness.records import checks
+from harness.records.tables import inserted, markdown
 from harness.registry.parts import modules
 from harness.verify import conformance
 from harness.verify.conformance import Check, Named
@@ -171,8 +172,7 @@ def _table(found: list[dict[str, Any]], titles: list[str], cells: list[list[str]
     """A Markdown table, and where its records were made."""
     if not found:
         return "No record of this is there yet."
-    head, *body = [f"| {' | '.join(line)} |" for line in (titles, *cells)]
-    return "\n".join([head, "|---" * len(titles) + "|", *body, "", _made(found)])
+    return "\n".join([*markdown(titles, cells), "", _made(found)])
 
 
 def _made(found: list[dict[str, Any]]) -> str:
@@ -195,12 +195,10 @@ def write_tables(folder: Path, docs: Path | None) -> str:
 
     Raises ValueError where the text lacks a marker; then nothing is written.
     """
-    from harness.verify.faults.gallery import inserted
-
     made = tables(folder)
     if docs is not None:
         text = docs.read_text(encoding="utf-8")
         for name in TABLES:
-            text = inserted(text, made[name], f"<!-- {name} -->", f"<!-- end of {name} -->")
+            text = inserted(text, made[name], name)
         docs.write_text(text, encoding="utf-8")
     return "\n\n".join(made[name] for name in TABLES)

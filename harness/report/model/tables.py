@@ -25,13 +25,14 @@ from harness.report.model.words import BUSY, by_status, dates, device_text, epsi
 class Entry:
     """A row in a table: its place, and its speed relative to others on the same device (None is unknown).
 
-    `doubted` names the timings that a busy machine has touched, this row's or the other's: of rate, seconds, reach,
-    reference, baseline.
+    `reference` says that it stands beside the ranked rows, without privacy. `doubted` names the timings that a busy
+    machine has touched, this row's or the other's: of rate, seconds, reach, reference, baseline.
     """
 
     row: Row
     place: Place
     baseline: bool
+    reference: bool
     to_reference: float | None
     to_baseline: float | None
     doubted: frozenset[str] = frozenset()
@@ -50,14 +51,25 @@ class Table:
     alternatives: int
 
     @property
+    def every(self) -> tuple[Entry, ...]:
+        """The ranked rows, then those beside them."""
+        return (*self.entries, *self.references)
+
+    @property
     def search(self) -> bool:
         """Whether this is a hyper-parameter search: accuracy on training data held out, not a result."""
         return self.setting.split == "validation"
 
     @property
+    def unranked(self) -> list[str]:
+        """Which rows have no rank, and why, one sentence each."""
+        return [f"{e.row.title} is unranked: {e.place.why}." for e in self.entries if e.place.why]
+
+    @property
     def notes(self) -> list[str]:
         """What a reader must know about this table beyond the ranking rule."""
         notes = []
+        runs = [run for e in self.every for run in e.row.counted]
         if self.baseline is None:
             notes.append(f"No finished {BASELINE} run here: rows are ordered by mean accuracy.")
         elif self.alternatives > 1:
@@ -66,23 +78,22 @@ class Table:
         for title, claimed, claim in sorted((c for c in claims if c[1] is not None), key=str):
             why = claim or "no assumptions given"
             notes.append(f"{title} claims ε = {epsilon(claimed)}, which does not rank ({why}).")
-        jobs = sorted({r.jobs for e in (*self.entries, *self.references) for r in e.row.counted if r.jobs})
+        jobs = sorted({run.jobs for run in runs if run.jobs})
         if len(jobs) > 1:
             notes.append(f"Throughput was measured with {jobs[0]} to {jobs[-1]} runs at a time: compare with care.")
         elif jobs and jobs[0] > 1:
             notes.append(f"Throughput was measured with {jobs[0]} runs at a time on the device.")
-        runs = [r for e in (*self.entries, *self.references) for r in e.row.counted]
         if busy := sum(r.busy for r in runs):
             notes.append(
                 f"{BUSY} Other work ran on the machine during {busy} of {len(runs)} runs: the load average was at "
                 f"least {CROWDED:g} times the cores in use. A row is timed by its other runs; where it has none its "
                 "timings are marked: do not compare them."
             )
-        if any(e.row.first.stages for e in (*self.entries, *self.references)):
+        if any(e.row.first.stages for e in self.every):
             notes.append("Examples/s of runs of two stages are those of the first stage, seconds are of both.")
-        if any(e.row.stale for e in (*self.entries, *self.references)):
+        if any(e.row.stale for e in self.every):
             notes.append("Rows marked stale hold runs made by other code than today's.")
-        merged = [run for e in (*self.entries, *self.references) for run in e.row.runs if run.origin]
+        merged = [run for e in self.every for run in e.row.runs if run.origin]
         if merged:
             sources = "; ".join(dict.fromkeys(run.origin.partition(";")[0] for run in merged))
             notes.append(
@@ -233,30 +244,22 @@ def _table(
             scores |= twin.scores
         return scores or None
 
-    def speed(row: Row, method: str) -> tuple[float | None, bool]:
-        return speeds.get(_speed_key(row, method), (None, False))
-
-    def entries(rows: Sequence[Row]) -> list[Entry]:
+    def entries(rows: Sequence[Row], reference: bool) -> list[Entry]:
         order, places = rank([Entrant(row.scores, paired(row), _barred(row), judged_on) for row in rows])
-        return [
-            Entry(
-                row=rows[i],
-                place=places[i],
-                baseline=baseline is not None and rows[i].first.group == baseline.first.group,
-                to_reference=_ratio(rows[i].rate, speed(rows[i], REFERENCE)[0]),
-                to_baseline=_ratio(rows[i].rate, speed(rows[i], BASELINE)[0]),
-                doubted=frozenset(
-                    [name for name in ("rate", "seconds", "reach") if rows[i].busy]
-                    + ["reference"] * (rows[i].busy or speed(rows[i], REFERENCE)[1])
-                    + ["baseline"] * (rows[i].busy or speed(rows[i], BASELINE)[1])
-                ),
-            )
-            for i in order
-        ]
+        return [entry(rows[i], places[i], reference) for i in order]
 
-    return Table(
-        f"table-{index}", setting, kind, tuple(entries(members)), tuple(entries(references)), baseline, alternatives
-    )
+    def entry(row: Row, place: Place, reference: bool) -> Entry:
+        doubted = {"rate", "seconds", "reach", "reference", "baseline"} if row.busy else set()
+        ratios = {}
+        for name, method in (("reference", REFERENCE), ("baseline", BASELINE)):
+            rate, busy = speeds.get(_speed_key(row, method), (None, False))
+            ratios[name] = row.rate / rate if row.rate is not None and rate is not None else None
+            doubted |= {name} if busy else set()
+        own = baseline is not None and row.first.group == baseline.first.group
+        return Entry(row, place, own, reference, ratios["reference"], ratios["baseline"], frozenset(doubted))
+
+    entered, beside = tuple(entries(members, False)), tuple(entries(references, True))
+    return Table(f"table-{index}", setting, kind, entered, beside, baseline, alternatives)
 
 
 def _barred(row: Row) -> str:
@@ -318,7 +321,3 @@ def statement(table: Table) -> list[str]:
     delta = "" if s.delta is None else f"δ = {small(s.delta)}"
     split = "validation split" if table.search else f"{s.split} split"
     return [t for t in (delta, s.relation, f"unit: {s.unit}" if s.unit else "", split, table.kind) if t]
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None

@@ -56,12 +56,16 @@ def _looks(names: Iterable[str]) -> dict[str, int]:
     return {name: i for i, name in enumerate(sorted(found, key=lambda n: n != BASELINE))}
 
 
+def _dots(series: Mapping[str, Sequence[tuple[float, Interval]]]) -> dict[str, list[Dot]]:
+    return {n: [_dot(e, i, f"ε = {epsilon(e)}") for e, i in points] for n, points in series.items()}
+
+
 def _accuracy(board: Board) -> Drawing:
     panels = accuracy_data(board)
     looks = _looks(n for p in panels for n in p.series)
     made = []
     for p in panels:
-        series = {n: [_dot(e, i, f"ε = {epsilon(e)}") for e, i in points] for n, points in p.series.items()}
+        series = _dots(p.series)
         ticks = {e: epsilon(e) for points in p.series.values() for e, _ in points}
         levels = {n: 100 * i.mean for n, i in p.references.items()}
         y = Axis(f"{p.split} accuracy, %")
@@ -123,7 +127,7 @@ def _over_epsilon(board: Board, what: str, title: str) -> list[tuple[str, str]]:
     looks = _looks(n for p in panels for n in p.series)
     made = []
     for p in panels:
-        series = {n: [_dot(e, i, f"ε = {epsilon(e)}") for e, i in points] for n, points in p.series.items()}
+        series = _dots(p.series)
         label = f"{title} over epsilon spent, {p.title}"
         made.append((p.title, chart(series, Axis("ε spent, by RDP"), Axis(title), label, looks=looks)))
     return _panels(made)

@@ -134,10 +134,7 @@ def payload(
     for i, table in enumerate(board.tables):
         tables.append(_table(board, table))
         goal = target(table)
-        for entry in table.entries:
-            rows.append(_row(i, "search" if table.search else "", entry, table, hrefs, known, goal, checked or {}))
-        for entry in table.references:
-            rows.append(_row(i, "reference", entry, table, hrefs, known, goal, checked or {}))
+        rows += [_row(i, entry, table, hrefs, known, goal, checked or {}) for entry in table.every]
     return {
         "fields": list(FIELDS),
         "question": board.question,
@@ -185,13 +182,12 @@ def _table(board: Board, table: Table) -> dict[str, Any]:
         "heading": heading(table),
         "statement": " · ".join([*statement(table), baseline]),
         "search": int(table.search),
-        "notes": [f"{e.row.title} is unranked: {e.place.why}." for e in table.entries if e.place.why] + table.notes,
+        "notes": [*table.unranked, *table.notes],
     }
 
 
 def _row(
     index: int,
-    role: str,
     entry: Entry,
     table: Table,
     hrefs: Mapping[int, str],
@@ -200,11 +196,12 @@ def _row(
     checked: Mapping[str, Checked],
 ) -> list[Any]:
     row, place, run = entry.row, entry.place, entry.row.first
+    role = "reference" if entry.reference else "search" if table.search else "baseline" if entry.baseline else ""
     audit = audit_of(row, known)
     values: dict[str, Any] = {
         "table": index,
-        "role": "baseline" if entry.baseline and not role else role,
-        "rank": None if role == "reference" else place.rank,
+        "role": role,
+        "rank": None if entry.reference else place.rank,
         "tied": int(place.tied),
         "why": place.why,
         "title": row.title,
@@ -220,9 +217,7 @@ def _row(
         "rdp": _by(row.cross_check, "rdp" in row.refused),
         "claimed": _number(row.shared("claimed")),
         "claim": row.shared("claim") or "",
-        "audited": None
-        if audit is None
-        else [audit.lower, audit.confidence, audit.instrument, audit.task, int(exceeds(row, audit))],
+        "audited": audit and [audit.lower, audit.confidence, audit.instrument, audit.task, int(exceeds(row, audit))],
         "checked": list(of_row(checked, row)),
         "tuned": _number(row.shared("tuned")),
         "rate": _number(row.rate),

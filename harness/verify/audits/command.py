@@ -275,7 +275,7 @@ def line(made: Mapping[str, Any], there: bool) -> str:
     """Claimed and audited, side by side."""
     words = "REFUTED" if made["flagged"] else made["reason"] or "not refuted"
     if made["instrument"] == support.INSTRUMENT and made["facts"]:
-        words += f": {support.told(made['facts'])}"
+        words += f": {support.decisions(made['facts'])}"
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g}"

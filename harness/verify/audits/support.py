@@ -468,7 +468,7 @@ def certainty(tally: Tally, inside: Mask, delta: float, level: float) -> float:
     return MOST if least > delta else 0.0
 
 
-def told(facts: dict[str, Any]) -> str:
+def decisions(facts: dict[str, Any]) -> str:
     """What was decided, in one line."""
     parts = []
     for name in ("releases", "weights"):
