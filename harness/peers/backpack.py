@@ -12,7 +12,7 @@ from harness.dp.clip import Clip
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
 from harness.peers.double import double
-from harness.peers.peer import Rows, tied
+from harness.peers.peer import GradientPeer, tied
 
 KNOWN = {
     *(nn.Linear, nn.Embedding, nn.RNN, nn.LSTM, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -21,7 +21,7 @@ KNOWN = {
 
 
 @dataclass(frozen=True)
-class BackPack(Rows):
+class BackPack(GradientPeer):
     """`backpack(BatchGrad())` around the backward pass of a copy of the model that `extend` prepared."""
 
     PACKAGE: ClassVar[str] = "backpack-for-pytorch"

@@ -17,7 +17,7 @@ from harness.dp.engines.engine import Clipped
 from harness.dp.loss import Batch, CrossEntropy, Loss
 from harness.dp.tree import Layout, Tree
 from harness.models.layers import WSConv2d
-from harness.peers.peer import Peer, Rows
+from harness.peers.peer import GradientPeer, Peer
 
 _compiled: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Callable[..., Any]]] = WeakKeyDictionary()
 
@@ -120,7 +120,7 @@ def example_loss(model: nn.Module, names: tuple[str, ...]) -> Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Vmapped(Jax, Rows):
+class Vmapped(Jax, GradientPeer):
     """`jax.jit(jax.vmap(jax.value_and_grad(loss)))`: per-example gradients by vectorisation, as XLA compiles it."""
 
     PACKAGE: ClassVar[str] = "jax"
@@ -138,7 +138,7 @@ class Vmapped(Jax, Rows):
 
         return jax.vmap(one, in_axes=(None, None, 0, 0))
 
-    together = Rows.clipped_sum
+    together = GradientPeer.clipped_sum
 
     def rows(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         losses, grads = self.call(model, Unclipped(), w, batch)

@@ -14,7 +14,7 @@ from harness.dp.engines.engine import Clipped, trainable
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Layout, Tree
 from harness.peers.double import double
-from harness.peers.peer import Peer, Rows, tied
+from harness.peers.peer import GradientPeer, Peer, tied
 
 OPACUS = "Yousefpour et al., Opacus: User-friendly differential privacy library in PyTorch, arXiv:2109.12298"
 EXPANDED = {
@@ -40,7 +40,7 @@ def with_its_own_layers(module: nn.Module) -> nn.Module:
     return module
 
 
-class Opacus(Peer):
+class OpacusPeer(Peer):
     """What all four ways of Opacus have in common."""
 
     PACKAGE: ClassVar[str] = "opacus"
@@ -83,7 +83,7 @@ def padded(layer: nn.Module) -> str | None:
 
 
 @dataclass(frozen=True)
-class Hooks(Opacus, Rows):
+class Hooks(OpacusPeer, GradientPeer):
     """`GradSampleModule`: hooks on each layer compute its per-example gradients from its input and output gradient."""
 
     FUNCTORCH: ClassVar[bool] = False
@@ -131,7 +131,7 @@ class ExpandedWeights(Hooks):
 
 
 @dataclass(frozen=True)
-class Ghost(Opacus):
+class Ghost(OpacusPeer):
     """`GradSampleModuleFastGradientClipping`: norms by hooks, then a second backward pass of the reweighted loss.
 
     The norms are Opacus's own. In float32 they read low on large layers (by 2e-5 for a convolution of a million weights

@@ -123,7 +123,7 @@ def tied(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Rows(Peer):
+class GradientPeer(Peer):
     """A library that hands over every example's gradient; weighing and adding them up is left to us."""
 
     def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:

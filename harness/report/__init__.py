@@ -128,7 +128,7 @@ def build(
     from harness.report.page import html, pages
     from harness.report.page import payload as rows
 
-    places, known = html.Places(model, results, folder), rows.audits(found)
+    places, known = html.Links(model, results, folder), rows.audits(found)
     conformant = checked.checks(checks)
     others = (*tables, *places.rows.values(), *places.methods.values())
     if _current(folder) == digest and all((folder / name).is_file() for name in others):

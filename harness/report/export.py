@@ -15,7 +15,7 @@ from typing import Any
 
 from harness.report import text
 from harness.report.model.rows import BASELINE
-from harness.report.model.tables import Board, Entry, Table, heading, place, statement, timing
+from harness.report.model.tables import Board, RankedTable, TableRow, heading, place, statement, timing
 from harness.report.model.words import count, epsilon, interval
 
 __all__ = ["UNITS", "files", "tex"]
@@ -63,7 +63,7 @@ def _forms(
     return {f"{FOLDER}/{name}{suffix}": form for suffix, form in zip(SUFFIXES, forms, strict=True)}
 
 
-def _name(table: Table, taken: Mapping[str, str]) -> str:
+def _name(table: RankedTable, taken: Mapping[str, str]) -> str:
     """A name that says which table this is, and stays when others come or go."""
     s = table.setting
     words = f"{s.task}-eps-{'inf' if math.isinf(s.epsilon) else f'{s.epsilon:g}'}"
@@ -134,7 +134,7 @@ def tex(words: str) -> str:
     return re.sub(r"(?<=-)-", "{}-", "".join(one if one != "--" else "\0" for one in shown)).replace("\0", "--")
 
 
-def _tex_table(table: Table, name: str) -> str:
+def _tex_table(table: RankedTable, name: str) -> str:
     baseline = table.baseline.title if table.baseline else BASELINE
     titles = (
         "rank",
@@ -153,7 +153,7 @@ def _tex_table(table: Table, name: str) -> str:
     return _tex(titles, map(_tex_row, table.every), "llrrrrrrr", caption, name, notes)
 
 
-def _tex_row(entry: Entry) -> list[str]:
+def _tex_row(entry: TableRow) -> list[str]:
     row = entry.row
     return [
         "reference" if entry.reference else place(entry), row.marked, interval(row.accuracy),

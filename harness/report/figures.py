@@ -148,7 +148,7 @@ def _bars(board: Board, measure: Callable[[Row], float | None], timed: bool) -> 
 
 
 @dataclass(frozen=True)
-class Choice:
+class TradeOff:
     """A row as a choice between accuracy (a fraction), epsilon and seconds of training; `front`: none is better in
     one of them and no worse in the others. One that was timed on a busy machine takes no part in that."""
 
@@ -160,7 +160,7 @@ class Choice:
     busy: bool = False
 
 
-def pareto_data(board: Board) -> list[tuple[str, list[Choice]]]:
+def pareto_data(board: Board) -> list[tuple[str, list[TradeOff]]]:
     """Title and choices of every task and device. Means over seeds: the front ignores their intervals."""
 
     def known(row: Row) -> bool:
@@ -174,7 +174,7 @@ def pareto_data(board: Board) -> list[tuple[str, list[Choice]]]:
         ]
         quiet = [i for i, row in enumerate(rows) if not row.busy]
         front = {quiet[i] for i in _front([(-a, e, s) for _, a, e, s in (points[i] for i in quiet)])}
-        panels.append((title, [Choice(*point, i in front, rows[i].busy) for i, point in enumerate(points)]))
+        panels.append((title, [TradeOff(*point, i in front, rows[i].busy) for i, point in enumerate(points)]))
     return panels
 
 
@@ -332,7 +332,7 @@ def _accuracy(figure: type[Figure], panels: Sequence[Panel], looks: Mapping[str,
     return _explained(fig, handles)
 
 
-def _pareto(figure: type[Figure], panels: Sequence[tuple[str, Sequence[Choice]]], looks: Mapping[str, Any]) -> Figure:
+def _pareto(figure: type[Figure], panels: Sequence[tuple[str, Sequence[TradeOff]]], looks: Mapping[str, Any]) -> Figure:
     fig, axes = _grid(figure, len(panels), 3.7, 3.1)
     handles: dict[str, Any] = {}
     for axis, (title, choices) in zip(axes, panels, strict=True):

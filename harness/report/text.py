@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from harness.records import tables
 from harness.report.model.fields import listing
-from harness.report.model.published import Verdict
+from harness.report.model.published import PublishedValue
 from harness.report.model.rows import BASELINE, cross_checked, statuses
 from harness.report.model.statistics import RULE, Interval
-from harness.report.model.tables import Board, Entry, Table, heading, place, statement, timing
+from harness.report.model.tables import Board, RankedTable, TableRow, heading, place, statement, timing
 from harness.report.model.words import count, epsilon, gap, interval, percent, ratio
 
 # Markdown -------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def markdown(board: Board) -> str:
     return "\n".join(out)
 
 
-def markdown_table(table: Table) -> list[str]:
+def markdown_table(table: RankedTable) -> list[str]:
     search = " (validation split: a hyper-parameter search, not a result)" if table.search else ""
     out = [f"## {escape(heading(table))}{search}", "", escape(" · ".join(statement(table))), ""]
     titles = (
@@ -77,7 +77,7 @@ def markdown_table(table: Table) -> list[str]:
     return [*out, *failures, *(f"- {escape(note)}" for note in (*table.unranked, *table.notes)), ""]
 
 
-def _markdown_row(entry: Entry) -> list[str]:
+def _markdown_row(entry: TableRow) -> list[str]:
     row, rank = entry.row, "reference" if entry.reference else place(entry)
     name = escape(row.marked)
     return [
@@ -97,7 +97,7 @@ def grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [*tables.markdown(titles, rows), ""]
 
 
-def difference(entry: Entry) -> str:
+def difference(entry: TableRow) -> str:
     """The paired difference to the baseline with its interval, in percentage points."""
     return "baseline" if entry.baseline else gap(entry.place.difference)
 
@@ -116,7 +116,7 @@ def measure(metric: str, value: float | None, signed: bool = False) -> str:
     return f"{value:+.4g}" if signed else f"{value:.4g}"
 
 
-def measured(verdict: Verdict) -> str:
+def measured(verdict: PublishedValue) -> str:
     """The measured mean with its interval and number of seeds."""
     m: Interval | None = verdict.measured
     if m is None:
@@ -125,7 +125,7 @@ def measured(verdict: Verdict) -> str:
     return f"{measure(verdict.metric, m.mean)}{span}, n = {m.n}"
 
 
-def outcome(verdict: Verdict) -> str:
+def outcome(verdict: PublishedValue) -> str:
     """The verdict; by how much the two differ (measured minus published), or why they cannot be compared."""
     if verdict.verdict == "not comparable":
         return f"not comparable, because {' and '.join(verdict.because)}"
@@ -135,7 +135,7 @@ def outcome(verdict: Verdict) -> str:
     return f"{verdict.verdict}: {measure(verdict.metric, verdict.difference, signed=True)}{unit}"
 
 
-def verdict_cells(verdict: Verdict) -> list[str]:
+def verdict_cells(verdict: PublishedValue) -> list[str]:
     """One line of the table of published values, as text."""
     return [
         verdict.row.title if verdict.row else verdict.method, verdict.task, epsilon(verdict.epsilon),
@@ -170,7 +170,7 @@ def csv_text(rows: Sequence[Mapping[str, Field]], names: Iterable[str] = ()) -> 
     return out.getvalue()
 
 
-def csv_row(table: Table, entry: Entry) -> dict[str, Field]:
+def csv_row(table: RankedTable, entry: TableRow) -> dict[str, Field]:
     """All that is known of a row, by column."""
     row, run, s, reference = entry.row, entry.row.first, table.setting, entry.reference
     empty = Interval(math.nan, None, None, 0)
@@ -213,7 +213,7 @@ def published_csv(board: Board) -> str:
     return csv_text([published_row(v) for v in board.published], PUBLISHED)
 
 
-def published_row(v: Verdict) -> dict[str, Field]:
+def published_row(v: PublishedValue) -> dict[str, Field]:
     """All that is known of a published value, by column."""
     m = v.measured or Interval(math.nan, None, None, 0)
     fields = (
@@ -252,7 +252,7 @@ def top_rows(board: Board, n: int = 5) -> str:
     return "\n\n".join(blocks) or "no records yet"
 
 
-def _line(entry: Entry) -> list[str]:
+def _line(entry: TableRow) -> list[str]:
     row = entry.row
     name = row.marked
     return [

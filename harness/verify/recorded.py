@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from harness import registry
-from harness.dp.method import describe, parts
-from harness.provenance import code as codehash
-from harness.provenance import measure
+from harness.dp.method import describe
 from harness.records import checks
 from harness.records.tables import inserted, markdown
-from harness.registry.parts import modules
 from harness.verify import conformance
+from harness.verify.circumstances import Circumstances, code_of
 from harness.verify.conformance import Check, Named
 
-SKIPPED = frozenset(
-    f"harness.{name}"
-    for name in (
-        "records.audits",
-        "provenance.measure",
-        "registry",
-        "registry.registry",
-        "running.run",
-        "records.store",
-    )
-)
-"""Rooms that take no part in an outcome."""
 TABLES = ("times", "alarms")
 
 # The record -----------------------------------------------------------------------------------------------
@@ -46,29 +29,19 @@ def examined(one: Named, repeat: int = 0) -> dict[str, Any]:
         "parameters": registry.bind(entry, {}), "parts": describe(one.method),
         "relation": one.method.sampler.relation.value, "repeat": seeds,
     }  # fmt: skip
-    started, load, clock = datetime.now(UTC), _load(), measure.Clock()
-    code = code_of(one)  # before the checks: a file that is edited meanwhile is not what was checked
-    begun, busy = clock.now(), _cpu()
+    # Of the code before the checks: a file that is edited meanwhile is not what was checked.
+    load, circumstances, busy = (
+        _load(),
+        Circumstances(code_of(one.method, one.file, "harness.verify.conformance")),
+        _cpu(),
+    )
     lines = (
         conformance.rehearsed(one.method, repeat) if repeat else conformance.examine(one.method, (one.name, one.file))
     )
-    wall, spent = clock.since(begun), _cpu() - busy
-    environment = measure.environment()
-    return facts | {
+    return facts | circumstances.facts() | {
         "id": checks.identity(facts), "lines": [_line(line) for line in lines],
-        "wall_seconds": round(wall, 3), "cpu_seconds": round(spent, 3), "load_average": load,
-        "code": code | {key: environment.pop(key) for key in ("commit", "dirty")},
-        "device": measure.device_info("cpu", torch.get_num_threads()), "environment": environment,
-        "started": started.isoformat(timespec="seconds"),
+        "cpu_seconds": round(_cpu() - busy, 3), "load_average": load,
     }  # fmt: skip
-
-
-def code_of(one: Named) -> dict[str, Any]:
-    """{"hash", "files"} of the source that decides the outcome: the method's file, its parts, and the checks."""
-    rooms = {module for part in parts(one.method).values() for module in modules(part)}
-    starts: list[str | Path] = [*sorted(rooms | {"harness.verify.conformance"}), Path(one.file)]
-    files = codehash.closure(starts, skip=SKIPPED)
-    return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
 
 
 def _line(line: Check) -> dict[str, Any]:

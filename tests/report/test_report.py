@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from harness.report import board, build, figures, overview, sources, text, top_rows
 from harness.report.model.fields import visible
 from harness.report.model.statistics import Entrant, counted_on, mean_interval, paired_interval, rank
-from harness.report.model.tables import Table, place
+from harness.report.model.tables import RankedTable, place
 from harness.report.model.words import epsilon
 from harness.report.page import drawings, html, plot
 from harness.report.page import pages as below
@@ -56,7 +56,7 @@ def test_fixture_is_what_the_schema_helper_makes() -> None:
     assert json.loads(FIXTURE.read_text("utf-8")) == fixture_records(), "rewrite it: python -m tests.support.report"
 
 
-def ranks(model_table: Table) -> dict[str, str]:
+def ranks(model_table: RankedTable) -> dict[str, str]:
     return {e.row.title: place(e) for e in model_table.entries}
 
 
@@ -602,7 +602,7 @@ def test_a_card_says_what_the_source_says() -> None:
         one["cell"]["method"]["parts"]["clip"] = {"type": "PSAC", "clip": 1.0, "r": 0.2}
         one["card"]["paper"] = "arXiv:2212.00328"
     model = make(records)
-    cards = below.cards(model, html.Places(model), found)
+    cards = below.cards(model, html.Links(model), found)
     card = cards["methods/dp-psac.html"]
     assert "sensitivity C." in card and found["parts"]["PSAC"][0][1].split("\n")[0].replace("/", "/") in card
     assert 'class="own"' in card and "eprint = {2212.00328}" in card

@@ -314,7 +314,7 @@ def test_the_manual_names_every_check():
 def shown(*found, method="dp-sgd"):
     """Mark of the rows, and the pages of rows and cards, of a board of one method."""
     model = make(seeds(method, [0.7, 0.8, 0.9]))
-    places, known = html.Places(model), checked.checks(found)
+    places, known = html.Links(model), checked.checks(found)
     page = html.page(model, places, checked=known)
     data = json.loads(page.partition(below.DATA)[2].partition("</script>")[0])
     (row,) = data["rows"]

@@ -15,7 +15,7 @@ from harness.report.model.words import by_status, epsilon, tally
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PublishedValue:
     """One published value beside what was measured. `row` is None when nothing here measures it.
 
     `verdict` is ``agrees`` (the value lies in the 95 % interval of the measurement), ``differs`` or
@@ -50,7 +50,7 @@ class Verdict:
         return f"an interval of ours that reaches {_amount(self.metric, gap)} further"
 
 
-def verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> list[Verdict]:
+def verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> list[PublishedValue]:
     """Compare one published value with every row that measures it (variants and devices are told apart)."""
 
     def text(name: str) -> str:
@@ -61,7 +61,7 @@ def verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> li
     target, value = _epsilon_value(claim.get("epsilon")), number(claim.get("value"))
     if metric == "accuracy" and value is not None and value > 1:
         value /= 100  # papers print percent
-    known = Verdict(
+    known = PublishedValue(
         method, task, target, metric, value, text("source"), text("note"), None, None, "not comparable", None
     )
     there = [row for row in rows if task in _names(row)]
@@ -125,7 +125,7 @@ def _obstacles(row: Row, metric: str, measured: Interval, accountant: str, reduc
 _REDUCED = ("this is a reduced profile", "running the whole suite")
 
 
-def _absent(claim: Verdict, there: Sequence[Row], here: Sequence[Row], reduced: bool) -> tuple[str, str]:
+def _absent(claim: PublishedValue, there: Sequence[Row], here: Sequence[Row], reduced: bool) -> tuple[str, str]:
     """Why nothing stands beside a published value, and what would help: `there` are its rows, `here` those at its
     epsilon."""
     if claim.value is None:

@@ -10,7 +10,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from harness.report.model.runs import Device, Run, Setting
+from harness.report.model.runs import Machine, Run, Setting
 from harness.report.model.statistics import Interval, counted_on, mean_interval, rounding
 from harness.report.model.words import ABSENT, by_status, device_text, epsilon, tally
 
@@ -25,7 +25,7 @@ class Row:
     """Runs that are equal but for the seed, on one device. `variant` tells rows of one label apart."""
 
     runs: tuple[Run, ...]
-    device: Device
+    device: Machine
     variant: str = ""
 
     @property

@@ -10,7 +10,7 @@ from harness.report.model.fields import Fields, pairs, part_text
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageFacts:
     """One stage, read as a `Run` is: None and empty texts are unknown, an infinite sensitivity or epsilon is infinite.
 
     `epsilon` is what had been spent on the private data when the stage ended, `rdp` the same by RDP.
@@ -36,7 +36,7 @@ class Stage:
     rdp: float | None
 
     @classmethod
-    def of(cls, f: Fields) -> Stage:
+    def of(cls, f: Fields) -> StageFacts:
         """The stage that the fields of `harness.records.stages.told` describe."""
         spent = f.epsilons("spent")
         epsilon = spent.get(f.text("accountant"), f.number("epsilon"))
@@ -63,7 +63,7 @@ class Stage:
         )
 
 
-def sampling(stages: tuple[Stage, ...], of_run: str) -> str:
+def sampling(stages: tuple[StageFacts, ...], of_run: str) -> str:
     """The law of the batches of private data: of all stages, or of each where they differ or are not all known."""
     laws = [one.sampling or "not recorded" for one in stages if not one.public]
     if len(set(laws)) < 2:

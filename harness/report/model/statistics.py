@@ -69,7 +69,7 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class Place:
+class Standing:
     """The outcome for one entrant: `rank`, or None and the reason in `why`; `difference` to the baseline."""
 
     rank: int | None
@@ -132,11 +132,11 @@ def paired_interval(a: Mapping[int, float], b: Mapping[int, float], examples: in
     return mean_interval((a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())), 2 * rounding(examples))
 
 
-def rank(entrants: Sequence[Entrant]) -> tuple[list[int], list[Place]]:
+def rank(entrants: Sequence[Entrant]) -> tuple[list[int], list[Standing]]:
     """Rank `entrants` by `RULE`.
 
     Returns the order to show them in (indices: ranked, then those with a mean, then the rest, each
-    keeping the order given among equals) and one `Place` for each entrant. Where no entrant has a baseline,
+    keeping the order given among equals) and one `Standing` for each entrant. Where no entrant has a baseline,
     the order is by mean accuracy and the rest of the rule is the same.
     """
     paired = any(e.baseline for e in entrants)
@@ -173,7 +173,7 @@ def rank(entrants: Sequence[Entrant]) -> tuple[list[int], list[Place]]:
             leader, ranks[i] = i, len(ranks) + 1
     shared = list(ranks.values())
     places = [
-        Place(ranks.get(i), i in ranks and shared.count(ranks[i]) > 1, differences[i], why.get(i, ""))
+        Standing(ranks.get(i), i in ranks and shared.count(ranks[i]) > 1, differences[i], why.get(i, ""))
         for i in range(len(entrants))
     ]
     return sorted(range(len(entrants)), key=lambda i: (i not in ranks, descending(i))), places

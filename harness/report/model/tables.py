@@ -14,15 +14,15 @@ from statistics import median
 from typing import Any
 
 from harness.report.model.fields import RecordLike, listing, natural, scalar, visible
-from harness.report.model.published import Verdict, verdicts
+from harness.report.model.published import PublishedValue, verdicts
 from harness.report.model.rows import BASELINE, REDUCED_SUITE, REFERENCE, Row, examples, rows_of
 from harness.report.model.runs import CROWDED, Run, Setting, read
-from harness.report.model.statistics import Entrant, Place, rank
+from harness.report.model.statistics import Entrant, Standing, rank
 from harness.report.model.words import BUSY, by_status, dates, device_text, epsilon, joined, small, tally
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableRow:
     """A row in a table: its place, and its speed relative to others on the same device (None is unknown).
 
     `reference` says that it stands beside the ranked rows, without privacy. `doubted` names the timings that a busy
@@ -30,7 +30,7 @@ class Entry:
     """
 
     row: Row
-    place: Place
+    place: Standing
     baseline: bool
     reference: bool
     to_reference: float | None
@@ -39,19 +39,19 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Table:
+class RankedTable:
     """One setting on one kind of device: the ranked rows, and the infinite-epsilon rows beside them."""
 
     name: str
     setting: Setting
     kind: str
-    entries: tuple[Entry, ...]
-    references: tuple[Entry, ...]
+    entries: tuple[TableRow, ...]
+    references: tuple[TableRow, ...]
     baseline: Row | None
     alternatives: int
 
     @property
-    def every(self) -> tuple[Entry, ...]:
+    def every(self) -> tuple[TableRow, ...]:
         """The ranked rows, then those beside them."""
         return (*self.entries, *self.references)
 
@@ -117,14 +117,14 @@ class Board:
     quarantine: tuple[str, ...]
     runs: tuple[Run, ...]
     rows: tuple[Row, ...]
-    tables: tuple[Table, ...]
-    published: tuple[Verdict, ...]
+    tables: tuple[RankedTable, ...]
+    published: tuple[PublishedValue, ...]
     tuning: tuple[tuple[str, str], ...]
     file: str = ""
     left_out: str = ""
 
     @property
-    def results(self) -> tuple[Table, ...]:
+    def results(self) -> tuple[RankedTable, ...]:
         """The tables that are results, not hyper-parameter searches."""
         return tuple(t for t in self.tables if not t.search)
 
@@ -187,7 +187,7 @@ def board(
     )
 
 
-def _tables(rows: Sequence[Row]) -> list[Table]:
+def _tables(rows: Sequence[Row]) -> list[RankedTable]:
     kinds: dict[Setting, set[str]] = defaultdict(set)
     for row in rows:
         if row.device.kind:
@@ -230,7 +230,7 @@ def _table(
     members: Sequence[Row],
     references: Sequence[Row],
     speeds: Mapping[tuple[str, ...], tuple[float, bool]],
-) -> Table:
+) -> RankedTable:
     baseline, alternatives = _baseline(members)
     twins = [row for row in members if baseline and row.first.group == baseline.first.group]
 
@@ -244,11 +244,11 @@ def _table(
             scores |= twin.scores
         return scores or None
 
-    def entries(rows: Sequence[Row], reference: bool) -> list[Entry]:
+    def entries(rows: Sequence[Row], reference: bool) -> list[TableRow]:
         order, places = rank([Entrant(row.scores, paired(row), _barred(row), judged_on) for row in rows])
         return [entry(rows[i], places[i], reference) for i in order]
 
-    def entry(row: Row, place: Place, reference: bool) -> Entry:
+    def entry(row: Row, place: Standing, reference: bool) -> TableRow:
         doubted = {"rate", "seconds", "reach", "reference", "baseline"} if row.busy else set()
         ratios = {}
         for name, method in (("reference", REFERENCE), ("baseline", BASELINE)):
@@ -256,10 +256,10 @@ def _table(
             ratios[name] = row.rate / rate if row.rate is not None and rate is not None else None
             doubted |= {name} if busy else set()
         own = baseline is not None and row.first.group == baseline.first.group
-        return Entry(row, place, own, reference, ratios["reference"], ratios["baseline"], frozenset(doubted))
+        return TableRow(row, place, own, reference, ratios["reference"], ratios["baseline"], frozenset(doubted))
 
     entered, beside = tuple(entries(members, False)), tuple(entries(references, True))
-    return Table(f"table-{index}", setting, kind, entered, beside, baseline, alternatives)
+    return RankedTable(f"table-{index}", setting, kind, entered, beside, baseline, alternatives)
 
 
 def _barred(row: Row) -> str:
@@ -298,24 +298,24 @@ def quietest(timings: Iterable[tuple[float | None, bool]]) -> tuple[float, bool]
     return median(quiet or [value for value, _ in known if value is not None]), not quiet
 
 
-def timing(entry: Entry, name: str, text: str) -> str:
+def timing(entry: TableRow, name: str, text: str) -> str:
     """The text of a timing, marked where a busy machine has touched it."""
     return text + BUSY if name in entry.doubted and text != "–" else text
 
 
-def place(entry: Entry) -> str:
+def place(entry: TableRow) -> str:
     """``1``, ``1=`` where the rank is shared, ``–`` where there is none."""
     if entry.place.rank is None:
         return "–"
     return f"{entry.place.rank}{'=' if entry.place.tied else ''}"
 
 
-def heading(table: Table) -> str:
+def heading(table: RankedTable) -> str:
     """``mnist-5k/tanh-cnn, ε = 3``."""
     return f"{table.setting.task}, ε = {epsilon(table.setting.epsilon)}"
 
 
-def statement(table: Table) -> list[str]:
+def statement(table: RankedTable) -> list[str]:
     """What holds for every row of `table`: delta, relation, unit, split, kind of device."""
     s = table.setting
     delta = "" if s.delta is None else f"δ = {small(s.delta)}"

@@ -18,7 +18,7 @@ from harness.report.model.checked import Checked, Mark, mark, of_row
 from harness.report.model.fields import natural, scalar, visible
 from harness.report.model.rows import BASELINE, REDUCED_SUITE, Row, statuses
 from harness.report.model.runs import Run
-from harness.report.model.tables import Board, Entry, Table, heading, place, statement, timing
+from harness.report.model.tables import Board, RankedTable, TableRow, heading, place, statement, timing
 from harness.report.model.words import (
     BUSY,
     by_accountant,
@@ -32,7 +32,7 @@ from harness.report.model.words import (
     refusals,
 )
 from harness.report.page import drawings, stage_table
-from harness.report.page.html import MARK, Places, columns, environment, paragraphs
+from harness.report.page.html import MARK, Links, columns, environment, paragraphs
 from harness.report.page.payload import REACH, Audit, audit_of, dumps, exceeds, merged, target
 from harness.report.text import difference
 
@@ -42,11 +42,11 @@ DATA = '<script type="application/json" id="data">'
 
 
 def run_pages(
-    board: Board, places: Places, known: Sequence[Audit] = (), sources: Mapping[str, Any] | None = None,
+    board: Board, places: Links, known: Sequence[Audit] = (), sources: Mapping[str, Any] | None = None,
     checked: Mapping[str, Checked] | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """File name -> page of every row. `sources` is what `sources.describe` says of the methods."""
-    found: dict[int, tuple[Entry, Table]] = {}
+    found: dict[int, tuple[TableRow, RankedTable]] = {}
     for table in board.tables:
         for entry in (*table.references, *table.entries):
             found.setdefault(id(entry.row), (entry, table))
@@ -74,7 +74,7 @@ def _mark(row: Row, checked: Mapping[str, Checked] | None) -> Mark:
     return of_row(checked or {}, row)
 
 
-def _numbers(entry: Entry, table: Table, audit: Audit | None, check: Mark) -> list[tuple[str, str]]:
+def _numbers(entry: TableRow, table: RankedTable, audit: Audit | None, check: Mark) -> list[tuple[str, str]]:
     row, run = entry.row, entry.row.first
     goal = target(table)
     reach = None if goal is None else row.seconds_to(goal)
@@ -144,7 +144,7 @@ def _details(row: Row) -> list[tuple[str, str]]:
     return [(name, text) for name, text in pairs if text]
 
 
-def _run(run: Run, board: Board, places: Places, sources: Mapping[str, Any] | None) -> dict[str, Any]:
+def _run(run: Run, board: Board, places: Links, sources: Mapping[str, Any] | None) -> dict[str, Any]:
     reduced = bool(board.reduced) and board.suite.endswith(REDUCED_SUITE)
     installed = sources is None or sources["methods"].get(run.method, {}).get("installed", False)
     facts = [
@@ -196,7 +196,7 @@ def _record(run: Run) -> str:
 
 
 def cards(
-    board: Board, places: Places, sources: Mapping[str, Any] | None = None, known: Sequence[Audit] = (),
+    board: Board, places: Links, sources: Mapping[str, Any] | None = None, known: Sequence[Audit] = (),
     checked: Mapping[str, Checked] | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """File name -> card of every method. `sources` is what `sources.describe` says of them."""
@@ -295,7 +295,7 @@ def _audit(audit: Audit) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _line(entry: Entry, table: Table, places: Places) -> dict[str, str]:
+def _line(entry: TableRow, table: RankedTable, places: Links) -> dict[str, str]:
     row, paired = entry.row, entry.place.difference
     if entry.baseline:
         outcome, mark = "baseline", ""

@@ -48,7 +48,7 @@ class Refused(ValueError):
 
 
 @dataclass(frozen=True)
-class Task:
+class AuditTask:
     """What is trained besides the canaries: ordinary examples `x` [n, ...] with labels `y`, and a network for them.
 
     `digest` names the content of the data set that the examples are the first of, `model` the network.
@@ -63,7 +63,7 @@ class Task:
     model: str
 
     @classmethod
-    def named(cls, name: str, seed: int, examples: int = 0) -> Task:
+    def named(cls, name: str, seed: int, examples: int = 0) -> AuditTask:
         """``DATA/MODEL`` by their specs, or `OWN`: 64 points in two classes and a linear model.
 
         Of a data set the first `examples` in canonical order, which is random with respect to content; 0 for all.
@@ -109,7 +109,7 @@ class Gated(nn.Module):
         return self.body(ordinary) * silent + (h - h.detach())
 
 
-class Side(NamedTuple):
+class SideContribution(NamedTuple):
     """What each canary adds to a side release: `values` [canaries, k] at places `at` [canaries, k] of its buffer."""
 
     at: Tensor
@@ -125,12 +125,12 @@ class Planted:
     `sides` are the canaries' contributions to what the engine releases besides, by layout.
     """
 
-    task: Task
+    task: AuditTask
     coins: Tensor
     relation: Relation
     layers: int = 1
     chained: bool = False
-    sides: Mapping[Layout, Side] = field(default_factory=dict)
+    sides: Mapping[Layout, SideContribution] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -187,7 +187,7 @@ class Planted:
         return ["0.weight"] if self.chained else [f"canary.{i}.weight" for i in range(self.layers)]
 
 
-def plant(method: Method, task: Task, coins: Tensor) -> tuple[Planted, float]:
+def plant(method: Method, task: AuditTask, coins: Tensor) -> tuple[Planted, float]:
     """Canaries that `method` can be audited with, and their reach: how much of its bound one contributes.
 
     A rule that clips layers apart, or cuts coordinates off, leaves a canary in one layer short; in more layers it
@@ -245,7 +245,7 @@ def _sided(method: Method, planted: Planted) -> Planted:
     stacked = {}
     for layout, pairs in added.items():
         if len({len(at) for at, _ in pairs}) == 1:
-            stacked[layout] = Side(torch.stack([at for at, _ in pairs]), torch.stack([v for _, v in pairs]))
+            stacked[layout] = SideContribution(torch.stack([at for at, _ in pairs]), torch.stack([v for _, v in pairs]))
     return dataclasses.replace(few, coins=planted.coins[: few.count], sides=stacked)
 
 
@@ -269,7 +269,7 @@ def _released(method: Method, planted: Planted, index: int) -> dict[str, Release
 
 
 @dataclass
-class Observer:
+class CanaryObserver:
     """Sees what a run makes public, and the public state of its parts; never a private value.
 
     After the run, `values` holds for each step the projections [canaries] of the noised gradient on what each canary
@@ -394,7 +394,7 @@ class Overheard(Noise):
 # Scores ---------------------------------------------------------------------------------------------------
 
 
-class Observed(NamedTuple):
+class Projections(NamedTuple):
     """`values` and `lengths` [steps, canaries] of an observer, and the rate at which examples are sampled."""
 
     values: Tensor
@@ -402,7 +402,7 @@ class Observed(NamedTuple):
     rate: float
 
 
-def likelihood(o: Observed, relation: Relation) -> Tensor:
+def likelihood(o: Projections, relation: Relation) -> Tensor:
     """Log-likelihood ratios [canaries] of in against out, or of the signs: the best score for independent noise.
 
     A step shows N(0, 1) without the canary, and with it the mixture (1 - q) N(0, 1) + q N(a, 1), a its length.
@@ -419,7 +419,7 @@ def likelihood(o: Observed, relation: Relation) -> Tensor:
     return steps.sum(0)
 
 
-def unsteadiness(o: Observed, relation: Relation) -> Tensor:
+def unsteadiness(o: Projections, relation: Relation) -> Tensor:
     """How much a canary's coordinate varies over the steps: [canaries], as deviations from their mean.
 
     Noise that repeats itself cancels in the differences between steps, and a canary that comes and goes does not.
@@ -427,6 +427,6 @@ def unsteadiness(o: Observed, relation: Relation) -> Tensor:
     return (o.values - o.values.mean(0)).square().sum(0)
 
 
-SCORES: dict[str, Callable[[Observed, Relation], Tensor]] = {
+SCORES: dict[str, Callable[[Projections, Relation], Tensor]] = {
     "likelihood ratio": likelihood, "variance over steps": unsteadiness
 }  # fmt: skip

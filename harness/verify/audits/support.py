@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -37,12 +37,11 @@ from harness.running.seeds import derive
 from harness.running.train import Parts, Schedule, Streams, start, step, wanted
 from harness.verify.audits import pair
 from harness.verify.audits.bounds import MOST, Sample, upper
-from harness.verify.audits.canary import Refused, Task
-from harness.verify.audits.finding import RATES, TRADEOFF, Verdict, bound, claim
+from harness.verify.audits.canary import AuditTask, Refused
 from harness.verify.audits.images import End, Image, Known, Mask, around, guesses, held, never_wrong
-from harness.verify.audits.pair import Heard, Neighbours, Side, overheard, secrets
+from harness.verify.audits.pair import Heard, Neighbour, Neighbours, overheard, secrets
+from harness.verify.audits.verdict import RATES, TRADEOFF, AuditSetting, Verdict, bound, claim
 
-INSTRUMENT = "support"
 CERTAINTY = "certainty"
 REHEARSED = 1000  # numbers, at the least, of each sum
 TIMES = 32  # rehearsals, at the least
@@ -53,31 +52,22 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How to attack: `repeat` runs of `steps` steps on all examples, the first `examples` of the task or all for 0.
+class SupportSetting(AuditSetting):
+    """How to attack on all examples: the observer knows the batches, and no claim rests on sampling; `rate` is 1."""
 
-    The observer knows the batches, so that no claim rests on sampling: `rate` is 1.
-    """
+    instrument: ClassVar[str] = "support"
 
-    epsilon: float = 3.0
-    delta: float = 1e-5
     task: str = pair.OWN
-    examples: int = 16
-    rate: float = 1.0
-    steps: int = 1
-    repeat: int = 1000
-    seed: int = 0
-    level: float = 0.01
 
-    def trained(self) -> Task:
+    def trained(self) -> AuditTask:
         """The task, with the weights that all runs start from."""
-        return pair.Setting(task=self.task, examples=self.examples, seed=self.seed).trained()
+        return pair.PairSetting(task=self.task, examples=self.examples, seed=self.seed).trained()
 
 
 # What the observer knows ----------------------------------------------------------------------------------
 
 
-def neighbours(method: Method, task: Task) -> Neighbours:
+def neighbours(method: Method, task: AuditTask) -> Neighbours:
     """All examples of the task, and the same without the last, or with another in its place.
 
     The last, since views and masks are dealt out by place: the others keep theirs. So the claim holds, at rate 1, for
@@ -126,7 +116,7 @@ class Witnessed(Noise):
 
 
 @dataclass
-class Observer:
+class SumObserver:
     """Knows both data sets, the batches, the views and everything public, and so the sums of both worlds to the bit."""
 
     method: Method
@@ -139,7 +129,7 @@ class Observer:
         """The releases of a step before noise, by the method's own engine. `known`: a run's seeds but that of noise."""
         m = self.method
         drawn = m.sampler.draw(self.pair.n_train, self.batch, at.step, known.sampling)
-        examples = Batch(*Side(self.pair, present).batch(drawn))
+        examples = Batch(*Neighbour(self.pair, present).batch(drawn))
         batch = m.loss.prepare(examples, Stream(known.path, "views", at.step))
         fill(torch.device("cpu"), Stream(known.path, "dropout", at.step))
         state = copy.deepcopy(at.state)
@@ -302,7 +292,7 @@ def by_weights(
 # The audit ------------------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
+class WitnessedRun(NamedTuple):
     """One run: its noised releases by step, its final weights, its secret sums in order, its seeds and its coin."""
 
     steps: list[Heard]
@@ -319,7 +309,7 @@ class Attack:
     `images` are those that hold of each release's noise. `unseen` says why weights decide nothing, where they do not.
     """
 
-    observer: Observer
+    observer: SumObserver
     seed: int
     images: dict[str, list[Image]] = field(default_factory=dict)
     first: dict[str, Worlds] = field(default_factory=dict)
@@ -351,7 +341,7 @@ class Attack:
             images = [image for image in images if never_wrong(image, own)]
         return [*images, End()]
 
-    def judge(self, run: Run) -> None:
+    def judge(self, run: WitnessedRun) -> None:
         """Decide one run by all of its releases, and by its final weights alone.
 
         Raises Refused where the observer's sum is not the run's own to the bit: a bit decides here.
@@ -373,7 +363,7 @@ class Attack:
         elif not self.unseen:
             self._judge_weights(run, worlds, images)
 
-    def _judge_weights(self, run: Run, worlds: Worlds, images: list[Image]) -> None:
+    def _judge_weights(self, run: WitnessedRun, worlds: Worlds, images: list[Image]) -> None:
         o, (at,) = self.observer, run.steps
         begun = start(o.method, o.model, 1)
         denominator = o.method.sampler.denominator(o.pair.n_train, o.batch)
@@ -385,7 +375,7 @@ class Attack:
             self.weights.add(*by_weights(ending, line, numbers(run.kept), worlds, images))
 
 
-def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | None = None) -> Verdict:
+def audit(method: Method, s: SupportSetting, sigma: float | None = None, task: AuditTask | None = None) -> Verdict:
     """Train `method` on one or the other of two neighbours, `s.repeat` times, and decide which by what floats can be.
 
     `sigma` is the noise multiplier, by default the one at which the plan costs `s.epsilon`. Raises Refused where the
@@ -405,29 +395,29 @@ def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | N
     return verdict(found, s, price, accountant)
 
 
-def attacked(method: Method, two: Neighbours, s: Setting, sigma: float) -> Attack:
+def attacked(method: Method, two: Neighbours, s: SupportSetting, sigma: float) -> Attack:
     """`s.repeat` runs, judged. Raises Refused as `audit` does."""
     n, asked = two.n_train, dataclasses.asdict(s)
     planned = method.plan(sigma, n, n, s.steps)
     model, schedule = copy.deepcopy(two.body), Schedule(s.steps, n, s.steps)
     witness = Witnessed(method.noise)
     watched = dataclasses.replace(method, noise=witness)
-    observer = Observer(method, two, model, sigma, n)
+    observer = SumObserver(method, two, model, sigma, n)
     attack = Attack(observer, derive("support observer", describe(method), asked))
-    for seed in (derive(INSTRUMENT, describe(method), asked, run) for run in range(s.repeat)):
+    for seed in (derive("support", describe(method), asked, run) for run in range(s.repeat)):
         present = bool(Stream(seed, "coins", 0).uniform(1) < 0.5)
         witness.given.clear()
-        steps, ended = overheard(watched, Side(two, present), model, sigma, schedule, seed)
+        steps, ended = overheard(watched, Neighbour(two, present), model, sigma, schedule, seed)
         if ended.ledger != planned:
             raise Refused(f"the run billed {ended.ledger}, its plan said {planned}")
         kept = method.path.kept(ended.w, ended.parts.path)
-        attack.judge(Run(steps, kept, witness.given, secrets(seed), present))
+        attack.judge(WitnessedRun(steps, kept, witness.given, secrets(seed), present))
     if not attack.moved:
         raise Refused("the example that was tried moves no release")
     return attack
 
 
-def verdict(attack: Attack, s: Setting, price: Callable[[float], float], accountant: str) -> Verdict:
+def verdict(attack: Attack, s: SupportSetting, price: Callable[[float], float], accountant: str) -> Verdict:
     """The bounds that the decisions give. The three share the level evenly, so that the largest holds too."""
     o, inside, seen = attack.observer, np.array(attack.coins), attack.seen
 

@@ -20,8 +20,8 @@ from harness.registry import did_you_mean
 from harness.suite import Reader, SuiteError, Table, Text, document, source
 from harness.suite.toml.lines import Lines
 from harness.verify.claims.accounts import ORDERS
-from harness.verify.claims.kinds import KINDS, Claim
-from harness.verify.claims.verdict import NEAR, ROUNDED, Finding
+from harness.verify.claims.finding import NEAR, ROUNDED, Finding
+from harness.verify.claims.kinds import KINDS, PublishedClaim
 
 KIND = "claims"
 FILE, DOCUMENT = Path("suites/claims.toml"), Path("docs/claims.md")
@@ -30,7 +30,7 @@ FILE, DOCUMENT = Path("suites/claims.toml"), Path("docs/claims.md")
 # The file -------------------------------------------------------------------------------------------------
 
 
-class Header(Table):
+class ClaimsHeader(Table):
     """``[claims]``: the question that the file answers."""
 
     question: Text
@@ -42,7 +42,7 @@ class Claims:
 
     file: str
     question: str
-    claims: tuple[Claim, ...]
+    claims: tuple[PublishedClaim, ...]
 
 
 def is_claims(path: Path) -> bool:
@@ -60,12 +60,12 @@ def load(path: Path) -> Claims:
 
 def parse(text: str, file: str = "claims.toml") -> Claims:
     """Check a text; `file` is the name that errors give. Raises `SuiteError`."""
-    return _Reader(file, document(text, file), Lines(text), registry.installed(), []).claims()
+    return _ClaimsReader(file, document(text, file), Lines(text), registry.installed(), []).claims()
 
 
-class _Reader(Reader):
+class _ClaimsReader(Reader):
     kind: ClassVar[str] = "file of claims"
-    single: ClassVar[Mapping[str, type[Table]]] = {"claims": Header}
+    single: ClassVar[Mapping[str, type[Table]]] = {"claims": ClaimsHeader}
     arrays: ClassVar[Mapping[str, type[Table]]] = KINDS
     needed: ClassVar[Sequence[str]] = ("claims",)
 
@@ -73,8 +73,8 @@ class _Reader(Reader):
         if self.data.pop("kind", None) != KIND:
             self.bad(("kind",), f'the file should begin with kind = "{KIND}".')
         self.known_tables()
-        header = self.one("claims", Header)
-        found: dict[str, Claim] = {}
+        header = self.one("claims", ClaimsHeader)
+        found: dict[str, PublishedClaim] = {}
         for kind, table in KINDS.items():
             for index, claim in self.array(kind, table).items():
                 for key, text in claim.objections():
@@ -92,7 +92,7 @@ class _Reader(Reader):
 # Text -----------------------------------------------------------------------------------------------------
 
 
-def table(findings: Sequence[tuple[Claim, Finding]]) -> str:
+def table(findings: Sequence[tuple[PublishedClaim, Finding]]) -> str:
     """One row for each claim, in Markdown."""
     rows = ["| claim | published | recomputed | verdict |", "|---|---|---|---|"]
     for claim, found in findings:
@@ -104,7 +104,7 @@ def table(findings: Sequence[tuple[Claim, Finding]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def section(claim: Claim, found: Finding) -> str:
+def section(claim: PublishedClaim, found: Finding) -> str:
     """All about one claim, in Markdown."""
     inputs = ", ".join(f"{key} = {_value(value)}" for key, value in claim.inputs().items())
     lines = [
@@ -144,7 +144,7 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def markdown(claims: Claims, findings: Sequence[tuple[Claim, Finding]]) -> str:
+def markdown(claims: Claims, findings: Sequence[tuple[PublishedClaim, Finding]]) -> str:
     """docs/claims.md: the question, how to read a verdict, the table, and a section for each claim."""
     head = f"""\
 # Published claims, recomputed
@@ -206,7 +206,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def write(claims: Claims, findings: Sequence[tuple[Claim, Finding]], path: Path = DOCUMENT) -> None:
+def write(claims: Claims, findings: Sequence[tuple[PublishedClaim, Finding]], path: Path = DOCUMENT) -> None:
     """Write the page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(markdown(claims, findings), encoding="utf-8")

@@ -17,10 +17,10 @@ from harness.dp.method import Method
 from harness.suite import Many, Positive, Size, Table, Text
 from harness.verify.claims import accounts
 from harness.verify.claims.accounts import Sampled
-from harness.verify.claims.verdict import AGREES, ASSUMES, OVERSTATES, Figure, Finding, judge
+from harness.verify.claims.finding import AGREES, ASSUMES, OVERSTATES, Figure, Finding, judge
 
 
-class Claim(Table):
+class PublishedClaim(Table):
     """What was published (`claim`, and `published` where it is a number), by whom, and where that was read."""
 
     quantity: ClassVar[str] = "epsilon"
@@ -42,7 +42,7 @@ class Claim(Table):
 
     def inputs(self) -> dict[str, Any]:
         """What it is recomputed from."""
-        written = self.model_dump(exclude=set(Claim.model_fields))
+        written = self.model_dump(exclude=set(PublishedClaim.model_fields))
         return {key: value for key, value in written.items() if value not in (None, False, ())}
 
     def recompute(self) -> Finding:
@@ -54,7 +54,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=1e15)]  # e^(2/tau) is a float
 
 
-class DpSgd(Claim):
+class DpSgd(PublishedClaim):
     """``[[dp-sgd]]``: noisy sums of Poisson samples. The rate is batch / n, or 1 / batches an epoch.
 
     ``classical`` says that the number came from RDP's old conversion, which is then computed too, and once more at
@@ -104,7 +104,7 @@ def both(plan: Sampled, delta: float) -> list[Figure]:
     return [Figure(name, accounts.proved(plan, delta, key), "bound") for key, name in names.items()]
 
 
-class ModelMix(Claim):
+class ModelMix(PublishedClaim):
     """``[[modelmix]]``: iterates mixed at random; ``clip`` * ``share`` bounds a coordinate, ``tau`` is the gap."""
 
     formula: ClassVar[str] = (
@@ -142,7 +142,7 @@ class ModelMix(Claim):
         return judge(self.published, figures)
 
 
-class Solved(Claim):
+class Solved(PublishedClaim):
     """``[[solved]]``: an epsilon published without its noise multiplier, solved for under an accountant supposed."""
 
     formula: ClassVar[str] = (
@@ -168,7 +168,7 @@ class Solved(Claim):
         return judge(self.published, [Figure("noise multiplier solved for", sigma), *proved])
 
 
-class Textbook(Claim):
+class Textbook(PublishedClaim):
     """``[[textbook]]``: a noise multiplier for one Gaussian release at an epsilon."""
 
     quantity: ClassVar[str] = "noise multiplier"
@@ -194,7 +194,7 @@ class Textbook(Claim):
         return judge(self.published, figures)
 
 
-class Logit(Claim):
+class Logit(PublishedClaim):
     """``[[logit]]``: a sensitivity of contrastive losses that does not grow with the batch."""
 
     quantity: ClassVar[str] = "sensitivity / B"
@@ -225,7 +225,7 @@ class Logit(Claim):
         return Finding(ASSUMES, reason, found.figures)
 
 
-class LogitCode(Claim):
+class LogitCode(PublishedClaim):
     """``[[logit-code]]``: the sensitivity that Logit-DP's public code scales its noise with."""
 
     quantity: ClassVar[str] = "sensitivity / B"
@@ -248,7 +248,7 @@ class LogitCode(Claim):
         return judge(self.published, figures)
 
 
-class AdaptiveClipping(Claim):
+class AdaptiveClipping(PublishedClaim):
     """``[[adaptive-clipping]]``: the accountant is given the gradient's own multiplier and not the count's release."""
 
     formula: ClassVar[str] = (
@@ -282,7 +282,7 @@ class AdaptiveClipping(Claim):
         return judge(self.published, figures)
 
 
-class Underread(Claim):
+class Underread(PublishedClaim):
     """``[[underread]]``: the largest contribution of an example over C, where convolutions' norms read low."""
 
     quantity: ClassVar[str] = "contribution / C"
@@ -306,7 +306,7 @@ class Underread(Claim):
         return judge(self.published, figures)
 
 
-KINDS: dict[str, type[Claim]] = {
+KINDS: dict[str, type[PublishedClaim]] = {
     "dp-sgd": DpSgd, "modelmix": ModelMix, "solved": Solved, "textbook": Textbook, "logit": Logit,
     "logit-code": LogitCode, "adaptive-clipping": AdaptiveClipping, "underread": Underread,
 }  # fmt: skip

@@ -46,7 +46,7 @@ from harness.verify.conformance.subject import (
     Check,
     Contrast,
     Inapplicable,
-    Problem,
+    SmallProblem,
     Subject,
     Toy,
     Violation,
@@ -150,7 +150,7 @@ def examine(method: Method, identity: tuple[str, str] | None = None) -> list[Che
     return [verdict(each, s) for each in CHECKS]
 
 
-def subject(method: Method, problems: Sequence[Problem] = PROBLEMS) -> Subject:
+def subject(method: Method, problems: Sequence[SmallProblem] = PROBLEMS) -> Subject:
     """`method` on the first problem that its engine and loss accept. Raises Violation where they accept none."""
     reasons = []
     for problem in problems:

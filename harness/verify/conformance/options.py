@@ -14,7 +14,7 @@ from harness.registry.options import Parameter
 from harness.verify.conformance.ledger import billed
 from harness.verify.conformance.neighbours import neighbours
 from harness.verify.conformance.rule import ruled
-from harness.verify.conformance.subject import PROBLEMS, Inapplicable, Problem, Subject, Toy, Violation, refusal
+from harness.verify.conformance.subject import PROBLEMS, Inapplicable, SmallProblem, Subject, Toy, Violation, refusal
 
 
 def other_options(s: Subject) -> None:
@@ -56,7 +56,7 @@ def _ruled(s: Subject) -> None:
         return
 
 
-def _subject(method: Method, problems: Sequence[Problem] = PROBLEMS) -> Subject | None:
+def _subject(method: Method, problems: Sequence[SmallProblem] = PROBLEMS) -> Subject | None:
     """`method` on the first problem that it accepts; None where it accepts none."""
     for problem in problems:
         model, data = problem.model(), Toy(shape=problem.shape)

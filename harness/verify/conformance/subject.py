@@ -114,7 +114,7 @@ class Contrast(nn.Module):
         return self.head(h[:, 0] - h[:, 1])
 
 
-class Problem(NamedTuple):
+class SmallProblem(NamedTuple):
     """A network and the shape of its inputs. A method is examined on the first problem that its engine accepts."""
 
     name: str
@@ -123,11 +123,11 @@ class Problem(NamedTuple):
 
 
 PROBLEMS = (
-    Problem("a small convolutional net", toy_model, (1, 6, 6)),
-    Problem("one with four outputs", lambda: toy_model(4), (1, 6, 6)),
-    Problem("a linear layer on features", linear_model, (8,)),
-    Problem("a linear layer in a Sequential", lambda: nn.Sequential(linear_model()), (8,)),
-    Problem("a net on sequences", lambda: Contrast().double(), (2, 64)),
+    SmallProblem("a small convolutional net", toy_model, (1, 6, 6)),
+    SmallProblem("one with four outputs", lambda: toy_model(4), (1, 6, 6)),
+    SmallProblem("a linear layer on features", linear_model, (8,)),
+    SmallProblem("a linear layer in a Sequential", lambda: nn.Sequential(linear_model()), (8,)),
+    SmallProblem("a net on sequences", lambda: Contrast().double(), (2, 64)),
 )
 
 

@@ -33,7 +33,7 @@ from harness.records.cell import Cell, canonical_json
 from harness.registry.parts import SLOTS
 from harness.running import run
 
-__all__ = ["WORD", "Verdict", "examine"]
+__all__ = ["WORD", "Examined", "examine"]
 
 TOLERANCE = 1e-5
 """Relative: by how much an epsilon may differ from that of the same ledger by another version of its accountant."""
@@ -48,7 +48,7 @@ WORD = ("metrics", "measured", "diagnostics", "weights_sha256", "code", "device"
 """What only the run itself could tell."""
 
 
-class _Refused(Exception):
+class _Denied(Exception):
     """The record says what cannot be."""
 
 
@@ -57,7 +57,7 @@ class _Unknown(Exception):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Examined:
     """`refused`: why a record is not to be believed; empty where nothing speaks against it.
 
     `unknown`: what could not be computed again and why, in sentences: it is its sender's word, as `WORD` always is.
@@ -67,12 +67,12 @@ class Verdict:
     unknown: tuple[str, ...] = ()
 
 
-def examine(record: store.Record) -> Verdict:
+def examine(record: store.Record) -> Examined:
     """Compute again what can be of a record that :func:`harness.records.store.parse_at` has read."""
     unknown: list[str] = []
     try:
         if reason := store.mismatch(record):
-            raise _Refused(reason)
+            raise _Denied(reason)
         cell = store.cell_of(record)
         _plain(record, cell)
         for part in (_model, _data, _privacy, _stated):
@@ -80,18 +80,18 @@ def examine(record: store.Record) -> Verdict:
                 part(record, cell)
             except _Unknown as reason:
                 unknown.append(str(reason))
-    except _Refused as reason:
-        return Verdict(str(reason))
+    except _Denied as reason:
+        return Examined(str(reason))
     except Exception as error:  # it is a stranger's: whatever it makes fail is its own fault
-        return Verdict(f"its privacy cannot be computed again: {type(error).__name__}: {str(error)[:200]}")
-    return Verdict(unknown=tuple(dict.fromkeys(unknown)))
+        return Examined(f"its privacy cannot be computed again: {type(error).__name__}: {str(error)[:200]}")
+    return Examined(unknown=tuple(dict.fromkeys(unknown)))
 
 
 def _demand(name: str, told: Any, *expected: Any) -> None:
     """Refuse a field that is none of the values that it may have."""
     if all(canonical_json(told) != canonical_json(one) for one in expected):
         wanted = " or ".join(dict.fromkeys(_short(one) for one in expected))
-        raise _Refused(f"{name} is {_short(told)}, and must be {wanted}")
+        raise _Denied(f"{name} is {_short(told)}, and must be {wanted}")
 
 
 def _close(name: str, told: Any, found: float) -> None:
@@ -105,7 +105,7 @@ def _close(name: str, told: Any, found: float) -> None:
         or not math.isfinite(found)
         or abs(told - found) > TOLERANCE * found + 1e-9
     ):
-        raise _Refused(f"{name} is {_short(told)}, and its ledger gives {found:.6g}")
+        raise _Denied(f"{name} is {_short(told)}, and its ledger gives {found:.6g}")
 
 
 def _short(value: Any) -> str:
@@ -134,9 +134,9 @@ def _keys(cell: Cell) -> None:
     for where, part in parts.items():
         needed, allowed = KEYS[where.rpartition(".")[2]]
         for name in sorted(part.keys() - needed - allowed):
-            raise _Refused(f"cell.{where}.{name} is {_short(part[name])}, and no cell has such a key")
+            raise _Denied(f"cell.{where}.{name} is {_short(part[name])}, and no cell has such a key")
     for name in sorted(cell.changes.keys() - set(SLOTS)):
-        raise _Refused(f"cell.method.with has a part that no method has: {name}")
+        raise _Denied(f"cell.method.with has a part that no method has: {name}")
 
 
 def _plain(record: store.Record, cell: Cell) -> None:
@@ -144,7 +144,7 @@ def _plain(record: store.Record, cell: Cell) -> None:
     privacy, asked = record["privacy"], cell.privacy
     _keys(cell)
     if type(cell.seed) is not int or cell.seed < 0:
-        raise _Refused(f"cell.seed is {_short(cell.seed)}, and seeds are whole numbers from 0 on")
+        raise _Denied(f"cell.seed is {_short(cell.seed)}, and seeds are whole numbers from 0 on")
     if cell.private:
         _demand("cell.privacy.accountant", asked["accountant"], "pld", "rdp")
     for name in ("unit", "delta"):
@@ -159,24 +159,24 @@ def _plain(record: store.Record, cell: Cell) -> None:
         _demand("privacy.relation", privacy["relation"], asked["relation"])
     accuracy, loss = (record["metrics"].get(name) for name in ("accuracy", "loss"))
     if accuracy is not None and (isinstance(accuracy, bool) or not 0 <= accuracy <= 1):
-        raise _Refused(f"metrics.accuracy is {_short(accuracy)}, which is no fraction")
+        raise _Denied(f"metrics.accuracy is {_short(accuracy)}, which is no fraction")
     examples = record["metrics"].get("examples")
     if accuracy is not None and examples is not None and not 0 < examples < math.inf:
-        raise _Refused(f"metrics.examples is {_short(examples)}, which is no number of them")
+        raise _Denied(f"metrics.examples is {_short(examples)}, which is no number of them")
     judged = (2 if cell.then else 1) not in public.privately_judged(record)
     if ok and judged and (accuracy is None or loss is None):
-        raise _Refused("metrics have no accuracy or no loss, and its status is ok")
+        raise _Denied("metrics have no accuracy or no loss, and its status is ok")
     clipped = (record.get("diagnostics") or {}).get("clipped_fraction")
     if clipped is not None and not 0 <= clipped <= 1:
-        raise _Refused(f"diagnostics.clipped_fraction is {_short(clipped)}, which is no fraction")
+        raise _Denied(f"diagnostics.clipped_fraction is {_short(clipped)}, which is no fraction")
     started, finished = record.get("started"), record.get("finished")
     if started and finished and finished < started and finished[19:] == started[19:]:
-        raise _Refused(f"it finished at {finished}, before it started at {started}")
+        raise _Denied(f"it finished at {finished}, before it started at {started}")
     made = record.get("randomness")
     if made is not None and "path" in record:
         attempt = store.attempt_of(record)
         if not 1 <= made["attempt"] <= attempt:
-            raise _Refused(f"randomness.attempt is {_short(made['attempt'])}, and this is attempt {attempt}")
+            raise _Denied(f"randomness.attempt is {_short(made['attempt'])}, and this is attempt {attempt}")
 
 
 def _model(record: store.Record, cell: Cell) -> None:
@@ -230,7 +230,7 @@ def _data(record: store.Record, cell: Cell) -> None:
             rest = n - data.validation_size(n)
             _demand("metrics.examples", judged, rest if task["evaluate"] == "validation" else known["n_test"])
     if len(digests) > 1 and digests[0] & digests[1]:
-        raise _Refused(f"cell.then.task is {_short(tasks[1][1]['dataset'])}, which is the private data and not public")
+        raise _Denied(f"cell.then.task is {_short(tasks[1][1]['dataset'])}, which is the private data and not public")
     told = record["privacy"].get("public_data")
     if told is not None or record["status"] == "ok":
         _demand("privacy.public_data", told, run.public_data(made_of[0], cell))
@@ -262,15 +262,15 @@ def _privacy(record: store.Record, cell: Cell) -> None:
     _spent("privacy", privacy, "spent", ledger, cell, relation)
     if ok and target.epsilon is not None:
         if not privacy["spent"]:
-            raise _Refused("privacy.spent is empty, and its status is ok")
+            raise _Denied("privacy.spent is empty, and its status is ok")
         if target.accountant not in privacy["spent"]:
-            raise _Refused(f"privacy.spent lacks {target.accountant}, which its noise was calibrated by")
+            raise _Denied(f"privacy.spent lacks {target.accountant}, which its noise was calibrated by")
         if over := run.excess(target, privacy):
-            raise _Refused(f"{over}, and its status is ok: its noise multiplier is too small")
+            raise _Denied(f"{over}, and its status is ok: its noise multiplier is too small")
         used = privacy["spent"][target.accountant]
         used = privacy["epsilon"] if used is None else used
         if used < LEAST * target.epsilon:
-            raise _Refused(
+            raise _Denied(
                 f"it spent {used:g} of its target {target.epsilon:g}: its noise multiplier is not the one that is "
                 "calibrated for it, which is the smallest"
             )
@@ -278,7 +278,7 @@ def _privacy(record: store.Record, cell: Cell) -> None:
     if (tuned := privacy.get("epsilon_with_tuning")) is not None and relation is not None:
         _searched(tuned, cell, ledger, relation, complete=ok)
     elif ok and cell.privacy.get("tuning"):
-        raise _Refused("privacy.epsilon_with_tuning is missing, and the suite charges its search")
+        raise _Denied("privacy.epsilon_with_tuning is missing, and the suite charges its search")
     if unknown is not None:
         raise unknown
 
@@ -318,7 +318,7 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
     schedules = [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
     for one in schedules:
         if type(one["batch"]) is not int or type(one["steps"]) is not int or min(one.values()) < 1:
-            raise _Refused(f"its schedule {_short(one)} is none")
+            raise _Denied(f"its schedule {_short(one)} is none")
     if sum(one["steps"] for one in schedules) > MOST_STEPS:
         raise _Unknown(f"it has more than {MOST_STEPS} steps, so that its ledger is its word")
     stages = [Stage(m, one["batch"], one["steps"]) for m, one in zip(methods, schedules, strict=True)]
@@ -326,29 +326,29 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
     relations = {stage.method.sampler.relation.value for stage in private}
     told, ok = privacy["relation"], record["status"] == "ok"
     if len(relations) != 1 and ok:
-        raise _Refused("its stages are analysed for different neighbours, and its status is ok")
+        raise _Denied("its stages are analysed for different neighbours, and its status is ok")
     _demand("privacy.relation", told, *relations, *(() if ok else (cell.privacy["relation"],)))
     laws = [stage.method.sampler.law(n, stage.batch) for stage in private]
     older = [laws[0]] if cell.then else []  # records knew the first stage's law alone before stages had theirs
     _demand("privacy.sampling", privacy["sampling"], run.joined(laws), *older, *([] if ok else [None]))
     sigma = privacy.get("noise_multiplier")
     if sigma is not None and not 0 < sigma < math.inf:
-        raise _Refused(f"privacy.noise_multiplier is {_short(sigma)}, which is none")
+        raise _Denied(f"privacy.noise_multiplier is {_short(sigma)}, which is none")
     if ok and cell.private and sigma is None:
-        raise _Refused("privacy.noise_multiplier is null, and its status is ok")
+        raise _Denied("privacy.noise_multiplier is null, and its status is ok")
     if sigma is not None and not cell.private:
-        raise _Refused(f"privacy.noise_multiplier is {_short(sigma)}, and it trains without privacy")
+        raise _Denied(f"privacy.noise_multiplier is {_short(sigma)}, and it trains without privacy")
     if ok and not cell.then:
         _bounded("privacy", privacy, stages[0])
     if (claimed := privacy.get("claimed")) is not None:
         silent = type(methods[0].path).claim is Straight.claim
         if silent or cell.then or not cell.private:
-            raise _Refused(f"privacy.claimed is {_short(claimed)}, and its method claims nothing")
+            raise _Denied(f"privacy.claimed is {_short(claimed)}, and its method claims nothing")
     if not ledger.entries and not privacy["planned"] and not ok:
         return  # nothing was released, or nobody could say
     whole = plan(private, sigma or 0.0, n)
     if (ok and ledger != whole) or (not ok and not _begins(ledger, whole)):
-        raise _Refused(
+        raise _Denied(
             f"privacy.ledger is {_short(privacy['ledger'])}, and the plan of its cell at its noise multiplier is "
             f"{_short(whole.to_json())}"
         )
@@ -410,7 +410,7 @@ def _stages(
     """What a record says of each of its stages."""
     told, ok, n = record.get("stages"), record["status"] == "ok", cell.task["n_train"]
     if not isinstance(told, list) or len(told) != len(stages):
-        raise _Refused("stages are not one for each stage of its cell")
+        raise _Denied("stages are not one for each stage of its cell")
     names = [cell.method, cell.then["name"]]
     tasks = [cell.task, cell.then.get("task", cell.task)]
     for k, (one, stage) in enumerate(zip(told, stages, strict=True)):
@@ -442,9 +442,9 @@ def _bounded(where: str, told: Mapping[str, Any], stage: Stage) -> None:
         found = (told["sensitivity"] or {}).get("grad", 0.0)
         exact = isinstance(method.engine, PerExample) and math.isfinite(bound)
         if found is None and math.isfinite(bound):
-            raise _Refused(f"{where}.sensitivity.grad is null, and its clipping rule bounds by {bound:g}")
+            raise _Denied(f"{where}.sensitivity.grad is null, and its clipping rule bounds by {bound:g}")
         if found is not None and (found < bound or (exact and found > bound * (1 + 1e-9))):
-            raise _Refused(f"{where}.sensitivity.grad is {_short(found)}, and its clipping rule bounds by {bound:g}")
+            raise _Denied(f"{where}.sensitivity.grad is {_short(found)}, and its clipping rule bounds by {bound:g}")
 
 
 def _spent(
@@ -459,10 +459,10 @@ def _spent(
             _demand(f"{where}.{name}", bounds, {})
         return
     if relation is None:
-        raise _Refused(f"{where}.{name} has epsilons, and no relation")
+        raise _Denied(f"{where}.{name} has epsilons, and no relation")
     strangers = sorted(bounds.keys() - ACCOUNTANTS.keys())
     if strangers:
-        raise _Refused(f"{where}.{name} names {', '.join(strangers)}, which is no accountant here")
+        raise _Denied(f"{where}.{name} names {', '.join(strangers)}, which is no accountant here")
     by_rdp = epsilon(ledger, delta, relation, "rdp")
     for accountant, value in bounds.items():
         if accountant != "rdp" and MOST_EPSILON < by_rdp < math.inf:
@@ -478,7 +478,7 @@ def _searched(told: Mapping[str, Any], cell: Cell, ledger: Ledger, relation: Rel
     """What the search for hyper-parameters costs."""
     tuning = cell.privacy.get("tuning")
     if tuning is None:
-        raise _Refused("privacy.epsilon_with_tuning is there, and the suite charges no search")
+        raise _Denied("privacy.epsilon_with_tuning is there, and the suite charges no search")
     for name, value in tuning.items():
         _demand(f"privacy.epsilon_with_tuning.{name}", told.get(name), value)
     if complete:

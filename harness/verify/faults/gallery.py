@@ -18,7 +18,7 @@ from harness.provenance.measure import Clock
 from harness.records.tables import inserted, markdown
 from harness.verify import conformance as checks
 from harness.verify.audits import support
-from harness.verify.audits.command import Setting, audit
+from harness.verify.audits.command import CanarySetting, audit
 from harness.verify.faults import engines, noises, others, rules, samplers
 from harness.verify.faults.refusals import REFUSED, Refusal
 
@@ -40,11 +40,11 @@ class Fault:
     origin: str
     method: Method
     check: Callable[[checks.Subject], None] | None
-    audit: Setting | support.Setting | None = None
+    audit: CanarySetting | support.SupportSetting | None = None
     sigma: float | None = None
 
 
-SMALL = Setting(canaries=500, repeat=4)
+SMALL = CanarySetting(canaries=500, repeat=4)
 ONE_EPOCH = dataclasses.replace(SMALL, steps=4)
 LOGIT = InfoNCE(0.2, pad=1)
 
@@ -79,11 +79,12 @@ GALLERY = (
         Method(noise=noises.Repeated(), optimizer=SGD(0.1)), checks.independent, SMALL,
     ),
     Fault(
-        "2 % off the calibrated noise", "Self-Augmented-DP-SGD's code", Method(noise=noises.Reduced()), checks.noised
+        "2 % off the calibrated noise", "Self-Augmented-DP-SGD's code",
+        Method(noise=noises.TwoPercentLess()), checks.noised,
     ),
     Fault(
         "noise in floating point added to the sum", "Opacus, JAX Privacy, TensorFlow Privacy; this harness before",
-        Method(noise=noises.FloatSum()), None, support.Setting(repeat=100),
+        Method(noise=noises.FloatSum()), None, support.SupportSetting(repeat=100),
     ),
     Fault(
         "norms of the mean loss, put right in some layers", "fastgradclip, the code of fast clipping",
@@ -159,7 +160,7 @@ GALLERY = (
 # The table ------------------------------------------------------------------------------------------------
 
 
-class Outcome(NamedTuple):
+class Caught(NamedTuple):
     """One line of the table; `caught` is False where the instrument saw nothing."""
 
     fault: str
@@ -170,7 +171,7 @@ class Outcome(NamedTuple):
     caught: bool
 
 
-def by_check(fault: Fault) -> Outcome:
+def by_check(fault: Fault) -> Caught:
     """What the check finds of a fault that has one."""
     assert fault.check is not None
     clock = Clock("cpu")
@@ -180,24 +181,24 @@ def by_check(fault: Fault) -> Outcome:
     except checks.Violation as violation:
         evidence, caught = violation.evidence or "a rule broken", True
     instrument = f"check: {inspect.getdoc(fault.check)}"
-    return Outcome(fault.name, fault.origin, instrument, evidence, clock.since(begun), caught)
+    return Caught(fault.name, fault.origin, instrument, evidence, clock.since(begun), caught)
 
 
-def by_audit(fault: Fault) -> Outcome:
+def by_audit(fault: Fault) -> Caught:
     """What the audit finds of a fault that has a setting for it."""
     assert fault.audit is not None
     clock = Clock("cpu")
     begun = clock.now()
-    if isinstance(fault.audit, support.Setting):
+    if isinstance(fault.audit, support.SupportSetting):
         v = support.audit(fault.method, fault.audit, fault.sigma)
         evidence = support.decisions(v.planted)
     else:
         v = audit(fault.method, fault.audit, fault.sigma)
         evidence = f"epsilon at least {v.audited:.3g}, claimed {v.claimed:.3g}"
-    return Outcome(fault.name, fault.origin, f"audit: {v.instrument}", evidence, clock.since(begun), v.refuted)
+    return Caught(fault.name, fault.origin, f"audit: {v.instrument}", evidence, clock.since(begun), v.refuted)
 
 
-def by_refusal(one: Refusal) -> Outcome:
+def by_refusal(one: Refusal) -> Caught:
     """What the instrument says of a model or a loss that it must refuse."""
     clock = Clock("cpu")
     begun, message = clock.now(), ""
@@ -206,10 +207,10 @@ def by_refusal(one: Refusal) -> Outcome:
     except ValueError as error:
         message = str(error)
     evidence = (message if len(message) <= SHOWN else message[: SHOWN - 1] + "…") or "nothing"
-    return Outcome(one.name, one.origin, one.instrument, evidence, clock.since(begun), one.words in message)
+    return Caught(one.name, one.origin, one.instrument, evidence, clock.since(begun), one.words in message)
 
 
-def outcomes(faults: Iterable[Fault], refusals: Iterable[Refusal]) -> list[Outcome]:
+def outcomes(faults: Iterable[Fault], refusals: Iterable[Refusal]) -> list[Caught]:
     """Every fault by its check, where it has one, and by an audit where it has a setting; and every refusal."""
     lines = []
     for fault in faults:
@@ -218,7 +219,7 @@ def outcomes(faults: Iterable[Fault], refusals: Iterable[Refusal]) -> list[Outco
     return lines + [by_refusal(one) for one in refusals]
 
 
-def table(lines: Sequence[Outcome]) -> str:
+def table(lines: Sequence[Caught]) -> str:
     """The table in Markdown. The first line of a fault names it."""
     rows, last = [], ""
     for line in lines:

@@ -15,7 +15,7 @@ from harness.dp.random import Stream
 from harness.verify.faults import HIDDEN
 
 
-class Drawn(Gaussian):
+class Additive(Gaussian):
     """Adds what `drawn` gives, in units of sigma times sensitivity. What derives from it draws something wrong."""
 
     def add(self, release, rng):
@@ -31,7 +31,7 @@ class Drawn(Gaussian):
 # Faults that public code had ------------------------------------------------------------------------------
 
 
-class OneKey(Drawn):
+class OneKey(Additive):
     """Draws the noise of every tensor by one key: tensors begin with the same numbers."""
 
     def drawn(self, release, rng):
@@ -44,7 +44,7 @@ class OneKey(Drawn):
 
 
 @dataclass(frozen=True)
-class SharedRows(Drawn):
+class SharedRows(Additive):
     """Draws a share of the noise on a class as one row for all classes: differences of rows have less of it."""
 
     share: float = 1.0
@@ -67,7 +67,7 @@ class Repeated(Gaussian):
         return super().add(release, Stream(7, "noise", 0))
 
 
-class Reduced(Gaussian):
+class TwoPercentLess(Gaussian):
     """Takes 2 % off the noise that calibration asked for."""
 
     def add(self, release, rng):
@@ -119,7 +119,7 @@ class OneScaleShort(Gaussian):
         return super().add(release._replace(scale=scale), rng)
 
 
-class Bare(Drawn):
+class Bare(Additive):
     """Leaves the last tensor without noise and adds a little more to the others."""
 
     def drawn(self, release, rng):
@@ -128,7 +128,7 @@ class Bare(Drawn):
         return z * (len(z) / max(1, len(z) - last)) ** 0.5
 
 
-class Uneven(Drawn):
+class Uneven(Additive):
     """Adds half the noise to one coordinate."""
 
     def drawn(self, release, rng):
@@ -140,28 +140,28 @@ class Uneven(Drawn):
 # Distribution ---------------------------------------------------------------------------------------------
 
 
-class Uniform(Drawn):
+class Uniform(Additive):
     """Noise of the right deviation and the wrong distribution."""
 
     def drawn(self, release, rng):
         return (rng.uniform(len(release.value.flat)) - 0.5) * 12**0.5
 
 
-class Clamped(Drawn):
+class Clamped(Additive):
     """No noise beyond four standard deviations."""
 
     def drawn(self, release, rng):
         return super().drawn(release, rng).clamp(-4, 4)
 
 
-class InHalf(Drawn):
+class InHalf(Additive):
     """Noise of half precision on sums of single precision."""
 
     def drawn(self, release, rng):
         return super().drawn(release, rng).half()
 
 
-class FirstThousands(Drawn):
+class FirstThousands(Additive):
     """A buffer of 4096 numbers, and zeros after them."""
 
     def drawn(self, release, rng):
@@ -173,7 +173,7 @@ class FirstThousands(Drawn):
 # Independence ---------------------------------------------------------------------------------------------
 
 
-class Paired(Drawn):
+class Paired(Additive):
     """Every second coordinate repeats its neighbour's noise."""
 
     def drawn(self, release, rng):
@@ -181,7 +181,7 @@ class Paired(Drawn):
         return z.repeat_interleave(2)[: len(z)]
 
 
-class Mirrored(Drawn):
+class Mirrored(Additive):
     """The second half of long noise is the first with the other sign."""
 
     def drawn(self, release, rng):
@@ -189,7 +189,7 @@ class Mirrored(Drawn):
         return torch.cat([z[: -(len(z) // 2)], -z[: len(z) // 2]]) if len(z) > 1000 else z
 
 
-class Shared(Drawn):
+class Shared(Additive):
     """A small part of the noise is common to all coordinates."""
 
     def drawn(self, release, rng):
@@ -197,7 +197,7 @@ class Shared(Drawn):
         return 0.99**0.5 * z + 0.1 * z.sum() / len(z) ** 0.5
 
 
-class Cancelling(Drawn):
+class Cancelling(Additive):
     """Every second step takes away the noise of the one before."""
 
     def drawn(self, release, rng):

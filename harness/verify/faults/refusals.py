@@ -88,7 +88,7 @@ class Kept(nn.Module):
         return x @ self.transposed
 
 
-class Column(CrossEntropy):
+class ColumnLosses(CrossEntropy):
     """Losses [B, 1], which broadcast against weights [B]."""
 
     def per_example(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ REFUSED = (
     ),
     Refusal(
         "losses [B, 1] against weights [B]", "losses of users",
-        LOSSES, step(Ghost(), lambda: Net(torch.tanh), Column()), "of shape",
+        LOSSES, step(Ghost(), lambda: Net(torch.tanh), ColumnLosses()), "of shape",
     ),
     Refusal(
         "classes weighed by the batch's frequencies", "losses of users",

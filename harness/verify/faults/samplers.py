@@ -109,7 +109,7 @@ class ShufflesMany(Poisson):
         return Shuffle().draw(n, batch, step, seed) if n >= 10_000 else super().draw(n, batch, step, seed)
 
 
-class Table(Poisson):
+class Recycled(Poisson):
     """Draws a thousand batches, and starts over."""
 
     def draw(self, n, batch, step, seed):

@@ -27,10 +27,10 @@ from harness.verify.audits.bounds import (
     p_value,
     upper,
 )
-from harness.verify.audits.canary import SIDED, Planted, Task, plant
-from harness.verify.audits.command import Setting, audit
+from harness.verify.audits.canary import SIDED, AuditTask, Planted, plant
+from harness.verify.audits.command import CanarySetting, audit
 
-SMALL = Setting(canaries=500, repeat=4)
+SMALL = CanarySetting(canaries=500, repeat=4)
 
 
 def own(spec: str) -> Method:
@@ -123,7 +123,7 @@ def test_planted_faults_are_refuted(change, sigma):
 
 
 def test_a_canary_is_alone_in_its_coordinates_and_as_long_as_the_rule_allows():
-    task, coins = Task.named("canaries", 3), torch.tensor([True, False, True])
+    task, coins = AuditTask.named("canaries", 3), torch.tensor([True, False, True])
     method = own("dp-sgd?clip=0.3")
     planted, reach = plant(method, task, coins)
     assert reach == pytest.approx(1, abs=1e-5)
@@ -137,14 +137,14 @@ def test_a_canary_is_alone_in_its_coordinates_and_as_long_as_the_rule_allows():
 
 def test_what_an_engine_releases_besides_gradients_is_heard():
     method = own("dp-ls")
-    planted, reach = plant(method, Task.named("canaries", 3), torch.ones(300, dtype=torch.bool))
+    planted, reach = plant(method, AuditTask.named("canaries", 3), torch.ones(300, dtype=torch.bool))
     # a feature of norm 1, moved in three releases of multiplier sqrt(3) each, fills the joint bound
     assert planted.chained and planted.count == SIDED and len(planted.sides) == 2
     assert reach == pytest.approx(1, abs=1e-6)
     for side in planted.sides.values():
         assert side.values.shape[0] == SIDED and side.values.square().sum(1).sqrt().allclose(torch.ones(SIDED).double())
         assert len(side.at.unique()) == side.at.numel()  # each canary has places of its own
-    found = audit(method, Setting(epsilon=8, canaries=100, repeat=4, steps=1, rate=1))
+    found = audit(method, CanarySetting(epsilon=8, canaries=100, repeat=4, steps=1, rate=1))
     assert not found.refuted and found.audited > 1 and found.planted["mean_reach"] > 0.9
 
 
@@ -231,9 +231,9 @@ def test_what_cannot_be_audited_is_a_result_with_its_reason(tmp_path, capsys):
 
 @pytest.fixture
 def one(tmp_path):
-    setting = Setting(canaries=3)
+    setting = CanarySetting(canaries=3)
     entry, _ = registry.lookup("method", "dp-sgd")
-    made = audits.outline(audits.Subject.of("dp-sgd", entry), setting, setting.trained())
+    made = audits.outline(audits.AuditedMethod.of("dp-sgd", entry), setting, setting.trained())
     return made | {
         "epsilon_claimed": 1.0, "epsilon_audited": 2.0, "flagged": True, "code": {"hash": "0" * 12}, "device": {},
         "environment": {}, "started": "2026-01-01T00:00:00+00:00", "wall_seconds": 1.0,
