@@ -27,19 +27,10 @@ SLACK = {torch.float64: 1e-6}  # by how much a norm may differ in a trial; at ki
 _trusted: WeakKeyDictionary[nn.Module, set[type[Peer]]] = WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class Peer(PerExample):
-    """An engine whose per-example gradients, or their norms, come from another library.
+class Library:
+    """A part of ours that is computed by a package of others."""
 
-    What the library refuses, or is known to get wrong, `accepts` refuses by reason. What cannot be seen from a model is
-    found out on its first batch, where a few norms are compared with the loop's: a library that differs is stopped by a
-    RuntimeError and never trains or is timed. A model that draws random numbers cannot be compared and is let through.
-    """
-
-    PACKAGE: ClassVar[str]  # the name of the distribution, and of the module to import
-    IMPORTS: ClassVar[str]
-    INSTALL: ClassVar[str]  # what brings it
-    SOURCE: ClassVar[str]  # a citation
+    PACKAGE: ClassVar[str]  # the name of the distribution
 
     @classmethod
     def version(cls) -> str | None:
@@ -48,6 +39,20 @@ class Peer(PerExample):
             return importlib.metadata.version(cls.PACKAGE)
         except importlib.metadata.PackageNotFoundError:
             return None
+
+
+@dataclass(frozen=True)
+class Peer(Library, PerExample):
+    """An engine whose per-example gradients, or their norms, come from another library.
+
+    What the library refuses, or is known to get wrong, `accepts` refuses by reason. What cannot be seen from a model is
+    found out on its first batch, where a few norms are compared with the loop's: a library that differs is stopped by a
+    RuntimeError and never trains or is timed. A model that draws random numbers cannot be compared and is let through.
+    """
+
+    IMPORTS: ClassVar[str]  # the module to import
+    INSTALL: ClassVar[str]  # what brings it
+    SOURCE: ClassVar[str]  # a citation
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if importlib.util.find_spec(self.IMPORTS) is None:

@@ -29,12 +29,9 @@ def examined(one: Named, repeat: int = 0) -> dict[str, Any]:
         "parameters": registry.bind(entry, {}), "parts": describe(one.method),
         "relation": one.method.sampler.relation.value, "repeat": seeds,
     }  # fmt: skip
-    # Of the code before the checks: a file that is edited meanwhile is not what was checked.
-    load, circumstances, busy = (
-        _load(),
-        Circumstances(code_of(one.method, one.file, "harness.verify.conformance")),
-        _cpu(),
-    )
+    # The code before the checks: a file that is edited meanwhile is not what was checked.
+    code = code_of(one.method, one.file, "harness.verify.conformance")
+    load, circumstances, busy = _load(), Circumstances(code), _cpu()
     lines = (
         conformance.rehearsed(one.method, repeat) if repeat else conformance.examine(one.method, (one.name, one.file))
     )

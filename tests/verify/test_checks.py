@@ -17,6 +17,7 @@ from harness.report.page import html
 from harness.report.page import pages as below
 from harness.report.page import payload as rows
 from harness.verify import conformance, recorded
+from harness.verify.circumstances import code_of
 from tests.support import ROOT
 from tests.support.report import make, seeds, staged
 
@@ -180,7 +181,8 @@ def test_repetitions_count_alarms(tmp_path, capsys, monkeypatch):
 @functools.cache
 def code(name):
     """The code of a method's check today."""
-    return recorded.code_of(conformance.named(name)[0])
+    (one,) = conformance.named(name)
+    return code_of(one.method, one.file, "harness.verify.conformance")
 
 
 def record(name="dp-sgd", ok=True, repeat=None, **changes):

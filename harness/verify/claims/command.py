@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from harness import registry
+from harness.records.tables import markdown as grid
 from harness.registry import did_you_mean
 from harness.suite import Reader, SuiteError, Table, Text, document, source
 from harness.suite.toml.lines import Lines
@@ -94,19 +95,21 @@ class _ClaimsReader(Reader):
 
 def table(findings: Sequence[tuple[PublishedClaim, Finding]]) -> str:
     """One row for each claim, in Markdown."""
-    rows = ["| claim | published | recomputed | verdict |", "|---|---|---|---|"]
+    rows = []
     for claim, found in findings:
         proved = ", ".join(f"{number(f.value)} ({f.name})" for f in found.figures if f.role)
-        rows.append(
-            f"| `{claim.id}`: {claim.title} | {number(claim.published)} ({claim.quantity}) | {proved}"
-            f" | **{found.verdict}**: {found.reason} |"
-        )
-    return "\n".join(rows) + "\n"
+        rows.append((
+            f"`{claim.id}`: {claim.title}", f"{number(claim.published)} ({claim.quantity})", proved,
+            f"**{found.verdict}**: {found.reason}",
+        ))  # fmt: skip
+    return "\n".join(grid(("claim", "published", "recomputed", "verdict"), rows)) + "\n"
 
 
 def section(claim: PublishedClaim, found: Finding) -> str:
     """All about one claim, in Markdown."""
     inputs = ", ".join(f"{key} = {_value(value)}" for key, value in claim.inputs().items())
+    figures = [(f"published, {claim.quantity}", number(claim.published), "the claim")]
+    figures += [(f.name, number(f.value), _ROLES[f.role]) for f in found.figures]
     lines = [
         f"### {claim.id}",
         "",
@@ -120,10 +123,7 @@ def section(claim: PublishedClaim, found: Finding) -> str:
         *([f"- note: {claim.note}"] if claim.note else []),
         f"- again: `epsbench claims {claim.id}`",
         "",
-        "| figure | value | what it is |",
-        "|---|---|---|",
-        f"| published, {claim.quantity} | {number(claim.published)} | the claim |",
-        *(f"| {f.name} | {number(f.value)} | {_ROLES[f.role]} |" for f in found.figures),
+        *grid(("figure", "value", "what it is"), figures),
     ]
     return "\n".join(lines) + "\n"
 

@@ -132,12 +132,14 @@ def check(method: str) -> list[Check]:
 
     Raises registry.RegistryError where there is no such method.
     """
+    return _lines(method, lambda one: examine(one.method, (one.name, one.file)))
+
+
+def _lines(method: str, run: Callable[[Named], list[Check]]) -> list[Check]:
+    """The lines that `run` gives of each method that a name or a file stands for; of several, headed by its name."""
     found = named(method)
-    return [
-        line._replace(name=f"{one.name}: {line.name}") if len(found) > 1 else line
-        for one in found
-        for line in examine(one.method, (one.name, one.file))
-    ]
+    several = len(found) > 1
+    return [line._replace(name=f"{one.name}: {line.name}") if several else line for one in found for line in run(one)]
 
 
 def examine(method: Method, identity: tuple[str, str] | None = None) -> list[Check]:
@@ -172,12 +174,7 @@ def repeated(method: str, repeat: int, first: int = 1) -> list[Check]:
 
     One line a method and check: how many repetitions it failed, and what it said of the first.
     """
-    found = named(method)
-    return [
-        line._replace(name=f"{one.name}: {line.name}") if len(found) > 1 else line
-        for one in found
-        for line in rehearsed(one.method, repeat, first)
-    ]
+    return _lines(method, lambda one: rehearsed(one.method, repeat, first))
 
 
 def rehearsed(method: Method, repeat: int, first: int = 1) -> list[Check]:
@@ -187,21 +184,17 @@ def rehearsed(method: Method, repeat: int, first: int = 1) -> list[Check]:
     except Violation as violation:
         return [refused(violation)]
     seeds = range(first, first + repeat)
-    rounds = [_statistics(dataclasses.replace(plain, seed=seed)) for seed in seeds]
+    rounds = [[verdict(each, dataclasses.replace(plain, seed=seed)) for each in STATISTICAL] for seed in seeds]
     return [_summed(lines, seeds) for lines in zip(*rounds, strict=True)]
-
-
-def _statistics(s: Subject) -> list[Check]:
-    return [verdict(each, s) for each in STATISTICAL]
 
 
 def _summed(lines: Sequence[Check], seeds: Sequence[int]) -> Check:
     """One check's repetitions as one line."""
     failed = [f"seed {seed}: {line.detail}" for seed, line in zip(seeds, lines, strict=True) if not line.ok]
-    said = f"{len(failed)} of {len(lines)} repetitions fail" + (f"; {failed[0]}" if failed else "")
+    summary = f"{len(failed)} of {len(lines)} repetitions fail" + (f"; {failed[0]}" if failed else "")
     applies = any(line.applies for line in lines)
     return lines[0]._replace(
-        ok=not failed, detail=said if applies else lines[0].detail, applies=applies,
+        ok=not failed, detail=summary if applies else lines[0].detail, applies=applies,
         seconds=sum(line.seconds for line in lines), failures=len(failed),
     )  # fmt: skip
 

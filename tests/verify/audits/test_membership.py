@@ -7,7 +7,6 @@ from scipy.stats import norm
 
 from harness import cli, registry
 from harness.records import audits
-from harness.verify.audits import membership
 from harness.verify.audits.canary import Refused
 from harness.verify.audits.membership import MembershipSetting, Scored, attack, auc, confidence, lira
 
@@ -74,7 +73,7 @@ def test_the_command_records_what_was_found(tmp_path, capsys):
     request = ["dp-sgd", "non-private", "--membership", "--examples", "200", "--steps", "5", "--repeat", "3"]
     assert cli.main(["audit", *request, "--results", str(tmp_path)]) == 0
     kept = {a["method"]: a for a in audits.load(tmp_path / "audits")}
-    assert kept["dp-sgd"]["instrument"] == membership.INSTRUMENT and kept["dp-sgd"]["trials"] == 3
+    assert kept["dp-sgd"]["instrument"] == MembershipSetting.instrument and kept["dp-sgd"]["trials"] == 3
     assert kept["dp-sgd"]["epsilon_audited"] <= kept["dp-sgd"]["epsilon_claimed"] <= 3
     assert kept["non-private"]["epsilon_claimed"] is None and not kept["non-private"]["flagged"]
     assert {"auc", "true_positive_rates"} <= kept["dp-sgd"]["facts"].keys()

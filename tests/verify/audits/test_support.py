@@ -208,7 +208,9 @@ def test_the_command_records_and_refutes(tmp_path, capsys):
     assert "REFUTED: releases decide 80 of 80" in capsys.readouterr().out
     (file,) = (tmp_path / "audits").iterdir()
     made = json.loads(file.read_text())
-    assert made["instrument"] == support.INSTRUMENT and made["flagged"] and made["facts"]["releases"]["wrong"] == 0
+    assert (
+        made["instrument"] == SupportSetting.instrument and made["flagged"] and made["facts"]["releases"]["wrong"] == 0
+    )
     assert cli.main(["audit", *request]) == 1 and "recorded before" in capsys.readouterr().out
 
 
