@@ -15,7 +15,7 @@ from harness.dp.random import Stream
 from harness.records import audits as stored
 from harness.records.files import StoreError
 from harness.verify.audits import command as audits
-from harness.verify.audits import finding
+from harness.verify.audits import verdict
 from harness.verify.audits.bounds import (
     Mistakes,
     Profile,
@@ -212,7 +212,7 @@ def test_the_command_prints_records_and_never_repeats(tmp_path, capsys):
     # the claim is that of runs: their accountant, on its own grid
     assert 2.99 < found["epsilon_claimed"] <= 3 and found["accountant"] == "pld"
     assert 0 <= found["epsilon_audited"] <= found["epsilon_claimed"] and found["flagged"] is False
-    assert set(found["instruments"]) == set(finding.INSTRUMENTS)
+    assert set(found["instruments"]) == set(verdict.INSTRUMENTS)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split()[:3] == ["method", "target", "claimed"] and "not refuted" in printed[1]
     assert audits.main(request) == 0 and "recorded before" in capsys.readouterr().out
