@@ -36,7 +36,7 @@ class BackPack(GradientPeer):
 
     def objection(self, layer: nn.Module) -> str | None:
         if type(layer) not in KNOWN:
-            return "is no layer that BatchGrad knows: it would go without per-example gradients, silently"
+            return "is not a layer that BatchGrad knows: it would go without per-example gradients, silently"
         if getattr(layer, "padding_mode", "zeros") != "zeros" or isinstance(getattr(layer, "padding", 0), str):
             return "has a padding that BatchGrad takes for another: it gives another gradient, silently"
         if isinstance(layer, nn.RNNBase) and (layer.num_layers > 1 or layer.bidirectional or not layer.bias):

@@ -159,7 +159,7 @@ class Privacy(Jax):
 
     def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if type(clip) not in (Flat, Unclipped):
-            return f"{type(clip).__name__} is no rule of JAX Privacy, which clips a whole gradient to one norm"
+            return f"{type(clip).__name__} is not a rule of JAX Privacy, which clips a whole gradient to one norm"
         return super().refuses(loss, clip, model)
 
     def build(self, value: Callable[..., Any], model: nn.Module, clip: Clip) -> Callable[..., Any]:

@@ -69,7 +69,7 @@ def no_hooks(layer: nn.Module) -> str | None:
 def wrong_formula(layer: nn.Module) -> str | None:
     """Where Opacus's own formulas fail or, as found by comparison with the loop, give another gradient."""
     if getattr(layer, "padding_mode", "zeros") != "zeros":
-        return "pads other than with zeros, and Opacus's gradients ignore that: norms read low"
+        return "pads other than with zeros, and Opacus's gradients ignore that: norms are underestimated"
     if type(layer) is nn.LayerNorm and layer.bias is None:
         return "has no bias, and Opacus's formula fails without one"
     return padded(layer)
@@ -119,7 +119,7 @@ class ExpandedWeights(Hooks):
 
     def objection(self, layer: nn.Module) -> str | None:
         if type(layer) not in EXPANDED:
-            return "is no layer that expanded weights support"
+            return "is not a layer that expanded weights support"
         if type(layer) is nn.LSTM and layer.weight_ih_l0.dtype is torch.float32 and layer.weight_ih_l0.is_cpu:
             return "runs in oneDNN in float32 on a CPU, where expanded weights do not follow"
         return padded(layer)
@@ -134,8 +134,8 @@ class ExpandedWeights(Hooks):
 class Ghost(OpacusPeer):
     """`GradSampleModuleFastGradientClipping`: norms by hooks, then a second backward pass of the reweighted loss.
 
-    The norms are Opacus's own. In float32 they read low on large layers (by 2e-5 for a convolution of a million weights
-    as measured), so a clipped gradient may exceed its bound by as much.
+    The norms are Opacus's own. In float32 they are too small on large layers (by 2e-5 for a convolution of a million
+    weights as measured), so a clipped gradient may exceed its bound by as much.
     """
 
     def wrap(self, module: nn.Module) -> nn.Module:

@@ -34,7 +34,7 @@ class Library:
 
     @classmethod
     def version(cls) -> str | None:
-        """The version that is installed, None where there is none."""
+        """The version that is installed, None where it is not installed."""
         try:
             return importlib.metadata.version(cls.PACKAGE)
         except importlib.metadata.PackageNotFoundError:

@@ -38,7 +38,7 @@ FILES = (
 POINT = ("stage", "step", "seconds", "accuracy", "loss", "epsilon", "clipped_fraction")
 """What is read of a log point."""
 MOST_BYTES = 4 * 2**20
-"""A trace that is larger is none: it is written about 20 times a run."""
+"""A larger trace is not read: runs write about 20 points."""
 _HERE = Path(__file__).parent
 
 
@@ -181,7 +181,7 @@ def _digest(inputs: Any) -> str:
 
 
 def _traced(record: dict[str, Any], results: Path) -> dict[str, Any]:
-    """`record` with what the report uses of its trace. What is no JSON or no plain file is left out."""
+    """`record` with what the report uses of its trace. What is not JSON or not a plain file is left out."""
     if "trace" in record or not record["path"]:
         return record
     points: list[Any] = []

@@ -77,13 +77,13 @@ def summary(made: Mapping[str, Any]) -> str:
     apply, failed = sum(line["applies"] for line in lines), len(checks.failing(made))
     if repeat := made["repeat"]:
         alarms = sum(line["failures"] or 0 for line in lines)
-        said = f"{alarms} ALARMS" if failed else "no alarm" if apply else "none applies"
+        outcome = f"{alarms} ALARMS" if failed else "no alarm" if apply else "none applies"
         return (
             f"{made['method']}: {repeat['count']} repetitions of {apply} statistical checks, seeds"
-            f" {repeat['first']} to {repeat['last']}, {said}, {seconds}"
+            f" {repeat['first']} to {repeat['last']}, {outcome}, {seconds}"
         )
-    said = f"{failed} FAILED" if failed else "all hold"
-    return f"{made['method']}: {apply} of {len(lines)} checks apply, {said}, {seconds}"
+    outcome = f"{failed} FAILED" if failed else "all hold"
+    return f"{made['method']}: {apply} of {len(lines)} checks apply, {outcome}, {seconds}"
 
 
 def rows(made: Mapping[str, Any], failures_alone: bool = False) -> list[list[str]]:
@@ -141,7 +141,7 @@ def _failures(line: Mapping[str, Any] | None) -> str:
 def _table(found: list[dict[str, Any]], titles: list[str], cells: list[list[str]]) -> str:
     """A Markdown table, and where its records were made."""
     if not found:
-        return "No record of this is there yet."
+        return "There is no record of this yet."
     return "\n".join([*markdown(titles, cells), "", _made(found)])
 
 
@@ -152,8 +152,8 @@ def _made(found: list[dict[str, Any]]) -> str:
     days = sorted({one["started"][:10] for one in found})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     old = [one["method"] for one in found if one["stale"]]
-    said = f"{_count(len(found), 'method')}, {'; '.join(devices)}; {', '.join(versions)}; {when}."
-    return said + (f" Of other code than that of the day the table was made: {', '.join(old)}." if old else "")
+    text = f"{_count(len(found), 'method')}, {'; '.join(devices)}; {', '.join(versions)}; {when}."
+    return text + (f" Of other code than on the day that the table was made: {', '.join(old)}." if old else "")
 
 
 def _count(number: int, what: str) -> str:

@@ -20,7 +20,7 @@ MANY = 1000
 
 
 def sort(page: Any, key: str) -> str | None:
-    """Press a column's head by keyboard; what a screen reader is told of the order."""
+    """Press a column's head by keyboard; the order is announced to a screen reader."""
     head = page.locator(f"#board th[data-key={key}]")
     head.locator("button").focus()
     page.keyboard.press("Enter")

@@ -66,7 +66,7 @@ def test_latex_says_what_it_was_given() -> None:
 
 
 @pytest.mark.parametrize("name", [EVIL, "=cmd()", "\x1b[31m\u202e", "a|b", "plain"])
-def test_hostile_names_leave_every_form_sound(name: str) -> None:
+def test_hostile_names_leave_every_form_valid(name: str) -> None:
     claim = {"method": name, "task": name, "epsilon": 3, "value": 0.5, "source": name, "note": name}
     found = export.files(board(name, name, hostile(name), [claim]))
     assert {Path(path).suffix for path in found} == set(export.SUFFIXES) and "tables/published.tex" in found

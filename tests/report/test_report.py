@@ -105,7 +105,7 @@ def test_two_seeds_tell_equal_methods_apart_in_five_percent_at_most(n: int, righ
     assert apart <= 0.05
 
 
-def test_examples_are_told_or_the_fewest_on_which_accuracies_are_counts() -> None:
+def test_examples_are_recorded_or_the_fewest_on_which_accuracies_are_counts() -> None:
     assert counted_on([0.871, 0.5]) == 1000 and counted_on([321 / 364, 7 / 364]) == 364
     assert counted_on([math.pi / 4]) is None and counted_on([]) is None and counted_on([1.0, 0.0]) is None
     two = [record(seed=0), record(seed=1)]

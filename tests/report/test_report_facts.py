@@ -296,6 +296,6 @@ def test_status_of_every_suite_names_the_stale_records(
 
 def test_a_plan_names_bounds_as_a_report_does() -> None:
     planned = {"pld": 2.0, "gdp": None}
-    told = [plan_command._planned(planned, name) for name in ("pld", "gdp", "prv")]
-    assert told == ["2", "does not apply", "-"]
+    shown = [plan_command._planned(planned, name) for name in ("pld", "gdp", "prv")]
+    assert shown == ["2", "does not apply", "-"]
     assert plan_command._planned({"pld": None, "gdp": None}, "gdp") == "∞"

@@ -23,9 +23,9 @@ from tests.support.show import said
 
 
 def earlier(seed: int = 0) -> dict[str, Any]:
-    """The same run in a record from before its stages were told apart."""
+    """The same run in a record from before records had stages."""
     one = staged(seed)
-    one["stages"] = [{k: v for k, v in told.items() if k not in ADDED} for told in one["stages"]]
+    one["stages"] = [{k: v for k, v in stage.items() if k not in ADDED} for stage in one["stages"]]
     one["privacy"] |= {"sampling": "Poisson, q = 0.064", "sensitivity": {"grad": 0.25}}
     one["measured"]["examples_per_second"] = {"median": MIXED, "q1": MIXED, "q3": MIXED}
     one["measured"]["engine"] = "BookKeeping"

@@ -242,7 +242,7 @@ def test_p_values_of_sound_noise_are_uniform():
 
 @dataclasses.dataclass(frozen=True)
 class Broken(Gaussian):
-    """Cannot be billed."""
+    """Has no event."""
 
     def event(self, sigmas):
         raise KeyError("sigma")

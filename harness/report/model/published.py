@@ -1,4 +1,4 @@
-"""Published values beside what was measured: whether they agree, and if that cannot be said, why."""
+"""Published values beside what was measured: whether they agree, and if that cannot be decided, why."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PublishedValue:
 
 
 def verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> list[PublishedValue]:
-    """Compare one published value with every row that measures it (variants and devices are told apart)."""
+    """Compare one published value with every row that measures it (each variant and each device by itself)."""
 
     def text(name: str) -> str:
         value = claim.get(name)

@@ -215,7 +215,7 @@ def _told_apart(rows: list[Row]) -> list[Row]:
 
 def examples(runs: Iterable[Run]) -> int | None:
     """How many examples the accuracies of runs on one split are counted on: the fewest that one says, else the fewest
-    on which they can be counts; None where they are none."""
+    on which they can be counts; None where they are not counts."""
     runs = [run for run in runs if run.accuracy is not None]
     reported = [run.examples for run in runs if run.examples]
     return min(reported) if reported else counted_on(run.accuracy for run in runs if run.accuracy is not None)

@@ -159,7 +159,7 @@ class Run:
 
     @property
     def judged(self) -> tuple[LogPoint, ...]:
-        """The log points of the last stage: those before it tell of another network, by another measure."""
+        """The log points of the last stage: those before it are of another network, by another measure."""
         return tuple(p for p in self.trace if self.stage_at(p.step) + 1 >= len(self.stages))
 
     def stage_at(self, step: int) -> int:

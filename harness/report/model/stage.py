@@ -64,8 +64,8 @@ class StageFacts:
 
 
 def sampling(stages: tuple[StageFacts, ...], of_run: str) -> str:
-    """The law of the batches of private data: of all stages, or of each where they differ or are not all known."""
-    laws = [one.sampling or "not recorded" for one in stages if not one.public]
-    if len(set(laws)) < 2:
-        return laws[0] if stages and laws[0] == stages[0].sampling else of_run
-    return "; ".join(f"{law} (stage {number})" for number, law in enumerate(laws, 1))
+    """How batches of private data are sampled: in all stages, or of each where they differ or are not all known."""
+    names = [one.sampling or "not recorded" for one in stages if not one.public]
+    if len(set(names)) < 2:
+        return names[0] if stages and names[0] == stages[0].sampling else of_run
+    return "; ".join(f"{name} (stage {number})" for number, name in enumerate(names, 1))

@@ -7,7 +7,7 @@ number of rows.
 An accuracy is a count over n examples: what is seen of a model's is rounded to 1/n. Rounding has the variance
 1 / (12 n²) (Sheppard 1898), that of two accuracies together 1 / (6 n²), and the variance over seeds is never taken to
 be less: otherwise two seeds whose differences happen to round to the same count would leave an interval without width,
-and two equal methods would be told apart far more often than in 5 % of cases (up to 12 % with two seeds and without
+and two equal methods would seem to differ far more often than in 5 % of cases (up to 12 % with two seeds and without
 this floor; `tests/report/test_report.py` sums it up exactly).
 """
 
@@ -91,7 +91,7 @@ def rounding(examples: int | None) -> float:
 
 
 def counted_on(accuracies: Iterable[float]) -> int | None:
-    """The fewest examples on which all these accuracies are counts; None where they are none.
+    """The fewest examples on which all these accuracies are counts; None where they are not counts.
 
     For records that do not say how many there were. It divides their number, so what is rounded is never taken to be
     finer than it is.

@@ -71,7 +71,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def address(text: str) -> str:
-    """The web address that `text` stands for, empty where it is none: a paper's id, a DOI, or an address itself."""
+    """The web address that `text` stands for, of a paper's id, a DOI, or an address itself; else empty."""
     if found := re.match(r"arxiv:\s*([\w.\-/]+)", text, re.I):
         return f"https://arxiv.org/abs/{found[1]}"
     if found := re.match(r"doi:\s*(10\.\S+)", text, re.I):

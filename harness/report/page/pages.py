@@ -213,28 +213,26 @@ def cards(
     plain = {row.first.method: dict(row.first.parts) for row in board.rows if row.first.method == BASELINE}
     out = {}
     for name, href in places.methods.items():
-        said = sources.get("methods", {}).get(name, {})
+        described = sources.get("methods", {}).get(name, {})
         run = min((r.first for r in rows[name]), key=lambda r: (r.changed, not r.parts))
-        paper = said.get("paper") or run.paper
+        paper = described.get("paper") or run.paper
         tally = Counter(line["outcome"] for line in lines[name])
         out[href] = template.render(
             suite=board.suite,
             name=name,
-            about=[
-                t for text in (said.get("summary") or run.summary, said.get("module", "")) for t in paragraphs(text)
-            ],
+            about=[*paragraphs(described.get("summary") or run.summary), *paragraphs(described.get("module", ""))],
             facts=[p for p in (("Family", run.family), ("Paper", paper)) if p[1]],
             filter="#?" + urlencode({"method": name}),
             parts=_parts(run, plain.get(BASELINE, {}), sources.get("parts", {}), rows[name]),
             changes=_changes(rows[name]),
-            parameters=_parameters(said.get("parameters", {}), rows[name]),
+            parameters=_parameters(described.get("parameters", {}), rows[name]),
             check=checked.get(name),
             mark=mark(checked, name),
             audits=[_audit(a) for a in known if a.method == name],
             lines=lines[name],
             summary=", ".join(f"{n} {word}" for word, n in sorted(tally.items())),
             paper=paper,
-            bibtex=bibtex(name, paper, said.get("module", "")),
+            bibtex=bibtex(name, paper, described.get("module", "")),
         )
     return out
 
@@ -243,7 +241,7 @@ def _parts(run: Run, plain: Mapping[str, str], docs: Mapping[str, Any], rows: Se
     """The seven parts in the order of a step; those that DP-SGD has too are not its own.
 
     They are those of `run`, which has the method's default parts where any of its rows has. ``changed`` says for a part
-    that it is none of these, or that some rows have another.
+    that it is not one of these, or that some rows have another.
     """
     some = {slot for row in rows for slot, _ in row.first.changes}
     every = {slot for slot, _ in run.changes}

@@ -83,7 +83,7 @@ class Rates(NamedTuple):
 class Mistakes(NamedTuple):
     """The upper confidence limit on the rate of mistakes in guessing fair coins: the mean of the two rates above.
 
-    One limit instead of two is closer to what was seen; it tells nothing of how the two differ.
+    One limit instead of two is closer to what was seen; it does not show how the two differ.
     """
 
     rate: Floats
@@ -264,7 +264,7 @@ def by_tradeoff(
 
     `plan` gives the ledger at a noise multiplier, `price` its epsilon at `delta`, `sigma` is the one claimed. Errors
     below the trade-off curve of the claimed ledger refute it as it stands, whatever the mechanism is. How much privacy
-    there is instead is told in the units of the same plan with less noise, as Nasr et al. do (2023, arXiv:2302.07956,
+    there is instead is given in the units of the same plan with less noise, as Nasr et al. do (2023, arXiv:2302.07956,
     section 5). The search ends at a third of sigma: more is known to be at least the epsilon there. 0 where nothing is
     refuted up to 8 sigma. Only where the claim is refuted does the number come from `Profile`, which is a little above
     the claim's at sigma itself.

@@ -311,15 +311,15 @@ class CanaryObserver:
         self.lengths.append(length.expand(self.planted.count))
 
     def _hear_beside(self, public: Release) -> None:
-        """Add what a side release tells to what the gradient of the same step told: its noise is independent."""
+        """Add what a side release shows to what the gradient of the same step showed: its noise is independent."""
         at, mine = self.planted.sides[public.value.layout]
         mine = mine / (public.sigma * public.sensitivity)
-        told = public.value.flat.double()[at] / (public.sigma * public.sensitivity)
+        shown = public.value.flat.double()[at] / (public.sigma * public.sensitivity)
         length = mine.square().sum(1).sqrt()
-        told = (told * mine).sum(1) / length.clamp(min=1e-300)
+        shown = (shown * mine).sum(1) / length.clamp(min=1e-300)
         before = self.lengths[-1]
         both = torch.hypot(before, length)
-        self.values[-1] = (before * self.values[-1] + length * told) / both.clamp(min=1e-300)
+        self.values[-1] = (before * self.values[-1] + length * shown) / both.clamp(min=1e-300)
         self.lengths[-1] = both
 
     def _error(self, outputs: Tensor) -> Tensor:
@@ -352,10 +352,10 @@ class CanaryObserver:
 
 @dataclass(frozen=True)
 class Watched(Engine):
-    """An engine whose public arguments are told: the weights, the clipping rule's state and the step."""
+    """An engine that reports its public arguments: the weights, the clipping rule's state and the step."""
 
     engine: Engine
-    tell: Callable[[Tree, Any, int], None]
+    report: Callable[[Tree, Any, int], None]
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         return self.engine.accepts(loss, clip, model)
@@ -367,16 +367,16 @@ class Watched(Engine):
         self, loss: Loss, clip: Clip, model: nn.Module, w: Tree, batch: Batch, state: Any, sigma: float,
         relation: Relation, step: int = 0,
     ) -> Bounded:  # fmt: skip
-        self.tell(w, state, step)
+        self.report(w, state, step)
         return self.engine.bounded(loss, clip, model, w, batch, state, sigma, relation, step)
 
 
 @dataclass(frozen=True)
 class Overheard(Noise):
-    """Noise whose public results are told: releases with their noised value, and what is claimed of them."""
+    """Noise that reports its public results: releases with their noised value, and what is claimed of them."""
 
     noise: Noise
-    tell: Callable[[Release], None]
+    report: Callable[[Release], None]
 
     @property
     def private(self) -> bool:
@@ -384,7 +384,7 @@ class Overheard(Noise):
 
     def add(self, release: Release, rng: Stream) -> Tree:
         public = self.noise.add(release, rng)
-        self.tell(release._replace(value=public.clone()))
+        self.report(release._replace(value=public.clone()))
         return public
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:

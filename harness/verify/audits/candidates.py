@@ -31,7 +31,7 @@ CLIMB = 60  # random moves of the best
 def strongest(method: Method, task: AuditTask, rate: float) -> Neighbours:
     """The pair of the largest reach. Raises Refused where the engine takes none, or no target moves a release.
 
-    A reach of 1 is no reason to stop: it would be where a sensitivity is declared too small that more is found.
+    A reach of 1 is no reason to stop: where a declared sensitivity is too small, more can be found.
     """
     if refused := method.engine.accepts(method.loss, method.clip, task.body):
         raise Refused(refused)

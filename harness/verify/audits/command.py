@@ -87,7 +87,7 @@ def audit(method: Method, s: CanarySetting, sigma: float | None = None, task: Au
         one = dataclasses.replace(planted, coins=Stream(seed, "coins", 0).uniform(planted.count) < 0.5)
         observed, ledger, engine = overhear(method, one, sigma, Schedule(s.steps, batch, s.steps), seed)
         if ledger != plan(sigma):
-            raise Refused(f"the run billed {ledger}, its plan said {plan(sigma)}")
+            raise Refused(f"the run charged {ledger}, its plan says {plan(sigma)}")
         coins.append(one.coins)
         reaches.append(float(observed.lengths.mean()) * sigma)
         for name, score in SCORES.items():
@@ -119,7 +119,8 @@ def overhear(
     if not observer.values:
         raise Refused("no noised gradient was released")
     n = planted.n_train
-    draws = [len(method.sampler.draw(n, schedule.batch, t, 0)) / n for t in range(16)]  # its law is public
+    # The distribution of batches is public.
+    draws = [len(method.sampler.draw(n, schedule.batch, t, 0)) / n for t in range(16)]
     seen = Projections(torch.stack(observer.values), torch.stack(observer.lengths), min(1.0, sum(draws) / 16))
     return seen, progress.ledger, progress.engine
 
@@ -184,7 +185,7 @@ def outline(subject: AuditedMethod, s: AuditSetting, task: AuditTask) -> dict[st
 
 
 def found(subject: AuditedMethod, s: AuditSetting, task: AuditTask) -> dict[str, Any]:
-    """What an audit adds to its outline: claimed and audited epsilon, or the reason why there is none."""
+    """What an audit adds to its outline: claimed and audited epsilon, or the reason why it has neither."""
     try:
         if isinstance(s, MembershipSetting):
             return by_members(subject.method, s, task)

@@ -256,7 +256,7 @@ class PairObserver:
         return Drawn(present, prepare(other, Stream(views, "views", step)))
 
     def rate(self) -> float:
-        """How often the target is drawn: the sampler's law is public."""
+        """How often the target is drawn: the distribution of batches is public."""
         n = self.pair.n_train
         seeds = (derive("audit rate", self.seed, t) for t in range(64))
         sizes = [len(self.method.sampler.draw(n, self.batch, t, s)) for t, s in enumerate(seeds)]
@@ -337,7 +337,7 @@ def audit(
         coins.append(bool(Stream(seed, "coins", 0).uniform(1) < 0.5))
         steps, progress = overheard(method, Neighbour(pair, coins[-1]), model, sigma, schedule, seed)
         if progress.ledger != planned:
-            raise Refused(f"the run billed {progress.ledger}, its plan said {planned}")
+            raise Refused(f"the run charged {progress.ledger}, its plan says {planned}")
         readings = [observer.reading(at) for at in steps]
         values, lengths, reached = torch.tensor(readings, dtype=torch.float64).T[:, :, None]
         observed = Projections(values, lengths, rate)

@@ -1,4 +1,4 @@
-"""A support attack: does a released float tell by itself which of two data sets it came from?
+"""A support attack: whether a released float by itself reveals which of two data sets it came from.
 
 Mironov (CCS 2012): floating point noise does not reach every float, and which ones it reaches depends on the sum that
 it was added to. So one coordinate of a release can rule a data set out, at any epsilon. Runs are those of a pair of
@@ -74,7 +74,7 @@ def neighbours(method: Method, task: AuditTask) -> Neighbours:
     who knows them too.
     """
     if len(task.x) < 2:
-        raise Refused("one example alone has no neighbours to be told from: write --examples 2 or more")
+        raise Refused("one example alone has no neighbours: write --examples 2 or more")
     if refused := method.engine.accepts(method.loss, method.clip, task.body):
         raise Refused(refused)
     last = len(task.x) - 1
@@ -197,10 +197,10 @@ class Tally:
 
     def facts(self, inside: Mask) -> dict[str, int]:
         """How many coins were decided, rightly and wrongly, and how many not."""
-        said, truth = np.array(self.decided), np.where(inside, 1, -1)
+        decided, truth = np.array(self.decided), np.where(inside, 1, -1)
         return {
-            "right": int((said == truth).sum()), "wrong": int((said == -truth).sum()),
-            "undecided": int((said == 0).sum()), "contradictions": self.both,
+            "right": int((decided == truth).sum()), "wrong": int((decided == -truth).sum()),
+            "undecided": int((decided == 0).sum()), "contradictions": self.both,
         }  # fmt: skip
 
 
@@ -409,7 +409,7 @@ def attacked(method: Method, two: Neighbours, s: SupportSetting, sigma: float) -
         witness.given.clear()
         steps, ended = overheard(watched, Neighbour(two, present), model, sigma, schedule, seed)
         if ended.ledger != planned:
-            raise Refused(f"the run billed {ended.ledger}, its plan said {planned}")
+            raise Refused(f"the run charged {ended.ledger}, its plan says {planned}")
         kept = method.path.kept(ended.w, ended.parts.path)
         attack.judge(WitnessedRun(steps, kept, witness.given, secrets(seed), present))
     if not attack.moved:
@@ -449,10 +449,10 @@ def certainty(tally: Tally, inside: Mask, delta: float, level: float) -> float:
     found = tally.facts(inside)
     if found["wrong"]:
         return 0.0
-    said = np.array(tally.decided)
+    decided = np.array(tally.decided)
     right = [
-        (int((said[inside] == 1).sum()), int(inside.sum())),
-        (int((said[~inside] == -1).sum()), int((~inside).sum())),
+        (int((decided[inside] == 1).sum()), int(inside.sum())),
+        (int((decided[~inside] == -1).sum()), int((~inside).sum())),
     ]
     least = max(1 - float(upper(n - k, n, level / 2)) for k, n in right)
     return MOST if least > delta else 0.0

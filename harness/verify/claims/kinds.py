@@ -99,7 +99,7 @@ class DpSgd(PublishedClaim):
 
 
 def both(plan: Sampled, delta: float) -> list[Figure]:
-    """The bounds of the accountants that this project bills by."""
+    """The bounds of the accountants that this project charges by."""
     names = {"pld": "PLD", "rdp": "RDP"}
     return [Figure(name, accounts.proved(plan, delta, key), "bound") for key, name in names.items()]
 
@@ -283,7 +283,7 @@ class AdaptiveClipping(PublishedClaim):
 
 
 class Underread(PublishedClaim):
-    """``[[underread]]``: the largest contribution of an example over C, where convolutions' norms read low."""
+    """``[[underread]]``: the largest contribution of an example over C, where norms of convolutions are too small."""
 
     quantity: ClassVar[str] = "contribution / C"
     formula: ClassVar[str] = (

@@ -172,7 +172,7 @@ def refused(violation: Violation) -> Check:
 def repeated(method: str, repeat: int, first: int = 1) -> list[Check]:
     """The statistical checks alone, `repeat` times with fresh seeds, on the smallest problem that a method accepts.
 
-    One line a method and check: how many repetitions it failed, and what it said of the first.
+    One line a method and check: how many repetitions failed, and the message of the first that did.
     """
     return _lines(method, lambda one: rehearsed(one.method, repeat, first))
 

@@ -18,7 +18,7 @@ from harness.verify.conformance.subject import PROBLEMS, Inapplicable, SmallProb
 
 
 def other_options(s: Subject) -> None:
-    """so it is with other values of its options, one at a time: the clipping rule, the sensitivity, the bill"""
+    """the clipping rule, the sensitivity and the ledger are right for other values of its options too, one at a time"""
     s.noises()
     if s.identity is None:
         raise Inapplicable("it is not registered, and has no options")
@@ -40,7 +40,7 @@ def other_options(s: Subject) -> None:
 
 
 def _bounding(method: Method) -> dict[str, Any]:
-    """All that decides what is released and billed: not the optimizer, which sees what is public."""
+    """All that decides what is released and charged; not the optimizer, which sees public values alone."""
     return {name: part for name, part in describe(method).items() if name != "optimizer"}
 
 

@@ -1,4 +1,4 @@
-"""The same run another way: in other microbatches, on other threads, resumed, without learning, without examples."""
+"""Checks by running again: in other microbatches, on other threads, resumed, without learning, without examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing leaves a step but through the noise."""
+"""Checks that nothing leaves a step but through the noise."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _alike(s: Subject, begun: Progress, until: int) -> None:
 def _public(s: Subject, p: Progress) -> dict[str, Any]:
     states = {f"{name} state": copy.deepcopy(value) for name, value in p.parts._asdict().items()}
     return {
-        "sensitivities": dict(p.sensitivity), "bills": p.ledger.to_json(), "weights": p.w.clone(),
+        "sensitivities": dict(p.sensitivity), "charges": p.ledger.to_json(), "weights": p.w.clone(),
         "kept weights": s.method.path.kept(p.w, p.parts.path).clone(), **states
     }  # fmt: skip
 

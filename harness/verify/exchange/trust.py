@@ -4,7 +4,7 @@ Of a record that was not made here its privacy is recomputed rather than believe
 its noise multiplier, its epsilons are those of its ledger, they meet the target, and every other field that follows
 from the cell is what it must be. The first that is not refuses the record by name. What a run alone can know, its
 accuracy first of all, is the word of who made it, and so is what nobody can compute here because its method is not
-known: that is said, and stays beside the record.
+known: that is reported, and stays beside the record.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MOST_EPSILON = 200.0
 _NAMED = re.compile(r"[a-z0-9-]+|features:[a-z0-9-]+(\?[\w.=&-]*)?")
 """Data sets of which the spec names no file, and asks for no more of them than there is."""
 WORD = ("metrics", "measured", "diagnostics", "weights_sha256", "code", "device")
-"""What only the run itself could tell."""
+"""What only the run itself knows."""
 
 
 class _Denied(Exception):
@@ -87,25 +87,25 @@ def examine(record: store.Record) -> Examined:
     return Examined(unknown=tuple(dict.fromkeys(unknown)))
 
 
-def _demand(name: str, told: Any, *expected: Any) -> None:
-    """Refuse a field that is none of the values that it may have."""
-    if all(canonical_json(told) != canonical_json(one) for one in expected):
+def _demand(name: str, recorded: Any, *expected: Any) -> None:
+    """Refuse a field that has a value which is not allowed."""
+    if all(canonical_json(recorded) != canonical_json(one) for one in expected):
         wanted = " or ".join(dict.fromkeys(_short(one) for one in expected))
-        raise _Denied(f"{name} is {_short(told)}, and must be {wanted}")
+        raise _Denied(f"{name} is {_short(recorded)}, and must be {wanted}")
 
 
-def _close(name: str, told: Any, found: float) -> None:
+def _close(name: str, recorded: Any, found: float) -> None:
     """Refuse an epsilon that is not the one computed here. None is infinite: it may stand where more is known today."""
-    if told is None:
+    if recorded is None:
         return
     if (
-        isinstance(told, bool)
-        or not isinstance(told, int | float)
+        isinstance(recorded, bool)
+        or not isinstance(recorded, int | float)
         # Nothing differs from infinity by more than a share of it.
         or not math.isfinite(found)
-        or abs(told - found) > TOLERANCE * found + 1e-9
+        or abs(recorded - found) > TOLERANCE * found + 1e-9
     ):
-        raise _Denied(f"{name} is {_short(told)}, and its ledger gives {found:.6g}")
+        raise _Denied(f"{name} is {_short(recorded)}, and its ledger gives {found:.6g}")
 
 
 def _short(value: Any) -> str:
@@ -140,7 +140,7 @@ def _keys(cell: Cell) -> None:
 
 
 def _plain(record: store.Record, cell: Cell) -> None:
-    """The terms, which are the cell's, and results that are none."""
+    """The terms, which are the cell's, and results that are invalid."""
     privacy, asked = record["privacy"], cell.privacy
     _keys(cell)
     if type(cell.seed) is not int or cell.seed < 0:
@@ -159,16 +159,16 @@ def _plain(record: store.Record, cell: Cell) -> None:
         _demand("privacy.relation", privacy["relation"], asked["relation"])
     accuracy, loss = (record["metrics"].get(name) for name in ("accuracy", "loss"))
     if accuracy is not None and (isinstance(accuracy, bool) or not 0 <= accuracy <= 1):
-        raise _Denied(f"metrics.accuracy is {_short(accuracy)}, which is no fraction")
+        raise _Denied(f"metrics.accuracy is {_short(accuracy)}, which is not a fraction")
     examples = record["metrics"].get("examples")
     if accuracy is not None and examples is not None and not 0 < examples < math.inf:
-        raise _Denied(f"metrics.examples is {_short(examples)}, which is no number of them")
-    judged = (2 if cell.then else 1) not in public.privately_judged(record)
-    if ok and judged and (accuracy is None or loss is None):
+        raise _Denied(f"metrics.examples is {_short(examples)}, which is not a count of examples")
+    public_results = (2 if cell.then else 1) not in public.privately_judged(record)
+    if ok and public_results and (accuracy is None or loss is None):
         raise _Denied("metrics have no accuracy or no loss, and its status is ok")
     clipped = (record.get("diagnostics") or {}).get("clipped_fraction")
     if clipped is not None and not 0 <= clipped <= 1:
-        raise _Denied(f"diagnostics.clipped_fraction is {_short(clipped)}, which is no fraction")
+        raise _Denied(f"diagnostics.clipped_fraction is {_short(clipped)}, which is not a fraction")
     started, finished = record.get("started"), record.get("finished")
     if started and finished and finished < started and finished[19:] == started[19:]:
         raise _Denied(f"it finished at {finished}, before it started at {started}")
@@ -231,9 +231,9 @@ def _data(record: store.Record, cell: Cell) -> None:
             _demand("metrics.examples", judged, rest if task["evaluate"] == "validation" else known["n_test"])
     if len(digests) > 1 and digests[0] & digests[1]:
         raise _Denied(f"cell.then.task is {_short(tasks[1][1]['dataset'])}, which is the private data and not public")
-    told = record["privacy"].get("public_data")
-    if told is not None or record["status"] == "ok":
-        _demand("privacy.public_data", told, run.public_data(made_of[0], cell))
+    recorded = record["privacy"].get("public_data")
+    if recorded is not None or record["status"] == "ok":
+        _demand("privacy.public_data", recorded, run.public_data(made_of[0], cell))
 
 
 @lru_cache(maxsize=256)
@@ -300,8 +300,8 @@ def _methods(cell: Cell) -> tuple[Method, ...]:
         **{name: getattr(cell, name) for name in ("method", "parameters", "parts", "changes", "then", "privacy")},
         suite="", label="", task={}, schedule={}, numerics={}, seed=0,
     ).to_json())  # fmt: skip
-    told = [cell.parts, *([cell.then["parts"]] if cell.then else [])]
-    for one, parts in zip(methods, told, strict=True):
+    recorded = [cell.parts, *([cell.then["parts"]] if cell.then else [])]
+    for one, parts in zip(methods, recorded, strict=True):
         here = describe(one)
         for slot in sorted(here.keys() | parts.keys()):
             if canonical_json(here.get(slot)) != canonical_json(parts.get(slot)):
@@ -318,22 +318,22 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
     schedules = [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
     for one in schedules:
         if type(one["batch"]) is not int or type(one["steps"]) is not int or min(one.values()) < 1:
-            raise _Denied(f"its schedule {_short(one)} is none")
+            raise _Denied(f"its schedule {_short(one)} is invalid")
     if sum(one["steps"] for one in schedules) > MOST_STEPS:
         raise _Unknown(f"it has more than {MOST_STEPS} steps, so that its ledger is its word")
     stages = [Stage(m, one["batch"], one["steps"]) for m, one in zip(methods, schedules, strict=True)]
     private = stages[:1] if "task" in cell.then else stages
     relations = {stage.method.sampler.relation.value for stage in private}
-    told, ok = privacy["relation"], record["status"] == "ok"
+    recorded, ok = privacy["relation"], record["status"] == "ok"
     if len(relations) != 1 and ok:
         raise _Denied("its stages are analysed for different neighbours, and its status is ok")
-    _demand("privacy.relation", told, *relations, *(() if ok else (cell.privacy["relation"],)))
-    laws = [stage.method.sampler.law(n, stage.batch) for stage in private]
-    older = [laws[0]] if cell.then else []  # records knew the first stage's law alone before stages had theirs
-    _demand("privacy.sampling", privacy["sampling"], run.joined(laws), *older, *([] if ok else [None]))
+    _demand("privacy.relation", recorded, *relations, *(() if ok else (cell.privacy["relation"],)))
+    sampling = [stage.method.sampler.law(n, stage.batch) for stage in private]
+    older = [sampling[0]] if cell.then else []  # records knew the first stage's law alone before stages had theirs
+    _demand("privacy.sampling", privacy["sampling"], run.joined(sampling), *older, *([] if ok else [None]))
     sigma = privacy.get("noise_multiplier")
     if sigma is not None and not 0 < sigma < math.inf:
-        raise _Denied(f"privacy.noise_multiplier is {_short(sigma)}, which is none")
+        raise _Denied(f"privacy.noise_multiplier is {_short(sigma)}, which is invalid")
     if ok and cell.private and sigma is None:
         raise _Denied("privacy.noise_multiplier is null, and its status is ok")
     if sigma is not None and not cell.private:
@@ -353,9 +353,9 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
             f"{_short(whole.to_json())}"
         )
     if privacy["planned"]:
-        _spent("privacy", privacy, "planned", whole, cell, Relation(told))
+        _spent("privacy", privacy, "planned", whole, cell, Relation(recorded))
     if cell.then:
-        _stages(record, cell, stages, private, sigma or 0.0, Relation(told))
+        _stages(record, cell, stages, private, sigma or 0.0, Relation(recorded))
 
 
 def _stated(record: store.Record, cell: Cell) -> None:
@@ -373,16 +373,16 @@ def _stated(record: store.Record, cell: Cell) -> None:
         _demand("privacy.privately_judged", privacy["privately_judged"], judged)
     words: list[str] = []
     places = (record["stages"][: len(private)] if cell.then else [privacy]) if ok else []
-    for k, (told, stage) in enumerate(zip(places, private, strict=False), 1):
+    for k, (recorded, stage) in enumerate(zip(places, private, strict=False), 1):
         where, method = f"stages.{k}" if cell.then else "privacy", stage.method
-        if not cell.private or told.get("sensitivity") is None:
+        if not cell.private or recorded.get("sensitivity") is None:
             continue
         releases = method.engine.split(method.clip, privacy["noise_multiplier"], stage.steps - 1)
-        _demand(f"the names in {where}.sensitivity", sorted(told["sensitivity"]), sorted(releases))
+        _demand(f"the names in {where}.sensitivity", sorted(recorded["sensitivity"]), sorted(releases))
         # A rule with a state bounds by that state, and what it releases beside the gradient by what it saw.
         words += [f"{where}.sensitivity"] * (type(method.clip).init is not Clip.init or len(releases) > 1)
         note = method.engine.note(method.loss, method.clip, stage.batch, method.sampler.relation)
-        words += [f"{where}.sensitivity_note"] * (told.get("sensitivity_note") != note)
+        words += [f"{where}.sensitivity_note"] * (recorded.get("sensitivity_note") != note)
     if privacy.get("accounting"):
         terms = cell.privacy["delta"], Relation(privacy["relation"])
         ledger = plan(private, privacy.get("noise_multiplier") or 0.0, n)
@@ -408,12 +408,12 @@ def _stages(
     relation: Relation,
 ) -> None:  # fmt: skip
     """What a record says of each of its stages."""
-    told, ok, n = record.get("stages"), record["status"] == "ok", cell.task["n_train"]
-    if not isinstance(told, list) or len(told) != len(stages):
+    recorded, ok, n = record.get("stages"), record["status"] == "ok", cell.task["n_train"]
+    if not isinstance(recorded, list) or len(recorded) != len(stages):
         raise _Denied("stages are not one for each stage of its cell")
     names = [cell.method, cell.then["name"]]
     tasks = [cell.task, cell.then.get("task", cell.task)]
-    for k, (one, stage) in enumerate(zip(told, stages, strict=True)):
+    for k, (one, stage) in enumerate(zip(recorded, stages, strict=True)):
         public, where = k >= len(private), f"stages.{k + 1}"
         known = {
             "method": names[k], "data": tasks[k]["dataset"], "public": public, "batch": stage.batch,
@@ -433,13 +433,13 @@ def _stages(
             _bounded(where, one, stage)
 
 
-def _bounded(where: str, told: Mapping[str, Any], stage: Stage) -> None:
+def _bounded(where: str, recorded: Mapping[str, Any], stage: Stage) -> None:
     """The sensitivity of the clipped sum, where the rule has no state: its own, or more by an engine's."""
     method = stage.method
     clip, relation = method.clip, method.sampler.relation
     if type(clip).init is Clip.init and not method.engine.note(method.loss, clip, stage.batch, relation):
         bound = clip.sensitivity(None, relation)
-        found = (told["sensitivity"] or {}).get("grad", 0.0)
+        found = (recorded["sensitivity"] or {}).get("grad", 0.0)
         exact = isinstance(method.engine, PerExample) and math.isfinite(bound)
         if found is None and math.isfinite(bound):
             raise _Denied(f"{where}.sensitivity.grad is null, and its clipping rule bounds by {bound:g}")
@@ -448,13 +448,13 @@ def _bounded(where: str, told: Mapping[str, Any], stage: Stage) -> None:
 
 
 def _spent(
-    where: str, told: Mapping[str, Any], name: str, ledger: Ledger, cell: Cell, relation: Relation | None
+    where: str, recorded: Mapping[str, Any], name: str, ledger: Ledger, cell: Cell, relation: Relation | None
 ) -> None:
     """The epsilons of a ledger by accountant, and the one of them that ranks."""
-    bounds, delta = told.get(name) or {}, cell.privacy["delta"]
+    bounds, delta = recorded.get(name) or {}, cell.privacy["delta"]
     if delta is None or not bounds:
         for key in ("epsilon", "accountant"):
-            _demand(f"{where}.{key}", told.get(key), None)
+            _demand(f"{where}.{key}", recorded.get(key), None)
         if delta is None:
             _demand(f"{where}.{name}", bounds, {})
         return
@@ -462,7 +462,7 @@ def _spent(
         raise _Denied(f"{where}.{name} has epsilons, and no relation")
     strangers = sorted(bounds.keys() - ACCOUNTANTS.keys())
     if strangers:
-        raise _Denied(f"{where}.{name} names {', '.join(strangers)}, which is no accountant here")
+        raise _Denied(f"{where}.{name} names {', '.join(strangers)}, which are not accountants here")
     by_rdp = epsilon(ledger, delta, relation, "rdp")
     for accountant, value in bounds.items():
         if accountant != "rdp" and MOST_EPSILON < by_rdp < math.inf:
@@ -470,20 +470,20 @@ def _spent(
         _close(f"{where}.{name}.{accountant}", value, epsilon(ledger, delta, relation, accountant))
     if name == "spent":
         finite = {one: math.inf if bounds.get(one) is None else bounds[one] for one in ACCOUNTANTS}
-        _demand(f"{where}.accountant", told.get("accountant"), ranking(finite))
-        _demand(f"{where}.epsilon", told.get("epsilon"), bounds.get(told["accountant"]))
+        _demand(f"{where}.accountant", recorded.get("accountant"), ranking(finite))
+        _demand(f"{where}.epsilon", recorded.get("epsilon"), bounds.get(recorded["accountant"]))
 
 
-def _searched(told: Mapping[str, Any], cell: Cell, ledger: Ledger, relation: Relation, complete: bool) -> None:
+def _searched(recorded: Mapping[str, Any], cell: Cell, ledger: Ledger, relation: Relation, complete: bool) -> None:
     """What the search for hyper-parameters costs."""
     tuning = cell.privacy.get("tuning")
     if tuning is None:
         raise _Denied("privacy.epsilon_with_tuning is there, and the suite charges no search")
     for name, value in tuning.items():
-        _demand(f"privacy.epsilon_with_tuning.{name}", told.get(name), value)
+        _demand(f"privacy.epsilon_with_tuning.{name}", recorded.get(name), value)
     if complete:
         found = charge(ledger, Tuning(**tuning), cell.privacy["delta"], relation)
-        _demand("privacy.epsilon_with_tuning.accountant", told["accountant"], found["accountant"])
-        if found["epsilon"] is not None or told["epsilon"] is not None:
+        _demand("privacy.epsilon_with_tuning.accountant", recorded["accountant"], found["accountant"])
+        if found["epsilon"] is not None or recorded["epsilon"] is not None:
             expected = math.inf if found["epsilon"] is None else found["epsilon"]
-            _close("privacy.epsilon_with_tuning.epsilon", told["epsilon"], expected)
+            _close("privacy.epsilon_with_tuning.epsilon", recorded["epsilon"], expected)

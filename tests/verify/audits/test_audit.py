@@ -89,7 +89,7 @@ class Averaged(Gaussian):
 
 @dataclasses.dataclass(frozen=True)
 class Disguised(Shuffle):
-    """Shuffled batches billed as Poisson."""
+    """Shuffled batches accounted as Poisson."""
 
     @property
     def relation(self):

@@ -169,7 +169,7 @@ class OneForWhole(Whole):
         (Method(loss=STILL, engine=ClippedBeforeTemperature(2), clip=Flat(0.1)), {"examples": 3}),
         (Method(loss=STILL, engine=OneForWhole()), {"examples": 3, "repeat": 800}),
     ],
-    ids=["half the noise", "count not billed", "count moves twice", "temperature", "C for 2C"],
+    ids=["half the noise", "count not charged", "count moves twice", "temperature", "C for 2C"],
 )
 def test_planted_faults_are_refuted(method, options):
     found = audited(method, **options)
@@ -231,5 +231,5 @@ def test_too_few_runs_are_refused_and_so_is_a_ledger_that_is_not_the_plan():
             return Gaussian().event([1.0 + len(CALLS)])
 
     CALLS: list[int] = []
-    with pytest.raises(Refused, match="the run billed"):
+    with pytest.raises(Refused, match="the run charged"):
         pair.audit(Method(noise=Amended()), PairSetting(repeat=64), first, 1.0)

@@ -215,7 +215,7 @@ def test_the_command_records_and_refutes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("more", [["--canaries", "9"], ["--neighbours"], ["--membership"], ["--rate", "0.5"]], ids=str)
-def test_what_goes_with_nothing_is_told(more, capsys):
+def test_options_that_do_not_go_together_are_refused(more, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["audit", "dp-sgd", "--support", *more])
     assert stopped.value.code == 2 and more[0] in capsys.readouterr().err
