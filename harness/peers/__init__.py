@@ -8,7 +8,7 @@ them, and leaves the rule of clipping to the method (JAX Privacy, which only cli
 `opacus-hooks`
     Hooks with a formula for each kind of layer. nn.LSTM and nn.GRU are replaced by Opacus's own, in a copy. Refused:
     layers in eval mode or with buffers, nn.MultiheadAttention, nn.RNN; and where its formulas are wrong: convolutions
-    that pad other than with zeros (norms are too small by 4 to 8 % in our trials: clipped gradients exceed their bound),
+    that pad other than with zeros (norms are 4 to 8 % too small in our trials: clipped gradients exceed their bound),
     embeddings with a padding entry (it is given a gradient), nn.LayerNorm without bias (fails).
 `opacus-functorch`
     The same hooks with `torch.func` through each layer: slower, and right where the formulas are wrong.

@@ -20,19 +20,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from dp_accounting import DpEvent
 from torch import Tensor, nn
 
 from harness import data, models
 from harness.dp.clip import Clip, Unclipped
-from harness.dp.engines.engine import Engine
 from harness.dp.loss import Batch, Loss
 from harness.dp.method import Method
-from harness.dp.noise import Noise
 from harness.dp.random import Stream
 from harness.dp.release import Bounded, Relation, Release
 from harness.dp.tree import Layout, Tree
 from harness.running.train import start
+from harness.verify.around import AroundEngine, AroundNoise
 
 LOUD = 1e4  # a canary's feature: its gradient is far longer than any threshold
 LAYERS = (1, 2, 4, 8, 16, 32, 64, 128)  # how many layers a canary may have weights in, tried in this order
@@ -351,17 +349,10 @@ class CanaryObserver:
 
 
 @dataclass(frozen=True)
-class Watched(Engine):
+class Watched(AroundEngine):
     """An engine that reports its public arguments: the weights, the clipping rule's state and the step."""
 
-    engine: Engine
     report: Callable[[Tree, Any, int], None]
-
-    def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
-        return self.engine.accepts(loss, clip, model)
-
-    def split(self, clip: Clip, sigma: float, step: int = 0) -> dict[str, float]:
-        return self.engine.split(clip, sigma, step)
 
     def bounded(
         self, loss: Loss, clip: Clip, model: nn.Module, w: Tree, batch: Batch, state: Any, sigma: float,
@@ -372,23 +363,15 @@ class Watched(Engine):
 
 
 @dataclass(frozen=True)
-class Overheard(Noise):
+class Overheard(AroundNoise):
     """Noise that reports its public results: releases with their noised value, and what is claimed of them."""
 
-    noise: Noise
     report: Callable[[Release], None]
-
-    @property
-    def private(self) -> bool:
-        return self.noise.private
 
     def add(self, release: Release, rng: Stream) -> Tree:
         public = self.noise.add(release, rng)
         self.report(release._replace(value=public.clone()))
         return public
-
-    def event(self, sigmas: Iterable[float]) -> DpEvent:
-        return self.noise.event(sigmas)
 
 
 # Scores ---------------------------------------------------------------------------------------------------

@@ -13,14 +13,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from dp_accounting import DpEvent
 from torch import Tensor, nn
 
 from harness.dp.account import Ledger
@@ -29,12 +28,13 @@ from harness.dp.engines.engine import Engine
 from harness.dp.gaussian import grid
 from harness.dp.loss import Batch
 from harness.dp.method import Method, describe
-from harness.dp.noise import Noise, NoNoise
+from harness.dp.noise import NoNoise
 from harness.dp.random import Stream
 from harness.dp.release import Bounded, Observed, Relation, Release
 from harness.dp.tree import Tree
 from harness.running.seeds import derive
 from harness.running.train import Parts, Schedule, Streams, start, step, wanted
+from harness.verify.around import AroundNoise
 from harness.verify.audits import pair
 from harness.verify.audits.bounds import MOST, Sample, upper
 from harness.verify.audits.canary import AuditTask, Refused
@@ -97,22 +97,14 @@ class Worlds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Witnessed(Noise):
+class Witnessed(AroundNoise):
     """Noise that keeps what it is given: to know whether the observer's sums are those of the run."""
 
-    noise: Noise
     given: list[Tensor] = field(default_factory=list)
-
-    @property
-    def private(self) -> bool:
-        return self.noise.private
 
     def add(self, release: Release, rng: Stream) -> Tree:
         self.given.append(release.value.flat.clone())
         return self.noise.add(release, rng)
-
-    def event(self, sigmas: Iterable[float]) -> DpEvent:
-        return self.noise.event(sigmas)
 
 
 @dataclass

@@ -41,47 +41,14 @@ from harness.verify.conformance.rule import clip_rule
 from harness.verify.conformance.sampling import sampled, sampled_at_large
 from harness.verify.conformance.secrecy import poisoned, twins, twins_later
 from harness.verify.conformance.shapes import other_models, other_sizes
-from harness.verify.conformance.subject import (
-    PROBLEMS,
-    Check,
-    Contrast,
-    Inapplicable,
-    SmallProblem,
-    Subject,
-    Toy,
-    Violation,
-    refusal,
-    toy_model,
-)
-
-__all__ = [
-    "CHECKS", "STATISTICAL", "Check", "Contrast", "Inapplicable", "Subject", "Toy", "Violation",
-    "adversarial", "amended", "billed", "calibrated", "check", "clip_rule", "described", "empty_step",
-    "equals_loop", "examine", "forgetful", "identified", "independent", "microbatch_free", "named",
-    "noise_billed", "noised", "other_engines", "other_models", "other_options", "other_sizes", "poisoned", "rehearsed",
-    "repeated", "replaced", "resumed", "sampled", "sampled_at_large", "separately", "statistics_refused",
-    "steady_draws", "still", "subject", "thread_free", "toy_model", "twins", "twins_later", "within_sensitivity",
-    "within_sensitivity_float32", "within_sensitivity_later", "within_sensitivity_much_later",
-    "within_sensitivity_sequence",
-]  # fmt: skip
+from harness.verify.conformance.subject import PROBLEMS, Check, Inapplicable, Subject, Violation, subject
+from harness.verify.conformance.subject import Toy as Toy
+from harness.verify.conformance.subject import toy_model as toy_model
 
 Checking = Callable[[Subject], None]
 
-CHECKS: tuple[Checking, ...] = (
-    described, identified, equals_loop, microbatch_free, thread_free, within_sensitivity, within_sensitivity_later,
-    within_sensitivity_float32, within_sensitivity_sequence, replaced, adversarial, statistics_refused, clip_rule,
-    noised, independent, noise_billed, amended, sampled, billed, calibrated, still, empty_step, twins, poisoned,
-    resumed, within_sensitivity_much_later, twins_later, forgetful, separately, steady_draws, other_engines,
-    other_models, other_sizes, other_options, sampled_at_large,
-)  # fmt: skip
-STATISTICAL: tuple[Checking, ...] = (
-    noised,
-    independent,
-    noise_billed,
-    sampled,
-    sampled_at_large,
-)  # an outcome depends on the seed
-
+# Their outcome depends on the seed.
+STATISTICAL: tuple[Checking, ...] = (noised, independent, noise_billed, sampled, sampled_at_large)
 
 _BOUND = "Engine.bounded, Clip.weights, Clip.sensitivity"
 _DRAWN = "Noise.add"
@@ -101,7 +68,8 @@ WHERE: Mapping[Checking, str] = {
     other_sizes: "Engine.bounded", other_options: "Clip.sensitivity, Engine.split",
     sampled_at_large: "Sampler.draw, Sampler.wrap, Sampler.relation",
 }  # fmt: skip
-"""What decides the outcome of each check: where to change a method that fails it."""
+"""Every check, and what decides its outcome: where to change a method that fails it."""
+CHECKS: tuple[Checking, ...] = tuple(WHERE)
 REFUSED = Check("the engine accepts a small problem", False, "", function="subject")
 
 
@@ -150,18 +118,6 @@ def examine(method: Method, identity: tuple[str, str] | None = None) -> list[Che
         return [refused(violation)]
     s = dataclasses.replace(s, identity=identity)
     return [verdict(each, s) for each in CHECKS]
-
-
-def subject(method: Method, problems: Sequence[SmallProblem] = PROBLEMS) -> Subject:
-    """`method` on the first problem that its engine and loss accept. Raises Violation where they accept none."""
-    reasons = []
-    for problem in problems:
-        model, data = problem.model(), Toy(shape=problem.shape)
-        reason = refusal(method, model, data)
-        if reason is None:
-            return Subject(method, problem.model(), data)
-        reasons.append(f"{problem.name}: {reason}")
-    raise Violation("; ".join(reasons))
 
 
 def refused(violation: Violation) -> Check:

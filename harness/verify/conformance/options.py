@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from harness.registry.options import Parameter
 from harness.verify.conformance.ledger import billed
 from harness.verify.conformance.neighbours import neighbours
 from harness.verify.conformance.rule import ruled
-from harness.verify.conformance.subject import PROBLEMS, Inapplicable, SmallProblem, Subject, Toy, Violation, refusal
+from harness.verify.conformance.subject import Inapplicable, Subject, Violation, subject
 
 
 def other_options(s: Subject) -> None:
@@ -26,8 +26,9 @@ def other_options(s: Subject) -> None:
     for what, method in _variants(*s.identity):
         if _bounding(method) == _bounding(s.method) or not method.noise.private:
             continue
-        other = _subject(method)
-        if other is None:
+        try:
+            other = subject(method)
+        except Violation:  # no small problem suits these options
             continue
         seen += 1
         try:
@@ -54,15 +55,6 @@ def _ruled(s: Subject) -> None:
         ruled(s, s.reached[::4])
     except Inapplicable:
         return
-
-
-def _subject(method: Method, problems: Sequence[SmallProblem] = PROBLEMS) -> Subject | None:
-    """`method` on the first problem that it accepts; None where it accepts none."""
-    for problem in problems:
-        model, data = problem.model(), Toy(shape=problem.shape)
-        if refusal(method, model, data) is None:
-            return Subject(method, problem.model(), data)
-    return None
 
 
 def _variants(name: str, file: str) -> Iterator[tuple[str, Method]]:

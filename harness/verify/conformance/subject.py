@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -285,3 +285,15 @@ class Subject:
         """Raise Inapplicable where the method adds no noise: then nothing is promised."""
         if not self.method.noise.private:
             raise Inapplicable("it adds no noise and promises nothing")
+
+
+def subject(method: Method, problems: Sequence[SmallProblem] = PROBLEMS) -> Subject:
+    """`method` on the first problem that its engine and loss accept. Raises Violation where they accept none."""
+    reasons = []
+    for problem in problems:
+        model, data = problem.model(), Toy(shape=problem.shape)
+        reason = refusal(method, model, data)
+        if reason is None:
+            return Subject(method, problem.model(), data)
+        reasons.append(f"{problem.name}: {reason}")
+    raise Violation("; ".join(reasons))

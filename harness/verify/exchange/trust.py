@@ -312,17 +312,25 @@ def _methods(cell: Cell) -> tuple[Method, ...]:
     return methods
 
 
+def _schedules(cell: Cell) -> list[dict[str, int]]:
+    return [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
+
+
+def _cell_stages(cell: Cell, methods: Sequence[Method]) -> tuple[list[Stage], list[Stage]]:
+    """The stages of a cell, and those of them on private data."""
+    stages = [Stage(m, one["batch"], one["steps"]) for m, one in zip(methods, _schedules(cell), strict=True)]
+    return stages, stages[:1] if "task" in cell.then else stages
+
+
 def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger: Ledger) -> None:
     """The ledger, and all else that the methods say of a run."""
     privacy, n = record["privacy"], cell.task["n_train"]
-    schedules = [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
-    for one in schedules:
+    for one in _schedules(cell):
         if type(one["batch"]) is not int or type(one["steps"]) is not int or min(one.values()) < 1:
             raise _Denied(f"its schedule {_short(one)} is invalid")
-    if sum(one["steps"] for one in schedules) > MOST_STEPS:
+    if sum(one["steps"] for one in _schedules(cell)) > MOST_STEPS:
         raise _Unknown(f"it has more than {MOST_STEPS} steps, so that its ledger is its word")
-    stages = [Stage(m, one["batch"], one["steps"]) for m, one in zip(methods, schedules, strict=True)]
-    private = stages[:1] if "task" in cell.then else stages
+    stages, private = _cell_stages(cell, methods)
     relations = {stage.method.sampler.relation.value for stage in private}
     recorded, ok = privacy["relation"], record["status"] == "ok"
     if len(relations) != 1 and ok:
@@ -364,9 +372,7 @@ def _stated(record: store.Record, cell: Cell) -> None:
     if (bits := (record.get("randomness") or {}).get("dropout_bits")) is not None:
         _demand("randomness.dropout_bits", bits, secrecy(torch.device((record.get("device") or {})["kind"])))
     methods = _methods(cell)
-    schedules = [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
-    stages = [Stage(m, one["batch"], one["steps"]) for m, one in zip(methods, schedules, strict=True)]
-    private = stages[:1] if "task" in cell.then else stages
+    _, private = _cell_stages(cell, methods)
     held_out = cell.task["evaluate"] == "validation"
     judged = [k for k, stage in enumerate(private, 1) if held_out or stage.method.loss.probes]
     if "privately_judged" in privacy:
