@@ -128,7 +128,7 @@ def test_show_prints_each_stage_and_an_odd_one_is_quarantined(
     odd["stages"][1]["sensitivity"] = "much"
     for one in (now, old):
         put(Path("results"), {k: v for k, v in one.items() if k not in ("path", "stale", "trace")})
-    with pytest.raises(Exception, match=r'"stages.2.sensitivity" is not a JSON object or null'):
+    with pytest.raises(Exception, match=r'"stages.2.sensitivity": expected object \| null, got str'):
         put(Path("results"), {k: v for k, v in odd.items() if k not in ("path", "stale", "trace")})
     shown = said(capsys, "show", now["id"])
     first, second = shown.split("stage 1 ")[1].split("stage 2 ")

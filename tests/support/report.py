@@ -238,7 +238,7 @@ def staged(seed: int = 0) -> dict[str, Any]:
               engine="BookKeeping"),
     ]  # fmt: skip
     one["privacy"] |= {"sampling": f"Poisson, q = 0.064 (stage 1); {law} (stage 2)", "sensitivity": None}
-    one["diagnostics"] = {}
+    one["diagnostics"] = {"train_seconds": one["diagnostics"]["train_seconds"]}
     one["trace"] = [
         {"step": 10 * i, "seconds": float(i), "accuracy": a, "epsilon": i / 10, "clipped_fraction": a / 2}
         for i, a in enumerate([0.95, 0.96, 0.97, 0.98, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8], 1)
