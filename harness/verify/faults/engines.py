@@ -15,6 +15,7 @@ from harness.dp.engines.engine import Clipped, PerExample, group_norms, losses_o
 from harness.dp.engines.pairs import Pairs
 from harness.dp.engines.vmap import per_example_gradients
 from harness.dp.engines.weights import held
+from harness.dp.engines.whole import Whole
 from harness.dp.random import Stream
 from harness.verify.faults import HIDDEN
 
@@ -185,6 +186,13 @@ class ViewsAveragedLate(ViewByView):
 
     def bounded(self, loss, *rest):
         return altered(super().bounded(loss, *rest), lambda g: g._replace(value=g.value / loss.views))
+
+
+class OneForWhole(Whole):
+    """Declares C for 2C, which holds between a gradient and none, and not between two of a whole batch."""
+
+    def bounded(self, *args):
+        return altered(super().bounded(*args), lambda g: g._replace(sensitivity=g.sensitivity / 2))
 
 
 class Uncut(Vmap):

@@ -80,7 +80,7 @@ GALLERY = (
     ),
     Fault(
         "2 % off the calibrated noise", "Self-Augmented-DP-SGD's code",
-        Method(noise=noises.TwoPercentLess()), checks.noised,
+        Method(noise=noises.Less()), checks.noised,
     ),
     Fault(
         "noise in floating point added to the sum", "Opacus, JAX Privacy, TensorFlow Privacy; this harness before",

@@ -67,11 +67,14 @@ class Repeated(Gaussian):
         return super().add(release, Stream(7, "noise", 0))
 
 
-class TwoPercentLess(Gaussian):
-    """Takes 2 % off the noise that calibration asked for."""
+@dataclass(frozen=True)
+class Less(Gaussian):
+    """Adds a share of the noise that calibration asked for."""
+
+    share: float = 0.98
 
     def add(self, release, rng):
-        return super().add(release._replace(sigma=0.98 * release.sigma), rng)
+        return super().add(release._replace(sigma=self.share * release.sigma), rng)
 
 
 class FloatSum(Gaussian):

@@ -28,8 +28,8 @@ from harness.verify.audits.canary import Refused
 from harness.verify.audits.candidates import candidates, reach, strongest
 from harness.verify.audits.command import audit
 from harness.verify.audits.pair import Neighbour, Neighbours, PairObserver, PairSetting, overheard, squared_mean
-from harness.verify.faults.engines import ClippedBeforeTemperature
-from harness.verify.faults.noises import OneOfSeveral
+from harness.verify.faults.engines import ClippedBeforeTemperature, OneForWhole
+from harness.verify.faults.noises import Less, OneOfSeveral
 from harness.verify.faults.rules import WholeCounts
 
 STILL = InfoNCE(0.1, pad=0, flip=False, jitter=0.0)  # both views are the image: nothing is averaged over
@@ -141,29 +141,10 @@ def test_true_claims_stand_and_the_audit_has_power(method, options, least):
 # --- planted faults ---
 
 
-@dataclasses.dataclass(frozen=True)
-class Half(Gaussian):
-    """Half the noise."""
-
-    def add(self, release, rng):
-        return super().add(release._replace(sigma=release.sigma / 2), rng)
-
-
-@dataclasses.dataclass(frozen=True)
-class OneForWhole(Whole):
-    """C for 2C: what holds only between a vector and nothing."""
-
-    def bounded(self, *args):
-        out = super().bounded(*args)
-        grad = out.releases["grad"]
-        out.releases["grad"] = grad._replace(sensitivity=grad.sensitivity / 2)
-        return out
-
-
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        (Method(loss=Rotations(), noise=Half()), {}),
+        (Method(loss=Rotations(), noise=Less(0.5)), {}),
         (Method(clip=Quantile(0.1, **COUNTED), noise=OneOfSeveral()), {}),
         (Method(clip=WholeCounts(0.1, **COUNTED)), {}),
         (Method(loss=STILL, engine=ClippedBeforeTemperature(2), clip=Flat(0.1)), {"examples": 3}),
