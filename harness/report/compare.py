@@ -217,10 +217,7 @@ def _line(
         ),
         broken=broken,
         busy=busy if metric.timed else 0,
-        statuses=(
-            tally(run for one in pairings for run in one.a.runs),
-            tally(run for one in pairings for run in one.b.runs),
-        ),
+        statuses=(tally(r for one in pairings for r in one.a.runs), tally(r for one in pairings for r in one.b.runs)),
         verdict=_verdict(difference, metric.better, threshold, broken),
     )
 

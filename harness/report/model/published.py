@@ -65,7 +65,7 @@ def verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> li
         method, task, target, metric, value, text("source"), text("note"), None, None, "not comparable", None
     )
     there = [row for row in rows if task in _names(row)]
-    plain = [r for r in there if r.first.method == method and not r.first.changed]  # with its own parts
+    plain = [r for r in there if r.first.method == method and not r.first.changes]  # with its own parts
     there = [r for r in there if r.label == method] or plain
     here = [row for row in there if row.setting.split == "test" and _same_target(row.setting.epsilon, target)]
     out = []
@@ -78,17 +78,9 @@ def verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> li
             continue
         why = _obstacles(row, metric, measured, text("accountant"), reduced)
         verdict = "not comparable" if why else "agrees" if measured.contains(value) else "differs"
-        out.append(
-            replace(
-                known,
-                row=row,
-                measured=measured,
-                verdict=verdict,
-                difference=measured.mean - value,
-                because=tuple(reason for reason, _ in why),
-                remedies=tuple(remedy for _, remedy in why),
-            )
-        )
+        reasons, remedies = zip(*why, strict=True) if why else ((), ())
+        made = replace(known, row=row, measured=measured, verdict=verdict, difference=measured.mean - value)
+        out.append(replace(made, because=reasons, remedies=remedies))
     reason, remedy = _absent(known, there, here, reduced)
     return out or [replace(known, because=(reason,), remedies=(remedy,))]
 
@@ -161,10 +153,7 @@ def _epsilon_value(value: Any) -> float:
 
 def _metric(run: Run, name: str) -> float | None:
     measured = {
-        "epsilon": run.epsilon,
-        "examples_per_second": run.rate,
-        "peak_memory_mib": run.peak_memory,
-        "train_seconds": run.train_seconds,
-        "noise_multiplier": run.sigma,
-    }
+        "epsilon": run.epsilon, "examples_per_second": run.rate, "peak_memory_mib": run.peak_memory,
+        "train_seconds": run.train_seconds, "noise_multiplier": run.sigma,
+    }  # fmt: skip
     return run.metrics.get(name, measured.get(name))

@@ -76,11 +76,11 @@ class Run:
 
     Of a run of two `stages` batch, steps, parts, rate and engine are the first one's; the accuracy is the last one's.
 
-    `changes` are the parts that the suite gave the method, slot and spec. `spent` and `planned` are epsilons by
-    accountant; those that do not apply are in `refused`, each with its reason. `cores` are those that the run and the
-    ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the packages.
-    `attempt` is whose random numbers were drawn; `origin` says of a run that was merged from where, and what of it is
-    its sender's word; `believed` says that its privacy is, too.
+    `changes` are the parts that the suite gave the method in place of its own, slot and spec. `spent` and `planned` are
+    epsilons by accountant; those that do not apply are in `refused`, each with its reason. `cores` are those that the
+    run and the ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the
+    packages. `attempt` is whose random numbers were drawn; `origin` says of a run that was merged from where, and what
+    of it is its sender's word; `believed` says that its privacy is, too.
     """
 
     id: str
@@ -165,11 +165,6 @@ class Run:
     def stage_at(self, step: int) -> int:
         """Which stage the step of this number is in: 0 or 1."""
         return int(len(self.stages) > 1 and step > (self.stages[0].steps or 0))
-
-    @property
-    def changed(self) -> bool:
-        """Whether the suite gave the method parts that are not its own."""
-        return bool(self.changes)
 
     @property
     def busy(self) -> bool:

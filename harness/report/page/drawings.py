@@ -103,34 +103,30 @@ def _pareto(board: Board) -> Drawing:
 
 
 def _curves(board: Board) -> Drawing:
-    made = _over_epsilon(board, "accuracy", "accuracy, %")
-    return Drawing(
-        "curves", "Training curves",
+    text = (
         "Accuracy at the log points over the epsilon spent until then, by RDP; mean over seeds. "
-        "Of two stages, the last. For information: nothing is chosen by it.",
-        made, ["training-curves.svg"],
-    )  # fmt: skip
+        "Of two stages, the last. For information: nothing is chosen by it."
+    )
+    panels = _over_epsilon(board, "accuracy")
+    return Drawing("curves", "Training curves", text, panels, ["training-curves.svg"])
 
 
 def _clipped(board: Board) -> Drawing:
-    made = _over_epsilon(board, "clipped", "clipped, %")
-    return Drawing(
-        "clipped", "Clipped fraction",
+    text = (
         "Share of contributions with a weight below 1 since the last log point, over the epsilon spent until then. "
-        "Of two stages, the last.",
-        made, ["clipped-fraction.svg"], PRIVATE,
-    )  # fmt: skip
+        "Of two stages, the last."
+    )
+    panels = _over_epsilon(board, "clipped")
+    return Drawing("clipped", "Clipped fraction", text, panels, ["clipped-fraction.svg"], PRIVATE)
 
 
-def _over_epsilon(board: Board, what: str, title: str) -> list[tuple[str, str]]:
+def _over_epsilon(board: Board, what: str) -> list[tuple[str, str]]:
     panels = curves_data(board, what)
     looks = _looks(n for p in panels for n in p.series)
-    made = []
-    for p in panels:
-        series = _dots(p.series)
-        label = f"{title} over epsilon spent, {p.title}"
-        made.append((p.title, chart(series, Axis("ε spent, by RDP"), Axis(title), label, looks=looks)))
-    return _panels(made)
+    x, y = Axis("ε spent, by RDP"), Axis(f"{what}, %")
+    return _panels(
+        (p.title, chart(_dots(p.series), x, y, f"{y.title} over epsilon spent, {p.title}", looks=looks)) for p in panels
+    )
 
 
 def of_row(row: Row) -> list[Drawing]:

@@ -38,6 +38,8 @@ from harness.report.text import difference
 
 SLOTS = ("sampler", "loss", "engine", "clip", "noise", "optimizer", "path")
 """The parts in the order in which a step meets them."""
+SPEED = ("Examples/s", "Examples/s of stage 1")
+"""Of runs of one stage, and of two."""
 DATA = '<script type="application/json" id="data">'
 
 
@@ -59,7 +61,7 @@ def run_pages(
             where=", ".join([heading(table), *statement(table)]),
             filter="#?" + urlencode({"task": table.setting.task, "epsilon": epsilon(table.setting.epsilon)}),
             card=places.methods[row.first.method],
-            numbers=_numbers(entry, table, audit_of(row, known), _mark(row, checked)),
+            numbers=_numbers(entry, table, audit_of(row, known), of_row(checked or {}, row)),
             drawings=drawings.of_row(row),
             stages=stage_table.lines(row),
             stage_heads=stage_table.HEADS,
@@ -68,10 +70,6 @@ def run_pages(
         )
         for row, entry, table in ((e.row, e, t) for e, t in found.values())
     }
-
-
-def _mark(row: Row, checked: Mapping[str, Checked] | None) -> Mark:
-    return of_row(checked or {}, row)
 
 
 def _numbers(entry: TableRow, table: RankedTable, audit: Audit | None, check: Mark) -> list[tuple[str, str]]:
@@ -99,7 +97,7 @@ def _numbers(entry: TableRow, table: RankedTable, audit: Audit | None, check: Ma
         ("ε audited", audited),
         ("Conformance", f"{check.text}: {check.words}"),
         ("ε with tuning", epsilon(row.shared("tuned")) if row.shared("tuned") is not None else ""),
-        (_speed(run), timing(entry, "rate", count(row.rate))),
+        (SPEED[bool(run.stages)], timing(entry, "rate", count(row.rate))),
         ("relative to non-private", timing(entry, "reference", ratio(entry.to_reference))),
         ("relative to dp-sgd", timing(entry, "baseline", ratio(entry.to_baseline))),
         ("Peak memory", f"{count(row.peak_memory)} MiB" if row.peak_memory else ""),
@@ -113,10 +111,6 @@ def _numbers(entry: TableRow, table: RankedTable, audit: Audit | None, check: Ma
         )),
     ]  # fmt: skip
     return [(name, text) for name, text in pairs if text and text != "–"]
-
-
-def _speed(run: Run) -> str:
-    return "Examples/s of stage 1" if run.stages else "Examples/s"
 
 
 def _details(row: Row) -> list[tuple[str, str]]:
@@ -151,7 +145,7 @@ def _run(run: Run, board: Board, places: Links, sources: Mapping[str, Any] | Non
         ("Accuracy", f"{percent(run.accuracy)} %" if run.accuracy is not None else ""),
         ("ε spent", epsilon(run.epsilon) if run.epsilon is not None else ""),
         ("Training", f"{count(run.train_seconds)} s" if run.train_seconds else ""),
-        (_speed(run), count(run.rate) if run.rate else ""),
+        (SPEED[bool(run.stages)], count(run.rate) if run.rate else ""),
         ("Load average", _load(run)),
         ("Finished", run.finished),
         ("Origin", run.origin),
@@ -214,7 +208,7 @@ def cards(
     out = {}
     for name, href in places.methods.items():
         described = sources.get("methods", {}).get(name, {})
-        run = min((r.first for r in rows[name]), key=lambda r: (r.changed, not r.parts))
+        run = min((r.first for r in rows[name]), key=lambda r: (bool(r.changes), not r.parts))
         paper = described.get("paper") or run.paper
         tally = Counter(line["outcome"] for line in lines[name])
         out[href] = template.render(

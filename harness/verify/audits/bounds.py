@@ -288,9 +288,3 @@ def by_tradeoff(
     if high > sigma:
         return price(high)
     return Profile(plan(high), relation).epsilon(delta)
-
-
-__all__ = [
-    "Mistakes", "Profile", "Rates", "Sample", "by_rates", "by_tradeoff", "chosen", "guessed", "mistakes", "one_run",
-    "p_value", "rates", "upper",
-]  # fmt: skip

@@ -218,10 +218,6 @@ class Lattice:
         near = "near a" if self.slack else "a"
         return f"{near} lattice of step {self.step:.6g}{' deviations' if self.relative else ''} from the sum"
 
-    def follows(self, other: Image) -> bool:
-        """Whether another that holds says as much, or more: steps are tried from the largest down."""
-        return isinstance(other, Lattice) and other.relative == self.relative and bool(other.slack) <= bool(self.slack)
-
     def possible(self, y: Array, v: Array, s: Array) -> Mask:
         step = self.step * s if self.relative else np.float64(self.step)
         t = y.astype(float) - v
