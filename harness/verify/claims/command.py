@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,14 +43,6 @@ class Claims:
     file: str
     question: str
     claims: tuple[PublishedClaim, ...]
-
-
-def is_claims(path: Path) -> bool:
-    """Whether a TOML file says that it is one of these; False where it cannot be read."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig")).get("kind") == KIND
-    except (OSError, ValueError, RecursionError):
-        return False
 
 
 def load(path: Path) -> Claims:
