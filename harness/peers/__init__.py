@@ -1,4 +1,4 @@
-"""Other people's per-example gradients as engines, so that they are measured and checked in the same loop as ours.
+"""Engines that take per-example gradients from other libraries, to measure and check them in the same loop as ours.
 
 Every peer is a :class:`Peer`: it takes part in any method, gives per-example gradients or norms as its library computes
 them, and leaves the rule of clipping to the method (JAX Privacy, which only clips a whole gradient to one norm, serves

@@ -1,4 +1,4 @@
-"""BackPACK: per-example gradients by its extension `BatchGrad`."""
+"""The engine that takes per-example gradients from BackPACK, by its extension `BatchGrad`."""
 
 from __future__ import annotations
 

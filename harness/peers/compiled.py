@@ -1,4 +1,4 @@
-"""JAX: `vmap` of `grad`, and the clipped gradients of JAX Privacy, compiled for the JAX twin of a model."""
+"""The engines of JAX, compiled for the twin of a model: `vmap` of `grad`, and clipped gradients of JAX Privacy."""
 
 from __future__ import annotations
 

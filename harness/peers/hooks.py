@@ -1,4 +1,4 @@
-"""Opacus: per-example gradients by hooks, by functorch and by expanded weights, and its ghost clipping."""
+"""The engines of Opacus: per-example gradients by hooks, functorch and expanded weights, and its ghost clipping."""
 
 from __future__ import annotations
 

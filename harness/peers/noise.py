@@ -1,4 +1,4 @@
-"""Other people's noise as a part, so that it is attacked in the same loop as ours.
+"""Noise of other libraries as a part of a method, to attack it in the same loop as ours.
 
 Each draws and adds as its library does, tensor by tensor, on the same sums, with the deviation that the harness asks
 for. Where a library exports no function for it, its arithmetic is repeated here; the class says which.

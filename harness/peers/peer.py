@@ -1,4 +1,4 @@
-"""What engines made of other people's libraries share."""
+"""What the engines share that are made of other libraries: refusals, and a comparison with ours on the first batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From records to a report: self-contained pages, Markdown, CSV and figures.
+"""Writes the report of a suite from its records: self-contained pages, Markdown, CSV and figures.
 
 >>> from harness import report
 >>> report.build("core", question, records, Path("reports")).top        # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Two methods, or the same cells before and after a change: paired differences with intervals.
+"""Compares two methods, or the same cells before and after a change: paired differences with intervals.
 
 A *pairing* is two sets of runs that differ in one thing, method or folder. Its runs are paired by seed, since runs of
 one seed share their initial weights. What is compared is ``B - A`` for an accuracy (a fraction) and ``B / A - 1`` for a

@@ -1,4 +1,4 @@
-"""Every table of a report in four forms, one file each, for papers and programs: Markdown, CSV, LaTeX and JSON.
+"""Writes every table of a report in four forms, for papers and programs: Markdown, CSV, LaTeX and JSON.
 
 ``tables/<task>-eps-<epsilon>.md .csv .tex .json``, and ``tables/published.*``. The CSV and the JSON have full precision
 and the same columns. In JSON a number is a number, with its unit in ``columns``. An unknown value is left out of its

@@ -1,4 +1,4 @@
-"""The figures: their data, which the page draws too (`plot`), and SVG files for documents.
+"""The figures of a report: their data, which the page draws too (`plot`), and SVG files for documents.
 
 The files are deterministic: matplotlib's defaults (no user settings), fixed ids, no date, sorted input. Text stays
 text, the background is transparent, and the two neutral colours are mid-tones that read on white and on black.

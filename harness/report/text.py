@@ -1,4 +1,4 @@
-"""The board as text: Markdown for repositories, CSV for spreadsheets and pandas, a table for the terminal."""
+"""Writes the board as text: Markdown for repositories, CSV for spreadsheets and pandas, a table for the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`epsbench check` of a method: examined, recorded in ``results/checks/``, and shown as lines and as tables."""
+"""`epsbench check`: checks a method, records it in ``results/checks/``, and shows it as lines and as tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records (plain dicts, any field may be missing or null) -> `Run` values that the rest can trust.
+"""Reads records, in which any field may be missing or null, into `Run` values that the rest of a report can rely on.
 
 Everything unusual about a record is settled here, once: a field of the wrong type is a missing one,
 text is made printable, a null epsilon is infinite. Nothing behind this file looks into a record again.

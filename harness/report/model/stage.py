@@ -1,4 +1,4 @@
-"""The stages of a run of two, as the pages need them."""
+"""What a record says of each stage of a run of two, as the pages need it."""
 
 from __future__ import annotations
 

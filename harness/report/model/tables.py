@@ -1,4 +1,4 @@
-"""Runs -> rows (one method variant on one device) -> ranked tables (one setting each) -> the whole board.
+"""Makes ranked tables of runs: rows (one method variant on one device), a table for each setting, and the whole board.
 
 Everything here is a value computed from the records; `text`, `html` and `figures` only choose how to show it.
 """

@@ -1,4 +1,4 @@
-"""How the values of a report read: numbers, intervals, epsilons, counts and dates as text."""
+"""Writes the values of a report as text: numbers, intervals, epsilons, counts and dates."""
 
 from __future__ import annotations
 

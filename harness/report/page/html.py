@@ -1,4 +1,4 @@
-"""The pages: each is one self-contained file; no request leaves it, and nothing in a record can become markup.
+"""Makes the page of a suite: one self-contained file that sends no request, with nothing of a record as markup.
 
 Jinja escapes every value; what the script shows it puts in as text. The page's policy (`Content-Security-Policy`) lets
 only its own script run, by its hash, and forbids every fetch, so a file opened from a mail attachment is as harmless as

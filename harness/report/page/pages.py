@@ -1,4 +1,4 @@
-"""The pages below a suite's: one for each row, with its runs; a card for each method. And the page over all suites."""
+"""Makes the page of each row, with its runs, the card of each method, and the page over all suites."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The board as data for the page's script: one JSON value with the tables and their rows.
+"""Writes the board as data for the page's script: one JSON value with the tables and their rows.
 
 A row is a list in the order of `FIELDS`, so that ten thousand rows stay a few megabytes. Numbers are as they were
 measured (fractions, seconds, MiB); an infinite one is the text ``inf``, an unknown one null. What a reader sees of them

@@ -1,4 +1,4 @@
-"""Small SVG drawings for the page: lines with bands, bars, points. Every mark says its numbers when pointed at.
+"""Draws small SVG charts for the page: lines with bands, bars, points. Pointing at a mark shows its numbers.
 
 They are written from the data of `figures` as plain text: no library is loaded into the page, which stays light, opens
 offline, follows the page's light and dark colours, and is the same bytes for the same records. Charting libraries for

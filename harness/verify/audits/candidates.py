@@ -1,4 +1,4 @@
-"""Which neighbours: the pair, among simple strong ones, whose difference comes nearest to the declared sensitivity.
+"""Chooses the pair of neighbours, among simple ones, whose difference comes nearest to the declared sensitivity.
 
 Data sets and target are the adversary's to choose, since a guarantee holds for all of them. They are chosen before any
 run, by the method's own engine, so that no run depends on the choice.

@@ -1,4 +1,4 @@
-"""What floats can come out: images of noise as machines compute it, each a necessary condition on a released number.
+"""Which floats noise can produce as machines compute it: each "image" is a necessary condition on a released number.
 
 The Gaussian of the theorems can take a value to any other. A program's cannot: `v + s * z`, computed in floating
 point, lands only on some floats, and which ones depends on v (Mironov, CCS 2012). Each class here is a hypothesis

@@ -1,4 +1,4 @@
-"""What an audit by coins comes to: the claim, the bounds that guesses of the coins give, and the verdict."""
+"""What audits share: their settings, the claim, the bounds that guesses of coins give, and the verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Ids of methods' runs, made in another process: `python -m harness.verify.conformance.identity [METHOD.py]`."""
+"""The check that another process gives a run the same id.
+
+`python -m harness.verify.conformance.identity [METHOD.py]` is that process.
+"""
 
 from __future__ import annotations
 

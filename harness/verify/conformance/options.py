@@ -1,4 +1,4 @@
-"""A registered method with other values of its options: what holds at the defaults may hold there alone."""
+"""The check of a registered method with other values of its options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other models and other batches than the ones that the small problem has.
+"""Checks with other models and other batches than those of the small problem.
 
 An engine that computes norms layer by layer has a rule for each kind of layer, and each may be wrong by itself. A
 batch that an engine takes in pieces has a last piece.
