@@ -22,12 +22,14 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class BackPack(GradientPeer):
-    """`backpack(BatchGrad())` around the backward pass of a copy of the model that `extend` prepared."""
+    """`backpack(BatchGrad())` around the backward pass of a copy of the model that `extend` prepared.
+
+    Dangel, Kunstner and Hennig, BackPACK: Packing more into backprop, arXiv:1912.10985.
+    """
 
     PACKAGE: ClassVar[str] = "backpack-for-pytorch"
     IMPORTS: ClassVar[str] = "backpack"
     INSTALL: ClassVar[str] = "epsbench[backpack]"
-    SOURCE: ClassVar[str] = "Dangel, Kunstner and Hennig, BackPACK: Packing more into backprop, arXiv:1912.10985"
 
     def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if tied(model):

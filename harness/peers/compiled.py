@@ -121,14 +121,13 @@ def example_loss(model: nn.Module, names: tuple[str, ...]) -> Callable[..., Any]
 
 @dataclass(frozen=True)
 class Vmapped(Jax, GradientPeer):
-    """`jax.jit(jax.vmap(jax.value_and_grad(loss)))`: per-example gradients by vectorisation, as XLA compiles it."""
+    """`jax.jit(jax.vmap(jax.value_and_grad(loss)))`: per-example gradients by vectorisation, as XLA compiles it.
+
+    Subramani, Vadivelu and Kamath, arXiv:2010.09063.
+    """
 
     PACKAGE: ClassVar[str] = "jax"
     IMPORTS: ClassVar[str] = "jax"
-    SOURCE: ClassVar[str] = (
-        "Subramani, Vadivelu and Kamath, Enabling fast differentially private SGD via just-in-time compilation and "
-        "vectorization, arXiv:2010.09063"
-    )
 
     def build(self, value: Callable[..., Any], model: nn.Module, clip: Clip) -> Callable[..., Any]:
         import jax
@@ -147,7 +146,7 @@ class Vmapped(Jax, GradientPeer):
 
 @dataclass(frozen=True)
 class Privacy(Jax):
-    """`jax_privacy.clipping.clipped_grad`: gradient, norm, clipping and sum in one compiled function.
+    """`jax_privacy.clipping.clipped_grad`: norms, clipping and sum in one compiled function (Balle et al. 2022).
 
     The library clips a whole gradient to one norm and nothing else. It sets an example's infinities to zero and keeps
     the rest of it; here such an example adds zero as a whole.
@@ -155,7 +154,6 @@ class Privacy(Jax):
 
     PACKAGE: ClassVar[str] = "jax-privacy"
     IMPORTS: ClassVar[str] = "jax_privacy"
-    SOURCE: ClassVar[str] = "Balle et al., JAX-Privacy: Algorithms for privacy-preserving machine learning in JAX, 2022"
 
     def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if type(clip) not in (Flat, Unclipped):

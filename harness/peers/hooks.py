@@ -16,7 +16,6 @@ from harness.dp.tree import Layout, Tree
 from harness.peers.double import double
 from harness.peers.peer import GradientPeer, Peer, tied
 
-OPACUS = "Yousefpour et al., Opacus: User-friendly differential privacy library in PyTorch, arXiv:2109.12298"
 EXPANDED = {
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.RNN, nn.LSTM, nn.GRU, nn.GroupNorm),
     *(nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -41,12 +40,11 @@ def with_its_own_layers(module: nn.Module) -> nn.Module:
 
 
 class OpacusPeer(Peer):
-    """What all four ways of Opacus have in common."""
+    """What all four ways of Opacus share (Yousefpour et al., arXiv:2109.12298)."""
 
     PACKAGE: ClassVar[str] = "opacus"
     IMPORTS: ClassVar[str] = "opacus"
     INSTALL: ClassVar[str] = "opacus"
-    SOURCE: ClassVar[str] = OPACUS
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Opacus's module around `module`, a copy that is ours to change."""

@@ -52,7 +52,6 @@ class Peer(Library, PerExample):
 
     IMPORTS: ClassVar[str]  # the module to import
     INSTALL: ClassVar[str]  # what brings it
-    SOURCE: ClassVar[str]  # a citation
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if importlib.util.find_spec(self.IMPORTS) is None:

@@ -77,9 +77,8 @@ def convolve(
     x: Array, weight: Array, bias: Array | None, stride: Any, pads: Any, dilation: Any = None, groups: int = 1
 ) -> Array:
     """Convolution in PyTorch's layout."""
-    z = lax.conv_general_dilated(
-        x, weight, stride, pads, rhs_dilation=dilation, feature_group_count=groups
-    )  # channels first is JAX's default too
+    # Channels first is JAX's default too.
+    z = lax.conv_general_dilated(x, weight, stride, pads, rhs_dilation=dilation, feature_group_count=groups)
     return z if bias is None else z + bias.reshape(-1, *[1] * (z.ndim - 2))
 
 

@@ -21,9 +21,10 @@ SIZES = ((400, 100), (50, 7), (30, 1))  # n and batch; a third of the Poisson ba
 LARGE = (40_000, 400)  # like a real data set: a sampler may treat many examples in another way
 DRAWN, DRAWN_LARGE, LAGS = 200, 48, 16  # steps of each of two seeds; how far apart they are compared
 LATER = 50_400  # a step in the long run, at the start of an epoch of many lengths
+# Steps that are multiples of many lengths of an epoch, or of a table of batches.
 PERIODS = tuple(
     sorted({base * 2**k for base in (1, 3, 5, 7, 9, 25, 27, 49, 125, 189, 315, 625, 945, 3125) for k in range(5, 15)})
-)  # steps that many a length of an epoch, or of a table of batches, divides
+)
 CHARGED = 3000  # first steps whose events are compared
 TINY, TINIES = (20, 1), 5000  # n and batch, of which one in sixty holds four or more; and how many are drawn
 TESTS = (2 * len(SIZES) + 1) * (6 + LAGS) + 6
