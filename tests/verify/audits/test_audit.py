@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from harness import registry
+from harness import cli, registry
 from harness.dp import SGD, Method, Relation
 from harness.records import audits as stored
 from harness.records.files import StoreError
@@ -144,7 +144,7 @@ def test_blind_guesses_bound_nothing():
 
 def test_the_command_prints_records_and_never_repeats(tmp_path, capsys):
     request = ["dp-sgd", "--canaries", "500", "--repeat", "1", "--results", str(tmp_path)]
-    assert audits.main(request) == 0
+    assert cli.main(["audit", *request]) == 0
     (file,) = (tmp_path / "audits").iterdir()
     before = file.read_bytes()
     (found,) = stored.load(tmp_path / "audits")
@@ -155,12 +155,12 @@ def test_the_command_prints_records_and_never_repeats(tmp_path, capsys):
     assert set(found["instruments"]) == set(verdict.INSTRUMENTS)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split()[:3] == ["method", "target", "claimed"] and "not refuted" in printed[1]
-    assert audits.main(request) == 0 and "recorded before" in capsys.readouterr().out
+    assert cli.main(["audit", *request]) == 0 and "recorded before" in capsys.readouterr().out
     assert list((tmp_path / "audits").iterdir()) == [file] and file.read_bytes() == before
 
 
 def test_what_cannot_be_audited_is_a_result_with_its_reason(tmp_path, capsys):
-    assert audits.main(["non-private", "--results", str(tmp_path)]) == 0
+    assert cli.main(["audit", "non-private", "--results", str(tmp_path)]) == 0
     (found,) = stored.load(tmp_path / "audits")
     assert found["epsilon_audited"] is None and "without noise" in found["reason"]
     assert "without noise" in capsys.readouterr().out
