@@ -66,7 +66,7 @@ def respent(record: store.Record, ledger: Ledger) -> None:
 
 @pytest.mark.parametrize("one", [genuine, staged])
 def test_a_genuine_record_is_believed(one: Callable[[], store.Record]) -> None:
-    assert trust.examine(one()) == trust.Verdict()
+    assert trust.examine(one()) == trust.Examined()
 
 
 def test_the_cell_of_every_record_is_read_as_it_was_written() -> None:
@@ -162,7 +162,7 @@ FORGED: dict[str, tuple[Callable[[], store.Record], Callable[[store.Record], obj
     "one accountant": (genuine, _set("privacy.spent.rdp", 0.5), "privacy.spent.rdp is 0.5"),
     "planned": (genuine, _set("privacy.planned.rdp", 0.5), "privacy.planned"),
     "the accountant that ranks": (genuine, _set("privacy.accountant", "rdp"), "privacy.accountant"),
-    "an accountant of their own": (genuine, _set("privacy.spent.mine", 0.1), "no accountant here"),
+    "an accountant of their own": (genuine, _set("privacy.spent.mine", 0.1), "which are not accountants here"),
     "sigma": (genuine, _set("privacy.noise_multiplier", 1e-3), "privacy.ledger is"),
     "no sigma": (genuine, _set("privacy.noise_multiplier", None), "privacy.noise_multiplier is null"),
     "less noise than the target": (genuine, _quiet, "its noise multiplier is too small"),
