@@ -85,7 +85,8 @@ def _published(board: Board) -> dict[str, str]:
     caption = f"Published and measured values, {board.suite}."
     latex = _tex(titles, cells, "lllllllp{4cm}", caption, "published", [text.VERDICTS])
     facts = {"suite": board.suite, "table": "published and measured", "notes": [text.VERDICTS]}
-    rows = [text.published_row(v) for v in board.published]
+    values = map(text.published_row, board.published)
+    rows = [{name: float(one) if isinstance(one, int) else one for name, one in row.items()} for row in values]
     return _forms("published", "\n".join(markdown), text.published_csv(board), latex, facts, rows)
 
 
