@@ -1,14 +1,14 @@
-"""Other people's per-example gradients as engines, so that they are measured and checked in the same loop as ours.
+"""Engines that take per-example gradients from other libraries, to measure and check them in the same loop as ours.
 
 Every peer is a :class:`Peer`: it takes part in any method, gives per-example gradients or norms as its library computes
 them, and leaves the rule of clipping to the method (JAX Privacy, which only clips a whole gradient to one norm, serves
-`Flat` and `Unclipped`). Importing this room imports none of the libraries; `PEERS[name]()` works without them, and
+`Flat` and `Unclipped`). Importing this package imports none of the libraries; `PEERS[name]()` works without them, and
 `accepts` then says what to install.
 
 `opacus-hooks`
     Hooks with a formula for each kind of layer. nn.LSTM and nn.GRU are replaced by Opacus's own, in a copy. Refused:
     layers in eval mode or with buffers, nn.MultiheadAttention, nn.RNN; and where its formulas are wrong: convolutions
-    that pad other than with zeros (norms read low by 4 to 8 % in our trials: clipped gradients exceed their bound),
+    that pad other than with zeros (norms are 4 to 8 % too small in our trials: clipped gradients exceed their bound),
     embeddings with a padding entry (it is given a gradient), nn.LayerNorm without bias (fails).
 `opacus-functorch`
     The same hooks with `torch.func` through each layer: slower, and right where the formulas are wrong.
@@ -18,7 +18,7 @@ them, and leaves the rule of clipping to the method (JAX Privacy, which only cli
 `opacus-ghost`
     Ghost norms for nn.Linear and nn.Embedding, per-example gradients for all others, and a second backward pass. One
     clipping group. Refused: as `opacus-hooks`, and tied parameters. It fails on modules called twice, and on token
-    numbers that are an expanded view. Its float32 norms of large layers read low.
+    numbers that are an expanded view. It underestimates float32 norms of large layers.
 `backpack`
     The extension BatchGrad. Refused: every layer that it does not know, which is every normalisation and nn.GRU (it
     leaves their parameters without gradients, silently), padding="same" and padding other than with zeros (another

@@ -1,4 +1,4 @@
-"""BackPACK: per-example gradients by its extension `BatchGrad`."""
+"""The engine that takes per-example gradients from BackPACK, by its extension `BatchGrad`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.dp.clip import Clip
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Tree
 from harness.peers.double import double
-from harness.peers.peer import Rows, tied
+from harness.peers.peer import GradientPeer, tied
 
 KNOWN = {
     *(nn.Linear, nn.Embedding, nn.RNN, nn.LSTM, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -21,13 +21,15 @@ KNOWN = {
 
 
 @dataclass(frozen=True)
-class BackPack(Rows):
-    """`backpack(BatchGrad())` around the backward pass of a copy of the model that `extend` prepared."""
+class BackPack(GradientPeer):
+    """`backpack(BatchGrad())` around the backward pass of a copy of the model that `extend` prepared.
+
+    Dangel, Kunstner and Hennig, BackPACK: Packing more into backprop, arXiv:1912.10985.
+    """
 
     PACKAGE: ClassVar[str] = "backpack-for-pytorch"
     IMPORTS: ClassVar[str] = "backpack"
     INSTALL: ClassVar[str] = "epsbench[peers]"
-    SOURCE: ClassVar[str] = "Dangel, Kunstner and Hennig, BackPACK: Packing more into backprop, arXiv:1912.10985"
 
     def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if tied(model):
@@ -36,7 +38,7 @@ class BackPack(Rows):
 
     def objection(self, layer: nn.Module) -> str | None:
         if type(layer) not in KNOWN:
-            return "is no layer that BatchGrad knows: it would go without per-example gradients, silently"
+            return "is not a layer that BatchGrad knows: it would go without per-example gradients, silently"
         if getattr(layer, "padding_mode", "zeros") != "zeros" or isinstance(getattr(layer, "padding", 0), str):
             return "has a padding that BatchGrad takes for another: it gives another gradient, silently"
         if isinstance(layer, nn.RNNBase) and (layer.num_layers > 1 or layer.bidirectional or not layer.bias):

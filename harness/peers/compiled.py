@@ -1,4 +1,4 @@
-"""JAX: `vmap` of `grad`, and the clipped gradients of JAX Privacy, compiled for the JAX twin of a model."""
+"""The engines of JAX, compiled for the twin of a model: `vmap` of `grad`, and clipped gradients of JAX Privacy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.dp.engines.engine import Clipped
 from harness.dp.loss import Batch, CrossEntropy, Loss
 from harness.dp.tree import Layout, Tree
 from harness.models.layers import WSConv2d
-from harness.peers.peer import Peer, Rows
+from harness.peers.peer import GradientPeer, Peer
 
 _compiled: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Callable[..., Any]]] = WeakKeyDictionary()
 
@@ -44,27 +44,13 @@ class Jax(Peer):
         raise NotImplementedError
 
     def together(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         """`clipped_sum`, where it is enough that an example that is broken adds zero if it is alone."""
         raise NotImplementedError
 
     def clipped_sum(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         found = self.together(loss, clip, groups, model, w, batch, state)
         if found.norms is None or found.weights is None or len(batch) == 1 or found.norms.isfinite().all():
@@ -134,15 +120,14 @@ def example_loss(model: nn.Module, names: tuple[str, ...]) -> Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Vmapped(Jax, Rows):
-    """`jax.jit(jax.vmap(jax.value_and_grad(loss)))`: per-example gradients by vectorisation, as XLA compiles it."""
+class Vmapped(Jax, GradientPeer):
+    """`jax.jit(jax.vmap(jax.value_and_grad(loss)))`: per-example gradients by vectorisation, as XLA compiles it.
+
+    Subramani, Vadivelu and Kamath, arXiv:2010.09063.
+    """
 
     PACKAGE: ClassVar[str] = "jax"
     IMPORTS: ClassVar[str] = "jax"
-    SOURCE: ClassVar[str] = (
-        "Subramani, Vadivelu and Kamath, Enabling fast differentially private SGD via just-in-time compilation and "
-        "vectorization, arXiv:2010.09063"
-    )
 
     def build(self, value: Callable[..., Any], model: nn.Module, clip: Clip) -> Callable[..., Any]:
         import jax
@@ -152,7 +137,7 @@ class Vmapped(Jax, Rows):
 
         return jax.vmap(one, in_axes=(None, None, 0, 0))
 
-    together = Rows.clipped_sum
+    together = GradientPeer.clipped_sum
 
     def rows(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         losses, grads = self.call(model, Unclipped(), w, batch)
@@ -161,7 +146,7 @@ class Vmapped(Jax, Rows):
 
 @dataclass(frozen=True)
 class Privacy(Jax):
-    """`jax_privacy.clipping.clipped_grad`: gradient, norm, clipping and sum in one compiled function.
+    """`jax_privacy.clipping.clipped_grad`: norms, clipping and sum in one compiled function (Balle et al. 2022).
 
     The library clips a whole gradient to one norm and nothing else. It sets an example's infinities to zero and keeps
     the rest of it; here such an example adds zero as a whole.
@@ -169,11 +154,10 @@ class Privacy(Jax):
 
     PACKAGE: ClassVar[str] = "jax-privacy"
     IMPORTS: ClassVar[str] = "jax_privacy"
-    SOURCE: ClassVar[str] = "Balle et al., JAX-Privacy: Algorithms for privacy-preserving machine learning in JAX, 2022"
 
     def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if type(clip) not in (Flat, Unclipped):
-            return f"{type(clip).__name__} is no rule of JAX Privacy, which clips a whole gradient to one norm"
+            return f"{type(clip).__name__} is not a rule of JAX Privacy, which clips a whole gradient to one norm"
         return super().refuses(loss, clip, model)
 
     def build(self, value: Callable[..., Any], model: nn.Module, clip: Clip) -> Callable[..., Any]:
@@ -199,14 +183,7 @@ class Privacy(Jax):
         return whole
 
     def together(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         grads, norms, losses = self.call(model, clip, w, batch)
         flat = torch.cat([grads[name].reshape(-1) for name in w.names])

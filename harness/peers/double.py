@@ -1,4 +1,4 @@
-"""A model's double: what a library may hook, wrap and mark in place of the model itself."""
+"""Copies of a model that a library may hook, wrap and mark in place of the model itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opacus: per-example gradients by hooks, by functorch and by expanded weights, and its ghost clipping."""
+"""The engines of Opacus: per-example gradients by hooks, functorch and expanded weights, and its ghost clipping."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from harness.dp.engines.engine import Clipped, trainable
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Layout, Tree
 from harness.peers.double import double
-from harness.peers.peer import Peer, Rows, tied
+from harness.peers.peer import GradientPeer, Peer, tied
 
-OPACUS = "Yousefpour et al., Opacus: User-friendly differential privacy library in PyTorch, arXiv:2109.12298"
 EXPANDED = {
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.RNN, nn.LSTM, nn.GRU, nn.GroupNorm),
     *(nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -40,13 +39,12 @@ def with_its_own_layers(module: nn.Module) -> nn.Module:
     return module
 
 
-class Opacus(Peer):
-    """What all four ways of Opacus have in common."""
+class OpacusPeer(Peer):
+    """What all four ways of Opacus share (Yousefpour et al., arXiv:2109.12298)."""
 
     PACKAGE: ClassVar[str] = "opacus"
     IMPORTS: ClassVar[str] = "opacus"
     INSTALL: ClassVar[str] = "opacus"
-    SOURCE: ClassVar[str] = OPACUS
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Opacus's module around `module`, a copy that is ours to change."""
@@ -69,7 +67,7 @@ def no_hooks(layer: nn.Module) -> str | None:
 def wrong_formula(layer: nn.Module) -> str | None:
     """Where Opacus's own formulas fail or, as found by comparison with the loop, give another gradient."""
     if getattr(layer, "padding_mode", "zeros") != "zeros":
-        return "pads other than with zeros, and Opacus's gradients ignore that: norms read low"
+        return "pads other than with zeros, and Opacus's gradients ignore that: norms are underestimated"
     if type(layer) is nn.LayerNorm and layer.bias is None:
         return "has no bias, and Opacus's formula fails without one"
     return padded(layer)
@@ -83,7 +81,7 @@ def padded(layer: nn.Module) -> str | None:
 
 
 @dataclass(frozen=True)
-class Hooks(Opacus, Rows):
+class Hooks(OpacusPeer, GradientPeer):
     """`GradSampleModule`: hooks on each layer compute its per-example gradients from its input and output gradient."""
 
     FUNCTORCH: ClassVar[bool] = False
@@ -119,7 +117,7 @@ class ExpandedWeights(Hooks):
 
     def objection(self, layer: nn.Module) -> str | None:
         if type(layer) not in EXPANDED:
-            return "is no layer that expanded weights support"
+            return "is not a layer that expanded weights support"
         if type(layer) is nn.LSTM and layer.weight_ih_l0.dtype is torch.float32 and layer.weight_ih_l0.is_cpu:
             return "runs in oneDNN in float32 on a CPU, where expanded weights do not follow"
         return padded(layer)
@@ -131,11 +129,11 @@ class ExpandedWeights(Hooks):
 
 
 @dataclass(frozen=True)
-class Ghost(Opacus):
+class Ghost(OpacusPeer):
     """`GradSampleModuleFastGradientClipping`: norms by hooks, then a second backward pass of the reweighted loss.
 
-    The norms are Opacus's own. In float32 they read low on large layers (by 2e-5 for a convolution of a million weights
-    as measured), so a clipped gradient may exceed its bound by as much.
+    The norms are Opacus's own. In float32 they are too small on large layers (by 2e-5 for a convolution of a million
+    weights as measured), so a clipped gradient may exceed its bound by as much.
     """
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -154,14 +152,7 @@ class Ghost(Opacus):
         return super().refuses(loss, clip, model)
 
     def clipped_sum(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         module: Any
         with double(type(self), self.wrap, model, w) as (module, parameters):

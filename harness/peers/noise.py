@@ -1,4 +1,4 @@
-"""Other people's noise as a part, so that it is attacked in the same loop as ours.
+"""Noise of other libraries as a part of a method, to attack it in the same loop as ours.
 
 Each draws and adds as its library does, tensor by tensor, on the same sums, with the deviation that the harness asks
 for. Where a library exports no function for it, its arithmetic is repeated here; the class says which.
@@ -6,7 +6,6 @@ for. Where a library exports no function for it, its arithmetic is repeated here
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,22 +18,14 @@ from harness.dp.noise import Gaussian
 from harness.dp.random import Stream
 from harness.dp.release import Release
 from harness.dp.tree import Tree
+from harness.peers.peer import Library
 
 
 @dataclass(frozen=True)
-class PeerNoise(Gaussian):
+class PeerNoise(Library, Gaussian):
     """Gaussian noise by another library, drawn and added by `noised`."""
 
-    PACKAGE: ClassVar[str]  # the name of the distribution
     ADDS: ClassVar[str]  # what it computes
-
-    @classmethod
-    def version(cls) -> str | None:
-        """The version that is installed, None where there is none."""
-        try:
-            return importlib.metadata.version(cls.PACKAGE)
-        except importlib.metadata.PackageNotFoundError:
-            return None
 
     def add(self, release: Release, rng: Stream) -> Tree:
         whole, scale = release.sigma * release.sensitivity, release.scale or {}

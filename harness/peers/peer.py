@@ -1,4 +1,4 @@
-"""What engines made of other people's libraries share."""
+"""What the engines share that are made of other libraries: refusals, and a comparison with ours on the first batch."""
 
 from __future__ import annotations
 
@@ -27,8 +27,22 @@ SLACK = {torch.float64: 1e-6}  # by how much a norm may differ in a trial; at ki
 _trusted: WeakKeyDictionary[nn.Module, set[type[Peer]]] = WeakKeyDictionary()
 
 
+class Library:
+    """A part of ours that is computed by a package of others."""
+
+    PACKAGE: ClassVar[str]  # the name of the distribution
+
+    @classmethod
+    def version(cls) -> str | None:
+        """The version that is installed, None where it is not installed."""
+        try:
+            return importlib.metadata.version(cls.PACKAGE)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+
 @dataclass(frozen=True)
-class Peer(PerExample):
+class Peer(Library, PerExample):
     """An engine whose per-example gradients, or their norms, come from another library.
 
     What the library refuses, or is known to get wrong, `accepts` refuses by reason. What cannot be seen from a model is
@@ -36,18 +50,8 @@ class Peer(PerExample):
     RuntimeError and never trains or is timed. A model that draws random numbers cannot be compared and is let through.
     """
 
-    PACKAGE: ClassVar[str]  # the name of the distribution, and of the module to import
-    IMPORTS: ClassVar[str]
+    IMPORTS: ClassVar[str]  # the module to import
     INSTALL: ClassVar[str]  # what brings it
-    SOURCE: ClassVar[str]  # a citation
-
-    @classmethod
-    def version(cls) -> str | None:
-        """The version that is installed, None where there is none."""
-        try:
-            return importlib.metadata.version(cls.PACKAGE)
-        except importlib.metadata.PackageNotFoundError:
-            return None
 
     def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if importlib.util.find_spec(self.IMPORTS) is None:
@@ -123,7 +127,7 @@ def tied(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Rows(Peer):
+class GradientPeer(Peer):
     """A library that hands over every example's gradient; weighing and adding them up is left to us."""
 
     def chunk(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> int:
@@ -135,14 +139,7 @@ class Rows(Peer):
         raise NotImplementedError
 
     def clipped_sum(
-        self,
-        loss: Loss,
-        clip: Clip,
-        groups: Mapping[str, int],
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
+        self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         grads, losses = self.rows(loss, model, w, batch)
         norms = group_norms({name: squared_norms(g) for name, g in grads.items()}, groups, losses)

@@ -8,7 +8,7 @@ parameters and frozen ones need no thought. Arrays have PyTorch's shapes and ord
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -57,18 +57,6 @@ def lacking(model: nn.Module) -> str | None:
 # --- layers of PyTorch ----------------------------------------------------------------------------------------------
 
 
-@twin_of(nn.Sequential)
-def sequential(m: nn.Sequential, read: Read, x: Array) -> Array:
-    for child in m:
-        x = run(child, read, x)
-    return x
-
-
-@twin_of(nn.Linear)
-def linear(m: nn.Linear, read: Read, x: Array) -> Array:
-    return affine(x, read(m.weight), read(m.bias))
-
-
 def affine(x: Array, weight: Array, bias: Array | None) -> Array:
     """x W^T + b."""
     z = x @ weight.T
@@ -89,9 +77,8 @@ def convolve(
     x: Array, weight: Array, bias: Array | None, stride: Any, pads: Any, dilation: Any = None, groups: int = 1
 ) -> Array:
     """Convolution in PyTorch's layout."""
-    z = lax.conv_general_dilated(
-        x, weight, stride, pads, rhs_dilation=dilation, feature_group_count=groups
-    )  # channels first is JAX's default too
+    # Channels first is JAX's default too.
+    z = lax.conv_general_dilated(x, weight, stride, pads, rhs_dilation=dilation, feature_group_count=groups)
     return z if bias is None else z + bias.reshape(-1, *[1] * (z.ndim - 2))
 
 
@@ -126,6 +113,8 @@ def layer_norm(m: nn.LayerNorm, read: Read, x: Array) -> Array:
 
 RULES |= {
     nn.Identity: lambda m, read, x: x,
+    nn.Sequential: lambda m, read, x: reduce(lambda y, child: run(child, read, y), m, x),
+    nn.Linear: lambda m, read, x: affine(x, read(m.weight), read(m.bias)),
     nn.Tanh: lambda m, read, x: jnp.tanh(x),
     nn.ReLU: lambda m, read, x: jax.nn.relu(x),
     nn.SiLU: lambda m, read, x: jax.nn.silu(x),
@@ -200,7 +189,7 @@ def recurrent(m: nn.RNNBase, read: Read, x: Array) -> Array:
     return x
 
 
-# --- blocks of harness.models ---------------------------------------------------------------------------------------
+# Blocks of harness.models ---------------------------------------------------------------------------------
 
 
 @twin_of(WSConv2d)
@@ -213,14 +202,10 @@ def standardised_convolution(m: WSConv2d, read: Read, x: Array) -> Array:
     return convolve(x, weight, read(m.bias), pair(m.stride), [(m.padding, m.padding)] * 2)
 
 
-@twin_of(resnet.WideBlock)
-def wide_block(m: resnet.WideBlock, read: Read, x: Array) -> Array:
-    return run(m.skip, read, x) + run(m.branch, read, x)
-
-
-@twin_of(resnet.ProjectedBlock)
-def projected_block(m: resnet.ProjectedBlock, read: Read, x: Array) -> Array:
-    return jax.nn.relu(run(m.skip, read, x) + run(m.branch, read, x))
+RULES |= {
+    resnet.WideBlock: lambda m, read, x: run(m.skip, read, x) + run(m.branch, read, x),
+    resnet.ProjectedBlock: lambda m, read, x: jax.nn.relu(run(m.skip, read, x) + run(m.branch, read, x)),
+}
 
 
 @twin_of(resnet.BasicBlock)

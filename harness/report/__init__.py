@@ -1,4 +1,4 @@
-"""From records to a report: self-contained pages, Markdown, CSV and figures.
+"""Writes the report of a suite from its records: self-contained pages, Markdown, CSV and figures.
 
 >>> from harness import report
 >>> report.build("core", question, records, Path("reports")).top        # doctest: +SKIP
@@ -38,7 +38,7 @@ FILES = (
 POINT = ("stage", "step", "seconds", "accuracy", "loss", "epsilon", "clipped_fraction")
 """What is read of a log point."""
 MOST_BYTES = 4 * 2**20
-"""A trace that is larger is none: it is written about 20 times a run."""
+"""A larger trace is not read: runs write about 20 points."""
 _HERE = Path(__file__).parent
 
 
@@ -118,23 +118,9 @@ def build(
     checks = [{k: v for k, v in check.items() if k != "path"} for check in checks]
     model = board(suite_name, question, records, published, tuning, reduced, quarantine, file, left_out)
     inputs = [run.order for run in model.runs]
-    digest = _digest(
-        [
-            suite_name,
-            question,
-            inputs,
-            published,
-            tuning,
-            reduced,
-            quarantine,
-            link,
-            sorted(map(canonical, found)),
-            sorted(map(canonical, checks)),
-            sources,
-            file,
-            left_out,
-        ]
-    )
+    examined = sorted(map(canonical, found)), sorted(map(canonical, checks))
+    arguments = suite_name, question, published, tuning, reduced, quarantine, link, sources, file, left_out
+    digest = _digest([arguments, inputs, examined])
     top = text.top_rows(model)
     tables = export.files(model)
     from harness.report import figures
@@ -142,7 +128,7 @@ def build(
     from harness.report.page import html, pages
     from harness.report.page import payload as rows
 
-    places, known = html.Places(model, results, folder), rows.audits(found)
+    places, known = html.Links(model, results, folder), rows.audits(found)
     conformant = checked.checks(checks)
     others = (*tables, *places.rows.values(), *places.methods.values())
     if _current(folder) == digest and all((folder / name).is_file() for name in others):
@@ -157,8 +143,7 @@ def build(
         **drawings,
         "index.html": html.page(model, places, digest=digest, known=known, checked=conformant),
     }
-    export.write(folder, tables)
-    _replace(folder, below)
+    _replace(folder, tables | below)
     for name in FILES:  # the page is last: it holds the digest, so a report cut short is never taken for a whole one
         _write(folder / name, files[name])
     return Report(folder, True, top)
@@ -196,7 +181,7 @@ def _digest(inputs: Any) -> str:
 
 
 def _traced(record: dict[str, Any], results: Path) -> dict[str, Any]:
-    """`record` with what the report uses of its trace. What is no JSON or no plain file is left out."""
+    """`record` with what the report uses of its trace. What is not JSON or not a plain file is left out."""
     if "trace" in record or not record["path"]:
         return record
     points: list[Any] = []
@@ -222,14 +207,15 @@ def _points(lines: list[bytes]) -> list[dict[str, Any]]:
     ]
 
 
-def _replace(folder: Path, pages: Mapping[str, str]) -> None:
-    """Write `pages` below `folder`, and remove the pages beside them that are of earlier records."""
-    for below in ("runs", "methods"):
+def _replace(folder: Path, files: Mapping[str, str]) -> None:
+    """Write `files` below `folder`, and remove the pages and tables beside them that are of earlier records."""
+    for below in ("runs", "methods", export.FOLDER):
         (folder / below).mkdir(parents=True, exist_ok=True)
-        for path in (folder / below).glob("*.html"):
-            if f"{below}/{path.name}" not in pages:
+        for path in (folder / below).iterdir():
+            ours = export.SUFFIXES if below == export.FOLDER else (".html",)
+            if path.suffix in ours and f"{below}/{path.name}" not in files:
                 path.unlink()
-    for name, content in pages.items():
+    for name, content in files.items():
         _write(folder / name, content)
 
 

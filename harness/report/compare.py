@@ -1,4 +1,4 @@
-"""Two methods, or the same cells before and after a change: paired differences with intervals.
+"""Compares two methods, or the same cells before and after a change: paired differences with intervals.
 
 A *pairing* is two sets of runs that differ in one thing, method or folder. Its runs are paired by seed, since runs of
 one seed share their initial weights. What is compared is ``B - A`` for an accuracy (a fraction) and ``B / A - 1`` for a
@@ -192,27 +192,16 @@ def _names(one: Pairing, by: str) -> tuple[tuple[str, str | float], ...]:
 def _line(
     names: tuple[tuple[str, str | float], ...], pairings: Sequence[Pairing], metric: Metric, threshold: float
 ) -> Line:
-    every = [one.pairs(metric) for one in pairings]
-    seeds = _fullest(every)
-    paired = [pairs for pairs in every if pairs.keys() >= set(seeds)]
-    means = [[math.fsum(one[s][i] for one in paired) / len(paired) for s in seeds] for i in range(3)]
-    rounded = [
-        0.0 if metric.relative else rounding(examples([*one.a.finished.values(), *one.b.finished.values()]))
-        for one, pairs in zip(pairings, every, strict=True)
-        if pairs.keys() >= set(seeds)
-    ]
-    least = math.fsum(rounded) / len(paired) ** 2  # of a mean over pairings
+    every = [(one, one.pairs(metric)) for one in pairings]
+    seeds = _fullest([pairs for _, pairs in every])
+    paired = [(one, pairs) for one, pairs in every if pairs.keys() >= set(seeds)]
+    means = [[math.fsum(pairs[s][i] for _, pairs in paired) / len(paired) for s in seeds] for i in range(3)]
+    judged_on = (examples([*one.a.finished.values(), *one.b.finished.values()]) for one, _ in paired)
+    # Of a mean over pairings.
+    least = 0.0 if metric.relative else math.fsum(map(rounding, judged_on)) / len(paired) ** 2
     a, b = (mean_interval(values, least) for values in means[:2])
     difference = mean_interval(means[2], 2 * least)
-    alone = [
-        sum(len(getattr(p, side).finished.keys() - pairs.keys()) for p, pairs in zip(pairings, every, strict=True))
-        for side in ("a", "b")
-    ]
-    busy = sum(
-        one.a.finished[seed].busy or one.b.finished[seed].busy
-        for one, pairs in zip(pairings, every, strict=True)
-        for seed in pairs
-    )
+    busy = sum(one.a.finished[seed].busy or one.b.finished[seed].busy for one, pairs in every for seed in pairs)
     broken = sum(len(one.a.finished.keys() & one.b.failed) for one in pairings)
     return Line(
         names=names,
@@ -222,13 +211,13 @@ def _line(
         b=b,
         difference=difference,
         seeds=tuple(seeds),
-        unpaired=(alone[0], alone[1]),
+        unpaired=(
+            sum(len(one.a.finished.keys() - pairs.keys()) for one, pairs in every),
+            sum(len(one.b.finished.keys() - pairs.keys()) for one, pairs in every),
+        ),
         broken=broken,
         busy=busy if metric.timed else 0,
-        statuses=(
-            tally(run for one in pairings for run in one.a.runs),
-            tally(run for one in pairings for run in one.b.runs),
-        ),
+        statuses=(tally(r for one in pairings for r in one.a.runs), tally(r for one in pairings for r in one.b.runs)),
         verdict=_verdict(difference, metric.better, threshold, broken),
     )
 

@@ -1,4 +1,4 @@
-"""Every table of a report in four forms, one file each, for papers and programs: Markdown, CSV, LaTeX and JSON.
+"""Writes every table of a report in four forms, for papers and programs: Markdown, CSV, LaTeX and JSON.
 
 ``tables/<task>-eps-<epsilon>.md .csv .tex .json``, and ``tables/published.*``. The CSV and the JSON have full precision
 and the same columns. In JSON a number is a number, with its unit in ``columns``. An unknown value is left out of its
@@ -7,22 +7,18 @@ row, and an infinite one is null, as in a record. The LaTeX needs the package bo
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from harness.report import text
 from harness.report.model.rows import BASELINE
-from harness.report.model.tables import Board, Entry, Table, heading, place, statement, timing
-from harness.report.model.words import count, epsilon, gap, interval
+from harness.report.model.tables import Board, RankedTable, TableRow, heading, place, statement, timing
+from harness.report.model.words import count, epsilon, interval
 
-__all__ = ["UNITS", "files", "tex", "write"]
+__all__ = ["UNITS", "files", "tex"]
 
 FOLDER = "tables"
 SUFFIXES = (".md", ".csv", ".tex", ".json")
@@ -40,7 +36,7 @@ UNITS: Mapping[str, str] = {
 }  # fmt: skip
 """Unit of each column of numbers; every other column is text."""
 
-_Row = Sequence[tuple[str, text.Field]]
+_Row = Mapping[str, text.Field]
 
 
 def files(board: Board) -> dict[str, str]:
@@ -48,36 +44,26 @@ def files(board: Board) -> dict[str, str]:
     found: dict[str, str] = {}
     for table in board.tables:
         name = _name(table, found)
-        rows = [text.csv_row(table, entry, reference) for entry, reference in text.both(table)]
+        rows = [text.csv_row(table, entry) for entry in table.every]
         facts = {
             "suite": board.suite, "table": heading(table), "statement": statement(table),
-            "search": table.search, "notes": _notes(table),
+            "search": table.search, "notes": [*table.unranked, *table.notes],
         }  # fmt: skip
-        forms = (
-            "\n".join(text.markdown_table(table)),
-            _csv(rows),
-            _tex_table(table, name),
-            _json(facts, rows),
+        found |= _forms(
+            name, "\n".join(text.markdown_table(table)), text.csv_text(rows), _tex_table(table, name), facts, rows
         )
-        found |= dict(zip((f"{FOLDER}/{name}{suffix}" for suffix in SUFFIXES), forms, strict=True))
-    if board.published:
-        found |= _published(board)
-    return found
+    return found | (_published(board) if board.published else {})
 
 
-def write(folder: Path, contents: Mapping[str, str]) -> None:
-    """Write `contents` below a report's folder, each in one step, and remove exports of tables that are no more."""
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        temporary = folder / FOLDER / f".{os.getpid()}.tmp"
-        temporary.write_text(content, encoding="utf-8", newline="\n")
-        os.replace(temporary, folder / name)
-    for path in (folder / FOLDER).iterdir():
-        if path.suffix in SUFFIXES and f"{FOLDER}/{path.name}" not in contents:
-            path.unlink()
+def _forms(
+    name: str, markdown: str, table: str, latex: str, facts: Mapping[str, Any], rows: Sequence[_Row]
+) -> dict[str, str]:
+    """The four forms of one table by path."""
+    forms = (markdown, table, latex, _json(facts, rows))
+    return {f"{FOLDER}/{name}{suffix}": form for suffix, form in zip(SUFFIXES, forms, strict=True)}
 
 
-def _name(table: Table, taken: Mapping[str, str]) -> str:
+def _name(table: RankedTable, taken: Mapping[str, str]) -> str:
     """A name that says which table this is, and stays when others come or go."""
     s = table.setting
     words = f"{s.task}-eps-{'inf' if math.isinf(s.epsilon) else f'{s.epsilon:g}'}"
@@ -90,54 +76,29 @@ def _name(table: Table, taken: Mapping[str, str]) -> str:
     return name
 
 
-def _notes(table: Table) -> list[str]:
-    unranked = [f"{e.row.title} is unranked: {e.place.why}." for e in table.entries if e.place.why]
-    return [*unranked, *table.notes]
-
-
 def _published(board: Board) -> dict[str, str]:
     """The table of published values beside measured ones."""
-    content = text.published_csv(board)
     titles = ("method", "task", "ε", "metric", "published", "measured", "verdict", "source")
     cells = [text.verdict_cells(v)[: len(titles)] for v in board.published]
     markdown = ["## Published and measured", "", text.VERDICTS, ""]
     markdown += text.grid(titles, ([text.escape(cell) for cell in line] for line in cells))
     caption = f"Published and measured values, {board.suite}."
-    header, *lines = csv.reader(io.StringIO(content))
-    rows = [[(name, _typed(name, cell)) for name, cell in zip(header, line, strict=True)] for line in lines]
-    forms = (
-        "\n".join(markdown),
-        content,
-        _tex(titles, cells, "lllllllp{4cm}", caption, "published", [text.VERDICTS]),
-        _json({"suite": board.suite, "table": "published and measured", "notes": [text.VERDICTS]}, rows),
-    )
-    return dict(zip((f"{FOLDER}/published{suffix}" for suffix in SUFFIXES), forms, strict=True))
+    latex = _tex(titles, cells, "lllllllp{4cm}", caption, "published", [text.VERDICTS])
+    facts = {"suite": board.suite, "table": "published and measured", "notes": [text.VERDICTS]}
+    values = map(text.published_row, board.published)
+    rows = [{name: float(one) if isinstance(one, int) else one for name, one in row.items()} for row in values]
+    return _forms("published", "\n".join(markdown), text.published_csv(board), latex, facts, rows)
 
 
-def _typed(name: str, cell: str) -> text.Field:
-    """A cell of a CSV table as it was before it became text."""
-    if name not in UNITS:
-        return cell[1:] if cell[:1] == "'" and text.guarded(cell[1:]) == cell else cell
-    return float(cell) if cell else None
-
-
-# ------------------------------------------------------------ --- CSV and JSON
-
-
-def _csv(rows: Sequence[_Row]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(name for name, _ in (rows[0] if rows else []))
-    writer.writerows([text.guarded(value) for _, value in row] for row in rows)
-    return out.getvalue()
+# JSON -----------------------------------------------------------------------------------------------------
 
 
 def _json(facts: Mapping[str, Any], rows: Sequence[_Row]) -> str:
     columns = [
         {"name": name, "type": "number", "unit": UNITS[name]} if name in UNITS else {"name": name, "type": "text"}
-        for name, _ in (rows[0] if rows else [])
+        for name in (rows[0] if rows else ())
     ]
-    known = [{name: _plain(value) for name, value in row if _known(value)} for row in rows]
+    known = [{name: _plain(value) for name, value in row.items() if _known(value)} for row in rows]
     return (
         json.dumps({**facts, "columns": columns, "rows": known}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     )
@@ -151,7 +112,7 @@ def _plain(value: text.Field) -> text.Field:
     return None if isinstance(value, float) and math.isinf(value) else value
 
 
-# ------------------------------------------------------------ --- LaTeX
+# LaTeX ----------------------------------------------------------------------------------------------------
 
 _TEX: Mapping[str, str] = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
@@ -174,7 +135,7 @@ def tex(words: str) -> str:
     return re.sub(r"(?<=-)-", "{}-", "".join(one if one != "--" else "\0" for one in shown)).replace("\0", "--")
 
 
-def _tex_table(table: Table, name: str) -> str:
+def _tex_table(table: RankedTable, name: str) -> str:
     baseline = table.baseline.title if table.baseline else BASELINE
     titles = (
         "rank",
@@ -187,30 +148,24 @@ def _tex_table(table: Table, name: str) -> str:
         "peak MiB",
         "seeds",
     )
-    lines = [_tex_row(e, place(e)) for e in table.entries]
-    lines += [_tex_row(e, "reference") for e in table.references]
     search = "Hyper-parameter search, not a result: " if table.search else ""
     caption = f"{search}{heading(table)} ({', '.join(statement(table))}). {text.LEGEND}"
-    return _tex(titles, lines, "llrrrrrrr", caption, name, _notes(table))
+    notes = [*table.unranked, *table.notes]
+    return _tex(titles, map(_tex_row, table.every), "llrrrrrrr", caption, name, notes)
 
 
-def _tex_row(entry: Entry, rank: str) -> list[str]:
+def _tex_row(entry: TableRow) -> list[str]:
     row = entry.row
     return [
-        rank, row.marked, interval(row.accuracy),
-        "baseline" if entry.baseline else gap(entry.place.difference), epsilon(row.epsilon),
+        "reference" if entry.reference else place(entry), row.marked, interval(row.accuracy),
+        text.difference(entry), epsilon(row.epsilon),
         text.sigma(row.shared("sigma")), timing(entry, "rate", count(row.rate)), count(row.peak_memory),
         str(len(row.scores)),
     ]  # fmt: skip
 
 
 def _tex(
-    titles: Sequence[str],
-    lines: Iterable[Sequence[str]],
-    columns: str,
-    caption: str,
-    label: str,
-    notes: Sequence[str],
+    titles: Sequence[str], lines: Iterable[Sequence[str]], columns: str, caption: str, label: str, notes: Sequence[str]
 ) -> str:
     """A floating table of booktabs; every text is escaped here."""
     out = [

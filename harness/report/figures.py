@@ -1,4 +1,4 @@
-"""The figures: their data, which the page draws too (`plot`), and SVG files for documents.
+"""The figures of a report: their data, which the page draws too (`plot`), and SVG files for documents.
 
 The files are deterministic: matplotlib's defaults (no user settings), fixed ids, no date, sorted input. Text stays
 text, the background is transparent, and the two neutral colours are mid-tones that read on white and on black.
@@ -116,36 +116,39 @@ def memory_data(board: Board) -> list[Bars]:
     return _bars(board, lambda row: row.peak_memory, timed=False)
 
 
-def _bars(board: Board, measure: Callable[[Row], float | None], timed: bool) -> list[Bars]:
-    """Bars of a timing, the fastest first, or of a size, the least first."""
+def _by_device(board: Board, measured: Callable[[Row], bool]) -> list[tuple[str, list[Row]]]:
+    """Title and measured rows of every task and device."""
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     shown = {t.setting.split for t in (board.results or board.tables)}
     for row in board.rows:
-        if measure(row) and row.setting.split in shown:
+        if measured(row) and row.setting.split in shown:
             groups[row.setting.task, row.device.fingerprint].append(row)
     several = len({fingerprint for _, fingerprint in groups}) > 1
+    ordered = sorted(groups.items(), key=lambda g: (natural(g[0][0]), g[0][1]))
+    return [(f"{task}, {device_text(rows[0].device)}" if several else task, rows) for (task, _), rows in ordered]
+
+
+def _bars(board: Board, measure: Callable[[Row], float | None], timed: bool) -> list[Bars]:
+    """Bars of a timing, the fastest first, or of a size, the least first."""
     panels = []
-    for (task, _), rows in sorted(groups.items(), key=lambda g: (natural(g[0][0]), g[0][1])):
-        found: dict[str, list[tuple[float | None, bool]]] = defaultdict(list)
+    for title, rows in _by_device(board, lambda row: bool(measure(row))):
+        timings: dict[str, list[tuple[float | None, bool]]] = defaultdict(list)
         engines: dict[str, str] = {}
         for row in rows:
-            found[row.title].append((measure(row), timed and row.busy))
+            timings[row.title].append((measure(row), timed and row.busy))
             engines.setdefault(row.title, row.shared("engine") or "")
-        chosen = {t: quietest(v) for t, v in found.items()}
-        middle = {t: value for t, (value, _) in chosen.items()}
+        chosen = {t: quietest(v) for t, v in timings.items()}
         sign = -1 if timed else 1
-        middle = dict(sorted(middle.items(), key=lambda i: (i[0] != REFERENCE, sign * i[1], natural(i[0]))))
-        base = middle.get(REFERENCE)
-        values = {t: v / base for t, v in middle.items()} if base else middle
-        spoilt = base is not None and chosen[REFERENCE][1]
-        busy = frozenset(t for t, (_, one) in chosen.items() if one or spoilt)
-        title = f"{task}, {device_text(rows[0].device)}" if several else task
+        ordered = sorted(chosen.items(), key=lambda i: (i[0] != REFERENCE, sign * i[1][0], natural(i[0])))
+        base, spoilt = chosen.get(REFERENCE, (None, False))
+        values = {t: value / (base or 1) for t, (value, _) in ordered}
+        busy = frozenset(t for t, (_, one) in chosen.items() if one or (base is not None and spoilt))
         panels.append(Bars(title, bool(base), dict(_some(values)), engines, busy))
     return panels
 
 
 @dataclass(frozen=True)
-class Choice:
+class TradeOff:
     """A row as a choice between accuracy (a fraction), epsilon and seconds of training; `front`: none is better in
     one of them and no worse in the others. One that was timed on a busy machine takes no part in that."""
 
@@ -157,30 +160,21 @@ class Choice:
     busy: bool = False
 
 
-def pareto_data(board: Board) -> list[tuple[str, list[Choice]]]:
+def pareto_data(board: Board) -> list[tuple[str, list[TradeOff]]]:
     """Title and choices of every task and device. Means over seeds: the front ignores their intervals."""
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    shown = {t.setting.split for t in (board.results or board.tables)}
-    for row in board.rows:
-        known = row.accuracy is not None and row.epsilon is not None and bool(row.train_seconds)
-        if known and row.setting.split in shown:
-            groups[row.setting.task, row.device.fingerprint].append(row)
-    several = len({fingerprint for _, fingerprint in groups}) > 1
+
+    def known(row: Row) -> bool:
+        return row.accuracy is not None and row.epsilon is not None and bool(row.train_seconds)
+
     panels = []
-    for (task, _), rows in sorted(groups.items(), key=lambda g: (natural(g[0][0]), g[0][1])):
+    for title, rows in _by_device(board, known):
         points = [
-            (
-                r.title,
-                r.accuracy.mean if r.accuracy else 0.0,
-                _rounded(r.epsilon or 0.0),
-                r.train_seconds or 0.0,
-            )
+            (r.title, r.accuracy.mean if r.accuracy else 0.0, _rounded(r.epsilon or 0.0), r.train_seconds or 0.0)
             for r in rows
         ]
         quiet = [i for i, row in enumerate(rows) if not row.busy]
         front = {quiet[i] for i in _front([(-a, e, s) for _, a, e, s in (points[i] for i in quiet)])}
-        choices = [Choice(*point, i in front, rows[i].busy) for i, point in enumerate(points)]
-        panels.append((f"{task}, {device_text(rows[0].device)}" if several else task, choices))
+        panels.append((title, [TradeOff(*point, i in front, rows[i].busy) for i, point in enumerate(points)]))
     return panels
 
 
@@ -286,11 +280,7 @@ def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     for i, name in enumerate(n for n in names if n != REFERENCE):
         turn = i // len(COLOURS)
         style = ("-", (0, (4, 1.5)), (0, (1, 1.2)))[turn % 3]
-        looks[name] = {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[(i + turn) % 7],
-            "linestyle": style,
-        }
+        looks[name] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + turn) % 7], "linestyle": style}
     return looks
 
 
@@ -327,11 +317,7 @@ def _accuracy(figure: type[Figure], panels: Sequence[Panel], looks: Mapping[str,
                 axis.vlines(x, low, high, color=look["color"], linewidth=1.2)
         for name, value in panel.references.items():
             handles[name] = axis.axhline(
-                100 * value.mean,
-                color=looks[name]["color"],
-                linestyle="--",
-                linewidth=1.2,
-                label=_short(name),
+                100 * value.mean, color=looks[name]["color"], linestyle="--", linewidth=1.2, label=_short(name)
             )
         if epsilons:
             axis.set_xscale("log")
@@ -342,14 +328,11 @@ def _accuracy(figure: type[Figure], panels: Sequence[Panel], looks: Mapping[str,
             axis.set_xticks([])
         axis.grid(True, axis="y")
         axis.tick_params(length=0)
-        axis.set_xlabel("target ε")
-        axis.set_ylabel(f"{_short(panel.split)} accuracy, %")
-        axis.set_title(_short(panel.title))
-    _legend(fig, {n: handles[n] for n in sorted(handles, key=_first)})
-    return fig
+        _named(axis, panel.title, "target ε", f"{_short(panel.split)} accuracy, %")
+    return _explained(fig, handles)
 
 
-def _pareto(figure: type[Figure], panels: Sequence[tuple[str, Sequence[Choice]]], looks: Mapping[str, Any]) -> Figure:
+def _pareto(figure: type[Figure], panels: Sequence[tuple[str, Sequence[TradeOff]]], looks: Mapping[str, Any]) -> Figure:
     fig, axes = _grid(figure, len(panels), 3.7, 3.1)
     handles: dict[str, Any] = {}
     for axis, (title, choices) in zip(axes, panels, strict=True):
@@ -368,11 +351,8 @@ def _pareto(figure: type[Figure], panels: Sequence[tuple[str, Sequence[Choice]]]
         axis.grid(True)
         axis.tick_params(length=0, which="both")
         busy = "\nhollow too: timed on a busy machine" if any(c.busy for c in choices) else ""
-        axis.set_xlabel("training, s; filled: on the front" + busy)
-        axis.set_ylabel("accuracy, %")
-        axis.set_title(_short(title))
-    _legend(fig, dict(_some({n: handles[n] for n in sorted(handles, key=_first)})))
-    return fig
+        _named(axis, title, "training, s; filled: on the front" + busy, "accuracy, %")
+    return _explained(fig, handles, SERIES)
 
 
 def _curves(figure: type[Figure], panels: Sequence[Curves], looks: Mapping[str, Any], title: str) -> Figure:
@@ -383,14 +363,11 @@ def _curves(figure: type[Figure], panels: Sequence[Curves], looks: Mapping[str, 
             look = {**looks[name], "marker": ""}
             (handles[name],) = axis.plot(
                 [e for e, _ in points], [100 * i.mean for _, i in points], linewidth=1.3, label=_short(name), **look
-            )  # fmt: skip
+            )
         axis.grid(True, axis="y")
         axis.tick_params(length=0)
-        axis.set_xlabel("ε spent, by RDP")
-        axis.set_ylabel(title)
-        axis.set_title(_short(panel.title))
-    _legend(fig, {n: handles[n] for n in sorted(handles, key=_first)})
-    return fig
+        _named(axis, panel.title, "ε spent, by RDP", title)
+    return _explained(fig, handles)
 
 
 def _relative(
@@ -399,18 +376,13 @@ def _relative(
     tallest = max((len(p.values) for p in panels), default=4)
     fig, axes = _grid(figure, len(panels), 3.7, 0.9 + 0.27 * max(tallest, 3))
     for axis, panel in zip(axes, panels, strict=True):
-        names = list(panel.values)
-        values = [panel.values[n] for n in names]
+        names, values = list(panel.values), list(panel.values.values())
         bars = axis.barh(range(len(names)), values, height=0.62, color=[looks[n]["color"] for n in names], alpha=0.85)
-        axis.bar_label(
-            bars,
-            [
-                (f"{v:.2f}×" if panel.relative else absolute.format(v)) + BUSY * (n in panel.busy)
-                for n, v in zip(names, values, strict=True)
-            ],
-            padding=3,
-            fontsize=8,
-        )
+        texts = [
+            (f"{v:.2f}×" if panel.relative else absolute.format(v)) + BUSY * (n in panel.busy)
+            for n, v in panel.values.items()
+        ]
+        axis.bar_label(bars, texts, padding=3, fontsize=8)
         axis.set_yticks(range(len(names)), labels=[_short(n, 28) for n in names])
         axis.set_ylim(tallest - 0.4, -0.6)
         axis.margins(x=0.16)
@@ -421,19 +393,22 @@ def _relative(
         axis.set_axisbelow(True)
         axis.tick_params(length=0)
         busy = f"\n{BUSY} timed on a busy machine" if panel.busy else ""
-        axis.set_xlabel(what + (", relative to non-private" if panel.relative else "") + busy)
-        axis.set_title(_short(panel.title))
+        _named(axis, panel.title, what + (", relative to non-private" if panel.relative else "") + busy)
     return fig
 
 
-def _legend(fig: Figure, handles: Mapping[str, Any]) -> None:
-    if handles:
-        fig.legend(
-            handles=list(handles.values()),
-            loc="outside lower center",
-            ncols=min(len(handles), 5),
-            fontsize=8.5,
-        )
+def _named(axis: Axes, title: str, x: str, y: str = "") -> None:
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.set_title(_short(title))
+
+
+def _explained(fig: Figure, handles: Mapping[str, Any], most: int | None = None) -> Figure:
+    """`fig` with a legend of its series, of `most` of them at most."""
+    lines = [handles[name] for name in sorted(handles, key=_first)[:most]]
+    if lines:
+        fig.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 5), fontsize=8.5)
+    return fig
 
 
 def _svg(fig: Figure) -> str:

@@ -1,4 +1,4 @@
-"""The commands that make a run again: the checkout that it was made with, and the suite that asked for it."""
+"""Writes the commands that repeat a run: the checkout that it was made with, and the suite that asked for it."""
 
 from __future__ import annotations
 

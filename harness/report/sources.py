@@ -1,4 +1,4 @@
-"""What the source says of methods and of their parts: docstrings and defaults, read without importing anything."""
+"""Reads docstrings and defaults of methods and of their parts from the source, without importing anything."""
 
 from __future__ import annotations
 

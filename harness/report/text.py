@@ -1,4 +1,4 @@
-"""The board as text: Markdown for repositories, CSV for spreadsheets and pandas, a table for the terminal."""
+"""Writes the board as text: Markdown for repositories, CSV for spreadsheets and pandas, a table for the terminal."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from harness.records import tables
 from harness.report.model.fields import listing
-from harness.report.model.published import Verdict
+from harness.report.model.published import PublishedValue
 from harness.report.model.rows import BASELINE, cross_checked, statuses
-from harness.report.model.runs import Run
 from harness.report.model.statistics import RULE, Interval
-from harness.report.model.tables import Board, Entry, Table, heading, place, statement, timing
+from harness.report.model.tables import Board, RankedTable, TableRow, heading, place, statement, timing
 from harness.report.model.words import count, epsilon, gap, interval, percent, ratio
 
-# ------------------------------------------------------------ --- Markdown
+# Markdown -------------------------------------------------------------------------------------------------
 
 
 def escape(text: str) -> str:
@@ -45,10 +45,7 @@ def markdown(board: Board) -> str:
     data = "Data: [leaderboard.csv](leaderboard.csv)"
     data += ", [published.csv](published.csv)." if board.published else "."
     out += ["", f"Full page: [index.html](index.html). {data}", ""]
-    out += [
-        f"{LEGEND} A record is `results/{escape(board.suite)}/ID/record.json`; `epsbench show ID` prints it.",
-        "",
-    ]
+    out += [f"{LEGEND} A record is `results/{escape(board.suite)}/ID/record.json`; `epsbench show ID` prints it.", ""]
     out += ["![Accuracy against epsilon](accuracy-vs-epsilon.svg)", "", "![Throughput](throughput.svg)", ""]
     for table in board.tables:
         out += markdown_table(table)
@@ -62,7 +59,7 @@ def markdown(board: Board) -> str:
     return "\n".join(out)
 
 
-def markdown_table(table: Table) -> list[str]:
+def markdown_table(table: RankedTable) -> list[str]:
     search = " (validation split: a hyper-parameter search, not a result)" if table.search else ""
     out = [f"## {escape(heading(table))}{search}", "", escape(" · ".join(statement(table))), ""]
     titles = (
@@ -71,20 +68,17 @@ def markdown_table(table: Table) -> list[str]:
         "ε spent", "ε RDP", "ε claimed", "σ", "examples/s", "vs non-private", "vs dp-sgd", "peak MiB",
         "train s", "seeds", "runs", "records",
     )  # fmt: skip
-    rows = [_markdown_row(e, place(e)) for e in table.entries]
-    rows += [_markdown_row(e, "reference") for e in table.references]
-    out += grid(titles, rows)
+    out += grid(titles, map(_markdown_row, table.every))
     failures = [
         f"- {escape(e.row.title)}: {n} × {escape(status)}: {escape(reason)}"
-        for e in (*table.entries, *table.references)
+        for e in table.every
         for status, reason, n in e.row.failures
     ]
-    notes = [f"- {escape(e.row.title)} is unranked: {escape(e.place.why)}." for e in table.entries if e.place.why]
-    return [*out, *failures, *notes, *(f"- {escape(note)}" for note in table.notes), ""]
+    return [*out, *failures, *(f"- {escape(note)}" for note in (*table.unranked, *table.notes)), ""]
 
 
-def _markdown_row(entry: Entry, rank: str) -> list[str]:
-    row = entry.row
+def _markdown_row(entry: TableRow) -> list[str]:
+    row, rank = entry.row, "reference" if entry.reference else place(entry)
     name = escape(row.marked)
     return [
         rank, f"**{name}**" if rank.rstrip("=") == "1" else name, interval(row.accuracy),
@@ -99,11 +93,11 @@ def _markdown_row(entry: Entry, rank: str) -> list[str]:
 
 
 def grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+    """The lines of a Markdown table, and an empty one."""
+    return [*tables.markdown(titles, rows), ""]
 
 
-def difference(entry: Entry) -> str:
+def difference(entry: TableRow) -> str:
     """The paired difference to the baseline with its interval, in percentage points."""
     return "baseline" if entry.baseline else gap(entry.place.difference)
 
@@ -122,7 +116,7 @@ def measure(metric: str, value: float | None, signed: bool = False) -> str:
     return f"{value:+.4g}" if signed else f"{value:.4g}"
 
 
-def measured(verdict: Verdict) -> str:
+def measured(verdict: PublishedValue) -> str:
     """The measured mean with its interval and number of seeds."""
     m: Interval | None = verdict.measured
     if m is None:
@@ -131,7 +125,7 @@ def measured(verdict: Verdict) -> str:
     return f"{measure(verdict.metric, m.mean)}{span}, n = {m.n}"
 
 
-def outcome(verdict: Verdict) -> str:
+def outcome(verdict: PublishedValue) -> str:
     """The verdict; by how much the two differ (measured minus published), or why they cannot be compared."""
     if verdict.verdict == "not comparable":
         return f"not comparable, because {' and '.join(verdict.because)}"
@@ -141,7 +135,7 @@ def outcome(verdict: Verdict) -> str:
     return f"{verdict.verdict}: {measure(verdict.metric, verdict.difference, signed=True)}{unit}"
 
 
-def verdict_cells(verdict: Verdict) -> list[str]:
+def verdict_cells(verdict: PublishedValue) -> list[str]:
     """One line of the table of published values, as text."""
     return [
         verdict.row.title if verdict.row else verdict.method, verdict.task, epsilon(verdict.epsilon),
@@ -150,7 +144,7 @@ def verdict_cells(verdict: Verdict) -> list[str]:
     ]  # fmt: skip
 
 
-# ------------------------------------------------------------ --- CSV
+# CSV ------------------------------------------------------------------------------------------------------
 
 Field = str | float | int | None
 
@@ -164,74 +158,71 @@ def guarded(value: Field) -> Field:
 
 def table_csv(board: Board) -> str:
     """Every row of every table with full precision: fractions, epsilons (``inf``), empty where unknown."""
+    return csv_text([csv_row(table, entry) for table in board.tables for entry in table.every])
+
+
+def csv_text(rows: Sequence[Mapping[str, Field]], names: Iterable[str] = ()) -> str:
+    """Rows as CSV under their `names`, by default those of the first."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    records = [csv_row(t, e, ref) for t in board.tables for e, ref in both(t)]
-    writer.writerow(name for name, _ in (records[0] if records else []))
-    writer.writerows([guarded(value) for _, value in record] for record in records)
+    writer.writerow(names or (rows[0] if rows else ()))
+    writer.writerows(map(guarded, row.values()) for row in rows)
     return out.getvalue()
 
 
-def both(table: Table) -> list[tuple[Entry, bool]]:
-    return [(e, False) for e in table.entries] + [(e, True) for e in table.references]
-
-
-def csv_row(table: Table, entry: Entry, reference: bool) -> list[tuple[str, Field]]:
-    row, run, s = entry.row, entry.row.first, table.setting
+def csv_row(table: RankedTable, entry: TableRow) -> dict[str, Field]:
+    """All that is known of a row, by column."""
+    row, run, s, reference = entry.row, entry.row.first, table.setting, entry.reference
     empty = Interval(math.nan, None, None, 0)
     accuracy, difference = row.accuracy or empty, entry.place.difference or empty
     known = bool(row.accuracy)
-    return [
-        ("task", s.task), ("dataset", run.dataset), ("model", run.model), ("split", s.split),
-        ("target_epsilon", s.epsilon), ("delta", s.delta), ("relation", s.relation), ("unit", s.unit),
-        ("device_kind", table.kind), ("device", row.device.name),
-        ("device_fingerprint", row.device.fingerprint),
-        ("role", "reference" if reference else "ranked" if entry.place.rank else "unranked"),
-        ("rank", None if reference else entry.place.rank),
-        ("rank_shared", None if reference else int(entry.place.tied)),
-        ("unranked_because", "" if reference else entry.place.why),
-        ("method", run.method), ("label", row.title), ("family", run.family), ("paper", run.paper),
-        ("parameters", ", ".join(f"{k}={v}" for k, v in run.parameters)),
-        ("batch", run.batch), ("steps", run.steps), ("dtype", run.dtype),
-        ("accuracy_mean", accuracy.mean if known else None), ("accuracy_low", accuracy.low),
-        ("accuracy_high", accuracy.high), ("accuracy_n", accuracy.n),
-        ("baseline", table.baseline.title if table.baseline else ""),
-        ("difference_mean", difference.mean if difference.n else None), ("difference_low", difference.low),
-        ("difference_high", difference.high), ("difference_n", difference.n),
-        ("epsilon_planned_pld", _planned(run, "pld")), ("epsilon_planned_rdp", _planned(run, "rdp")),
-        ("epsilon_spent", row.epsilon), ("epsilon_spent_pld", row.spent.get("pld")),
-        ("epsilon_spent_rdp", row.cross_check),
-        ("epsilon_claimed", row.shared("claimed")),
-        ("claim_assumes", row.shared("claim")), ("sampling", row.shared("sampling")),
-        ("noise_multiplier", row.shared("sigma")), ("public_data", row.shared("public_data")),
-        ("examples_per_second", row.rate), ("rate_to_non_private", entry.to_reference),
-        ("rate_to_dp_sgd", entry.to_baseline), ("peak_memory_mib", row.peak_memory),
-        ("train_seconds", row.train_seconds), ("seeds", listing(row.seeds)), ("runs", statuses(row)),
-        ("failures", "; ".join(f"{status}: {reason}" for status, reason, _ in row.failures)),
-        ("stale_runs", row.stale), ("merged_runs", row.merged), ("busy_runs", sum(r.busy for r in row.counted)),
-        ("group", run.group), ("ids", " ".join(r.id for r in row.runs)),
-    ]  # fmt: skip
-
-
-def _planned(run: Run, accountant: str) -> float | None:
-    return run.planned.get(accountant)
+    return {
+        "task": s.task, "dataset": run.dataset, "model": run.model, "split": s.split,
+        "target_epsilon": s.epsilon, "delta": s.delta, "relation": s.relation, "unit": s.unit,
+        "device_kind": table.kind, "device": row.device.name,
+        "device_fingerprint": row.device.fingerprint,
+        "role": "reference" if reference else "ranked" if entry.place.rank else "unranked",
+        "rank": None if reference else entry.place.rank,
+        "rank_shared": None if reference else int(entry.place.tied),
+        "unranked_because": "" if reference else entry.place.why,
+        "method": run.method, "label": row.title, "family": run.family, "paper": run.paper,
+        "parameters": ", ".join(f"{k}={v}" for k, v in run.parameters),
+        "batch": run.batch, "steps": run.steps, "dtype": run.dtype,
+        "accuracy_mean": accuracy.mean if known else None, "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high, "accuracy_n": accuracy.n,
+        "baseline": table.baseline.title if table.baseline else "",
+        "difference_mean": difference.mean if difference.n else None, "difference_low": difference.low,
+        "difference_high": difference.high, "difference_n": difference.n,
+        "epsilon_planned_pld": run.planned.get("pld"), "epsilon_planned_rdp": run.planned.get("rdp"),
+        "epsilon_spent": row.epsilon, "epsilon_spent_pld": row.spent.get("pld"),
+        "epsilon_spent_rdp": row.cross_check,
+        "epsilon_claimed": row.shared("claimed"),
+        "claim_assumes": row.shared("claim"), "sampling": row.shared("sampling"),
+        "noise_multiplier": row.shared("sigma"), "public_data": row.shared("public_data"),
+        "examples_per_second": row.rate, "rate_to_non_private": entry.to_reference,
+        "rate_to_dp_sgd": entry.to_baseline, "peak_memory_mib": row.peak_memory,
+        "train_seconds": row.train_seconds, "seeds": listing(row.seeds), "runs": statuses(row),
+        "failures": "; ".join(f"{status}: {reason}" for status, reason, _ in row.failures),
+        "stale_runs": row.stale, "merged_runs": row.merged, "busy_runs": sum(r.busy for r in row.counted),
+        "group": run.group, "ids": " ".join(r.id for r in row.runs),
+    }  # fmt: skip
 
 
 def published_csv(board: Board) -> str:
     """Every published value beside its measurement, with full precision; empty where unknown."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(PUBLISHED)
-    for v in board.published:
-        m = v.measured or Interval(math.nan, None, None, 0)
-        fields: tuple[Field, ...] = (
-            v.method, v.row.title if v.row else "", v.task, v.row.setting.task if v.row else "", v.epsilon,
-            v.metric, v.value, m.mean if m.n else None, m.low, m.high, m.n, v.difference, v.verdict,
-            " and ".join(v.because), v.would_change, v.source, v.note,
-            " ".join(r.id for r in v.row.runs) if v.row else "",
-        )  # fmt: skip
-        writer.writerow([guarded(value) for value in fields])
-    return out.getvalue()
+    return csv_text([published_row(v) for v in board.published], PUBLISHED)
+
+
+def published_row(v: PublishedValue) -> dict[str, Field]:
+    """All that is known of a published value, by column."""
+    m = v.measured or Interval(math.nan, None, None, 0)
+    fields = (
+        v.method, v.row.title if v.row else "", v.task, v.row.setting.task if v.row else "", v.epsilon,
+        v.metric, v.value, m.mean if m.n else None, m.low, m.high, m.n, v.difference, v.verdict,
+        " and ".join(v.because), v.would_change, v.source, v.note,
+        " ".join(r.id for r in v.row.runs) if v.row else "",
+    )  # fmt: skip
+    return dict(zip(PUBLISHED, fields, strict=True))
 
 
 PUBLISHED = (
@@ -240,27 +231,15 @@ PUBLISHED = (
 )  # fmt: skip
 
 
-# ------------------------------------------------------------ --- terminal
+# Terminal -------------------------------------------------------------------------------------------------
 
 
 def top_rows(board: Board, n: int = 5) -> str:
     """The first `n` rows of every result table (of every search where there is no result), for a terminal."""
+    titles = ["rank", "method", "accuracy %", "vs dp-sgd, points", "ε spent", "examples/s", "vs non-priv", "runs"]
     blocks = []
     for table in board.results or board.tables:
-        lines = [
-            [
-                "rank",
-                "method",
-                "accuracy %",
-                "vs dp-sgd, points",
-                "ε spent",
-                "examples/s",
-                "vs non-priv",
-                "runs",
-            ]
-        ]
-        lines += [_line(e, place(e)) for e in table.entries[:n]]
-        lines += [_line(e, "ref") for e in table.references[:1]]
+        lines = [titles, *map(_line, (*table.entries[:n], *table.references[:1]))]
         more = len(table.entries) - n
         title = f"{heading(table)}  ({', '.join(statement(table))})"
         blocks.append("\n".join([title, *aligned(lines), *([f"  … {more} more"] if more > 0 else [])]))
@@ -273,24 +252,16 @@ def top_rows(board: Board, n: int = 5) -> str:
     return "\n\n".join(blocks) or "no records yet"
 
 
-def _line(entry: Entry, rank: str) -> list[str]:
+def _line(entry: TableRow) -> list[str]:
     row = entry.row
     name = row.marked
     return [
-        rank, name if len(name) <= 44 else name[:43] + "…", interval(row.accuracy), difference(entry),
-        epsilon(row.epsilon), timing(entry, "rate", count(row.rate)),
+        "ref" if entry.reference else place(entry), name if len(name) <= 44 else name[:43] + "…",
+        interval(row.accuracy), difference(entry), epsilon(row.epsilon), timing(entry, "rate", count(row.rate)),
         timing(entry, "reference", ratio(entry.to_reference)), statuses(row),
     ]  # fmt: skip
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text_columns = {0, 1, len(widths) - 1}
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(w) if i in text_columns else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    """The lines of a table for a terminal; the first two columns and the last are text."""
+    return ["  " + line for line in tables.aligned(lines, {0, 1, len(lines[0]) - 1})]

@@ -1,36 +1,20 @@
-"""`epsbench check` of a method: examined, recorded in ``results/checks/``, and shown as lines and as tables."""
+"""`epsbench check`: checks a method, records it in ``results/checks/``, and shows it as lines and as tables."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from harness import registry
-from harness.dp.method import describe, parts
-from harness.provenance import code as codehash
-from harness.provenance import measure
+from harness.dp.method import describe
 from harness.records import checks
-from harness.registry.parts import modules
+from harness.records.tables import inserted, markdown
 from harness.verify import conformance
+from harness.verify.circumstances import Circumstances, code_of
 from harness.verify.conformance import Check, Named
 
-SKIPPED = frozenset(
-    f"harness.{name}"
-    for name in (
-        "records.audits",
-        "provenance.measure",
-        "registry",
-        "registry.registry",
-        "running.run",
-        "records.store",
-    )
-)
-"""Rooms that take no part in an outcome."""
 TABLES = ("times", "alarms")
 
 # The record -----------------------------------------------------------------------------------------------
@@ -45,29 +29,16 @@ def examined(one: Named, repeat: int = 0) -> dict[str, Any]:
         "parameters": registry.bind(entry, {}), "parts": describe(one.method),
         "relation": one.method.sampler.relation.value, "repeat": seeds,
     }  # fmt: skip
-    started, load, clock = datetime.now(UTC), _load(), measure.Clock()
-    code = code_of(one)  # before the checks: a file that is edited meanwhile is not what was checked
-    begun, busy = clock.now(), _cpu()
+    # The code before the checks: a file that is edited meanwhile is not what was checked.
+    code = code_of(one.method, one.file, "harness.verify.conformance")
+    load, circumstances, busy = _load(), Circumstances(code), _cpu()
     lines = (
         conformance.rehearsed(one.method, repeat) if repeat else conformance.examine(one.method, (one.name, one.file))
     )
-    wall, spent = clock.since(begun), _cpu() - busy
-    environment = measure.environment()
-    return facts | {
+    return facts | circumstances.facts() | {
         "id": checks.identity(facts), "lines": [_line(line) for line in lines],
-        "wall_seconds": round(wall, 3), "cpu_seconds": round(spent, 3), "load_average": load,
-        "code": code | {key: environment.pop(key) for key in ("commit", "dirty")},
-        "device": measure.device_info("cpu", torch.get_num_threads()), "environment": environment,
-        "started": started.isoformat(timespec="seconds"),
+        "cpu_seconds": round(_cpu() - busy, 3), "load_average": load,
     }  # fmt: skip
-
-
-def code_of(one: Named) -> dict[str, Any]:
-    """{"hash", "files"} of the source that decides the outcome: the method's file, its parts, and the checks."""
-    rooms = {module for part in parts(one.method).values() for module in modules(part)}
-    starts: list[str | Path] = [*sorted(rooms | {"harness.verify.conformance"}), Path(one.file)]
-    files = codehash.closure(starts, skip=SKIPPED)
-    return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
 
 
 def _line(line: Check) -> dict[str, Any]:
@@ -106,13 +77,13 @@ def summary(made: Mapping[str, Any]) -> str:
     apply, failed = sum(line["applies"] for line in lines), len(checks.failing(made))
     if repeat := made["repeat"]:
         alarms = sum(line["failures"] or 0 for line in lines)
-        said = f"{alarms} ALARMS" if failed else "no alarm" if apply else "none applies"
+        outcome = f"{alarms} ALARMS" if failed else "no alarm" if apply else "none applies"
         return (
             f"{made['method']}: {repeat['count']} repetitions of {apply} statistical checks, seeds"
-            f" {repeat['first']} to {repeat['last']}, {said}, {seconds}"
+            f" {repeat['first']} to {repeat['last']}, {outcome}, {seconds}"
         )
-    said = f"{failed} FAILED" if failed else "all hold"
-    return f"{made['method']}: {apply} of {len(lines)} checks apply, {said}, {seconds}"
+    outcome = f"{failed} FAILED" if failed else "all hold"
+    return f"{made['method']}: {apply} of {len(lines)} checks apply, {outcome}, {seconds}"
 
 
 def rows(made: Mapping[str, Any], failures_alone: bool = False) -> list[list[str]]:
@@ -170,9 +141,8 @@ def _failures(line: Mapping[str, Any] | None) -> str:
 def _table(found: list[dict[str, Any]], titles: list[str], cells: list[list[str]]) -> str:
     """A Markdown table, and where its records were made."""
     if not found:
-        return "No record of this is there yet."
-    head, *body = [f"| {' | '.join(line)} |" for line in (titles, *cells)]
-    return "\n".join([head, "|---" * len(titles) + "|", *body, "", _made(found)])
+        return "There is no record of this yet."
+    return "\n".join([*markdown(titles, cells), "", _made(found)])
 
 
 def _made(found: list[dict[str, Any]]) -> str:
@@ -182,8 +152,8 @@ def _made(found: list[dict[str, Any]]) -> str:
     days = sorted({one["started"][:10] for one in found})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     old = [one["method"] for one in found if one["stale"]]
-    said = f"{_count(len(found), 'method')}, {'; '.join(devices)}; {', '.join(versions)}; {when}."
-    return said + (f" Of other code than that of the day the table was made: {', '.join(old)}." if old else "")
+    text = f"{_count(len(found), 'method')}, {'; '.join(devices)}; {', '.join(versions)}; {when}."
+    return text + (f" Of other code than on the day that the table was made: {', '.join(old)}." if old else "")
 
 
 def _count(number: int, what: str) -> str:
@@ -195,12 +165,10 @@ def write_tables(folder: Path, docs: Path | None) -> str:
 
     Raises ValueError where the text lacks a marker; then nothing is written.
     """
-    from harness.verify.faults.gallery import inserted
-
     made = tables(folder)
     if docs is not None:
         text = docs.read_text(encoding="utf-8")
         for name in TABLES:
-            text = inserted(text, made[name], f"<!-- {name} -->", f"<!-- end of {name} -->")
+            text = inserted(text, made[name], name)
         docs.write_text(text, encoding="utf-8")
     return "\n\n".join(made[name] for name in TABLES)

@@ -20,7 +20,7 @@ MANY = 1000
 
 
 def sort(page: Any, key: str) -> str | None:
-    """Press a column's head by keyboard; what a screen reader is told of the order."""
+    """Press a column's head by keyboard; the order is announced to a screen reader."""
     head = page.locator(f"#board th[data-key={key}]")
     head.locator("button").focus()
     page.keyboard.press("Enter")
@@ -116,13 +116,7 @@ def test_light_and_dark(browser: Any, reports: Path) -> None:
 def test_nothing_but_tables_is_wider_than_the_screen(browser: Any, reports: Path, width: int) -> None:
     core, evil = reports / "core", reports / "evil"
     runs = sorted((evil / "runs").glob("*.html"))[:2]
-    for path in (
-        reports / "index.html",
-        core / "index.html",
-        evil / "index.html",
-        *runs,
-        core / "methods/dp-sgd.html",
-    ):
+    for path in (reports / "index.html", core / "index.html", evil / "index.html", *runs, core / "methods/dp-sgd.html"):
         with Visit(browser, path) as page:
             page.set_viewport_size({"width": width, "height": 800})
             assert page.evaluate("document.documentElement.scrollWidth") <= width, path

@@ -71,14 +71,7 @@ def test_lines_of_several_settings_are_means_seed_by_seed() -> None:
     expected = scipy.stats.ttest_1samp([0.02, 0.02, 0.04], 0.0).confidence_interval(0.95)
     assert line.difference is not None and line.pairings == 2
     assert (line.difference.low, line.difference.high) == pytest.approx((expected.low, expected.high))
-    assert [len(compare.methods(records, "dp-sgd", "dp-adam", by=by).lines) for by in compare.BY] == [
-        2,
-        1,
-        1,
-        2,
-        1,
-        1,
-    ]
+    assert [len(compare.methods(records, "dp-sgd", "dp-adam", by=by).lines) for by in compare.BY] == [2, 1, 1, 2, 1, 1]
     short = [r for r in records if not (r["cell"]["seed"] == 1 and r["cell"]["privacy"]["epsilon"] == 8.0)]
     (line,) = compare.methods(short, "dp-sgd", "dp-adam", by="all").lines
     assert line.incomplete == 1 and line.difference is not None
@@ -152,10 +145,7 @@ def test_the_command_and_its_exit_codes(
     monkeypatch.chdir(tmp_path)
     for folder, loss in (("before", 0.0), ("same", 0.0), ("after", 0.05)):
         for seed in range(3):
-            put(
-                Path(folder),
-                make_record(seed, metrics={"accuracy": 0.9 + 0.001 * seed - loss * (1 + 0.01 * seed)}),
-            )
+            put(Path(folder), make_record(seed, metrics={"accuracy": 0.9 + 0.001 * seed - loss * (1 + 0.01 * seed)}))
 
     def code(request: str) -> int:
         return cli.main(["compare", *request.split()])

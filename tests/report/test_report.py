@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from harness.report import board, build, figures, overview, sources, text, top_rows
 from harness.report.model.fields import visible
 from harness.report.model.statistics import Entrant, counted_on, mean_interval, paired_interval, rank
-from harness.report.model.tables import Table, place
+from harness.report.model.tables import RankedTable, place
 from harness.report.model.words import epsilon
 from harness.report.page import drawings, html, plot
 from harness.report.page import pages as below
@@ -56,7 +56,7 @@ def test_fixture_is_what_the_schema_helper_makes() -> None:
     assert json.loads(FIXTURE.read_text("utf-8")) == fixture_records(), "rewrite it: python -m tests.support.report"
 
 
-def ranks(model_table: Table) -> dict[str, str]:
+def ranks(model_table: RankedTable) -> dict[str, str]:
     return {e.row.title: place(e) for e in model_table.entries}
 
 
@@ -105,7 +105,7 @@ def test_two_seeds_tell_equal_methods_apart_in_five_percent_at_most(n: int, righ
     assert apart <= 0.05
 
 
-def test_examples_are_told_or_the_fewest_on_which_accuracies_are_counts() -> None:
+def test_examples_are_recorded_or_the_fewest_on_which_accuracies_are_counts() -> None:
     assert counted_on([0.871, 0.5]) == 1000 and counted_on([321 / 364, 7 / 364]) == 364
     assert counted_on([math.pi / 4]) is None and counted_on([]) is None and counted_on([1.0, 0.0]) is None
     two = [record(seed=0), record(seed=1)]
@@ -360,15 +360,7 @@ class Texts(HTMLParser):
 
 @pytest.mark.parametrize("name", EVIL)
 def test_hostile_text_is_shown_as_text(name: str) -> None:
-    claim = {
-        "method": name,
-        "task": name,
-        "epsilon": name,
-        "metric": name,
-        "value": 1,
-        "source": name,
-        "note": name,
-    }
+    claim = {"method": name, "task": name, "epsilon": name, "metric": name, "value": 1, "source": name, "note": name}
     model = make(hostile(name), published=[claim], tuning={name: name})
     plain = make(hostile("plain"), published=[claim | dict.fromkeys(claim, "plain")], tuning={"plain": "plain"})
     shown = pages(model)
@@ -471,12 +463,7 @@ def test_the_leaderboard_holds_what_the_tables_hold() -> None:
 
 def test_an_audit_stands_beside_its_method_and_epsilon_and_flags_what_it_refutes() -> None:
     records = [*seeds("dp-sgd", THREE), *seeds("dp-sgd", THREE, epsilon=1.0), *seeds("dp-adam", THREE)]
-    found = [
-        audit(),
-        audit(epsilon_audited=2.0, task={"name": "other"}),
-        audit(method="dp-lamb"),
-        {"method": 3},
-    ]
+    found = [audit(), audit(epsilon_audited=2.0, task={"name": "other"}), audit(method="dp-lamb"), {"method": 3}]
     audited = {(r["method"], r["at"]["target"]): r["audited"] for r in lines(make(records), found)}
     assert audited["dp-sgd", 3.0] == [1.2, 0.95, "canaries", "mnist-5k/tanh-cnn", 0], "of its own task first"
     assert audited["dp-sgd", 1.0] is audited["dp-adam", 3.0] is None
@@ -548,20 +535,14 @@ def test_curves_and_the_time_to_an_accuracy_by_hand() -> None:
 @given(st.lists(st.tuples(*[st.integers(0, 3)] * 3), max_size=12))
 def test_the_front_is_what_nothing_dominates(costs: list[tuple[int, int, int]]) -> None:
     def dominated(i: int) -> bool:
-        return any(
-            all(a <= b for a, b in zip(c, costs[i], strict=True)) and c != costs[i] for c in costs
-        )  # fmt: skip
+        return any(all(a <= b for a, b in zip(c, costs[i], strict=True)) and c != costs[i] for c in costs)
 
     floats = [(float(a), float(b), float(c)) for a, b, c in costs]
     assert figures._front(floats) == {i for i in range(len(costs)) if not dominated(i)}
 
 
 def test_a_chart_puts_values_in_their_order_and_says_them() -> None:
-    dots = [
-        plot.Dot(1.0, 5.0, "first"),
-        plot.Dot(10.0, 7.0, "second", low=6.0, high=8.0),
-        plot.Dot(100.0, 6.0, "<b>"),
-    ]
+    dots = [plot.Dot(1.0, 5.0, "first"), plot.Dot(10.0, 7.0, "second", low=6.0, high=8.0), plot.Dot(100.0, 6.0, "<b>")]
     drawn = plot.chart({"a & b": dots}, plot.Axis("x", log=True), plot.Axis("y"), '"label"')
     found = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"[^>]*><title>([^<]*)', drawn)
     (x0, y0), (x1, y1), (x2, y2) = [(float(x), float(y)) for x, y, _ in found]
@@ -621,7 +602,7 @@ def test_a_card_says_what_the_source_says() -> None:
         one["cell"]["method"]["parts"]["clip"] = {"type": "PSAC", "clip": 1.0, "r": 0.2}
         one["card"]["paper"] = "arXiv:2212.00328"
     model = make(records)
-    cards = below.cards(model, html.Places(model), found)
+    cards = below.cards(model, html.Links(model), found)
     card = cards["methods/dp-psac.html"]
     assert "sensitivity C." in card and found["parts"]["PSAC"][0][1].split("\n")[0].replace("/", "/") in card
     assert 'class="own"' in card and "eprint = {2212.00328}" in card

@@ -35,17 +35,14 @@ def loaded(record: dict[str, Any], load: float) -> dict[str, Any]:
 
 def cards(records: list[dict[str, Any]]) -> str:
     model = make(records)
-    return "".join(pages.cards(model, html.Places(model)).values())
+    return "".join(pages.cards(model, html.Links(model)).values())
 
 
 # ------------------------------------------------------------ intervals
 
 
 @settings(max_examples=24, deadline=None)
-@given(
-    st.lists(st.floats(0.5, 0.9), min_size=2, max_size=4),
-    st.lists(st.floats(0.5, 0.9), min_size=4, max_size=4),
-)
+@given(st.lists(st.floats(0.5, 0.9), min_size=2, max_size=4), st.lists(st.floats(0.5, 0.9), min_size=4, max_size=4))
 def test_an_interval_reads_the_same_in_every_file(mine: list[float], base: list[float]) -> None:
     model = make([*seeds("dp-sgd", base), *seeds("dp-adam", mine)])
     (entry,) = [e for e in table(model).entries if not e.baseline]
@@ -55,7 +52,7 @@ def test_an_interval_reads_the_same_in_every_file(mine: list[float], base: list[
     accuracy, gap = " ".join(line["accuracy"][4:]), " ".join(line["difference"][4:])
     assert accuracy == words.interval(entry.row.accuracy) and accuracy.endswith(f"± {around}")
     assert gap == words.gap(entry.place.difference)
-    page = "".join(pages.run_pages(model, html.Places(model)).values())
+    page = "".join(pages.run_pages(model, html.Links(model)).values())
     leaderboard, exported = text.markdown(model), "".join(export.files(model).values())
     for said in (accuracy, gap):
         assert said in page and text.escape(said) in leaderboard and export.tex(said) in exported
@@ -63,10 +60,7 @@ def test_an_interval_reads_the_same_in_every_file(mine: list[float], base: list[
 
 
 def test_the_leaderboard_shows_the_intervals_it_is_given(browser: Any, tmp_path: Path) -> None:
-    records = [
-        *seeds("dp-sgd", [0.51234, 0.52345, 0.53359]),
-        *seeds("dp-adam", [0.6123456, 0.6154321, 0.61777]),
-    ]
+    records = [*seeds("dp-sgd", [0.51234, 0.52345, 0.53359]), *seeds("dp-adam", [0.6123456, 0.6154321, 0.61777])]
     page = report.build("core", "", records, tmp_path, private=True).index
     entry = {e.row.title: e for e in table(make(records)).entries}["dp-adam"]
     with Visit(browser, page) as shown:
@@ -90,7 +84,7 @@ def test_no_bound_and_an_infinite_one_have_two_names(tmp_path: Path, capsys: pyt
     for each in (one, none):
         put(tmp_path / "results", each)
     model = tables.board("core", "", [one])
-    page = "".join(pages.run_pages(model, html.Places(model)).values())
+    page = "".join(pages.run_pages(model, html.Links(model)).values())
     markdown = text.markdown(model)
     said = "gdp does not apply, pld 2.9, rdp does not apply"
     assert (
@@ -131,7 +125,7 @@ def test_a_row_is_timed_by_its_quiet_runs_and_marked_without(tmp_path: Path) -> 
     }  # fmt: skip
     assert r"1,000\dag{}" in "".join(export.files(model).values())
     assert "1,000†" in text.top_rows(model)
-    page = "".join(pages.run_pages(model, html.Places(model)).values())
+    page = "".join(pages.run_pages(model, html.Links(model)).values())
     assert "9.0 on 2 cores in use †: other work ran on the machine" in page and "1.0 on 2 cores in use<" in page
 
 
@@ -144,10 +138,7 @@ def test_ratios_to_a_row_of_a_busy_machine_are_marked() -> None:
 def test_no_ranking_by_time_counts_a_row_of_a_busy_machine() -> None:
     quiet, busy = seeds("dp-sgd", THREE), [loaded(one, 9.0) for one in seeds("dp-adam", THREE, rate=1e6)]
     ((_, choices),) = figures.pareto_data(make([*quiet, *busy]))
-    assert {(c.title, c.front, c.busy) for c in choices} == {
-        ("dp-sgd", True, False),
-        ("dp-adam", False, True),
-    }
+    assert {(c.title, c.front, c.busy) for c in choices} == {("dp-sgd", True, False), ("dp-adam", False, True)}
     (bars,) = figures.throughput_data(make([*quiet, *busy]))
     assert bars.busy == {"dp-adam"} and not figures.memory_data(make([*quiet, *busy]))[0].busy
     said = claim(5000.0, metric="examples_per_second")
@@ -158,8 +149,7 @@ def test_no_ranking_by_time_counts_a_row_of_a_busy_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "load", "busy"),
-    [("cpu", 2.9, False), ("cpu", 3.0, True), ("cuda", 3.0, False), ("cuda", 24.0, True)],
+    ("kind", "load", "busy"), [("cpu", 2.9, False), ("cpu", 3.0, True), ("cuda", 3.0, False), ("cuda", 24.0, True)]
 )
 def test_the_load_is_held_against_the_cores_in_use(kind: str, load: float, busy: bool) -> None:
     one = loaded(record(), load)
@@ -208,11 +198,7 @@ def test_a_card_marks_the_parts_that_the_suite_gave_and_their_rows() -> None:
     for one in changed:
         one["cell"]["method"]["with"] = {"clip": "automatic?gamma=0.01"}
         one["cell"]["method"]["parts"]["clip"] = {"type": "Automatic"}
-    both, alone, plain = (
-        cards([*seeds("dp-sgd", THREE), *changed]),
-        cards(changed),
-        cards(seeds("dp-sgd", THREE)),
-    )
+    both, alone, plain = (cards([*seeds("dp-sgd", THREE), *changed]), cards(changed), cards(seeds("dp-sgd", THREE)))
     assert "<em" not in plain and "with clip" not in plain
     assert '<strong>Flat</strong><small>clip=1</small><em class="mark warn">not in every row</em>' in both
     assert '<strong>Automatic</strong><em class="mark warn">not its default</em>' in alone
@@ -236,7 +222,7 @@ def test_the_command_is_the_same_on_a_page_and_from_show() -> None:
     model = make([one], file="elsewhere/a.toml")
     known = {"methods": {"dp-sgd": {"installed": True}}}
     for said, method in ((known, ""), (None, ""), ({"methods": {}}, " --method mine.py")):
-        (page,) = pages.run_pages(model, html.Places(model), sources=said).values()
+        (page,) = pages.run_pages(model, html.Links(model), sources=said).values()
         assert f"{checkout}\nepsbench run elsewhere/a.toml {again}{method}" in page
     one["code"] |= {"commit": None}
     assert len(recipe.commands(read.read([one])[0], "a.toml")) == 1
@@ -298,11 +284,7 @@ def test_status_of_every_suite_names_the_stale_records(
     for one in (fresh, old):
         put(tmp_path / "results", one)
     put(tmp_path / "results", lost)
-    codes = {
-        fresh["id"]: {"hash": "c" * 12},
-        old["id"]: {"hash": "d" * 12},
-        lost["id"]: "its method is not here",
-    }
+    codes = {fresh["id"]: {"hash": "c" * 12}, old["id"]: {"hash": "d" * 12}, lost["id"]: "its method is not here"}
     monkeypatch.setattr(status_command, "codes_of_records", lambda records: codes)
     assert cli.main(["status", "--results", str(tmp_path / "results")]) == cli.OK
     said = capsys.readouterr().out
@@ -314,6 +296,6 @@ def test_status_of_every_suite_names_the_stale_records(
 
 def test_a_plan_names_bounds_as_a_report_does() -> None:
     planned = {"pld": 2.0, "gdp": None}
-    told = [plan_command._planned(planned, name) for name in ("pld", "gdp", "prv")]
-    assert told == ["2", "does not apply", "-"]
+    shown = [plan_command._planned(planned, name) for name in ("pld", "gdp", "prv")]
+    assert shown == ["2", "does not apply", "-"]
     assert plan_command._planned({"pld": None, "gdp": None}, "gdp") == "∞"

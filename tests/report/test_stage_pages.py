@@ -23,9 +23,9 @@ from tests.support.show import said
 
 
 def earlier(seed: int = 0) -> dict[str, Any]:
-    """The same run in a record from before its stages were told apart."""
+    """The same run in a record from before records had stages."""
     one = staged(seed)
-    one["stages"] = [{k: v for k, v in told.items() if k not in ADDED} for told in one["stages"]]
+    one["stages"] = [{k: v for k, v in stage.items() if k not in ADDED} for stage in one["stages"]]
     one["privacy"] |= {"sampling": "Poisson, q = 0.064", "sensitivity": {"grad": 0.25}}
     one["measured"]["examples_per_second"] = {"median": MIXED, "q1": MIXED, "q3": MIXED}
     one["measured"]["engine"] = "BookKeeping"
@@ -42,18 +42,7 @@ def table(one: dict[str, Any]) -> list[dict[str, str]]:
 def test_a_line_for_each_stage_with_its_own_facts() -> None:
     first, second = table(staged())
     of_first = {"1", "logit-dp", "everything", "256", "40", "2.56", "grad 16.78", "1.75", "123", "Pairs"}
-    of_second = {
-        "2",
-        "dp-adam",
-        "the head",
-        "512",
-        "60",
-        "7.68",
-        "grad 0.25",
-        "2.994",
-        "9,876",
-        "BookKeeping",
-    }
+    of_second = {"2", "dp-adam", "the head", "512", "60", "7.68", "grad 0.25", "2.994", "9,876", "BookKeeping"}
     assert of_first | {"Poisson, q = 0.064"} <= set(first.values())
     assert of_second | {"Poisson, q = 0.128"} <= set(second.values())
     page = pages(make([staged()]))["runs"]
@@ -139,7 +128,7 @@ def test_show_prints_each_stage_and_an_odd_one_is_quarantined(
     odd["stages"][1]["sensitivity"] = "much"
     for one in (now, old):
         put(Path("results"), {k: v for k, v in one.items() if k not in ("path", "stale", "trace")})
-    with pytest.raises(Exception, match=r'"stages.2.sensitivity" is not a JSON object or null'):
+    with pytest.raises(Exception, match=r'"stages.2.sensitivity": expected object \| null, got str'):
         put(Path("results"), {k: v for k, v in odd.items() if k not in ("path", "stale", "trace")})
     shown = said(capsys, "show", now["id"])
     first, second = shown.split("stage 1 ")[1].split("stage 2 ")

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from harness.dp import (
-    Batch,
-    CrossEntropy,
-    Relation,
-    Tree,
-)
+from harness.dp import Batch, CrossEntropy, Relation, Tree
 from harness.dp.clip import Clip
 from harness.dp.engines.engine import trainable
 

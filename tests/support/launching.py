@@ -148,11 +148,7 @@ class Place:
 
     def start(self, cells: Sequence[Cell], **options: Any) -> subprocess.Popen[str]:
         given = {"jobs": None, "retry": False, "stale": False, "code": "c" * 12} | options
-        given |= {
-            "fakes": str(self.folder),
-            "results": str(self.results),
-            "cells": [c.to_json() for c in cells],
-        }
+        given |= {"fakes": str(self.folder), "results": str(self.results), "cells": [c.to_json() for c in cells]}
         return subprocess.Popen(
             [sys.executable, str(self.folder / "program.py"), json.dumps(given)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folder,

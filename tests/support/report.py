@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from harness.records.schema import blank
 from harness.report import board, text
-from harness.report.model.tables import Board, Table
+from harness.report.model.tables import Board, RankedTable
 from harness.report.page import html
 from harness.report.page import pages as below
 from harness.report.page import payload as rows
@@ -146,7 +146,7 @@ def make(records: list[dict[str, Any]], **options: Any) -> Board:
     return board("core", QUESTION, records, **options)
 
 
-def table(model: Board, epsilon: float = 3.0, task: str = "mnist-5k/tanh-cnn", split: str = "test") -> Table:
+def table(model: Board, epsilon: float = 3.0, task: str = "mnist-5k/tanh-cnn", split: str = "test") -> RankedTable:
     wanted = (task, epsilon, split)
     (found,) = [t for t in model.tables if (t.setting.task, t.setting.epsilon, t.setting.split) == wanted]
     return found
@@ -238,7 +238,7 @@ def staged(seed: int = 0) -> dict[str, Any]:
               engine="BookKeeping"),
     ]  # fmt: skip
     one["privacy"] |= {"sampling": f"Poisson, q = 0.064 (stage 1); {law} (stage 2)", "sensitivity": None}
-    one["diagnostics"] = {}
+    one["diagnostics"] = {"train_seconds": one["diagnostics"]["train_seconds"]}
     one["trace"] = [
         {"step": 10 * i, "seconds": float(i), "accuracy": a, "epsilon": i / 10, "clipped_fraction": a / 2}
         for i, a in enumerate([0.95, 0.96, 0.97, 0.98, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8], 1)
@@ -263,7 +263,7 @@ PUBLISHED: list[dict[str, Any]] = [
 
 def pages(model: Board, audits: list[dict[str, Any]] | None = None) -> dict[str, str]:
     """Everything but the figures' files; the rows' pages and the methods' cards each as one text."""
-    places, known = html.Places(model), rows.audits(audits or [])
+    places, known = html.Links(model), rows.audits(audits or [])
     return {"html": html.page(model, places, known=known),
             "runs": "\n".join(below.run_pages(model, places, known).values()),
             "cards": "\n".join(below.cards(model, places, known=known).values()),

@@ -153,11 +153,7 @@ class Repeated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.linear, self.out = (
-            nn.Conv2d(3, 3, 3, padding=1),
-            nn.Linear(12, 12),
-            nn.Linear(12, CLASSES),
-        )
+        self.conv, self.linear, self.out = (nn.Conv2d(3, 3, 3, padding=1), nn.Linear(12, 12), nn.Linear(12, CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.conv(torch.tanh(self.conv(x))))
@@ -327,11 +323,7 @@ class InPlace(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm, self.relu = (
-            nn.Conv2d(2, 4, 3, padding=1),
-            nn.GroupNorm(2, 4),
-            nn.ReLU(inplace=True),
-        )
+        self.conv, self.norm, self.relu = (nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(inplace=True))
         self.sequence, self.shift, self.out = nn.Linear(4, 4), Shift(4), nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -415,9 +407,7 @@ ZOO: dict[str, Animal] = {
     "attention": Animal(lambda: Sequence(SelfAttention()), (6,), tokens=True),
     "projections": Animal(lambda: Sequence(Projections()), (6,), tokens=True),
     "transformer": Animal(
-        lambda: Sequence(nn.TransformerEncoderLayer(8, 2, 12, 0.0, F.gelu, batch_first=True)),
-        (6,),
-        tokens=True,
+        lambda: Sequence(nn.TransformerEncoderLayer(8, 2, 12, 0.0, F.gelu, batch_first=True)), (6,), tokens=True
     ),
     "time first": Animal(
         lambda: Sequence(TimeFirst(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.LayerNorm(8), LayerScale(8)))),
@@ -425,9 +415,7 @@ ZOO: dict[str, Animal] = {
         tokens=True,
     ),
     "time first transformer": Animal(
-        lambda: Sequence(TimeFirst(nn.TransformerEncoderLayer(8, 2, 12, 0.0, F.gelu)), False),
-        (6,),
-        tokens=True,
+        lambda: Sequence(TimeFirst(nn.TransformerEncoderLayer(8, 2, 12, 0.0, F.gelu)), False), (6,), tokens=True
     ),
     "lstm": Animal(lambda: Sequence(nn.LSTM(8, 8, batch_first=True)), (6,), tokens=True),
     "gru": Animal(lambda: Sequence(nn.GRU(8, 4, bidirectional=True, batch_first=True), False), (6,), tokens=True),

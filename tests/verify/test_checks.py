@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import shutil
 import sys
@@ -17,6 +18,7 @@ from harness.report.page import html
 from harness.report.page import pages as below
 from harness.report.page import payload as rows
 from harness.verify import conformance, recorded
+from harness.verify.circumstances import code_of
 from tests.support import ROOT
 from tests.support.report import make, seeds, staged
 
@@ -141,9 +143,9 @@ def test_an_error_says_where_it_was_raised():
 
 
 def test_every_check_says_what_to_look_at():
+    functions = [one for one in vars(conformance).values() if inspect.isfunction(one)]
+    assert set(conformance.WHERE) == {one for one in functions if list(inspect.signature(one).parameters) == ["s"]}
     assert set(conformance.WHERE) >= {*CHEAP, *conformance.STATISTICAL}
-    everything = [one for one in vars(conformance).values() if getattr(one, "__name__", "") in conformance.__all__]
-    assert {each.__name__ for each in conformance.WHERE} <= {one.__name__ for one in everything}
 
 
 # --- repetitions ---
@@ -171,7 +173,7 @@ def test_repetitions_count_alarms(tmp_path, capsys, monkeypatch):
     shown = recorded.tables(tmp_path / "checks")
     assert "| method | repetitions | seeds | alarming | idle | s |" in shown["alarms"]
     assert "| dp-sgd | 7 | 1 to 7 | 2 | – |" in shown["alarms"]
-    assert shown["times"] == "No record of this is there yet."
+    assert shown["times"] == "There is no record of this yet."
 
 
 # --- what is kept ---
@@ -180,7 +182,8 @@ def test_repetitions_count_alarms(tmp_path, capsys, monkeypatch):
 @functools.cache
 def code(name):
     """The code of a method's check today."""
-    return recorded.code_of(conformance.named(name)[0])
+    (one,) = conformance.named(name)
+    return code_of(one.method, one.file, "harness.verify.conformance")
 
 
 def record(name="dp-sgd", ok=True, repeat=None, **changes):
@@ -193,14 +196,7 @@ def record(name="dp-sgd", ok=True, repeat=None, **changes):
     failures = None if repeat is None else 0 if ok else 1
     line = {"function": "billed", "name": "the ledger is the plan", "ok": ok, "detail": "" if ok else "name <it>",
             "applies": True, "seconds": 0.5, "failures": failures}  # fmt: skip
-    other = line | {
-        "function": "still",
-        "name": "still",
-        "ok": True,
-        "detail": "",
-        "seconds": 2.5,
-        "failures": None,
-    }
+    other = line | {"function": "still", "name": "still", "ok": True, "detail": "", "seconds": 2.5, "failures": None}
     return facts | {
         "id": checks.identity(facts), "lines": [line, other], "wall_seconds": 3.21, "cpu_seconds": 4.5,
         "load_average": 1.25, "code": code(name) | {"commit": None, "dirty": None},
@@ -304,7 +300,7 @@ def test_the_manual_has_the_markers(tmp_path):
     manual = tmp_path / "verification.md"
     shutil.copy(VERIFICATION, manual)
     recorded.write_tables(tmp_path / "none", manual)
-    assert manual.read_text().count("No record of this is there yet.") == 2
+    assert manual.read_text().count("There is no record of this yet.") == 2
 
 
 def test_the_manual_names_every_check():
@@ -321,7 +317,7 @@ def test_the_manual_names_every_check():
 def shown(*found, method="dp-sgd"):
     """Mark of the rows, and the pages of rows and cards, of a board of one method."""
     model = make(seeds(method, [0.7, 0.8, 0.9]))
-    places, known = html.Places(model), checked.checks(found)
+    places, known = html.Links(model), checked.checks(found)
     page = html.page(model, places, checked=known)
     data = json.loads(page.partition(below.DATA)[2].partition("</script>")[0])
     (row,) = data["rows"]

@@ -15,8 +15,8 @@ from harness.suite import SuiteError, kind_of
 from harness.verify.claims import accounts
 from harness.verify.claims import command as claims
 from harness.verify.claims.accounts import Sampled
-from harness.verify.claims.kinds import Claim
-from harness.verify.claims.verdict import AGREES, ASSUMES, OVERSTATES, UNDERSTATES, Figure, Finding, judge
+from harness.verify.claims.finding import AGREES, ASSUMES, OVERSTATES, UNDERSTATES, Figure, Finding, judge
+from harness.verify.claims.kinds import PublishedClaim
 from tests.support import ROOT
 
 # Printed values, of an earlier computation with dp-accounting 0.4.4 and (1.285 below) of the authors' own classes.
@@ -81,7 +81,7 @@ VERDICTS = {
 
 
 @functools.cache
-def found() -> tuple[claims.Claims, list[tuple[Claim, Finding]]]:
+def found() -> tuple[claims.Claims, list[tuple[PublishedClaim, Finding]]]:
     """The claims of the repository, recomputed once."""
     file = claims.parse((ROOT / claims.FILE).read_text(), str(claims.FILE))
     return file, [(claim, claim.recompute()) for claim in file.claims]

@@ -30,8 +30,10 @@ from harness.registry.options import Parameter
 from harness.verify import conformance as checks
 from harness.verify.conformance import adversary, evidence, identity
 from harness.verify.conformance.options import others
+from harness.verify.faults.others import Drift
+from harness.verify.faults.rules import Counted
+from harness.verify.faults.wider import WIDER
 from tests.support.conforming import failed
-from tests.support.planted import FAULTS, Counted, Drift
 
 REPEAT = int(os.environ.get("EPSBENCH_REPEAT", "2"))  # 200 to bound the rate of false alarms
 
@@ -54,7 +56,7 @@ def _label(value):
     )
 
 
-@pytest.mark.parametrize(("fault", "caught"), FAULTS, ids=_label)
+@pytest.mark.parametrize(("fault", "caught"), WIDER, ids=_label)
 def test_a_planted_fault_is_caught(fault, caught):
     with pytest.raises(checks.Violation):
         caught(checks.subject(fault))
@@ -176,8 +178,7 @@ def test_a_fault_at_other_options_is_caught(tmp_path, name, claimed, options, gi
     file.write_text(RULE.format(name=name, claimed=claimed, options=options, given=given))
     (one,) = checks.named(str(file))
     line = checks.verdict(
-        checks.other_options,
-        dataclasses.replace(checks.subject(one.method), identity=(one.name, one.file)),
+        checks.other_options, dataclasses.replace(checks.subject(one.method), identity=(one.name, one.file))
     )
     assert line.ok if fault is None else not line.ok and line.detail.startswith(fault)
 
@@ -241,7 +242,7 @@ def test_p_values_of_sound_noise_are_uniform():
 
 @dataclasses.dataclass(frozen=True)
 class Broken(Gaussian):
-    """Cannot be billed."""
+    """Has no event."""
 
     def event(self, sigmas):
         raise KeyError("sigma")

@@ -231,12 +231,7 @@ def test_what_names_the_sender_or_is_no_record_stays_behind(tmp_path: Path, monk
     kept = put(tmp_path / "r", make(0), env_json='{"cpu": "x", "node": "secret-host"}', trace_jsonl=TRACE)
     (kept / "error.txt").write_text("Traceback: /home/me/x.py")
     (kept / "checkpoint").mkdir()
-    reasons = {
-        1: "no such file: /home/me/mnist.npz",
-        2: r"C:\Users\me\data",
-        3: "file:///data/x",
-        4: "on secret-host",
-    }
+    reasons = {1: "no such file: /home/me/mnist.npz", 2: r"C:\Users\me\data", 3: "file:///data/x", 4: "on secret-host"}
     for seed, reason in reasons.items():
         put(tmp_path / "r", make(seed) | {"status": "crashed", "reason": reason})
     fine = "at 3 tokens/s, 1/2 of https://example.org/a/b and digits/mlp"

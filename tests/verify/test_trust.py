@@ -55,18 +55,18 @@ def respent(record: store.Record, ledger: Ledger) -> None:
     """Enter a ledger with all that honestly follows from it."""
     privacy = record["privacy"]
     bounds = epsilons(ledger, privacy["delta"], Relation(privacy["relation"]))
-    told = {name: bounds[name] if bounds[name] < float("inf") else None for name in privacy["spent"]}
+    recorded = {name: bounds[name] if bounds[name] < float("inf") else None for name in privacy["spent"]}
     privacy |= {
         "ledger": ledger.to_json(),
-        "spent": told,
-        "planned": told,
-        "epsilon": told[privacy["accountant"]],
+        "spent": recorded,
+        "planned": recorded,
+        "epsilon": recorded[privacy["accountant"]],
     }
 
 
 @pytest.mark.parametrize("one", [genuine, staged])
 def test_a_genuine_record_is_believed(one: Callable[[], store.Record]) -> None:
-    assert trust.examine(one()) == trust.Verdict()
+    assert trust.examine(one()) == trust.Examined()
 
 
 def test_the_cell_of_every_record_is_read_as_it_was_written() -> None:
@@ -162,7 +162,7 @@ FORGED: dict[str, tuple[Callable[[], store.Record], Callable[[store.Record], obj
     "one accountant": (genuine, _set("privacy.spent.rdp", 0.5), "privacy.spent.rdp is 0.5"),
     "planned": (genuine, _set("privacy.planned.rdp", 0.5), "privacy.planned"),
     "the accountant that ranks": (genuine, _set("privacy.accountant", "rdp"), "privacy.accountant"),
-    "an accountant of their own": (genuine, _set("privacy.spent.mine", 0.1), "no accountant here"),
+    "an accountant of their own": (genuine, _set("privacy.spent.mine", 0.1), "which are not accountants here"),
     "sigma": (genuine, _set("privacy.noise_multiplier", 1e-3), "privacy.ledger is"),
     "no sigma": (genuine, _set("privacy.noise_multiplier", None), "privacy.noise_multiplier is null"),
     "less noise than the target": (genuine, _quiet, "its noise multiplier is too small"),
@@ -254,7 +254,7 @@ def test_a_switch_that_no_device_has_is_refused(dtype: str, tf32: object) -> Non
 
 def test_a_ledger_that_nobody_can_compute_is_their_word() -> None:
     """A method that is not known here, parts that are not those of today: not refused, and said."""
-    for change, told in (
+    for change, recorded in (
         (_set("privacy.sensitivity_note", "times 0"), "stands in privacy.sensitivity_note cannot be"),
         (_set("privacy.accounting", {"pld": "exact, by a proof"}), "stands in privacy.accounting cannot be"),
         (_set("cell.method.name", "no-such-method"), "its method cannot be built here"),
@@ -266,7 +266,7 @@ def test_a_ledger_that_nobody_can_compute_is_their_word() -> None:
         record = genuine()
         change(record)
         verdict = trust.examine(named(record))
-        assert not verdict.refused and any(told in one for one in verdict.unknown)
+        assert not verdict.refused and any(recorded in one for one in verdict.unknown)
         _epsilons(record, 0.001)  # and still its epsilons are those of its ledger
         assert "and its ledger gives" in trust.examine(named(record)).refused
 
@@ -278,7 +278,7 @@ def put(results: Path, record: store.Record, attempt: int = 1) -> Path:
 def test_a_bundle_is_examined_and_never_outranks_what_is_here(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A genuine second attempt comes in behind ours, a forged one not at all; both sides' words are told apart."""
+    """A genuine second attempt comes in behind ours, a forged one not at all; what each side says stays apart."""
     here, there, evil = tmp_path / "here", tmp_path / "there", tmp_path / "evil"
     put(here, genuine())
     better = genuine()
@@ -314,7 +314,7 @@ def test_a_bundle_is_examined_and_never_outranks_what_is_here(
     text = capsys.readouterr().out
     assert "merged from there.zip, SHA-256" in text and "its accuracy and its times are its sender's word" in text
 
-    # What was looked at is what counts: a record that is changed afterwards is none.
+    # What was looked at is what counts: a record that is changed afterwards is not taken in.
     path = other / f"{where}.2" / "record.json"
     path.write_text(path.read_text().replace('"accuracy": 0.999', '"accuracy": 0.998'))
     (broken,) = store.load(other).broken

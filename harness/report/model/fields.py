@@ -1,4 +1,4 @@
-"""Fields of a record, a plain dict of which any may be missing, null or of another type; and values as text."""
+"""Reads fields of a record, any of which may be missing, null or of another type, and writes values as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published values beside what was measured: whether they agree, and if that cannot be said, why."""
+"""Published values beside what was measured: whether they agree, and if that cannot be decided, why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.report.model.words import by_status, epsilon, tally
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PublishedValue:
     """One published value beside what was measured. `row` is None when nothing here measures it.
 
     `verdict` is ``agrees`` (the value lies in the 95 % interval of the measurement), ``differs`` or
@@ -50,8 +50,8 @@ class Verdict:
         return f"an interval of ours that reaches {_amount(self.metric, gap)} further"
 
 
-def verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> list[Verdict]:
-    """Compare one published value with every row that measures it (variants and devices are told apart)."""
+def verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> list[PublishedValue]:
+    """Compare one published value with every row that measures it (each variant and each device by itself)."""
 
     def text(name: str) -> str:
         value = claim.get(name)
@@ -61,11 +61,11 @@ def verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> li
     target, value = _epsilon_value(claim.get("epsilon")), number(claim.get("value"))
     if metric == "accuracy" and value is not None and value > 1:
         value /= 100  # papers print percent
-    known = Verdict(
+    known = PublishedValue(
         method, task, target, metric, value, text("source"), text("note"), None, None, "not comparable", None
     )
     there = [row for row in rows if task in _names(row)]
-    plain = [r for r in there if r.first.method == method and not r.first.changed]  # with its own parts
+    plain = [r for r in there if r.first.method == method and not r.first.changes]  # with its own parts
     there = [r for r in there if r.label == method] or plain
     here = [row for row in there if row.setting.split == "test" and _same_target(row.setting.epsilon, target)]
     out = []
@@ -78,17 +78,9 @@ def verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> li
             continue
         why = _obstacles(row, metric, measured, text("accountant"), reduced)
         verdict = "not comparable" if why else "agrees" if measured.contains(value) else "differs"
-        out.append(
-            replace(
-                known,
-                row=row,
-                measured=measured,
-                verdict=verdict,
-                difference=measured.mean - value,
-                because=tuple(reason for reason, _ in why),
-                remedies=tuple(remedy for _, remedy in why),
-            )
-        )
+        reasons, remedies = zip(*why, strict=True) if why else ((), ())
+        made = replace(known, row=row, measured=measured, verdict=verdict, difference=measured.mean - value)
+        out.append(replace(made, because=reasons, remedies=remedies))
     reason, remedy = _absent(known, there, here, reduced)
     return out or [replace(known, because=(reason,), remedies=(remedy,))]
 
@@ -111,9 +103,8 @@ def _obstacles(row: Row, metric: str, measured: Interval, accountant: str, reduc
     others = {run.calibrated for run in row.counted if run.calibrated} - {accountant}
     if accountant and others and math.isfinite(row.setting.epsilon):
         why.append(
-            (f"its epsilon is by {accountant}, ours by {', '.join(sorted(others))}",
-             f"runs calibrated by {accountant}")
-        )  # fmt: skip
+            (f"its epsilon is by {accountant}, ours by {', '.join(sorted(others))}", f"runs calibrated by {accountant}")
+        )
     if stale := sum(run.stale for run in row.counted):
         why.append((f"{stale} of {len(row.counted)} runs were made by other code than today's", "running it again"))
     if metric in ("examples_per_second", "train_seconds") and (busy := sum(run.busy for run in row.counted)):
@@ -126,7 +117,7 @@ def _obstacles(row: Row, metric: str, measured: Interval, accountant: str, reduc
 _REDUCED = ("this is a reduced profile", "running the whole suite")
 
 
-def _absent(claim: Verdict, there: Sequence[Row], here: Sequence[Row], reduced: bool) -> tuple[str, str]:
+def _absent(claim: PublishedValue, there: Sequence[Row], here: Sequence[Row], reduced: bool) -> tuple[str, str]:
     """Why nothing stands beside a published value, and what would help: `there` are its rows, `here` those at its
     epsilon."""
     if claim.value is None:
@@ -162,10 +153,7 @@ def _epsilon_value(value: Any) -> float:
 
 def _metric(run: Run, name: str) -> float | None:
     measured = {
-        "epsilon": run.epsilon,
-        "examples_per_second": run.rate,
-        "peak_memory_mib": run.peak_memory,
-        "train_seconds": run.train_seconds,
-        "noise_multiplier": run.sigma,
-    }
+        "epsilon": run.epsilon, "examples_per_second": run.rate, "peak_memory_mib": run.peak_memory,
+        "train_seconds": run.train_seconds, "noise_multiplier": run.sigma,
+    }  # fmt: skip
     return run.metrics.get(name, measured.get(name))

@@ -10,7 +10,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from harness.report.model.runs import Device, Run, Setting
+from harness.report.model.runs import Machine, Run, Setting
 from harness.report.model.statistics import Interval, counted_on, mean_interval, rounding
 from harness.report.model.words import ABSENT, by_status, device_text, epsilon, tally
 
@@ -25,7 +25,7 @@ class Row:
     """Runs that are equal but for the seed, on one device. `variant` tells rows of one label apart."""
 
     runs: tuple[Run, ...]
-    device: Device
+    device: Machine
     variant: str = ""
 
     @property
@@ -215,7 +215,7 @@ def _told_apart(rows: list[Row]) -> list[Row]:
 
 def examples(runs: Iterable[Run]) -> int | None:
     """How many examples the accuracies of runs on one split are counted on: the fewest that one says, else the fewest
-    on which they can be counts; None where they are none."""
+    on which they can be counts; None where they are not counts."""
     runs = [run for run in runs if run.accuracy is not None]
     reported = [run.examples for run in runs if run.examples]
     return min(reported) if reported else counted_on(run.accuracy for run in runs if run.accuracy is not None)

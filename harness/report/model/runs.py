@@ -1,4 +1,4 @@
-"""Records (plain dicts, any field may be missing or null) -> `Run` values that the rest can trust.
+"""Reads records, in which any field may be missing or null, into `Run` values that the rest of a report can rely on.
 
 Everything unusual about a record is settled here, once: a field of the wrong type is a missing one,
 text is made printable, a null epsilon is infinite. Nothing behind this file looks into a record again.
@@ -25,7 +25,7 @@ from harness.report.model.fields import (
     scalar,
     visible,
 )
-from harness.report.model.stage import Stage, sampling
+from harness.report.model.stage import StageFacts, sampling
 
 CROWDED = 1.5
 """A run was timed on a busy machine where the load average was at least so many times the cores in use."""
@@ -35,7 +35,7 @@ STATUSES = ("ok", "diverged", "oom", "timeout", "over_budget", "skipped", "crash
 
 
 @dataclass(frozen=True)
-class Device:
+class Machine:
     """Where a run happened. `fingerprint` names one machine model, `kind` is cpu or cuda."""
 
     name: str = ""
@@ -59,7 +59,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Point:
+class LogPoint:
     """A log point of a run: what the trace says after `step` steps. `clipped` and `loss` are of private data."""
 
     step: int
@@ -76,11 +76,11 @@ class Run:
 
     Of a run of two `stages` batch, steps, parts, rate and engine are the first one's; the accuracy is the last one's.
 
-    `changes` are the parts that the suite gave the method, slot and spec. `spent` and `planned` are epsilons by
-    accountant; those that do not apply are in `refused`, each with its reason. `cores` are those that the run and the
-    ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the packages.
-    `attempt` is whose random numbers were drawn; `origin` says of a run that was merged from where, and what of it is
-    its sender's word; `believed` says that its privacy is, too.
+    `changes` are the parts that the suite gave the method in place of its own, slot and spec. `spent` and `planned` are
+    epsilons by accountant; those that do not apply are in `refused`, each with its reason. `cores` are those that the
+    run and the ones beside it could keep busy, `load` the load average after it. `files` are files of code outside the
+    packages. `attempt` is whose random numbers were drawn; `origin` says of a run that was merged from where, and what
+    of it is its sender's word; `believed` says that its privacy is, too.
     """
 
     id: str
@@ -89,7 +89,7 @@ class Run:
     status: str
     reason: str
     setting: Setting
-    device: Device
+    device: Machine
     dataset: str
     model: str
     n_train: int | None
@@ -137,8 +137,8 @@ class Run:
     attempt: int
     torch: str
     environment: tuple[tuple[str, str], ...]
-    trace: tuple[Point, ...]
-    stages: tuple[Stage, ...]
+    trace: tuple[LogPoint, ...]
+    stages: tuple[StageFacts, ...]
     order: str
 
     @property
@@ -158,18 +158,13 @@ class Run:
         return int(found) if found and found >= 1 else None
 
     @property
-    def judged(self) -> tuple[Point, ...]:
-        """The log points of the last stage: those before it tell of another network, by another measure."""
+    def judged(self) -> tuple[LogPoint, ...]:
+        """The log points of the last stage: those before it are of another network, by another measure."""
         return tuple(p for p in self.trace if self.stage_at(p.step) + 1 >= len(self.stages))
 
     def stage_at(self, step: int) -> int:
         """Which stage the step of this number is in: 0 or 1."""
         return int(len(self.stages) > 1 and step > (self.stages[0].steps or 0))
-
-    @property
-    def changed(self) -> bool:
-        """Whether the suite gave the method parts that are not its own."""
-        return bool(self.changes)
 
     @property
     def busy(self) -> bool:
@@ -241,7 +236,7 @@ def _tuned(value: Any) -> float | None:
     return number(value.get("epsilon") if isinstance(value, dict) else value)
 
 
-def _trace(points: Any) -> tuple[Point, ...]:
+def _trace(points: Any) -> tuple[LogPoint, ...]:
     """The log points in order; null epsilon is infinite, an absent one is unknown."""
     read = []
     for one in points if isinstance(points, list) else ():
@@ -251,13 +246,13 @@ def _trace(points: Any) -> tuple[Point, ...]:
         epsilon = math.inf if "epsilon" in one and one["epsilon"] is None else number(one.get("epsilon"))
         values = [number(one.get(key)) for key in ("seconds", "accuracy", "loss", "clipped_fraction")]
         seconds, accuracy, loss, clipped = values
-        read.append(Point(int(step), seconds, accuracy, epsilon, loss, clipped))
+        read.append(LogPoint(int(step), seconds, accuracy, epsilon, loss, clipped))
     return tuple(sorted(read, key=lambda p: p.step))
 
 
 def _run(record: RecordLike) -> Run:
     f = Fields({**record, "diagnostics": public.diagnostics(record)})
-    stages = tuple(Stage.of(Fields(one)) for one in told(record))
+    stages = tuple(StageFacts.of(Fields(one)) for one in told(record))
     status = f.text("status", "crashed")
     target = f.number("cell.privacy.epsilon")
     claimed, claim = _claim(f.any("privacy.claimed"))
@@ -282,7 +277,7 @@ def _run(record: RecordLike) -> Run:
             relation=f.text("cell.privacy.relation"),
             unit=f.text("cell.privacy.unit"),
         ),
-        device=Device(
+        device=Machine(
             f.text("device.name"), f.text("device.kind"), f.text("device.spec"),
             f.whole("device.threads"), f.text("device.fingerprint"),
         ),

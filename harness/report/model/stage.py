@@ -1,4 +1,4 @@
-"""The stages of a run of two, as the pages need them."""
+"""What a record says of each stage of a run of two, as the pages need it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.report.model.fields import Fields, pairs, part_text
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageFacts:
     """One stage, read as a `Run` is: None and empty texts are unknown, an infinite sensitivity or epsilon is infinite.
 
     `epsilon` is what had been spent on the private data when the stage ended, `rdp` the same by RDP.
@@ -36,7 +36,7 @@ class Stage:
     rdp: float | None
 
     @classmethod
-    def of(cls, f: Fields) -> Stage:
+    def of(cls, f: Fields) -> StageFacts:
         """The stage that the fields of `harness.records.stages.told` describe."""
         spent = f.epsilons("spent")
         epsilon = spent.get(f.text("accountant"), f.number("epsilon"))
@@ -63,9 +63,9 @@ class Stage:
         )
 
 
-def sampling(stages: tuple[Stage, ...], of_run: str) -> str:
-    """The law of the batches of private data: of all stages, or of each where they differ or are not all known."""
-    laws = [one.sampling or "not recorded" for one in stages if not one.public]
-    if len(set(laws)) < 2:
-        return laws[0] if stages and laws[0] == stages[0].sampling else of_run
-    return "; ".join(f"{law} (stage {number})" for number, law in enumerate(laws, 1))
+def sampling(stages: tuple[StageFacts, ...], of_run: str) -> str:
+    """How batches of private data are sampled: in all stages, or of each where they differ or are not all known."""
+    names = [one.sampling or "not recorded" for one in stages if not one.public]
+    if len(set(names)) < 2:
+        return names[0] if stages and names[0] == stages[0].sampling else of_run
+    return "; ".join(f"{name} (stage {number})" for number, name in enumerate(names, 1))

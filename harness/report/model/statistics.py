@@ -7,7 +7,7 @@ number of rows.
 An accuracy is a count over n examples: what is seen of a model's is rounded to 1/n. Rounding has the variance
 1 / (12 n²) (Sheppard 1898), that of two accuracies together 1 / (6 n²), and the variance over seeds is never taken to
 be less: otherwise two seeds whose differences happen to round to the same count would leave an interval without width,
-and two equal methods would be told apart far more often than in 5 % of cases (up to 12 % with two seeds and without
+and two equal methods would seem to differ far more often than in 5 % of cases (up to 12 % with two seeds and without
 this floor; `tests/report/test_report.py` sums it up exactly).
 """
 
@@ -69,7 +69,7 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class Place:
+class Standing:
     """The outcome for one entrant: `rank`, or None and the reason in `why`; `difference` to the baseline."""
 
     rank: int | None
@@ -91,7 +91,7 @@ def rounding(examples: int | None) -> float:
 
 
 def counted_on(accuracies: Iterable[float]) -> int | None:
-    """The fewest examples on which all these accuracies are counts; None where they are none.
+    """The fewest examples on which all these accuracies are counts; None where they are not counts.
 
     For records that do not say how many there were. It divides their number, so what is rounded is never taken to be
     finer than it is.
@@ -132,11 +132,11 @@ def paired_interval(a: Mapping[int, float], b: Mapping[int, float], examples: in
     return mean_interval((a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())), 2 * rounding(examples))
 
 
-def rank(entrants: Sequence[Entrant]) -> tuple[list[int], list[Place]]:
+def rank(entrants: Sequence[Entrant]) -> tuple[list[int], list[Standing]]:
     """Rank `entrants` by `RULE`.
 
     Returns the order to show them in (indices: ranked, then those with a mean, then the rest, each
-    keeping the order given among equals) and one `Place` for each entrant. Where no entrant has a baseline,
+    keeping the order given among equals) and one `Standing` for each entrant. Where no entrant has a baseline,
     the order is by mean accuracy and the rest of the rule is the same.
     """
     paired = any(e.baseline for e in entrants)
@@ -173,7 +173,7 @@ def rank(entrants: Sequence[Entrant]) -> tuple[list[int], list[Place]]:
             leader, ranks[i] = i, len(ranks) + 1
     shared = list(ranks.values())
     places = [
-        Place(ranks.get(i), i in ranks and shared.count(ranks[i]) > 1, differences[i], why.get(i, ""))
+        Standing(ranks.get(i), i in ranks and shared.count(ranks[i]) > 1, differences[i], why.get(i, ""))
         for i in range(len(entrants))
     ]
     return sorted(range(len(entrants)), key=lambda i: (i not in ranks, descending(i))), places

@@ -1,4 +1,4 @@
-"""Runs -> rows (one method variant on one device) -> ranked tables (one setting each) -> the whole board.
+"""Makes ranked tables of runs: rows (one method variant on one device), a table for each setting, and the whole board.
 
 Everything here is a value computed from the records; `text`, `html` and `figures` only choose how to show it.
 """
@@ -14,40 +14,46 @@ from statistics import median
 from typing import Any
 
 from harness.report.model.fields import RecordLike, listing, natural, scalar, visible
-from harness.report.model.published import Verdict, verdicts
+from harness.report.model.published import PublishedValue, verdicts
 from harness.report.model.rows import BASELINE, REDUCED_SUITE, REFERENCE, Row, examples, rows_of
 from harness.report.model.runs import CROWDED, Run, Setting, read
-from harness.report.model.statistics import Entrant, Place, rank
+from harness.report.model.statistics import Entrant, Standing, rank
 from harness.report.model.words import BUSY, by_status, dates, device_text, epsilon, joined, small, tally
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableRow:
     """A row in a table: its place, and its speed relative to others on the same device (None is unknown).
 
-    `doubted` names the timings that a busy machine has touched, this row's or the other's: of rate, seconds, reach,
-    reference, baseline.
+    `reference` says that it stands beside the ranked rows, without privacy. `doubted` names the timings that a busy
+    machine has touched, this row's or the other's: of rate, seconds, reach, reference, baseline.
     """
 
     row: Row
-    place: Place
+    place: Standing
     baseline: bool
+    reference: bool
     to_reference: float | None
     to_baseline: float | None
     doubted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
-class Table:
+class RankedTable:
     """One setting on one kind of device: the ranked rows, and the infinite-epsilon rows beside them."""
 
     name: str
     setting: Setting
     kind: str
-    entries: tuple[Entry, ...]
-    references: tuple[Entry, ...]
+    entries: tuple[TableRow, ...]
+    references: tuple[TableRow, ...]
     baseline: Row | None
     alternatives: int
+
+    @property
+    def every(self) -> tuple[TableRow, ...]:
+        """The ranked rows, then those beside them."""
+        return (*self.entries, *self.references)
 
     @property
     def search(self) -> bool:
@@ -55,9 +61,15 @@ class Table:
         return self.setting.split == "validation"
 
     @property
+    def unranked(self) -> list[str]:
+        """Which rows have no rank, and why, one sentence each."""
+        return [f"{e.row.title} is unranked: {e.place.why}." for e in self.entries if e.place.why]
+
+    @property
     def notes(self) -> list[str]:
         """What a reader must know about this table beyond the ranking rule."""
         notes = []
+        runs = [run for e in self.every for run in e.row.counted]
         if self.baseline is None:
             notes.append(f"No finished {BASELINE} run here: rows are ordered by mean accuracy.")
         elif self.alternatives > 1:
@@ -66,23 +78,22 @@ class Table:
         for title, claimed, claim in sorted((c for c in claims if c[1] is not None), key=str):
             why = claim or "no assumptions given"
             notes.append(f"{title} claims ε = {epsilon(claimed)}, which does not rank ({why}).")
-        jobs = sorted({r.jobs for e in (*self.entries, *self.references) for r in e.row.counted if r.jobs})
+        jobs = sorted({run.jobs for run in runs if run.jobs})
         if len(jobs) > 1:
             notes.append(f"Throughput was measured with {jobs[0]} to {jobs[-1]} runs at a time: compare with care.")
         elif jobs and jobs[0] > 1:
             notes.append(f"Throughput was measured with {jobs[0]} runs at a time on the device.")
-        runs = [r for e in (*self.entries, *self.references) for r in e.row.counted]
         if busy := sum(r.busy for r in runs):
             notes.append(
                 f"{BUSY} Other work ran on the machine during {busy} of {len(runs)} runs: the load average was at "
                 f"least {CROWDED:g} times the cores in use. A row is timed by its other runs; where it has none its "
                 "timings are marked: do not compare them."
             )
-        if any(e.row.first.stages for e in (*self.entries, *self.references)):
+        if any(e.row.first.stages for e in self.every):
             notes.append("Examples/s of runs of two stages are those of the first stage, seconds are of both.")
-        if any(e.row.stale for e in (*self.entries, *self.references)):
+        if any(e.row.stale for e in self.every):
             notes.append("Rows marked stale hold runs made by other code than today's.")
-        merged = [run for e in (*self.entries, *self.references) for run in e.row.runs if run.origin]
+        merged = [run for e in self.every for run in e.row.runs if run.origin]
         if merged:
             sources = "; ".join(dict.fromkeys(run.origin.partition(";")[0] for run in merged))
             notes.append(
@@ -106,14 +117,14 @@ class Board:
     quarantine: tuple[str, ...]
     runs: tuple[Run, ...]
     rows: tuple[Row, ...]
-    tables: tuple[Table, ...]
-    published: tuple[Verdict, ...]
+    tables: tuple[RankedTable, ...]
+    published: tuple[PublishedValue, ...]
     tuning: tuple[tuple[str, str], ...]
     file: str = ""
     left_out: str = ""
 
     @property
-    def results(self) -> tuple[Table, ...]:
+    def results(self) -> tuple[RankedTable, ...]:
         """The tables that are results, not hyper-parameter searches."""
         return tuple(t for t in self.tables if not t.search)
 
@@ -176,7 +187,7 @@ def board(
     )
 
 
-def _tables(rows: Sequence[Row]) -> list[Table]:
+def _tables(rows: Sequence[Row]) -> list[RankedTable]:
     kinds: dict[Setting, set[str]] = defaultdict(set)
     for row in rows:
         if row.device.kind:
@@ -219,7 +230,7 @@ def _table(
     members: Sequence[Row],
     references: Sequence[Row],
     speeds: Mapping[tuple[str, ...], tuple[float, bool]],
-) -> Table:
+) -> RankedTable:
     baseline, alternatives = _baseline(members)
     twins = [row for row in members if baseline and row.first.group == baseline.first.group]
 
@@ -233,30 +244,22 @@ def _table(
             scores |= twin.scores
         return scores or None
 
-    def speed(row: Row, method: str) -> tuple[float | None, bool]:
-        return speeds.get(_speed_key(row, method), (None, False))
-
-    def entries(rows: Sequence[Row]) -> list[Entry]:
+    def entries(rows: Sequence[Row], reference: bool) -> list[TableRow]:
         order, places = rank([Entrant(row.scores, paired(row), _barred(row), judged_on) for row in rows])
-        return [
-            Entry(
-                row=rows[i],
-                place=places[i],
-                baseline=baseline is not None and rows[i].first.group == baseline.first.group,
-                to_reference=_ratio(rows[i].rate, speed(rows[i], REFERENCE)[0]),
-                to_baseline=_ratio(rows[i].rate, speed(rows[i], BASELINE)[0]),
-                doubted=frozenset(
-                    [name for name in ("rate", "seconds", "reach") if rows[i].busy]
-                    + ["reference"] * (rows[i].busy or speed(rows[i], REFERENCE)[1])
-                    + ["baseline"] * (rows[i].busy or speed(rows[i], BASELINE)[1])
-                ),
-            )
-            for i in order
-        ]
+        return [entry(rows[i], places[i], reference) for i in order]
 
-    return Table(
-        f"table-{index}", setting, kind, tuple(entries(members)), tuple(entries(references)), baseline, alternatives
-    )
+    def entry(row: Row, place: Standing, reference: bool) -> TableRow:
+        doubted = {"rate", "seconds", "reach", "reference", "baseline"} if row.busy else set()
+        ratios = {}
+        for name, method in (("reference", REFERENCE), ("baseline", BASELINE)):
+            rate, busy = speeds.get(_speed_key(row, method), (None, False))
+            ratios[name] = row.rate / rate if row.rate is not None and rate is not None else None
+            doubted |= {name} if busy else set()
+        own = baseline is not None and row.first.group == baseline.first.group
+        return TableRow(row, place, own, reference, ratios["reference"], ratios["baseline"], frozenset(doubted))
+
+    entered, beside = tuple(entries(members, False)), tuple(entries(references, True))
+    return RankedTable(f"table-{index}", setting, kind, entered, beside, baseline, alternatives)
 
 
 def _barred(row: Row) -> str:
@@ -295,30 +298,26 @@ def quietest(timings: Iterable[tuple[float | None, bool]]) -> tuple[float, bool]
     return median(quiet or [value for value, _ in known if value is not None]), not quiet
 
 
-def timing(entry: Entry, name: str, text: str) -> str:
+def timing(entry: TableRow, name: str, text: str) -> str:
     """The text of a timing, marked where a busy machine has touched it."""
     return text + BUSY if name in entry.doubted and text != "–" else text
 
 
-def place(entry: Entry) -> str:
+def place(entry: TableRow) -> str:
     """``1``, ``1=`` where the rank is shared, ``–`` where there is none."""
     if entry.place.rank is None:
         return "–"
     return f"{entry.place.rank}{'=' if entry.place.tied else ''}"
 
 
-def heading(table: Table) -> str:
+def heading(table: RankedTable) -> str:
     """``mnist-5k/tanh-cnn, ε = 3``."""
     return f"{table.setting.task}, ε = {epsilon(table.setting.epsilon)}"
 
 
-def statement(table: Table) -> list[str]:
+def statement(table: RankedTable) -> list[str]:
     """What holds for every row of `table`: delta, relation, unit, split, kind of device."""
     s = table.setting
     delta = "" if s.delta is None else f"δ = {small(s.delta)}"
     split = "validation split" if table.search else f"{s.split} split"
     return [t for t in (delta, s.relation, f"unit: {s.unit}" if s.unit else "", split, table.kind) if t]
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None

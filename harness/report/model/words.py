@@ -1,4 +1,4 @@
-"""How the values of a report read: numbers, intervals, epsilons, counts and dates as text."""
+"""Writes the values of a report as text: numbers, intervals, epsilons, counts and dates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from harness.report.model.fields import natural
-from harness.report.model.runs import STATUSES, Device, Run
+from harness.report.model.runs import STATUSES, Machine, Run
 from harness.report.model.statistics import Interval
 
 ABSENT = "does not apply"
@@ -101,7 +101,7 @@ def dates(runs: Sequence[Run]) -> str:
     return "" if not days else days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
-def device_text(device: Device) -> str:
+def device_text(device: Machine) -> str:
     """A device in words: its name, and its threads where they are known."""
     threads = f", {device.threads} thread{'s' if device.threads != 1 else ''}" if device.threads else ""
     name = device.name or device.kind

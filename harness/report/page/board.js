@@ -13,7 +13,6 @@ addEventListener("DOMContentLoaded", () => {
   const pages = document.getElementById("pages");
   const heads = [...table.tHead.rows[0].cells];
   const columns = heads.map((th) => ({ key: th.dataset.key, kind: th.dataset.kind, th }));
-  const settings = new Set(["suite", "task", "target"]); // columns that say which table a row is of
 
   // ------------------------------------------------------------------------------------------------------- rows
   const number = (v) => (v === "inf" ? Infinity : typeof v === "string" ? null : v);
@@ -170,12 +169,11 @@ addEventListener("DOMContentLoaded", () => {
       if (above) td.append(mark("above the claim", "bad"));
       td.title = [instrument, task && task !== row.task ? "on " + task : ""].filter(Boolean).join(", ");
     },
-  };
-
-  write_cell.checked = (td, row) => {
-    const [text, kind, words] = row.checked;
-    td.append(mark(text, kind));
-    td.title = words;
+    checked: (td, row) => {
+      const [text, kind, words] = row.checked;
+      td.append(mark(text, kind));
+      td.title = words;
+    },
   };
 
   const BUSY = "timed while other work ran on the machine: not to be compared";
@@ -211,7 +209,7 @@ addEventListener("DOMContentLoaded", () => {
     }
     tr.append(title);
     for (const c of columns.slice(2)) {
-      const td = make("td", undefined, c.th.className.replace(/\bsetting\b/, "setting"));
+      const td = make("td", undefined, c.th.className);
       if (row.href && c.kind !== "text") {
         const a = make("a", undefined, "quiet");
         a.href = row.href;

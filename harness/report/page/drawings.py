@@ -56,14 +56,16 @@ def _looks(names: Iterable[str]) -> dict[str, int]:
     return {name: i for i, name in enumerate(sorted(found, key=lambda n: n != BASELINE))}
 
 
+def _dots(series: Mapping[str, Sequence[tuple[float, Interval]]]) -> dict[str, list[Dot]]:
+    return {n: [_dot(e, i, f"ε = {epsilon(e)}") for e, i in points] for n, points in series.items()}
+
+
 def _accuracy(board: Board) -> Drawing:
     panels = accuracy_data(board)
     looks = _looks(n for p in panels for n in p.series)
     made = []
     for p in panels:
-        series = {
-            n: [_dot(e, i, f"ε = {epsilon(e)}") for e, i in points] for n, points in p.series.items()
-        }  # fmt: skip
+        series = _dots(p.series)
         ticks = {e: epsilon(e) for points in p.series.values() for e, _ in points}
         levels = {n: 100 * i.mean for n, i in p.references.items()}
         y = Axis(f"{p.split} accuracy, %")
@@ -101,34 +103,30 @@ def _pareto(board: Board) -> Drawing:
 
 
 def _curves(board: Board) -> Drawing:
-    made = _over_epsilon(board, "accuracy", "accuracy, %")
-    return Drawing(
-        "curves", "Training curves",
+    text = (
         "Accuracy at the log points over the epsilon spent until then, by RDP; mean over seeds. "
-        "Of two stages, the last. For information: nothing is chosen by it.",
-        made, ["training-curves.svg"],
-    )  # fmt: skip
+        "Of two stages, the last. For information: nothing is chosen by it."
+    )
+    panels = _over_epsilon(board, "accuracy")
+    return Drawing("curves", "Training curves", text, panels, ["training-curves.svg"])
 
 
 def _clipped(board: Board) -> Drawing:
-    made = _over_epsilon(board, "clipped", "clipped, %")
-    return Drawing(
-        "clipped", "Clipped fraction",
+    text = (
         "Share of contributions with a weight below 1 since the last log point, over the epsilon spent until then. "
-        "Of two stages, the last.",
-        made, ["clipped-fraction.svg"], PRIVATE,
-    )  # fmt: skip
+        "Of two stages, the last."
+    )
+    panels = _over_epsilon(board, "clipped")
+    return Drawing("clipped", "Clipped fraction", text, panels, ["clipped-fraction.svg"], PRIVATE)
 
 
-def _over_epsilon(board: Board, what: str, title: str) -> list[tuple[str, str]]:
+def _over_epsilon(board: Board, what: str) -> list[tuple[str, str]]:
     panels = curves_data(board, what)
     looks = _looks(n for p in panels for n in p.series)
-    made = []
-    for p in panels:
-        series = {n: [_dot(e, i, f"ε = {epsilon(e)}") for e, i in points] for n, points in p.series.items()}
-        label = f"{title} over epsilon spent, {p.title}"
-        made.append((p.title, chart(series, Axis("ε spent, by RDP"), Axis(title), label, looks=looks)))
-    return _panels(made)
+    x, y = Axis("ε spent, by RDP"), Axis(f"{what}, %")
+    return _panels(
+        (p.title, chart(_dots(p.series), x, y, f"{y.title} over epsilon spent, {p.title}", looks=looks)) for p in panels
+    )
 
 
 def of_row(row: Row) -> list[Drawing]:
@@ -138,10 +136,7 @@ def of_row(row: Row) -> list[Drawing]:
     """
     names = [f"Stage {number}: {stage.method}" for number, stage in enumerate(row.first.stages, 1)] or [""]
     out = []
-    for what, title, warning in (
-        ("accuracy", "Accuracy in training", ""),
-        ("clipped", "Clipped fraction", PRIVATE),
-    ):
+    for what, title, warning in (("accuracy", "Accuracy in training", ""), ("clipped", "Clipped fraction", PRIVATE)):
         label = f"{title} of every seed"
         panels = _panels(
             (name, _of_stage(row, i, what, f"{label}, {name}" if name else label)) for i, name in enumerate(names)

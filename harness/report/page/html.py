@@ -1,4 +1,4 @@
-"""The pages: each is one self-contained file; no request leaves it, and nothing in a record can become markup.
+"""Makes the page of a suite: one self-contained file that sends no request, with nothing of a record as markup.
 
 Jinja escapes every value; what the script shows it puts in as text. The page's policy (`Content-Security-Policy`) lets
 only its own script run, by its hash, and forbids every fetch, so a file opened from a mail attachment is as harmless as
@@ -23,10 +23,10 @@ from harness.report.model.checked import Checked
 from harness.report.model.fields import natural
 from harness.report.model.rows import Row
 from harness.report.model.statistics import RULE
-from harness.report.model.tables import Board, Entry, Table
+from harness.report.model.tables import Board, RankedTable, TableRow
 from harness.report.model.words import epsilon, half, percent
 from harness.report.page import drawings
-from harness.report.page.payload import COLUMNS, FIELDS, Audit, Column, dumps, payload
+from harness.report.page.payload import COLUMNS, FIELDS, Audit, Heading, dumps, payload
 from harness.report.text import VERDICTS, measure, measured, outcome
 
 if TYPE_CHECKING:
@@ -44,11 +44,7 @@ def environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     made = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     made.globals["shell"] = _shell
     made.globals["address"] = address
@@ -75,7 +71,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def address(text: str) -> str:
-    """The web address that `text` stands for, empty where it is none: a paper's id, a DOI, or an address itself."""
+    """The web address that `text` stands for, of a paper's id, a DOI, or an address itself; else empty."""
     if found := re.match(r"arxiv:\s*([\w.\-/]+)", text, re.I):
         return f"https://arxiv.org/abs/{found[1]}"
     if found := re.match(r"doi:\s*(10\.\S+)", text, re.I):
@@ -83,7 +79,7 @@ def address(text: str) -> str:
     return text if re.match(r"https?://[^\s\"'<>]+$", text) else ""
 
 
-class Places:
+class Links:
     """Where each row and each method has its page, and where records are. Names are unique, whatever the ids are.
 
     `prefix` is the way from the suite's folder to the results.
@@ -113,11 +109,11 @@ def _unique(text: str, taken: Counter[str]) -> str:
 
 
 def page(
-    board: Board, places: Places | None = None, *, digest: str = "", known: Sequence[Audit] = (),
+    board: Board, places: Links | None = None, *, digest: str = "", known: Sequence[Audit] = (),
     checked: Mapping[str, Checked] | None = None,
 ) -> str:  # fmt: skip
     """The page of a suite. `digest` is kept in the head; `known` are audits, `checked` the checks by method."""
-    places = places or Places(board)
+    places = places or Links(board)
     data = payload(board, places.rows, known, checked)
     return environment().get_template("page.html").render(
         board=board,
@@ -134,7 +130,7 @@ def page(
     )  # fmt: skip
 
 
-def columns(data: Mapping[str, Any]) -> list[Column]:
+def columns(data: Mapping[str, Any]) -> list[Heading]:
     """The columns in which some row has something to show. The suite's and the setting's come first."""
     filled = {name for i, name in enumerate(FIELDS) if any(r[i] not in (None, "") for r in data["rows"])}
     if "claim" in filled:
@@ -146,14 +142,14 @@ def columns(data: Mapping[str, Any]) -> list[Column]:
 
 def _overviews(board: Board) -> list[dict[str, Any]]:
     """Accuracy of every method at every epsilon, one grid for each task, split and kind of device."""
-    groups: dict[tuple[str, str, str, str], list[Table]] = defaultdict(list)
+    groups: dict[tuple[str, str, str, str], list[RankedTable]] = defaultdict(list)
     for table in board.results or board.tables:
         groups[table.setting.task, table.setting.digest, table.setting.split, table.kind].append(table)
     out: list[dict[str, Any]] = []
     kinds = {kind for *_, kind in groups}
     for (task, _, split, kind), tables in groups.items():
-        grid: dict[str, dict[int, Entry]] = defaultdict(dict)
-        references: dict[str, Entry] = {}
+        grid: dict[str, dict[int, TableRow]] = defaultdict(dict)
+        references: dict[str, TableRow] = {}
         for i, table in enumerate(tables):
             for entry in table.entries:
                 grid[entry.row.title][i] = entry
@@ -180,14 +176,14 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(known) / len(known) if known else -1.0
 
 
-def _glance(entry: Entry | None) -> dict[str, Any]:
+def _glance(entry: TableRow | None) -> dict[str, Any]:
     accuracy = entry.row.accuracy if entry else None
     if entry is None or accuracy is None:
         return {"text": "" if entry is None else "–", "half": "", "best": False}
     return {"text": percent(accuracy.mean), "half": half(accuracy), "best": entry.place.rank == 1}
 
 
-def _verdict(verdict: Any, places: Places) -> dict[str, Any]:
+def _verdict(verdict: Any, places: Links) -> dict[str, Any]:
     row: Row | None = verdict.row
     run = row.first if row else None
     setting = [

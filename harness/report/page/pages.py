@@ -1,4 +1,4 @@
-"""The pages below a suite's: one for each row, with its runs; a card for each method. And the page over all suites."""
+"""Makes the page of each row, with its runs, the card of each method, and the page over all suites."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.report.model.checked import Checked, Mark, mark, of_row
 from harness.report.model.fields import natural, scalar, visible
 from harness.report.model.rows import BASELINE, REDUCED_SUITE, Row, statuses
 from harness.report.model.runs import Run
-from harness.report.model.tables import Board, Entry, Table, heading, place, statement, timing
+from harness.report.model.tables import Board, RankedTable, TableRow, heading, place, statement, timing
 from harness.report.model.words import (
     BUSY,
     by_accountant,
@@ -32,21 +32,23 @@ from harness.report.model.words import (
     refusals,
 )
 from harness.report.page import drawings, stage_table
-from harness.report.page.html import MARK, Places, columns, environment, paragraphs
+from harness.report.page.html import MARK, Links, columns, environment, paragraphs
 from harness.report.page.payload import REACH, Audit, audit_of, dumps, exceeds, merged, target
 from harness.report.text import difference
 
 SLOTS = ("sampler", "loss", "engine", "clip", "noise", "optimizer", "path")
 """The parts in the order in which a step meets them."""
+SPEED = ("Examples/s", "Examples/s of stage 1")
+"""Of runs of one stage, and of two."""
 DATA = '<script type="application/json" id="data">'
 
 
 def run_pages(
-    board: Board, places: Places, known: Sequence[Audit] = (), sources: Mapping[str, Any] | None = None,
+    board: Board, places: Links, known: Sequence[Audit] = (), sources: Mapping[str, Any] | None = None,
     checked: Mapping[str, Checked] | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """File name -> page of every row. `sources` is what `sources.describe` says of the methods."""
-    found: dict[int, tuple[Entry, Table]] = {}
+    found: dict[int, tuple[TableRow, RankedTable]] = {}
     for table in board.tables:
         for entry in (*table.references, *table.entries):
             found.setdefault(id(entry.row), (entry, table))
@@ -59,7 +61,7 @@ def run_pages(
             where=", ".join([heading(table), *statement(table)]),
             filter="#?" + urlencode({"task": table.setting.task, "epsilon": epsilon(table.setting.epsilon)}),
             card=places.methods[row.first.method],
-            numbers=_numbers(entry, table, audit_of(row, known), _mark(row, checked)),
+            numbers=_numbers(entry, table, audit_of(row, known), of_row(checked or {}, row)),
             drawings=drawings.of_row(row),
             stages=stage_table.lines(row),
             stage_heads=stage_table.HEADS,
@@ -70,11 +72,7 @@ def run_pages(
     }
 
 
-def _mark(row: Row, checked: Mapping[str, Checked] | None) -> Mark:
-    return of_row(checked or {}, row)
-
-
-def _numbers(entry: Entry, table: Table, audit: Audit | None, check: Mark) -> list[tuple[str, str]]:
+def _numbers(entry: TableRow, table: RankedTable, audit: Audit | None, check: Mark) -> list[tuple[str, str]]:
     row, run = entry.row, entry.row.first
     goal = target(table)
     reach = None if goal is None else row.seconds_to(goal)
@@ -99,7 +97,7 @@ def _numbers(entry: Entry, table: Table, audit: Audit | None, check: Mark) -> li
         ("ε audited", audited),
         ("Conformance", f"{check.text}: {check.words}"),
         ("ε with tuning", epsilon(row.shared("tuned")) if row.shared("tuned") is not None else ""),
-        (_speed(run), timing(entry, "rate", count(row.rate))),
+        (SPEED[bool(run.stages)], timing(entry, "rate", count(row.rate))),
         ("relative to non-private", timing(entry, "reference", ratio(entry.to_reference))),
         ("relative to dp-sgd", timing(entry, "baseline", ratio(entry.to_baseline))),
         ("Peak memory", f"{count(row.peak_memory)} MiB" if row.peak_memory else ""),
@@ -113,10 +111,6 @@ def _numbers(entry: Entry, table: Table, audit: Audit | None, check: Mark) -> li
         )),
     ]  # fmt: skip
     return [(name, text) for name, text in pairs if text and text != "–"]
-
-
-def _speed(run: Run) -> str:
-    return "Examples/s of stage 1" if run.stages else "Examples/s"
 
 
 def _details(row: Row) -> list[tuple[str, str]]:
@@ -144,14 +138,14 @@ def _details(row: Row) -> list[tuple[str, str]]:
     return [(name, text) for name, text in pairs if text]
 
 
-def _run(run: Run, board: Board, places: Places, sources: Mapping[str, Any] | None) -> dict[str, Any]:
+def _run(run: Run, board: Board, places: Links, sources: Mapping[str, Any] | None) -> dict[str, Any]:
     reduced = bool(board.reduced) and board.suite.endswith(REDUCED_SUITE)
     installed = sources is None or sources["methods"].get(run.method, {}).get("installed", False)
     facts = [
         ("Accuracy", f"{percent(run.accuracy)} %" if run.accuracy is not None else ""),
         ("ε spent", epsilon(run.epsilon) if run.epsilon is not None else ""),
         ("Training", f"{count(run.train_seconds)} s" if run.train_seconds else ""),
-        (_speed(run), count(run.rate) if run.rate else ""),
+        (SPEED[bool(run.stages)], count(run.rate) if run.rate else ""),
         ("Load average", _load(run)),
         ("Finished", run.finished),
         ("Origin", run.origin),
@@ -164,13 +158,12 @@ def _run(run: Run, board: Board, places: Places, sources: Mapping[str, Any] | No
         "anchor": "run-" + (re.sub(r"[^A-Za-z0-9_-]+", "-", run.id).strip("-") or "x"),
         "title": (f"Seed {run.seed}, " if run.seed is not None else "") + run.id,
         "facts": [(name, text) for name, text in facts if text],
-        "commands": "\n".join((
-            *recipe.commands(run, board.file, reduced, installed),
-            f"epsbench show {shlex.quote(run.id)}",
-        )),
+        "commands": "\n".join(
+            (*recipe.commands(run, board.file, reduced, installed), f"epsbench show {shlex.quote(run.id)}")
+        ),
         "files": [(name, href) for name, href in files if href],
         "record": _record(run),
-    }  # fmt: skip
+    }
 
 
 def _load(run: Run) -> str:
@@ -197,7 +190,7 @@ def _record(run: Run) -> str:
 
 
 def cards(
-    board: Board, places: Places, sources: Mapping[str, Any] | None = None, known: Sequence[Audit] = (),
+    board: Board, places: Links, sources: Mapping[str, Any] | None = None, known: Sequence[Audit] = (),
     checked: Mapping[str, Checked] | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """File name -> card of every method. `sources` is what `sources.describe` says of them."""
@@ -214,28 +207,26 @@ def cards(
     plain = {row.first.method: dict(row.first.parts) for row in board.rows if row.first.method == BASELINE}
     out = {}
     for name, href in places.methods.items():
-        said = sources.get("methods", {}).get(name, {})
-        run = min((r.first for r in rows[name]), key=lambda r: (r.changed, not r.parts))
-        paper = said.get("paper") or run.paper
+        described = sources.get("methods", {}).get(name, {})
+        run = min((r.first for r in rows[name]), key=lambda r: (bool(r.changes), not r.parts))
+        paper = described.get("paper") or run.paper
         tally = Counter(line["outcome"] for line in lines[name])
         out[href] = template.render(
             suite=board.suite,
             name=name,
-            about=[
-                t for text in (said.get("summary") or run.summary, said.get("module", "")) for t in paragraphs(text)
-            ],
+            about=[*paragraphs(described.get("summary") or run.summary), *paragraphs(described.get("module", ""))],
             facts=[p for p in (("Family", run.family), ("Paper", paper)) if p[1]],
             filter="#?" + urlencode({"method": name}),
             parts=_parts(run, plain.get(BASELINE, {}), sources.get("parts", {}), rows[name]),
             changes=_changes(rows[name]),
-            parameters=_parameters(said.get("parameters", {}), rows[name]),
+            parameters=_parameters(described.get("parameters", {}), rows[name]),
             check=checked.get(name),
             mark=mark(checked, name),
             audits=[_audit(a) for a in known if a.method == name],
             lines=lines[name],
             summary=", ".join(f"{n} {word}" for word, n in sorted(tally.items())),
             paper=paper,
-            bibtex=bibtex(name, paper, said.get("module", "")),
+            bibtex=bibtex(name, paper, described.get("module", "")),
         )
     return out
 
@@ -244,7 +235,7 @@ def _parts(run: Run, plain: Mapping[str, str], docs: Mapping[str, Any], rows: Se
     """The seven parts in the order of a step; those that DP-SGD has too are not its own.
 
     They are those of `run`, which has the method's default parts where any of its rows has. ``changed`` says for a part
-    that it is none of these, or that some rows have another.
+    that it is not one of these, or that some rows have another.
     """
     some = {slot for row in rows for slot, _ in row.first.changes}
     every = {slot for slot, _ in run.changes}
@@ -268,11 +259,7 @@ def _changes(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for change in row.first.changes:
             found[change][row.title] += 1
     return [
-        {
-            "slot": slot,
-            "spec": spec,
-            "rows": "; ".join(f"{t} ({n} setting{'s' * (n > 1)})" for t, n in titles.items()),
-        }
+        {"slot": slot, "spec": spec, "rows": "; ".join(f"{t} ({n} setting{'s' * (n > 1)})" for t, n in titles.items())}
         for (slot, spec), titles in sorted(found.items())
     ]
 
@@ -300,7 +287,7 @@ def _audit(audit: Audit) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _line(entry: Entry, table: Table, places: Places) -> dict[str, str]:
+def _line(entry: TableRow, table: RankedTable, places: Links) -> dict[str, str]:
     row, paired = entry.row, entry.place.difference
     if entry.baseline:
         outcome, mark = "baseline", ""

@@ -1,4 +1,4 @@
-"""The board as data for the page's script: one JSON value with the tables and their rows.
+"""Writes the board as data for the page's script: one JSON value with the tables and their rows.
 
 A row is a list in the order of `FIELDS`, so that ten thousand rows stay a few megabytes. Numbers are as they were
 measured (fractions, seconds, MiB); an infinite one is the text ``inf``, an unknown one null. What a reader sees of them
@@ -18,7 +18,7 @@ from harness.report.model.checked import Checked, of_row
 from harness.report.model.fields import listing, natural, number, scalar
 from harness.report.model.rows import Row, statuses
 from harness.report.model.statistics import Interval
-from harness.report.model.tables import Board, Entry, Table, heading, statement
+from harness.report.model.tables import Board, RankedTable, TableRow, heading, statement
 from harness.report.model.words import ABSENT, bounds, device_text, epsilon, half, percent
 
 REACH = 0.99
@@ -33,7 +33,7 @@ FIELDS = (
 
 
 @dataclass(frozen=True)
-class Column:
+class Heading:
     """A column of the leaderboard. `kind` says how a cell is written; `more` columns show on demand."""
 
     key: str
@@ -49,30 +49,36 @@ class Column:
 
 
 COLUMNS = (
-    Column("suite", "Suite", "The suite that asked for the runs", "text"),
-    Column("task", "Task", "Data set and model", "text"),
-    Column("target", "ε target", "The epsilon that the noise was calibrated to", "epsilon"),
-    Column("accuracy", "Accuracy, %", "Mean over seeds with half of its 95 % t-interval", "accuracy"),
-    Column("difference", "Δ dp-sgd", "Paired difference to dp-sgd on common seeds, points", "difference"),
-    Column("planned", "ε planned", "Epsilon of the plan before training, by PLD", "epsilon", True),
-    Column("spent", "ε spent", "Epsilon spent by the PLD accountant, which ranks; the largest over runs", "epsilon"),
-    Column("rdp", "ε RDP", "Epsilon spent by the RDP accountant, a cross-check: an upper bound", "epsilon", True),
-    Column("claimed", "ε claimed", "Epsilon claimed under assumptions, which never ranks", "claimed"),
-    Column("audited", "ε audited ≥", "Lower bound found by an audit of this method at this epsilon", "audited"),
-    Column("checked", "Checked", "Whether the method passes the conformance checks, by epsbench check", "checked"),
-    Column("tuned", "ε with tuning", "Epsilon that also pays for the search of hyper-parameters", "epsilon"),
-    Column("rate", "Examples/s", "Examples per second in training, median over runs; of two stages the first", "count"),
-    Column("reference", "vs non-private", "Examples per second relative to non-private, same task and device", "ratio"),
-    Column("baseline", "vs dp-sgd", "Examples per second relative to dp-sgd, same task and device", "ratio"),
-    Column("memory", "Peak MiB", "Peak memory, MiB, the largest over runs", "count"),
-    Column("seconds", "Train s", "Seconds of training on the device, the median over runs", "count", True),
-    Column("reach", "s to dp-sgd", "Seconds of training until 99 % of dp-sgd's mean accuracy is first logged", "count"),
-    Column("family", "Family", "What the method changes", "text", True),
-    Column("public", "Public data", "Public data that the method or the model has seen", "text", True),
-    Column("device", "Device", "Where it ran", "text", True),
-    Column("seeds", "Seeds", "Seeds that were run or tried", "text", True),
-    Column("runs", "Runs", "How the runs ended; failures are rows with their reason", "text"),
-)  # fmt: skip
+    Heading("suite", "Suite", "The suite that asked for the runs", "text"),
+    Heading("task", "Task", "Data set and model", "text"),
+    Heading("target", "ε target", "The epsilon that the noise was calibrated to", "epsilon"),
+    Heading("accuracy", "Accuracy, %", "Mean over seeds with half of its 95 % t-interval", "accuracy"),
+    Heading("difference", "Δ dp-sgd", "Paired difference to dp-sgd on common seeds, points", "difference"),
+    Heading("planned", "ε planned", "Epsilon of the plan before training, by PLD", "epsilon", True),
+    Heading("spent", "ε spent", "Epsilon spent by the PLD accountant, which ranks; the largest over runs", "epsilon"),
+    Heading("rdp", "ε RDP", "Epsilon spent by the RDP accountant, a cross-check: an upper bound", "epsilon", True),
+    Heading("claimed", "ε claimed", "Epsilon claimed under assumptions, which never ranks", "claimed"),
+    Heading("audited", "ε audited ≥", "Lower bound found by an audit of this method at this epsilon", "audited"),
+    Heading("checked", "Checked", "Whether the method passes the conformance checks, by epsbench check", "checked"),
+    Heading("tuned", "ε with tuning", "Epsilon that also pays for the search of hyper-parameters", "epsilon"),
+    Heading(
+        "rate", "Examples/s", "Examples per second in training, median over runs; of two stages the first", "count"
+    ),
+    Heading(
+        "reference", "vs non-private", "Examples per second relative to non-private, same task and device", "ratio"
+    ),
+    Heading("baseline", "vs dp-sgd", "Examples per second relative to dp-sgd, same task and device", "ratio"),
+    Heading("memory", "Peak MiB", "Peak memory, MiB, the largest over runs", "count"),
+    Heading("seconds", "Train s", "Seconds of training on the device, the median over runs", "count", True),
+    Heading(
+        "reach", "s to dp-sgd", "Seconds of training until 99 % of dp-sgd's mean accuracy is first logged", "count"
+    ),
+    Heading("family", "Family", "What the method changes", "text", True),
+    Heading("public", "Public data", "Public data that the method or the model has seen", "text", True),
+    Heading("device", "Device", "Where it ran", "text", True),
+    Heading("seeds", "Seeds", "Seeds that were run or tried", "text", True),
+    Heading("runs", "Runs", "How the runs ended; failures are rows with their reason", "text"),
+)
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,8 @@ def audit_of(row: Row, known: Sequence[Audit]) -> Audit | None:
     if row.first.stages:
         return None
     fits = [
-        a for a in known
-        if a.method == row.first.method and math.isclose(a.target, row.setting.epsilon, rel_tol=1e-3)
-    ]  # fmt: skip
+        a for a in known if a.method == row.first.method and math.isclose(a.target, row.setting.epsilon, rel_tol=1e-3)
+    ]
     return min(fits, key=lambda a: (a.task not in (row.setting.task, row.first.dataset), -a.lower), default=None)
 
 
@@ -129,16 +134,13 @@ def exceeds(row: Row, audit: Audit) -> bool:
 
 def payload(
     board: Board, hrefs: Mapping[int, str], known: Sequence[Audit] = (), checked: Mapping[str, Checked] | None = None
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Everything the leaderboard's script needs of one suite. `hrefs` leads from ``id(row)`` to the row's page."""
     tables, rows = [], []
     for i, table in enumerate(board.tables):
         tables.append(_table(board, table))
         goal = target(table)
-        for entry in table.entries:
-            rows.append(_row(i, "search" if table.search else "", entry, table, hrefs, known, goal, checked or {}))
-        for entry in table.references:
-            rows.append(_row(i, "reference", entry, table, hrefs, known, goal, checked or {}))
+        rows += [_row(i, entry, table, hrefs, known, goal, checked or {}) for entry in table.every]
     return {
         "fields": list(FIELDS),
         "question": board.question,
@@ -169,13 +171,13 @@ def dumps(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def target(table: Table) -> float | None:
+def target(table: RankedTable) -> float | None:
     """The accuracy that "time to dp-sgd" is the time to, None where dp-sgd did not finish."""
     mean = table.baseline.accuracy if table.baseline else None
     return None if mean is None else REACH * mean.mean
 
 
-def _table(board: Board, table: Table) -> dict[str, Any]:
+def _table(board: Board, table: RankedTable) -> dict[str, Any]:
     baseline = f"baseline: {table.baseline.title}" if table.baseline else "no baseline"
     return {
         "suite": board.suite,
@@ -186,26 +188,26 @@ def _table(board: Board, table: Table) -> dict[str, Any]:
         "heading": heading(table),
         "statement": " · ".join([*statement(table), baseline]),
         "search": int(table.search),
-        "notes": [f"{e.row.title} is unranked: {e.place.why}." for e in table.entries if e.place.why] + table.notes,
-    }  # fmt: skip
+        "notes": [*table.unranked, *table.notes],
+    }
 
 
 def _row(
     index: int,
-    role: str,
-    entry: Entry,
-    table: Table,
+    entry: TableRow,
+    table: RankedTable,
     hrefs: Mapping[int, str],
     known: Sequence[Audit],
     goal: float | None,
     checked: Mapping[str, Checked],
 ) -> list[Any]:
     row, place, run = entry.row, entry.place, entry.row.first
+    role = "reference" if entry.reference else "search" if table.search else "baseline" if entry.baseline else ""
     audit = audit_of(row, known)
     values: dict[str, Any] = {
         "table": index,
-        "role": "baseline" if entry.baseline and not role else role,
-        "rank": None if role == "reference" else place.rank,
+        "role": role,
+        "rank": None if entry.reference else place.rank,
         "tied": int(place.tied),
         "why": place.why,
         "title": row.title,
@@ -221,11 +223,7 @@ def _row(
         "rdp": _by(row.cross_check, "rdp" in row.refused),
         "claimed": _number(row.shared("claimed")),
         "claim": row.shared("claim") or "",
-        "audited": None
-        if audit is None
-        else [
-            audit.lower, audit.confidence, audit.instrument, audit.task, int(exceeds(row, audit)),
-        ],
+        "audited": audit and [audit.lower, audit.confidence, audit.instrument, audit.task, int(exceeds(row, audit))],
         "checked": list(of_row(checked, row)),
         "tuned": _number(row.shared("tuned")),
         "rate": _number(row.rate),
@@ -242,7 +240,7 @@ def _row(
         "failures": [list(f) for f in row.failures],
         "href": hrefs.get(id(row), ""),
         "more": " ".join([*(f"{k}={v}" for k, v in run.parameters), *(r.id for r in row.runs)]),
-    }  # fmt: skip
+    }
     return [values[name] for name in FIELDS]
 
 

@@ -1,4 +1,4 @@
-"""Small SVG drawings for the page: lines with bands, bars, points. Every mark says its numbers when pointed at.
+"""Draws small SVG charts for the page: lines with bands, bars, points. Pointing at a mark shows its numbers.
 
 They are written from the data of `figures` as plain text: no library is loaded into the page, which stays light, opens
 offline, follows the page's light and dark colours, and is the same bytes for the same records. Charting libraries for
@@ -65,9 +65,9 @@ def chart(
     parts = [*_axes(across, up, x, y), *(_level(n, v, up) for n, v in levels.items())]
     tags: list[tuple[float, float]] = []
     parts += [_series(name, points, looks[name], across, up, joined, tags) for name, points in series.items()]
-    legend = "".join(
-        f'<li class="s{looks[n] % LOOKS}"><i></i>{escape(n)}</li>' for n in series
-    ) + "".join(f'<li class="level"><i></i>{escape(n)}</li>' for n in levels)  # fmt: skip
+    legend = "".join(f'<li class="s{looks[n] % LOOKS}"><i></i>{escape(n)}</li>' for n in series) + "".join(
+        f'<li class="level"><i></i>{escape(n)}</li>' for n in levels
+    )
     return (
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
         f'{"".join(parts)}</svg><ul class="legend">{legend}</ul>'
@@ -153,13 +153,7 @@ def _level(name: str, value: float, up: _Scale) -> str:
 
 
 def _series(
-    name: str,
-    dots: Sequence[Dot],
-    look: int,
-    across: _Scale,
-    up: _Scale,
-    joined: bool,
-    tags: list[tuple[float, float]],
+    name: str, dots: Sequence[Dot], look: int, across: _Scale, up: _Scale, joined: bool, tags: list[tuple[float, float]]
 ) -> str:
     """One series; `tags` are the places of the tags so far: one that would lie on another is left out."""
     out = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from harness.report.model.rows import Row
-from harness.report.model.stage import Stage
+from harness.report.model.stage import StageFacts
 from harness.report.model.words import BUSY, count, epsilon
 
 UNKNOWN = "not recorded"
@@ -53,13 +53,13 @@ def _middle(values: Sequence[float | None], busy: bool) -> str:
     return count(median(known)) + BUSY * busy if known else UNKNOWN
 
 
-def _sensitivity(stage: Stage) -> str:
+def _sensitivity(stage: StageFacts) -> str:
     if stage.public:
         return "none: public data"
     bounds = ", ".join(f"{k} {'∞' if math.isinf(v) else format(v, '.4g')}" for k, v in stage.sensitivity.items())
     return (bounds or UNKNOWN) + (f" ({stage.note})" if stage.note else "")
 
 
-def details(stages: Sequence[Stage]) -> list[tuple[str, str]]:
+def details(stages: Sequence[StageFacts]) -> list[tuple[str, str]]:
     """The method of each stage in one line: its parameters and its parts."""
     return [(f"Stage {i}", f"{one.method}({one.parameters}): {one.parts}") for i, one in enumerate(stages, 1)]

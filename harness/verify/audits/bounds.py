@@ -83,7 +83,7 @@ class Rates(NamedTuple):
 class Mistakes(NamedTuple):
     """The upper confidence limit on the rate of mistakes in guessing fair coins: the mean of the two rates above.
 
-    One limit instead of two is closer to what was seen; it tells nothing of how the two differ.
+    One limit instead of two is closer to what was seen; it does not show how the two differ.
     """
 
     rate: Floats
@@ -113,12 +113,7 @@ def mistakes(sample: Sample, score: str, thresholds: Floats, significance: float
 def _errors(sample: Sample, score: str, thresholds: Floats) -> tuple[Any, Any, int, int]:
     values, inside = sample.scores[score], sample.inside
     outs, ins = np.sort(values[~inside]), np.sort(values[inside])
-    return (
-        len(outs) - np.searchsorted(outs, thresholds),
-        np.searchsorted(ins, thresholds),
-        len(outs),
-        len(ins),
-    )
+    return (len(outs) - np.searchsorted(outs, thresholds), np.searchsorted(ins, thresholds), len(outs), len(ins))
 
 
 def by_rates(found: Limits, delta: float) -> Floats:
@@ -136,11 +131,7 @@ Measure = Callable[[Sample, str, Floats, float], Limits]
 
 
 def chosen(
-    choosing: Sample,
-    testing: Sample,
-    measures: Sequence[Measure],
-    worth: Callable[[Limits], Floats],
-    level: float,
+    choosing: Sample, testing: Sample, measures: Sequence[Measure], worth: Callable[[Limits], Floats], level: float
 ) -> tuple[Limits, str]:
     """Error rates on `testing` by the measure, score and threshold that were worth most on `choosing`; the score."""
     best: tuple[float, Measure, str, float] | None = None
@@ -273,7 +264,7 @@ def by_tradeoff(
 
     `plan` gives the ledger at a noise multiplier, `price` its epsilon at `delta`, `sigma` is the one claimed. Errors
     below the trade-off curve of the claimed ledger refute it as it stands, whatever the mechanism is. How much privacy
-    there is instead is told in the units of the same plan with less noise, as Nasr et al. do (2023, arXiv:2302.07956,
+    there is instead is given in the units of the same plan with less noise, as Nasr et al. do (2023, arXiv:2302.07956,
     section 5). The search ends at a third of sigma: more is known to be at least the epsilon there. 0 where nothing is
     refuted up to 8 sigma. Only where the claim is refuted does the number come from `Profile`, which is a little above
     the claim's at sigma itself.
@@ -297,9 +288,3 @@ def by_tradeoff(
     if high > sigma:
         return price(high)
     return Profile(plan(high), relation).epsilon(delta)
-
-
-__all__ = [
-    "Mistakes", "Profile", "Rates", "Sample", "by_rates", "by_tradeoff", "chosen", "guessed", "mistakes", "one_run",
-    "p_value", "rates", "upper",
-]  # fmt: skip

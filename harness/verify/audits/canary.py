@@ -20,19 +20,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from dp_accounting import DpEvent
 from torch import Tensor, nn
 
 from harness import data, models
 from harness.dp.clip import Clip, Unclipped
-from harness.dp.engines.engine import Engine
 from harness.dp.loss import Batch, Loss
 from harness.dp.method import Method
-from harness.dp.noise import Noise
 from harness.dp.random import Stream
 from harness.dp.release import Bounded, Relation, Release
 from harness.dp.tree import Layout, Tree
 from harness.running.train import start
+from harness.verify.around import AroundEngine, AroundNoise
 
 LOUD = 1e4  # a canary's feature: its gradient is far longer than any threshold
 LAYERS = (1, 2, 4, 8, 16, 32, 64, 128)  # how many layers a canary may have weights in, tried in this order
@@ -48,7 +46,7 @@ class Refused(ValueError):
 
 
 @dataclass(frozen=True)
-class Task:
+class AuditTask:
     """What is trained besides the canaries: ordinary examples `x` [n, ...] with labels `y`, and a network for them.
 
     `digest` names the content of the data set that the examples are the first of, `model` the network.
@@ -63,7 +61,7 @@ class Task:
     model: str
 
     @classmethod
-    def named(cls, name: str, seed: int, examples: int = 0) -> Task:
+    def named(cls, name: str, seed: int, examples: int = 0) -> AuditTask:
         """``DATA/MODEL`` by their specs, or `OWN`: 64 points in two classes and a linear model.
 
         Of a data set the first `examples` in canonical order, which is random with respect to content; 0 for all.
@@ -109,7 +107,7 @@ class Gated(nn.Module):
         return self.body(ordinary) * silent + (h - h.detach())
 
 
-class Side(NamedTuple):
+class SideContribution(NamedTuple):
     """What each canary adds to a side release: `values` [canaries, k] at places `at` [canaries, k] of its buffer."""
 
     at: Tensor
@@ -125,12 +123,12 @@ class Planted:
     `sides` are the canaries' contributions to what the engine releases besides, by layout.
     """
 
-    task: Task
+    task: AuditTask
     coins: Tensor
     relation: Relation
     layers: int = 1
     chained: bool = False
-    sides: Mapping[Layout, Side] = field(default_factory=dict)
+    sides: Mapping[Layout, SideContribution] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -187,7 +185,7 @@ class Planted:
         return ["0.weight"] if self.chained else [f"canary.{i}.weight" for i in range(self.layers)]
 
 
-def plant(method: Method, task: Task, coins: Tensor) -> tuple[Planted, float]:
+def plant(method: Method, task: AuditTask, coins: Tensor) -> tuple[Planted, float]:
     """Canaries that `method` can be audited with, and their reach: how much of its bound one contributes.
 
     A rule that clips layers apart, or cuts coordinates off, leaves a canary in one layer short; in more layers it
@@ -245,7 +243,7 @@ def _sided(method: Method, planted: Planted) -> Planted:
     stacked = {}
     for layout, pairs in added.items():
         if len({len(at) for at, _ in pairs}) == 1:
-            stacked[layout] = Side(torch.stack([at for at, _ in pairs]), torch.stack([v for _, v in pairs]))
+            stacked[layout] = SideContribution(torch.stack([at for at, _ in pairs]), torch.stack([v for _, v in pairs]))
     return dataclasses.replace(few, coins=planted.coins[: few.count], sides=stacked)
 
 
@@ -269,7 +267,7 @@ def _released(method: Method, planted: Planted, index: int) -> dict[str, Release
 
 
 @dataclass
-class Observer:
+class CanaryObserver:
     """Sees what a run makes public, and the public state of its parts; never a private value.
 
     After the run, `values` holds for each step the projections [canaries] of the noised gradient on what each canary
@@ -311,15 +309,15 @@ class Observer:
         self.lengths.append(length.expand(self.planted.count))
 
     def _hear_beside(self, public: Release) -> None:
-        """Add what a side release tells to what the gradient of the same step told: its noise is independent."""
+        """Add what a side release shows to what the gradient of the same step showed: its noise is independent."""
         at, mine = self.planted.sides[public.value.layout]
         mine = mine / (public.sigma * public.sensitivity)
-        told = public.value.flat.double()[at] / (public.sigma * public.sensitivity)
+        shown = public.value.flat.double()[at] / (public.sigma * public.sensitivity)
         length = mine.square().sum(1).sqrt()
-        told = (told * mine).sum(1) / length.clamp(min=1e-300)
+        shown = (shown * mine).sum(1) / length.clamp(min=1e-300)
         before = self.lengths[-1]
         both = torch.hypot(before, length)
-        self.values[-1] = (before * self.values[-1] + length * told) / both.clamp(min=1e-300)
+        self.values[-1] = (before * self.values[-1] + length * shown) / both.clamp(min=1e-300)
         self.lengths[-1] = both
 
     def _error(self, outputs: Tensor) -> Tensor:
@@ -351,50 +349,35 @@ class Observer:
 
 
 @dataclass(frozen=True)
-class Watched(Engine):
-    """An engine whose public arguments are told: the weights, the clipping rule's state and the step."""
+class Watched(AroundEngine):
+    """An engine that reports its public arguments: the weights, the clipping rule's state and the step."""
 
-    engine: Engine
-    tell: Callable[[Tree, Any, int], None]
-
-    def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
-        return self.engine.accepts(loss, clip, model)
-
-    def split(self, clip: Clip, sigma: float, step: int = 0) -> dict[str, float]:
-        return self.engine.split(clip, sigma, step)
+    report: Callable[[Tree, Any, int], None]
 
     def bounded(
         self, loss: Loss, clip: Clip, model: nn.Module, w: Tree, batch: Batch, state: Any, sigma: float,
         relation: Relation, step: int = 0,
     ) -> Bounded:  # fmt: skip
-        self.tell(w, state, step)
+        self.report(w, state, step)
         return self.engine.bounded(loss, clip, model, w, batch, state, sigma, relation, step)
 
 
 @dataclass(frozen=True)
-class Overheard(Noise):
-    """Noise whose public results are told: releases with their noised value, and what is claimed of them."""
+class Overheard(AroundNoise):
+    """Noise that reports its public results: releases with their noised value, and what is claimed of them."""
 
-    noise: Noise
-    tell: Callable[[Release], None]
-
-    @property
-    def private(self) -> bool:
-        return self.noise.private
+    report: Callable[[Release], None]
 
     def add(self, release: Release, rng: Stream) -> Tree:
         public = self.noise.add(release, rng)
-        self.tell(release._replace(value=public.clone()))
+        self.report(release._replace(value=public.clone()))
         return public
-
-    def event(self, sigmas: Iterable[float]) -> DpEvent:
-        return self.noise.event(sigmas)
 
 
 # Scores ---------------------------------------------------------------------------------------------------
 
 
-class Observed(NamedTuple):
+class Projections(NamedTuple):
     """`values` and `lengths` [steps, canaries] of an observer, and the rate at which examples are sampled."""
 
     values: Tensor
@@ -402,7 +385,7 @@ class Observed(NamedTuple):
     rate: float
 
 
-def likelihood(o: Observed, relation: Relation) -> Tensor:
+def likelihood(o: Projections, relation: Relation) -> Tensor:
     """Log-likelihood ratios [canaries] of in against out, or of the signs: the best score for independent noise.
 
     A step shows N(0, 1) without the canary, and with it the mixture (1 - q) N(0, 1) + q N(a, 1), a its length.
@@ -419,7 +402,7 @@ def likelihood(o: Observed, relation: Relation) -> Tensor:
     return steps.sum(0)
 
 
-def unsteadiness(o: Observed, relation: Relation) -> Tensor:
+def unsteadiness(o: Projections, relation: Relation) -> Tensor:
     """How much a canary's coordinate varies over the steps: [canaries], as deviations from their mean.
 
     Noise that repeats itself cancels in the differences between steps, and a canary that comes and goes does not.
@@ -427,6 +410,6 @@ def unsteadiness(o: Observed, relation: Relation) -> Tensor:
     return (o.values - o.values.mean(0)).square().sum(0)
 
 
-SCORES: dict[str, Callable[[Observed, Relation], Tensor]] = {
+SCORES: dict[str, Callable[[Projections, Relation], Tensor]] = {
     "likelihood ratio": likelihood, "variance over steps": unsteadiness
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which neighbours: the pair, among simple strong ones, whose difference comes nearest to the declared sensitivity.
+"""Chooses the pair of neighbours, among simple ones, whose difference comes nearest to the declared sensitivity.
 
 Data sets and target are the adversary's to choose, since a guarantee holds for all of them. They are chosen before any
 run, by the method's own engine, so that no run depends on the choice.
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from harness.dp.method import Method
 from harness.dp.release import Relation
 from harness.running.train import start
-from harness.verify.audits.canary import Refused, Task
-from harness.verify.audits.pair import Heard, Neighbours, Observer
+from harness.verify.audits.canary import AuditTask, Refused
+from harness.verify.audits.pair import Heard, Neighbours, PairObserver
 
 FEW = (1, 3)  # examples beside the target that are tried, and all
 NEARBY = 0.01  # by how much copies of one example differ, of its size
@@ -28,10 +28,10 @@ DRAWS = 8  # batches and views that a candidate is judged by
 CLIMB = 60  # random moves of the best
 
 
-def strongest(method: Method, task: Task, rate: float) -> Neighbours:
+def strongest(method: Method, task: AuditTask, rate: float) -> Neighbours:
     """The pair of the largest reach. Raises Refused where the engine takes none, or no target moves a release.
 
-    A reach of 1 is no reason to stop: it would be where a sensitivity is declared too small that more is found.
+    A reach of 1 is no reason to stop: where a declared sensitivity is too small, more can be found.
     """
     if refused := method.engine.accepts(method.loss, method.clip, task.body):
         raise Refused(refused)
@@ -59,7 +59,7 @@ def reach(method: Method, pair: Neighbours, rate: float, model: nn.Module | None
     `model` is a copy of the pair's, by default a new one.
     """
     batch = max(1, round(rate * pair.n_train))
-    observer = Observer(method, pair, min(1.0, method.clip.ceiling / 2), batch, 0, DRAWS)
+    observer = PairObserver(method, pair, min(1.0, method.clip.ceiling / 2), batch, 0, DRAWS)
     if model is not None:
         observer.model = model
     p = start(method, observer.model, 1)
@@ -114,7 +114,7 @@ class Crowd(NamedTuple):
     y: Tensor
 
 
-def crowds(task: Task) -> Iterator[Crowd]:
+def crowds(task: AuditTask) -> Iterator[Crowd]:
     """The first few examples of the task, or as many near copies of the first, or of a smooth pattern."""
     for count in sorted({min(few, len(task.x)) for few in (*FEW, len(task.x))}):
         yield Crowd("examples", task.x[:count], task.y[:count])
@@ -124,7 +124,7 @@ def crowds(task: Task) -> Iterator[Crowd]:
             yield Crowd(name, one + NEARBY * size * noise, task.y[:1].expand(count))
 
 
-def targets(task: Task) -> Iterator[tuple[str, Tensor, Tensor]]:
+def targets(task: AuditTask) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Examples [1, ...] with a label [1], each with a name: outliers, patterns, and what contradicts the others."""
     first, last = task.x[:1], task.x[-1:]
     inputs = {
@@ -137,7 +137,7 @@ def targets(task: Task) -> Iterator[tuple[str, Tensor, Tensor]]:
             yield f"{name}, label {label}", x, task.y.new_tensor([label])
 
 
-def candidates(relation: Relation, task: Task) -> Iterator[Neighbours]:
+def candidates(relation: Relation, task: AuditTask) -> Iterator[Neighbours]:
     """Data sets with each target, and without it; or with its negative in its place, under either label."""
     for crowd in crowds(task):
         for name, x, y in targets(task):

@@ -13,58 +13,54 @@ import argparse
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from harness import registry
 from harness.dp.account import Ledger
-from harness.dp.method import Method, describe, parts
+from harness.dp.method import Method, describe
 from harness.dp.random import Stream
-from harness.provenance import code as codehash
-from harness.provenance import measure
 from harness.records import audits
-from harness.registry.parts import modules
 from harness.running.seeds import derive
 from harness.running.train import Diverged, Schedule, start, train
 from harness.verify.audits import membership, pair, support
 from harness.verify.audits.bounds import Sample
-from harness.verify.audits.canary import OWN, SCORES, Observed, Observer, Planted, Refused, Task, plant
+from harness.verify.audits.canary import OWN, SCORES, AuditTask, CanaryObserver, Planted, Projections, Refused, plant
 from harness.verify.audits.candidates import strongest
-from harness.verify.audits.finding import Verdict, bound, claim
-
-GRADIENTS = "gradient canaries"
+from harness.verify.audits.membership import MembershipSetting
+from harness.verify.audits.pair import PairSetting
+from harness.verify.audits.support import SupportSetting
+from harness.verify.audits.verdict import AuditSetting, Verdict, bound, claim
+from harness.verify.circumstances import Circumstances, code_of
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How to audit. `rate` is the expected batch over n, `level` the probability of refuting a true claim.
+class CanarySetting(AuditSetting):
+    """How to audit with `canaries`, each in or out by a coin, beside which the examples are trained."""
 
-    `examples` of the task are trained beside the canaries, 0 for all.
-    """
+    instrument: ClassVar[str] = "gradient canaries"
 
-    epsilon: float = 3.0
-    delta: float = 1e-5
     task: str = OWN
     examples: int = 1000
     rate: float = 0.25
     steps: int = 16
-    canaries: int = 1000
     repeat: int = 8
-    seed: int = 0
-    level: float = 0.01
+    canaries: int = 1000
 
-    def trained(self) -> Task:
+    def targets(self, task: AuditTask) -> int:
+        return self.canaries
+
+    def trained(self) -> AuditTask:
         """The task, with a model that depends on nothing but it and the seed."""
-        return Task.named(self.task, derive("audit init", self.task, self.seed), self.examples)
+        return AuditTask.named(self.task, derive("audit init", self.task, self.seed), self.examples)
 
 
-def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | None = None) -> Verdict:
+def audit(method: Method, s: CanarySetting, sigma: float | None = None, task: AuditTask | None = None) -> Verdict:
     """Train `method` with canaries `s.repeat` times and bound its epsilon from below.
 
     `sigma` is the noise multiplier; by default the one at which the plan costs `s.epsilon`. `task` is that of `s`.
@@ -91,7 +87,7 @@ def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | N
         one = dataclasses.replace(planted, coins=Stream(seed, "coins", 0).uniform(planted.count) < 0.5)
         observed, ledger, engine = overhear(method, one, sigma, Schedule(s.steps, batch, s.steps), seed)
         if ledger != plan(sigma):
-            raise Refused(f"the run billed {ledger}, its plan said {plan(sigma)}")
+            raise Refused(f"the run charged {ledger}, its plan says {plan(sigma)}")
         coins.append(one.coins)
         reaches.append(float(observed.lengths.mean()) * sigma)
         for name, score in SCORES.items():
@@ -109,10 +105,10 @@ def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | N
 
 def overhear(
     method: Method, planted: Planted, sigma: float, schedule: Schedule, seed: int
-) -> tuple[Observed, Ledger, str]:
+) -> tuple[Projections, Ledger, str]:
     """One training run as an observer sees it, its ledger, and the engine that worked."""
     model = planted.model()
-    observer = Observer(planted, method.loss)
+    observer = CanaryObserver(planted, method.loss)
     watched = observer.watched(method)
     secret = SimpleNamespace(**{role: derive(f"audit {role}", seed) for role in ("sampling", "noise", "path")})
     progress = start(watched, model, schedule.steps)
@@ -123,8 +119,9 @@ def overhear(
     if not observer.values:
         raise Refused("no noised gradient was released")
     n = planted.n_train
-    draws = [len(method.sampler.draw(n, schedule.batch, t, 0)) / n for t in range(16)]  # its law is public
-    seen = Observed(torch.stack(observer.values), torch.stack(observer.lengths), min(1.0, sum(draws) / 16))
+    # The distribution of batches is public.
+    draws = [len(method.sampler.draw(n, schedule.batch, t, 0)) / n for t in range(16)]
+    seen = Projections(torch.stack(observer.values), torch.stack(observer.lengths), min(1.0, sum(draws) / 16))
     return seen, progress.ledger, progress.engine
 
 
@@ -132,7 +129,7 @@ def overhear(
 
 
 @dataclass(frozen=True)
-class Subject:
+class AuditedMethod:
     """A method to audit: as it was asked for, and what the registry makes of it."""
 
     label: str
@@ -141,29 +138,14 @@ class Subject:
     method: Method
 
     @classmethod
-    def of(cls, label: str, entry: registry.Entry) -> Subject:
+    def of(cls, label: str, entry: registry.Entry) -> AuditedMethod:
         """The method of a spec. Raises `registry.RegistryError`."""
         parameters = registry.bind(entry, registry.lookup("method", label)[1])
         return cls(label, entry, parameters, registry.load(entry)(**parameters))
 
     def code(self) -> dict[str, Any]:
         """{"hash", "files"} of the source that decides an audit's numbers, as it is today."""
-        rooms = {module for part in parts(self.method).values() for module in modules(part)}
-        named = sorted(rooms | {"harness.running.train", "harness.verify.audits.command"})
-        starts: list[str | Path] = [*named, Path(self.entry.file)]
-        skip = {
-            f"harness.{name}"
-            for name in (
-                "records.audits",
-                "provenance.measure",
-                "registry",
-                "registry.registry",
-                "running.run",
-                "records.store",
-            )
-        }
-        files = codehash.closure(starts, skip=skip)
-        return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
+        return code_of(self.method, self.entry.file, "harness.running.train", "harness.verify.audits.command")
 
     def facts(self) -> dict[str, Any]:
         """What an audit's record says of the method."""
@@ -173,14 +155,7 @@ class Subject:
         }  # fmt: skip
 
 
-AnySetting = Setting | pair.Setting | membership.Setting | support.Setting
-NAMES: Mapping[type, str] = {
-    Setting: GRADIENTS, pair.Setting: pair.INSTRUMENT, membership.Setting: membership.INSTRUMENT,
-    support.Setting: support.INSTRUMENT,
-}  # fmt: skip
-
-
-def takes_canaries(method: Method, task: Task) -> bool:
+def takes_canaries(method: Method, task: AuditTask) -> bool:
     """Whether gradient canaries can be planted in what `method` is trained on: its parts are asked.
 
     A method without noise has nothing to audit, and it does not matter by what.
@@ -196,31 +171,29 @@ def takes_canaries(method: Method, task: Task) -> bool:
     return True
 
 
-def outline(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
+def outline(subject: AuditedMethod, s: AuditSetting, task: AuditTask) -> dict[str, Any]:
     """What of an audit's record is known before it, the id included; where nothing is found it stays so."""
-    counted = {
-        Setting: getattr(s, "canaries", 0), pair.Setting: 1, membership.Setting: len(task.x), support.Setting: 1
-    }  # fmt: skip
     facts: dict[str, Any] = subject.facts() | {
-        "schema": audits.SCHEMA, "kind": "audit", "instrument": NAMES[type(s)],
+        "schema": audits.SCHEMA, "kind": "audit", "instrument": s.instrument,
         "task": {"name": s.task, "digest": task.digest, "model": task.model, "examples": len(task.x)},
         "epsilon_target": s.epsilon, "delta": s.delta, "rate": s.rate, "steps": s.steps,
-        "canaries": counted[type(s)], "trials": s.repeat, "seed": s.seed, "level": s.level, "confidence": 1 - s.level,
+        "canaries": s.targets(task), "trials": s.repeat, "seed": s.seed, "level": s.level, "confidence": 1 - s.level,
         "epsilon_claimed": None, "accountant": None, "noise_multiplier": None, "epsilon_audited": None,
         "strongest": None, "instruments": {}, "facts": {}, "flagged": False, "reason": None,
     }  # fmt: skip
     return facts | {"id": audits.identity(facts)}
 
 
-def found(subject: Subject, s: AnySetting, task: Task) -> dict[str, Any]:
-    """What an audit adds to its outline: claimed and audited epsilon, or the reason why there is none."""
+def found(subject: AuditedMethod, s: AuditSetting, task: AuditTask) -> dict[str, Any]:
+    """What an audit adds to its outline: claimed and audited epsilon, or the reason why it has neither."""
     try:
-        if isinstance(s, membership.Setting):
+        if isinstance(s, MembershipSetting):
             return by_members(subject.method, s, task)
-        if isinstance(s, support.Setting):
+        if isinstance(s, SupportSetting):
             return by_coins(support.audit(subject.method, s, task=task))
-        if isinstance(s, pair.Setting):
+        if isinstance(s, PairSetting):
             return by_coins(pair.audit(subject.method, s, strongest, task=task))
+        assert isinstance(s, CanarySetting)
         return by_coins(audit(subject.method, s, task=task))
     except Refused as error:
         return {"reason": f"not auditable by this instrument: {error}"}
@@ -235,7 +208,7 @@ def by_coins(v: Verdict) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def by_members(method: Method, s: membership.Setting, task: Task) -> dict[str, Any]:
+def by_members(method: Method, s: MembershipSetting, task: AuditTask) -> dict[str, Any]:
     """The findings of `membership.attack`. A method without noise claims nothing, and is attacked all the same."""
     sigma, claimed, accountant = 0.0, None, None
     if method.noise.private:
@@ -251,20 +224,15 @@ def by_members(method: Method, s: membership.Setting, task: Task) -> dict[str, A
     }  # fmt: skip
 
 
-def kept(subject: Subject, s: AnySetting, task: Task, folder: Path) -> tuple[dict[str, Any], bool]:
+def kept(subject: AuditedMethod, s: AuditSetting, task: AuditTask, folder: Path) -> tuple[dict[str, Any], bool]:
     """An audit's record, and whether it was there already: made by today's code, it is not made again."""
     made, code = outline(subject, s, task), subject.code()
     there = [a for a in audits.load(folder) if a["id"] == made["id"] and a["code"]["hash"] == code["hash"]]
     if there:
         return there[-1], True
-    started, clock, environment = datetime.now(UTC), measure.Clock("cpu"), measure.environment()
-    begun = clock.now()
+    circumstances = Circumstances(code)
     made |= found(subject, s, task)
-    made |= {
-        "code": code | {key: environment.pop(key) for key in ("commit", "dirty")},
-        "device": measure.device_info("cpu", torch.get_num_threads()), "environment": environment,
-        "started": started.isoformat(timespec="seconds"), "wall_seconds": round(clock.since(begun), 3),
-    }  # fmt: skip
+    made |= circumstances.facts()
     audits.write(folder, made)
     return made, False
 
@@ -276,8 +244,8 @@ HEADER = COLUMNS.format("method", "target", "claimed", "audited", "instrument", 
 def line(made: Mapping[str, Any], there: bool) -> str:
     """Claimed and audited, side by side."""
     words = "REFUTED" if made["flagged"] else made["reason"] or "not refuted"
-    if made["instrument"] == support.INSTRUMENT and made["facts"]:
-        words += f": {support.told(made['facts'])}"
+    if made["instrument"] == SupportSetting.instrument and made["facts"]:
+        words += f": {support.decisions(made['facts'])}"
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g}"
@@ -294,8 +262,8 @@ def line(made: Mapping[str, Any], there: bool) -> str:
 
 def run(given: argparse.Namespace) -> int:
     """Audit what is asked for, print claimed and audited epsilon, and write a record of each."""
-    by_flag: dict[str, type[AnySetting]] = {
-        "membership": membership.Setting, "neighbours": pair.Setting, "support": support.Setting
+    by_flag: dict[str, type[AuditSetting]] = {
+        "membership": MembershipSetting, "neighbours": PairSetting, "support": SupportSetting,
     }  # fmt: skip
     flags = [name for name in by_flag if getattr(given, name)]
     for flag in flags:
@@ -310,8 +278,8 @@ def run(given: argparse.Namespace) -> int:
         given.error(f"{', '.join(wrong)}: too small")
     if len(flags) > 1:
         given.error(f"{' and '.join(f'--{flag}' for flag in flags)}: one of them at a time")
-    subjects = [Subject.of(label, entry) for text in given.method for label, entry in _named(text)]
-    kind = by_flag[flags[0]] if flags else Setting
+    subjects = [AuditedMethod.of(label, entry) for text in given.method for label, entry in _named(text)]
+    kind = by_flag[flags[0]] if flags else CanarySetting
     asked, flagged = _Asked(given), False
     for s in asked.settings(kind):
         if not (0 < s.rate <= 1 and 0 < s.delta < 1 and 0 < s.level < 1 and s.epsilon > 0):
@@ -322,8 +290,8 @@ def run(given: argparse.Namespace) -> int:
         given.error(str(error))
     print(HEADER)
     for subject in subjects:
-        takes = kind is not Setting or given.canaries is not None or takes_canaries(subject.method, task)
-        serves = kind if takes else pair.Setting
+        takes = kind is not CanarySetting or given.canaries is not None or takes_canaries(subject.method, task)
+        serves = kind if takes else PairSetting
         for s in asked.settings(serves):
             made, there = kept(subject, s, asked.task(serves), given.results / audits.FOLDER)
             print(line(made, there), flush=True)
@@ -336,15 +304,15 @@ class _Asked:
     """What the command line asks for, by instrument. What it leaves out is the instrument's own default."""
 
     given: argparse.Namespace
-    tasks: dict[type, Task] = dataclasses.field(default_factory=dict)
+    tasks: dict[type, AuditTask] = dataclasses.field(default_factory=dict)
 
-    def settings(self, kind: type[AnySetting]) -> list[AnySetting]:
+    def settings(self, kind: type[AuditSetting]) -> list[AuditSetting]:
         """One for each epsilon."""
         named = {f.name for f in dataclasses.fields(kind)} - {"epsilon"}
         common = {name: value for name in named if (value := getattr(self.given, name, None)) is not None}
         return [kind(epsilon=epsilon, **common) for epsilon in dict.fromkeys(self.given.epsilon)]
 
-    def task(self, kind: type[AnySetting]) -> Task:
+    def task(self, kind: type[AuditSetting]) -> AuditTask:
         """What is trained. Raises Refused for a name that says no task."""
         if kind not in self.tasks:
             self.tasks[kind] = self.settings(kind)[0].trained()

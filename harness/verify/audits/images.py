@@ -1,4 +1,4 @@
-"""What floats can come out: images of noise as machines compute it, each a necessary condition on a released number.
+"""Which floats noise can produce as machines compute it: each "image" is a necessary condition on a released number.
 
 The Gaussian of the theorems can take a value to any other. A program's cannot: `v + s * z`, computed in floating
 point, lands only on some floats, and which ones depends on v (Mironov, CCS 2012). Each class here is a hypothesis
@@ -117,7 +117,7 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Product(Sum):
+class ScaledSum(Sum):
     """y = fl(v + fl(c z)) for some float z, where c = fl(s) or, with another `factor`, fl(fl(s) fl(factor)).
 
     Where c z is coarser than floats are, one in two of them is skipped, and never two together.
@@ -144,7 +144,7 @@ class Product(Sum):
 
 
 @dataclass(frozen=True)
-class Fused(Product):
+class Fused(ScaledSum):
     """y = fl(v + c z) for some float z, rounded once: a fused multiply-add. In float64 it excludes nothing.
 
     z is in an interval. Where its floats are fine enough to have one there, it is not looked for.
@@ -173,7 +173,7 @@ class Fused(Product):
 
 
 @dataclass(frozen=True)
-class Short(Product):
+class Short(ScaledSum):
     """y - v = c z for some z of float32, however they are added: to within `SLACK` of z's ulp, or of that of 1.
 
     It is what comes of noise that was drawn in single precision and then computed with in integers or in float64. With
@@ -217,10 +217,6 @@ class Lattice:
     def name(self) -> str:
         near = "near a" if self.slack else "a"
         return f"{near} lattice of step {self.step:.6g}{' deviations' if self.relative else ''} from the sum"
-
-    def follows(self, other: Image) -> bool:
-        """Whether another that holds says as much, or more: steps are tried from the largest down."""
-        return isinstance(other, Lattice) and other.relative == self.relative and bool(other.slack) <= bool(self.slack)
 
     def possible(self, y: Array, v: Array, s: Array) -> Mask:
         step = self.step * s if self.relative else np.float64(self.step)
@@ -297,7 +293,7 @@ def guesses(known: Known, step: float | None = None) -> list[Image]:
     deviations, and its multiples; and the smallest distance between two values of y - v that rounding does not explain,
     which finds any step that is not much finer than the sample.
     """
-    found: list[Image] = [Sum(), *(kind(c) for kind in (Product, Fused, Short) for c in FACTORS)]
+    found: list[Image] = [Sum(), *(kind(c) for kind in (ScaledSum, Fused, Short) for c in FACTORS)]
     found += [Short(c, rounded=False) for c in FACTORS]
     top = math.ceil(math.log2(float(known.s.max()))) + 1
     for offset, slack in OFFSETS:

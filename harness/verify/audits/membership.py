@@ -14,7 +14,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,32 +28,33 @@ from harness.dp.tree import Tree
 from harness.running.seeds import derive
 from harness.running.train import Diverged, Schedule, evaluating, start, train
 from harness.verify.audits.bounds import CHOOSING, Sample, guessed, upper
-from harness.verify.audits.canary import Refused, Task
+from harness.verify.audits.canary import AuditTask, Refused
+from harness.verify.audits.verdict import AuditSetting
 
 FALSE_POSITIVES = (0.001, 0.01)  # the rates that true positives are counted at
-INSTRUMENT = "membership"
 ROUNDING = 1e-9  # confidences that differ by less are the same
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How to attack. A pool of the first `examples` of the task; `repeat` models, each attacked by the others."""
+class MembershipSetting(AuditSetting):
+    """How to attack: a pool of examples, and `repeat` models, each attacked by the others."""
 
-    epsilon: float = 3.0
-    delta: float = 1e-5
+    instrument: ClassVar[str] = "membership"
+
     task: str = "digits/mlp?hidden=64"
     examples: int = 1000
     rate: float = 0.1
     steps: int = 200
     repeat: int = 17
-    seed: int = 0
-    level: float = 0.01
 
-    def trained(self) -> Task:
+    def targets(self, task: AuditTask) -> int:
+        return len(task.x)
+
+    def trained(self) -> AuditTask:
         """The task, with the weights that all models start from."""
-        return Task.named(self.task, derive("membership init", self.task, self.seed), self.examples)
+        return AuditTask.named(self.task, derive("membership init", self.task, self.seed), self.examples)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Found:
+class Scored:
     """Scores and coins [models, examples], and the accuracy [models] on what each was trained on and was not."""
 
     scores: Floats
@@ -118,7 +119,7 @@ class Found:
         }  # fmt: skip
 
 
-def attack(method: Method, s: Setting, task: Task, sigma: float) -> Found:
+def attack(method: Method, s: MembershipSetting, task: AuditTask, sigma: float) -> Scored:
     """Train `s.repeat` models on random halves of the pool and attack each with the others.
 
     Raises Refused where the method cannot be trained so, or its outputs are not one score for each class.
@@ -131,7 +132,7 @@ def attack(method: Method, s: Setting, task: Task, sigma: float) -> Found:
     schedule = Schedule(s.steps, max(1, round(s.rate * n)), s.steps)
     coins, confidences, right = [], [], []
     for run in range(s.repeat):
-        seed = derive(INSTRUMENT, describe(method), dataclasses.asdict(s), run)
+        seed = derive("membership", describe(method), dataclasses.asdict(s), run)
         coins.append(Stream(seed, "coins", 0).uniform(n) < 0.5)
         outputs = trained(method, task, Pool(task.x, task.y, coins[-1]), sigma, schedule, seed)
         if outputs.ndim != 2 or outputs.shape[1] < 2:
@@ -139,14 +140,14 @@ def attack(method: Method, s: Setting, task: Task, sigma: float) -> Found:
         confidences.append(confidence(outputs, task.y))
         right.append(outputs.argmax(1) == task.y)
     inside, correct = torch.stack(coins).numpy(), torch.stack(right).numpy()
-    return Found(
+    return Scored(
         lira(torch.stack(confidences).numpy(), inside), inside,
         np.array([c[i].mean() for c, i in zip(correct, inside, strict=True)]),
         np.array([c[~i].mean() for c, i in zip(correct, inside, strict=True)]),
     )  # fmt: skip
 
 
-def trained(method: Method, task: Task, pool: Pool, sigma: float, schedule: Schedule, seed: int) -> Tensor:
+def trained(method: Method, task: AuditTask, pool: Pool, sigma: float, schedule: Schedule, seed: int) -> Tensor:
     """The outputs [n, K] of one model on all of the pool, after training on those that are in."""
     model = copy.deepcopy(task.body)
     if reason := method.engine.accepts(method.loss, method.clip, model):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -31,10 +31,9 @@ from harness.dp.tree import Tree
 from harness.running.seeds import derive
 from harness.running.train import Diverged, Progress, Schedule, start, train
 from harness.verify.audits.bounds import Sample
-from harness.verify.audits.canary import SCORES, Observed, Overheard, Refused, Task, Watched
-from harness.verify.audits.finding import RATES, TRADEOFF, Verdict, bound, claim
+from harness.verify.audits.canary import SCORES, AuditTask, Overheard, Projections, Refused, Watched
+from harness.verify.audits.verdict import RATES, TRADEOFF, AuditSetting, Verdict, bound, claim
 
-INSTRUMENT = "neighbours"
 OWN = "pictures"  # the name of the task below
 TARGET = 0  # its slot: the first, which no cap on a batch leaves out
 DRAWS = 16  # batches and views that an expectation is taken over, where they are drawn at random
@@ -43,26 +42,19 @@ PATIENCE = 10_000  # batches drawn in search of one with the target
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How to audit: `repeat` runs of `steps` steps. `rate` is the expected batch over n, `level` the probability of
-    refuting a true claim. `examples` of the task beside the target, at most; 0 for all.
-    """
+class PairSetting(AuditSetting):
+    """How to audit by a pair of neighbours: `examples` are those beside the target, at most."""
 
-    epsilon: float = 3.0
-    delta: float = 1e-5
+    instrument: ClassVar[str] = "neighbours"
+
     task: str = OWN
-    examples: int = 16
-    rate: float = 1.0
-    steps: int = 1
     repeat: int = 8000
-    seed: int = 0
-    level: float = 0.01
 
-    def trained(self) -> Task:
+    def trained(self) -> AuditTask:
         """The task, with the weights that all runs start from."""
         seed = derive("neighbours init", self.task, self.seed)
         if self.task != OWN:
-            return Task.named(self.task, seed, self.examples)
+            return AuditTask.named(self.task, seed, self.examples)
         rng = torch.Generator().manual_seed(seed % 2**63)
         y = torch.arange(self.examples or 16) % 4
         x = torch.randn(len(y), 1, 8, 8, generator=rng)
@@ -70,7 +62,7 @@ class Setting:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed % 2**63)
             body = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-        return Task(self.task, x, y, 4, body, digest, "linear")
+        return AuditTask(self.task, x, y, 4, body, digest, "linear")
 
 
 @dataclass(frozen=True)
@@ -107,7 +99,7 @@ class Neighbours:
 
 
 @dataclass(frozen=True)
-class Side:
+class Neighbour:
     """One of the two, as training sees it: with the target where `present`."""
 
     pair: Neighbours
@@ -148,7 +140,7 @@ class Heard:
 
 
 def overheard(
-    method: Method, side: Side, model: nn.Module, sigma: float, schedule: Schedule, seed: int
+    method: Method, side: Neighbour, model: nn.Module, sigma: float, schedule: Schedule, seed: int
 ) -> tuple[list[Heard], Progress]:
     """What one run makes public, and where it ended. Raises Refused where the method cannot be trained so.
 
@@ -217,7 +209,7 @@ class Reading(NamedTuple):
 
 
 @dataclass
-class Observer:
+class PairObserver:
     """Knows both data sets and all that is public. Batches and views it draws itself: those of a run are secret.
 
     `expected` takes the difference that the target makes, by the method's own engine. Where neither batches nor views
@@ -264,7 +256,7 @@ class Observer:
         return Drawn(present, prepare(other, Stream(views, "views", step)))
 
     def rate(self) -> float:
-        """How often the target is drawn: the sampler's law is public."""
+        """How often the target is drawn: the distribution of batches is public."""
         n = self.pair.n_train
         seeds = (derive("audit rate", self.seed, t) for t in range(64))
         sizes = [len(self.method.sampler.draw(n, self.batch, t, s)) for t, s in enumerate(seeds)]
@@ -316,8 +308,8 @@ class Observer:
 
 
 def audit(
-    method: Method, s: Setting, find: Callable[[Method, Task, float], Neighbours], sigma: float | None = None,
-    task: Task | None = None,
+    method: Method, s: PairSetting, find: Callable[[Method, AuditTask, float], Neighbours], sigma: float | None = None,
+    task: AuditTask | None = None,
 ) -> Verdict:  # fmt: skip
     """Train `method` on one or the other of two neighbours, `s.repeat` times, and bound its epsilon from below.
 
@@ -336,19 +328,19 @@ def audit(
         return method.plan(multiplier, n, batch, s.steps)
 
     asked, relation = dataclasses.asdict(s), method.sampler.relation
-    observer = Observer(method, pair, sigma, batch, derive("neighbours observer", describe(method), asked))
+    observer = PairObserver(method, pair, sigma, batch, derive("neighbours observer", describe(method), asked))
     rate, model, schedule = observer.rate(), copy.deepcopy(pair.body), Schedule(s.steps, batch, s.steps)
     planned = plan(sigma)
     coins, reaches = [], []
     scores: dict[str, list[float]] = {name: [] for name in SCORES}
     for seed in (derive("neighbours", describe(method), asked, run) for run in range(s.repeat)):
         coins.append(bool(Stream(seed, "coins", 0).uniform(1) < 0.5))
-        steps, progress = overheard(method, Side(pair, coins[-1]), model, sigma, schedule, seed)
+        steps, progress = overheard(method, Neighbour(pair, coins[-1]), model, sigma, schedule, seed)
         if progress.ledger != planned:
-            raise Refused(f"the run billed {progress.ledger}, its plan said {planned}")
+            raise Refused(f"the run charged {progress.ledger}, its plan says {planned}")
         readings = [observer.reading(at) for at in steps]
         values, lengths, reached = torch.tensor(readings, dtype=torch.float64).T[:, :, None]
-        observed = Observed(values, lengths, rate)
+        observed = Projections(values, lengths, rate)
         for name, score in SCORES.items():
             scores[name].append(float(score(observed, relation)))
         reaches.append(reached.mean().item())

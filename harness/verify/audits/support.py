@@ -1,4 +1,4 @@
-"""A support attack: does a released float tell by itself which of two data sets it came from?
+"""A support attack: whether a released float by itself reveals which of two data sets it came from.
 
 Mironov (CCS 2012): floating point noise does not reach every float, and which ones it reaches depends on the sum that
 it was added to. So one coordinate of a release can rule a data set out, at any epsilon. Runs are those of a pair of
@@ -13,14 +13,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from dp_accounting import DpEvent
 from torch import Tensor, nn
 
 from harness.dp.account import Ledger
@@ -29,20 +28,20 @@ from harness.dp.engines.engine import Engine
 from harness.dp.gaussian import grid
 from harness.dp.loss import Batch
 from harness.dp.method import Method, describe
-from harness.dp.noise import Noise, NoNoise
+from harness.dp.noise import NoNoise
 from harness.dp.random import Stream
 from harness.dp.release import Bounded, Observed, Relation, Release
 from harness.dp.tree import Tree
 from harness.running.seeds import derive
 from harness.running.train import Parts, Schedule, Streams, start, step, wanted
+from harness.verify.around import AroundNoise
 from harness.verify.audits import pair
 from harness.verify.audits.bounds import MOST, Sample, upper
-from harness.verify.audits.canary import Refused, Task
-from harness.verify.audits.finding import RATES, TRADEOFF, Verdict, bound, claim
+from harness.verify.audits.canary import AuditTask, Refused
 from harness.verify.audits.images import End, Image, Known, Mask, around, guesses, held, never_wrong
-from harness.verify.audits.pair import Heard, Neighbours, Side, overheard, secrets
+from harness.verify.audits.pair import Heard, Neighbour, Neighbours, overheard, secrets
+from harness.verify.audits.verdict import RATES, TRADEOFF, AuditSetting, Verdict, bound, claim
 
-INSTRUMENT = "support"
 CERTAINTY = "certainty"
 REHEARSED = 1000  # numbers, at the least, of each sum
 TIMES = 32  # rehearsals, at the least
@@ -53,38 +52,29 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How to attack: `repeat` runs of `steps` steps on all examples, the first `examples` of the task or all for 0.
+class SupportSetting(AuditSetting):
+    """How to attack on all examples: the observer knows the batches, and no claim rests on sampling; `rate` is 1."""
 
-    The observer knows the batches, so that no claim rests on sampling: `rate` is 1.
-    """
+    instrument: ClassVar[str] = "support"
 
-    epsilon: float = 3.0
-    delta: float = 1e-5
     task: str = pair.OWN
-    examples: int = 16
-    rate: float = 1.0
-    steps: int = 1
-    repeat: int = 1000
-    seed: int = 0
-    level: float = 0.01
 
-    def trained(self) -> Task:
+    def trained(self) -> AuditTask:
         """The task, with the weights that all runs start from."""
-        return pair.Setting(task=self.task, examples=self.examples, seed=self.seed).trained()
+        return pair.PairSetting(task=self.task, examples=self.examples, seed=self.seed).trained()
 
 
 # What the observer knows ----------------------------------------------------------------------------------
 
 
-def neighbours(method: Method, task: Task) -> Neighbours:
+def neighbours(method: Method, task: AuditTask) -> Neighbours:
     """All examples of the task, and the same without the last, or with another in its place.
 
     The last, since views and masks are dealt out by place: the others keep theirs. So the claim holds, at rate 1, for
     who knows them too.
     """
     if len(task.x) < 2:
-        raise Refused("one example alone has no neighbours to be told from: write --examples 2 or more")
+        raise Refused("one example alone has no neighbours: write --examples 2 or more")
     if refused := method.engine.accepts(method.loss, method.clip, task.body):
         raise Refused(refused)
     last = len(task.x) - 1
@@ -107,26 +97,18 @@ class Worlds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Witnessed(Noise):
+class Witnessed(AroundNoise):
     """Noise that keeps what it is given: to know whether the observer's sums are those of the run."""
 
-    noise: Noise
     given: list[Tensor] = field(default_factory=list)
-
-    @property
-    def private(self) -> bool:
-        return self.noise.private
 
     def add(self, release: Release, rng: Stream) -> Tree:
         self.given.append(release.value.flat.clone())
         return self.noise.add(release, rng)
 
-    def event(self, sigmas: Iterable[float]) -> DpEvent:
-        return self.noise.event(sigmas)
-
 
 @dataclass
-class Observer:
+class SumObserver:
     """Knows both data sets, the batches, the views and everything public, and so the sums of both worlds to the bit."""
 
     method: Method
@@ -139,7 +121,7 @@ class Observer:
         """The releases of a step before noise, by the method's own engine. `known`: a run's seeds but that of noise."""
         m = self.method
         drawn = m.sampler.draw(self.pair.n_train, self.batch, at.step, known.sampling)
-        examples = Batch(*Side(self.pair, present).batch(drawn))
+        examples = Batch(*Neighbour(self.pair, present).batch(drawn))
         batch = m.loss.prepare(examples, Stream(known.path, "views", at.step))
         fill(torch.device("cpu"), Stream(known.path, "dropout", at.step))
         state = copy.deepcopy(at.state)
@@ -207,10 +189,10 @@ class Tally:
 
     def facts(self, inside: Mask) -> dict[str, int]:
         """How many coins were decided, rightly and wrongly, and how many not."""
-        said, truth = np.array(self.decided), np.where(inside, 1, -1)
+        decided, truth = np.array(self.decided), np.where(inside, 1, -1)
         return {
-            "right": int((said == truth).sum()), "wrong": int((said == -truth).sum()),
-            "undecided": int((said == 0).sum()), "contradictions": self.both,
+            "right": int((decided == truth).sum()), "wrong": int((decided == -truth).sum()),
+            "undecided": int((decided == 0).sum()), "contradictions": self.both,
         }  # fmt: skip
 
 
@@ -256,7 +238,7 @@ class Ending:
         none = Batch(torch.zeros(0), torch.zeros(0))
         done = step(
             method, self.model, self.w, none, copy.deepcopy(self.parts), self.release.sigma, self.denominator, streams
-        )  # fmt: skip
+        )
         return numbers(method.path.kept(done.w, done.parts.path))
 
     def line(self, s: Array, rng: np.random.Generator) -> tuple[Array, Array, Array] | None:
@@ -302,7 +284,7 @@ def by_weights(
 # The audit ------------------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
+class WitnessedRun(NamedTuple):
     """One run: its noised releases by step, its final weights, its secret sums in order, its seeds and its coin."""
 
     steps: list[Heard]
@@ -319,7 +301,7 @@ class Attack:
     `images` are those that hold of each release's noise. `unseen` says why weights decide nothing, where they do not.
     """
 
-    observer: Observer
+    observer: SumObserver
     seed: int
     images: dict[str, list[Image]] = field(default_factory=dict)
     first: dict[str, Worlds] = field(default_factory=dict)
@@ -351,7 +333,7 @@ class Attack:
             images = [image for image in images if never_wrong(image, own)]
         return [*images, End()]
 
-    def judge(self, run: Run) -> None:
+    def judge(self, run: WitnessedRun) -> None:
         """Decide one run by all of its releases, and by its final weights alone.
 
         Raises Refused where the observer's sum is not the run's own to the bit: a bit decides here.
@@ -373,7 +355,7 @@ class Attack:
         elif not self.unseen:
             self._judge_weights(run, worlds, images)
 
-    def _judge_weights(self, run: Run, worlds: Worlds, images: list[Image]) -> None:
+    def _judge_weights(self, run: WitnessedRun, worlds: Worlds, images: list[Image]) -> None:
         o, (at,) = self.observer, run.steps
         begun = start(o.method, o.model, 1)
         denominator = o.method.sampler.denominator(o.pair.n_train, o.batch)
@@ -385,7 +367,7 @@ class Attack:
             self.weights.add(*by_weights(ending, line, numbers(run.kept), worlds, images))
 
 
-def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | None = None) -> Verdict:
+def audit(method: Method, s: SupportSetting, sigma: float | None = None, task: AuditTask | None = None) -> Verdict:
     """Train `method` on one or the other of two neighbours, `s.repeat` times, and decide which by what floats can be.
 
     `sigma` is the noise multiplier, by default the one at which the plan costs `s.epsilon`. Raises Refused where the
@@ -405,29 +387,29 @@ def audit(method: Method, s: Setting, sigma: float | None = None, task: Task | N
     return verdict(found, s, price, accountant)
 
 
-def attacked(method: Method, two: Neighbours, s: Setting, sigma: float) -> Attack:
+def attacked(method: Method, two: Neighbours, s: SupportSetting, sigma: float) -> Attack:
     """`s.repeat` runs, judged. Raises Refused as `audit` does."""
     n, asked = two.n_train, dataclasses.asdict(s)
     planned = method.plan(sigma, n, n, s.steps)
     model, schedule = copy.deepcopy(two.body), Schedule(s.steps, n, s.steps)
     witness = Witnessed(method.noise)
     watched = dataclasses.replace(method, noise=witness)
-    observer = Observer(method, two, model, sigma, n)
+    observer = SumObserver(method, two, model, sigma, n)
     attack = Attack(observer, derive("support observer", describe(method), asked))
-    for seed in (derive(INSTRUMENT, describe(method), asked, run) for run in range(s.repeat)):
+    for seed in (derive("support", describe(method), asked, run) for run in range(s.repeat)):
         present = bool(Stream(seed, "coins", 0).uniform(1) < 0.5)
         witness.given.clear()
-        steps, ended = overheard(watched, Side(two, present), model, sigma, schedule, seed)
+        steps, ended = overheard(watched, Neighbour(two, present), model, sigma, schedule, seed)
         if ended.ledger != planned:
-            raise Refused(f"the run billed {ended.ledger}, its plan said {planned}")
+            raise Refused(f"the run charged {ended.ledger}, its plan says {planned}")
         kept = method.path.kept(ended.w, ended.parts.path)
-        attack.judge(Run(steps, kept, witness.given, secrets(seed), present))
+        attack.judge(WitnessedRun(steps, kept, witness.given, secrets(seed), present))
     if not attack.moved:
         raise Refused("the example that was tried moves no release")
     return attack
 
 
-def verdict(attack: Attack, s: Setting, price: Callable[[float], float], accountant: str) -> Verdict:
+def verdict(attack: Attack, s: SupportSetting, price: Callable[[float], float], accountant: str) -> Verdict:
     """The bounds that the decisions give. The three share the level evenly, so that the largest holds too."""
     o, inside, seen = attack.observer, np.array(attack.coins), attack.seen
 
@@ -436,13 +418,7 @@ def verdict(attack: Attack, s: Setting, price: Callable[[float], float], account
 
     sample = Sample({name: np.array(t.decided, float) for name, t in seen.items()}, inside)
     bounds = bound(
-        sample,
-        dataclasses.replace(s, level=s.level * 2 / 3),
-        plan,
-        price,
-        o.sigma,
-        o.method,
-        (RATES, TRADEOFF),
+        sample, dataclasses.replace(s, level=s.level * 2 / 3), plan, price, o.sigma, o.method, (RATES, TRADEOFF)
     )
     sure = {name: certainty(t, inside, s.delta, s.level / 3 / len(seen)) for name, t in seen.items()}
     best = max(sure, key=lambda name: sure[name])
@@ -465,16 +441,16 @@ def certainty(tally: Tally, inside: Mask, delta: float, level: float) -> float:
     found = tally.facts(inside)
     if found["wrong"]:
         return 0.0
-    said = np.array(tally.decided)
+    decided = np.array(tally.decided)
     right = [
-        (int((said[inside] == 1).sum()), int(inside.sum())),
-        (int((said[~inside] == -1).sum()), int((~inside).sum())),
+        (int((decided[inside] == 1).sum()), int(inside.sum())),
+        (int((decided[~inside] == -1).sum()), int((~inside).sum())),
     ]
     least = max(1 - float(upper(n - k, n, level / 2)) for k, n in right)
     return MOST if least > delta else 0.0
 
 
-def told(facts: dict[str, Any]) -> str:
+def decisions(facts: dict[str, Any]) -> str:
     """What was decided, in one line."""
     parts = []
     for name in ("releases", "weights"):

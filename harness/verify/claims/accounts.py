@@ -1,7 +1,7 @@
 """What published settings cost: accountants and bounds that claims are compared with.
 
-Those that this project bills by are in `harness.dp.account`. Here are, besides, the ones that published numbers came
-from, so that a number can be told from the accountant behind it, and bounds on sensitivities.
+Those that this project charges by are in `harness.dp.account`. Here are also the ones that published numbers came
+from, to show which accountant is behind a number, and bounds on sensitivities.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def logit_code(n: int, tau: float) -> float:
     return 1 + n * min(2 / (1 + (n - 1) * math.exp(-2 / tau)), 2)
 
 
-# Norms that read low --------------------------------------------------------------------------------------
+# Norms that are underestimated --------------------------------------------------------------------------------------
 
 
 class Contribution(NamedTuple):

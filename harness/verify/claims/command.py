@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from harness.records.tables import markdown as grid
 from harness.registry import did_you_mean
 from harness.suite.tables import Text, TomlTable
 from harness.suite.toml.reader import Reader, source
 from harness.verify.claims.accounts import ORDERS
-from harness.verify.claims.kinds import KINDS, Claim
-from harness.verify.claims.verdict import NEAR, ROUNDED, Finding
+from harness.verify.claims.finding import NEAR, ROUNDED, Finding
+from harness.verify.claims.kinds import KINDS, PublishedClaim
 
 KIND = "claims"
 FILE, DOCUMENT = Path("suites/claims.toml"), Path("docs/claims.md")
@@ -28,7 +29,7 @@ FILE, DOCUMENT = Path("suites/claims.toml"), Path("docs/claims.md")
 # The file -------------------------------------------------------------------------------------------------
 
 
-class Header(TomlTable):
+class ClaimsHeader(TomlTable):
     """``[claims]``: the question that the file answers."""
 
     question: Text
@@ -40,7 +41,7 @@ class Claims:
 
     file: str
     question: str
-    claims: tuple[Claim, ...]
+    claims: tuple[PublishedClaim, ...]
 
 
 def load(path: Path) -> Claims:
@@ -56,13 +57,13 @@ def parse(text: str, file: str = "claims.toml") -> Claims:
 class ClaimsReader(Reader):
     noun: ClassVar[str] = "file of claims"
     kind: ClassVar[str] = KIND
-    single: ClassVar[Mapping[str, type[TomlTable]]] = {"claims": Header}
+    single: ClassVar[Mapping[str, type[TomlTable]]] = {"claims": ClaimsHeader}
     arrays: ClassVar[Mapping[str, type[TomlTable]]] = KINDS
     needed: ClassVar[Sequence[str]] = ("claims",)
 
     def claims(self) -> Claims:
-        header = self.one("claims", Header)
-        found: dict[str, Claim] = {}
+        header = self.one("claims", ClaimsHeader)
+        found: dict[str, PublishedClaim] = {}
         for kind, table in KINDS.items():
             for index, claim in self.array(kind, table).items():
                 for key, text in claim.objections():
@@ -80,21 +81,23 @@ class ClaimsReader(Reader):
 # Text -----------------------------------------------------------------------------------------------------
 
 
-def table(findings: Sequence[tuple[Claim, Finding]]) -> str:
+def table(findings: Sequence[tuple[PublishedClaim, Finding]]) -> str:
     """One row for each claim, in Markdown."""
-    rows = ["| claim | published | recomputed | verdict |", "|---|---|---|---|"]
+    rows = []
     for claim, found in findings:
         proved = ", ".join(f"{number(f.value)} ({f.name})" for f in found.figures if f.role)
-        rows.append(
-            f"| `{claim.id}`: {claim.title} | {number(claim.published)} ({claim.quantity}) | {proved}"
-            f" | **{found.verdict}**: {found.reason} |"
-        )
-    return "\n".join(rows) + "\n"
+        rows.append((
+            f"`{claim.id}`: {claim.title}", f"{number(claim.published)} ({claim.quantity})", proved,
+            f"**{found.verdict}**: {found.reason}",
+        ))  # fmt: skip
+    return "\n".join(grid(("claim", "published", "recomputed", "verdict"), rows)) + "\n"
 
 
-def section(claim: Claim, found: Finding) -> str:
+def section(claim: PublishedClaim, found: Finding) -> str:
     """All about one claim, in Markdown."""
     inputs = ", ".join(f"{key} = {_value(value)}" for key, value in claim.inputs().items())
+    figures = [(f"published, {claim.quantity}", number(claim.published), "the claim")]
+    figures += [(f.name, number(f.value), _ROLES[f.role]) for f in found.figures]
     lines = [
         f"### {claim.id}",
         "",
@@ -108,10 +111,7 @@ def section(claim: Claim, found: Finding) -> str:
         *([f"- note: {claim.note}"] if claim.note else []),
         f"- again: `epsbench claims {claim.id}`",
         "",
-        "| figure | value | what it is |",
-        "|---|---|---|",
-        f"| published, {claim.quantity} | {number(claim.published)} | the claim |",
-        *(f"| {f.name} | {number(f.value)} | {_ROLES[f.role]} |" for f in found.figures),
+        *grid(("figure", "value", "what it is"), figures),
     ]
     return "\n".join(lines) + "\n"
 
@@ -132,7 +132,7 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def markdown(claims: Claims, findings: Sequence[tuple[Claim, Finding]]) -> str:
+def markdown(claims: Claims, findings: Sequence[tuple[PublishedClaim, Finding]]) -> str:
     """docs/claims.md: the question, how to read a verdict, the table, and a section for each claim."""
     head = f"""\
 # Published claims, recomputed
@@ -182,7 +182,7 @@ def run(options: argparse.Namespace) -> int:
             there = textwrap.fill(", ".join(known), 100)
             options.error(
                 f"{claims.file} has no claim {name!r}" + (f'; did you mean "{near}"?' if near else f"; it has\n{there}")
-            )  # fmt: skip
+            )
     chosen = [known[name] for name in dict.fromkeys(options.ids)] or claims.claims
     findings = [(claim, claim.recompute()) for claim in chosen]
     if options.write:
@@ -194,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def write(claims: Claims, findings: Sequence[tuple[Claim, Finding]], path: Path = DOCUMENT) -> None:
+def write(claims: Claims, findings: Sequence[tuple[PublishedClaim, Finding]], path: Path = DOCUMENT) -> None:
     """Write the page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(markdown(claims, findings), encoding="utf-8")

@@ -17,10 +17,10 @@ from harness.dp.method import Method
 from harness.suite.tables import Many, Positive, Size, Text, TomlTable
 from harness.verify.claims import accounts
 from harness.verify.claims.accounts import Sampled
-from harness.verify.claims.verdict import AGREES, ASSUMES, OVERSTATES, Figure, Finding, judge
+from harness.verify.claims.finding import AGREES, ASSUMES, OVERSTATES, Figure, Finding, judge
 
 
-class Claim(TomlTable):
+class PublishedClaim(TomlTable):
     """What was published (`claim`, and `published` where it is a number), by whom, and where that was read."""
 
     quantity: ClassVar[str] = "epsilon"
@@ -38,14 +38,11 @@ class Claim(TomlTable):
     def objections(self) -> Iterator[tuple[str, str]]:
         """Keys whose values make no sense, each with what is wrong."""
         if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", self.id):
-            yield (
-                "id",
-                f'"{self.id}": write lower-case letters, digits, dots and dashes, as in "tan-cifar10".',
-            )
+            yield ("id", f'"{self.id}": write lower-case letters, digits, dots and dashes, as in "tan-cifar10".')
 
     def inputs(self) -> dict[str, Any]:
         """What it is recomputed from."""
-        written = self.model_dump(exclude=set(Claim.model_fields))
+        written = self.model_dump(exclude=set(PublishedClaim.model_fields))
         return {key: value for key, value in written.items() if value not in (None, False, ())}
 
     def recompute(self) -> Finding:
@@ -57,7 +54,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=1e15)]  # e^(2/tau) is a float
 
 
-class DpSgd(Claim):
+class DpSgd(PublishedClaim):
     """``[[dp-sgd]]``: noisy sums of Poisson samples. The rate is batch / n, or 1 / batches an epoch.
 
     ``classical`` says that the number came from RDP's old conversion, which is then computed too, and once more at
@@ -102,12 +99,12 @@ class DpSgd(Claim):
 
 
 def both(plan: Sampled, delta: float) -> list[Figure]:
-    """The bounds of the accountants that this project bills by."""
+    """The bounds of the accountants that this project charges by."""
     names = {"pld": "PLD", "rdp": "RDP"}
     return [Figure(name, accounts.proved(plan, delta, key), "bound") for key, name in names.items()]
 
 
-class ModelMix(Claim):
+class ModelMix(PublishedClaim):
     """``[[modelmix]]``: iterates mixed at random; ``clip`` * ``share`` bounds a coordinate, ``tau`` is the gap."""
 
     formula: ClassVar[str] = (
@@ -145,7 +142,7 @@ class ModelMix(Claim):
         return judge(self.published, figures)
 
 
-class Solved(Claim):
+class Solved(PublishedClaim):
     """``[[solved]]``: an epsilon published without its noise multiplier, solved for under an accountant supposed."""
 
     formula: ClassVar[str] = (
@@ -171,7 +168,7 @@ class Solved(Claim):
         return judge(self.published, [Figure("noise multiplier solved for", sigma), *proved])
 
 
-class Textbook(Claim):
+class Textbook(PublishedClaim):
     """``[[textbook]]``: a noise multiplier for one Gaussian release at an epsilon."""
 
     quantity: ClassVar[str] = "noise multiplier"
@@ -189,15 +186,15 @@ class Textbook(Claim):
         figures = [
             Figure("the formula", sigma),
             Figure("the least that suffices (analytic Gaussian)", exact, "bound"),
-            Figure("epsilon of the formula's, analytic Gaussian",
-                   dp_accounting.get_epsilon_gaussian(sigma, self.delta)),
-            *(Figure(f"epsilon of the formula's, {f.name}", f.value)
-              for f in both(Sampled(sigma, 1.0, 1), self.delta)),
-        ]  # fmt: skip
+            Figure(
+                "epsilon of the formula's, analytic Gaussian", dp_accounting.get_epsilon_gaussian(sigma, self.delta)
+            ),
+            *(Figure(f"epsilon of the formula's, {f.name}", f.value) for f in both(Sampled(sigma, 1.0, 1), self.delta)),
+        ]
         return judge(self.published, figures)
 
 
-class Logit(Claim):
+class Logit(PublishedClaim):
     """``[[logit]]``: a sensitivity of contrastive losses that does not grow with the batch."""
 
     quantity: ClassVar[str] = "sensitivity / B"
@@ -228,7 +225,7 @@ class Logit(Claim):
         return Finding(ASSUMES, reason, found.figures)
 
 
-class LogitCode(Claim):
+class LogitCode(PublishedClaim):
     """``[[logit-code]]``: the sensitivity that Logit-DP's public code scales its noise with."""
 
     quantity: ClassVar[str] = "sensitivity / B"
@@ -251,7 +248,7 @@ class LogitCode(Claim):
         return judge(self.published, figures)
 
 
-class AdaptiveClipping(Claim):
+class AdaptiveClipping(PublishedClaim):
     """``[[adaptive-clipping]]``: the accountant is given the gradient's own multiplier and not the count's release."""
 
     formula: ClassVar[str] = (
@@ -285,8 +282,8 @@ class AdaptiveClipping(Claim):
         return judge(self.published, figures)
 
 
-class Underread(Claim):
-    """``[[underread]]``: the largest contribution of an example over C, where convolutions' norms read low."""
+class Underread(PublishedClaim):
+    """``[[underread]]``: the largest contribution of an example over C, where norms of convolutions are too small."""
 
     quantity: ClassVar[str] = "contribution / C"
     formula: ClassVar[str] = (
@@ -309,7 +306,7 @@ class Underread(Claim):
         return judge(self.published, figures)
 
 
-KINDS: dict[str, type[Claim]] = {
+KINDS: dict[str, type[PublishedClaim]] = {
     "dp-sgd": DpSgd, "modelmix": ModelMix, "solved": Solved, "textbook": Textbook, "logit": Logit,
     "logit-code": LogitCode, "adaptive-clipping": AdaptiveClipping, "underread": Underread,
 }  # fmt: skip

@@ -36,59 +36,19 @@ from harness.verify.conformance.neighbours import (
 )
 from harness.verify.conformance.noise import independent, noise_billed, noised
 from harness.verify.conformance.options import other_options
-from harness.verify.conformance.replay import (
-    described,
-    empty_step,
-    microbatch_free,
-    resumed,
-    still,
-    thread_free,
-)
+from harness.verify.conformance.replay import described, empty_step, microbatch_free, resumed, still, thread_free
 from harness.verify.conformance.rule import clip_rule
 from harness.verify.conformance.sampling import sampled, sampled_at_large
 from harness.verify.conformance.secrecy import poisoned, twins, twins_later
 from harness.verify.conformance.shapes import other_models, other_sizes
-from harness.verify.conformance.subject import (
-    PROBLEMS,
-    Check,
-    Contrast,
-    Inapplicable,
-    Problem,
-    Subject,
-    Toy,
-    Violation,
-    refusal,
-    toy_model,
-)
-
-__all__ = [
-    "CHECKS", "STATISTICAL", "Check", "Contrast", "Inapplicable", "Subject", "Toy", "Violation",
-    "adversarial", "amended", "billed", "calibrated", "check", "clip_rule", "described", "empty_step",
-    "equals_loop", "examine", "forgetful", "identified", "independent", "microbatch_free", "named",
-    "noise_billed", "noised", "other_engines", "other_models", "other_options", "other_sizes", "poisoned", "rehearsed",
-    "repeated", "replaced", "resumed", "sampled", "sampled_at_large", "separately", "statistics_refused",
-    "steady_draws", "still", "subject", "thread_free", "toy_model", "twins", "twins_later", "within_sensitivity",
-    "within_sensitivity_float32", "within_sensitivity_later", "within_sensitivity_much_later",
-    "within_sensitivity_sequence",
-]  # fmt: skip
+from harness.verify.conformance.subject import PROBLEMS, Check, Inapplicable, Subject, Violation, subject
+from harness.verify.conformance.subject import Toy as Toy
+from harness.verify.conformance.subject import toy_model as toy_model
 
 Checking = Callable[[Subject], None]
 
-CHECKS: tuple[Checking, ...] = (
-    described, identified, equals_loop, microbatch_free, thread_free, within_sensitivity, within_sensitivity_later,
-    within_sensitivity_float32, within_sensitivity_sequence, replaced, adversarial, statistics_refused, clip_rule,
-    noised, independent, noise_billed, amended, sampled, billed, calibrated, still, empty_step, twins, poisoned,
-    resumed, within_sensitivity_much_later, twins_later, forgetful, separately, steady_draws, other_engines,
-    other_models, other_sizes, other_options, sampled_at_large,
-)  # fmt: skip
-STATISTICAL: tuple[Checking, ...] = (
-    noised,
-    independent,
-    noise_billed,
-    sampled,
-    sampled_at_large,
-)  # an outcome depends on the seed
-
+# Their outcome depends on the seed.
+STATISTICAL: tuple[Checking, ...] = (noised, independent, noise_billed, sampled, sampled_at_large)
 
 _BOUND = "Engine.bounded, Clip.weights, Clip.sensitivity"
 _DRAWN = "Noise.add"
@@ -108,7 +68,8 @@ WHERE: Mapping[Checking, str] = {
     other_sizes: "Engine.bounded", other_options: "Clip.sensitivity, Engine.split",
     sampled_at_large: "Sampler.draw, Sampler.wrap, Sampler.relation",
 }  # fmt: skip
-"""What decides the outcome of each check: where to change a method that fails it."""
+"""Every check, and what decides its outcome: where to change a method that fails it."""
+CHECKS: tuple[Checking, ...] = tuple(WHERE)
 REFUSED = Check("the engine accepts a small problem", False, "", function="subject")
 
 
@@ -139,12 +100,14 @@ def check(method: str) -> list[Check]:
 
     Raises registry.RegistryError where there is no such method.
     """
+    return _lines(method, lambda one: examine(one.method, (one.name, one.file)))
+
+
+def _lines(method: str, run: Callable[[Named], list[Check]]) -> list[Check]:
+    """The lines that `run` gives of each method that a name or a file stands for; of several, headed by its name."""
     found = named(method)
-    return [
-        line._replace(name=f"{one.name}: {line.name}") if len(found) > 1 else line
-        for one in found
-        for line in examine(one.method, (one.name, one.file))
-    ]
+    several = len(found) > 1
+    return [line._replace(name=f"{one.name}: {line.name}") if several else line for one in found for line in run(one)]
 
 
 def examine(method: Method, identity: tuple[str, str] | None = None) -> list[Check]:
@@ -157,18 +120,6 @@ def examine(method: Method, identity: tuple[str, str] | None = None) -> list[Che
     return [verdict(each, s) for each in CHECKS]
 
 
-def subject(method: Method, problems: Sequence[Problem] = PROBLEMS) -> Subject:
-    """`method` on the first problem that its engine and loss accept. Raises Violation where they accept none."""
-    reasons = []
-    for problem in problems:
-        model, data = problem.model(), Toy(shape=problem.shape)
-        reason = refusal(method, model, data)
-        if reason is None:
-            return Subject(method, problem.model(), data)
-        reasons.append(f"{problem.name}: {reason}")
-    raise Violation("; ".join(reasons))
-
-
 def refused(violation: Violation) -> Check:
     """The only line of a method that no problem suits."""
     return REFUSED._replace(detail=f"{violation}; change Engine.accepts or the parts that it refuses")
@@ -177,14 +128,9 @@ def refused(violation: Violation) -> Check:
 def repeated(method: str, repeat: int, first: int = 1) -> list[Check]:
     """The statistical checks alone, `repeat` times with fresh seeds, on the smallest problem that a method accepts.
 
-    One line a method and check: how many repetitions it failed, and what it said of the first.
+    One line a method and check: how many repetitions failed, and the message of the first that did.
     """
-    found = named(method)
-    return [
-        line._replace(name=f"{one.name}: {line.name}") if len(found) > 1 else line
-        for one in found
-        for line in rehearsed(one.method, repeat, first)
-    ]
+    return _lines(method, lambda one: rehearsed(one.method, repeat, first))
 
 
 def rehearsed(method: Method, repeat: int, first: int = 1) -> list[Check]:
@@ -194,21 +140,17 @@ def rehearsed(method: Method, repeat: int, first: int = 1) -> list[Check]:
     except Violation as violation:
         return [refused(violation)]
     seeds = range(first, first + repeat)
-    rounds = [_statistics(dataclasses.replace(plain, seed=seed)) for seed in seeds]
+    rounds = [[verdict(each, dataclasses.replace(plain, seed=seed)) for each in STATISTICAL] for seed in seeds]
     return [_summed(lines, seeds) for lines in zip(*rounds, strict=True)]
-
-
-def _statistics(s: Subject) -> list[Check]:
-    return [verdict(each, s) for each in STATISTICAL]
 
 
 def _summed(lines: Sequence[Check], seeds: Sequence[int]) -> Check:
     """One check's repetitions as one line."""
     failed = [f"seed {seed}: {line.detail}" for seed, line in zip(seeds, lines, strict=True) if not line.ok]
-    said = f"{len(failed)} of {len(lines)} repetitions fail" + (f"; {failed[0]}" if failed else "")
+    summary = f"{len(failed)} of {len(lines)} repetitions fail" + (f"; {failed[0]}" if failed else "")
     applies = any(line.applies for line in lines)
     return lines[0]._replace(
-        ok=not failed, detail=said if applies else lines[0].detail, applies=applies,
+        ok=not failed, detail=summary if applies else lines[0].detail, applies=applies,
         seconds=sum(line.seconds for line in lines), failures=len(failed),
     )  # fmt: skip
 

@@ -63,7 +63,7 @@ def adversarial(s: Subject) -> None:
     for search in searches:
         for begun in STARTS:
             search.ascend(begun)
-            if search.worst:  # how far it goes, an ascent tells; others need not
+            if search.worst:
                 raise search.worst
         for where, slack in ((s, 1e-6), (s.single(), 1e-4)):
             for pair in extremes(where):
@@ -136,7 +136,7 @@ def _direction(pair: Pair, rng: torch.Generator) -> Pair:
 
 
 def extremes(s: Subject) -> Iterator[Pair]:
-    """Pairs at the ends of the number range, of examples that are all alike, and with what is no number."""
+    """Pairs at the ends of the number range, of examples that are all alike, and with what is not a number."""
     plain = started(s, Start(others=3), torch.Generator().manual_seed(5))
     for scale in EXTREMES:
         yield dataclasses.replace(plain, x=plain.x * scale)

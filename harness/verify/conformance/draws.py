@@ -1,4 +1,4 @@
-"""Random layers: what one example holds must not decide which random numbers the others get."""
+"""The check of random layers: one example must not decide which random numbers the others get."""
 
 from __future__ import annotations
 

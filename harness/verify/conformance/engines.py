@@ -1,4 +1,4 @@
-"""The engines that a suite's `[[device]]`, or `auto`, may put in the place of a method's own."""
+"""The check of the engines that a suite's `[[device]]`, or `auto`, may put in the place of a method's own."""
 
 from __future__ import annotations
 

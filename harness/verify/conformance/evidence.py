@@ -1,4 +1,4 @@
-"""From a statistic to the probability that a correct method gives one as large: every p-value is exact or a bound.
+"""P-values of statistical checks: each is exact, or a bound on the probability that a correct method gives as much.
 
 A statistical check raises its alarm below `ALARM`, after the correction for all that it looks at (Bonferroni). So a
 correct method fails one statistical check in a million, whatever the seed.

@@ -1,4 +1,7 @@
-"""Ids of methods' runs, made in another process: `python -m harness.verify.conformance.identity [METHOD.py]`."""
+"""The check that another process gives a run the same id.
+
+`python -m harness.verify.conformance.identity [METHOD.py]` is that process.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def identified(s: Subject) -> None:
                 'the microbatch changes a run\'s id, and not its result: give the field metadata={"speed": True}'
             )
     path = Path(file).resolve()
-    # A user's own is unknown to a process that is not given its file; all others are told by one process.
+    # Another process must be given the file of a user's own method; one process serves all others.
     own = path in registry.files() and path.parent != registry.installed().root / "methods"
     if s.identity and elsewhere(file if own else None)[name] != here.id:
         raise Violation(

@@ -1,4 +1,4 @@
-"""Long after the start: at step numbers, and with states of the parts, that a short training does not reach.
+"""The check of late steps: step numbers, and states of the parts, that a short training does not reach.
 
 Parts are aged by empty batches, which are legal steps and cost next to nothing: all that counts steps counts them.
 """
@@ -33,7 +33,7 @@ def _planned(s: Subject, p: Progress) -> None:
     done = {name: r.sigma for name, r in releases.items()}
     if done.keys() != plan.keys() or not all(math.isclose(done[name], plan[name]) for name in plan):
         raise Violation(
-            f"at step {p.step} the releases have the multipliers {done}, the plan said {plan}: Engine.split must name"
+            f"at step {p.step} the releases have the multipliers {done}, the plan says {plan}: Engine.split must name"
             " what every step releases",
             evidence="the releases are not the plan's",
         )

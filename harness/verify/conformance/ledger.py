@@ -1,4 +1,4 @@
-"""The bill: what is planned is what is done, and what is calibrated meets the target."""
+"""Checks of the accounting: a run does what was planned, and calibrated noise meets the target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TARGET = 3.0
 
 
 def amended(s: Subject) -> None:
-    """the path leaves the bill alone"""
+    """the path leaves events as they are"""
     for event in (*(GaussianDpEvent(2.0**k * 0.8) for k in range(-6, 11)), NonPrivateDpEvent()):
         if s.method.path.amend(event) != event:
             raise Violation(
@@ -29,23 +29,23 @@ def billed(s: Subject) -> None:
     ledger, plan = s.reached[-1].ledger, s.method.plan(SIGMA, N, BATCH, STEPS)
     if ledger != plan:
         raise Violation(
-            f"the run billed {ledger}, the plan said {plan}: Engine.split or Clip.split must name every release's"
+            f"the run charged {ledger}, the plan says {plan}: Engine.split or Clip.split must name every release's"
             " multiplier",
             evidence="the ledger is not the plan",
         )
 
 
 def calibrated(s: Subject) -> None:
-    """the calibrated noise meets the target and wastes under 1 %; a run bills no more"""
+    """the calibrated noise meets the target and wastes under 1 %; a run charges no more"""
     m = s.method
     some = m.plan(SIGMA, N, BATCH, STEPS)
     able = (name for name in ACCOUNTANTS if math.isfinite(epsilon(some, DELTA, m.sampler.relation, name)))
-    name = next(able, None)  # the accountant that ranks; those after it are not asked: they take seconds
+    name = next(able, None)  # the one that ranks; the others take seconds
     if not m.noise.private:
         if name:
             raise Violation("nothing is noised, and yet the epsilon is finite")
         return
-    # Looked up where runs look it up: what was found before is judged by what it costs, as they are.
+    # Read from the cache that runs use, so that what it holds is checked too.
     sigma = calibrate(m, N, BATCH, STEPS, TARGET, DELTA, cache=cache.root() / "calibration")
     plan = m.plan(sigma, N, BATCH, STEPS)
     name = name or next(iter(ACCOUNTANTS))
@@ -55,6 +55,6 @@ def calibrated(s: Subject) -> None:
     ledger = s.run(sigma=sigma).ledger
     if ledger != plan:
         raise Violation(
-            f"a run at the calibrated multiplier billed {ledger}, its plan said {plan}: an epsilon of"
+            f"a run at the calibrated multiplier charged {ledger}, its plan says {plan}: an epsilon of"
             f" {epsilon(ledger, DELTA, m.sampler.relation, name):.4f} for one of {TARGET:g}"
         )

@@ -1,4 +1,4 @@
-"""What a release is made of: the examples of its own batch, made ready each by itself, and nothing older."""
+"""Checks that a release is made of the examples of its own batch, each prepared by itself, and of nothing older."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def forgetful(s: Subject) -> None:
             if not off <= 1e-9:
                 raise Violation(
                     f'the same batch, weights and state give another "{name}" once other batches came between, by'
-                    f" {off:.1e} relative: an earlier example moves it by what nobody billed. Keep no private value"
+                    f" {off:.1e} relative: an earlier example moves it by what is not charged. Keep no private value"
                     " from one step to the next, neither in the engine nor in the loss or the noise",
                     evidence=f"{off:.2g} relative",
                 )
@@ -39,7 +39,7 @@ def _drawn(s: Subject, releases: dict[str, Release]) -> dict[str, torch.Tensor]:
 
 
 def separately(s: Subject) -> None:
-    """the loss makes each example ready by itself: what others of the batch hold changes nothing"""
+    """the loss prepares each example by itself: the others of the batch change nothing"""
     s.noises()
     x, y = s.data.x[:8], s.data.y[:8]
     whole = s.prepared(x, y)

@@ -1,4 +1,4 @@
-"""How far one example moves a release: never further than the declared sensitivity."""
+"""Checks of sensitivity: no example moves a release further than is declared."""
 
 from __future__ import annotations
 

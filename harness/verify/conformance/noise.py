@@ -1,4 +1,4 @@
-"""The noise: its law in every coordinate, its independence of everything else, and what is billed for it."""
+"""Checks of the noise: its distribution in every coordinate, its independence, and the event that is charged for it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def noised(s: Subject) -> None:
     for drawn in s.noise:
         tensors = drawn.tensors()
         for _, label, z in tensors:
-            _lawful(z.flatten(1), label, len(tensors), tests)
+            _follows(z.flatten(1), label, len(tensors), tests)
         _whole(drawn.z, drawn.z[::2], "noise", tests)  # every other draw is on zeros, where no digit is lost
     wide = s.wide_noise(WIDE, WIDE_DRAWS)
     _whole(wide, wide, f"noise on {wide.shape[1]} coordinates", tests)
@@ -72,11 +72,11 @@ def _whole(z: Tensor, exact: Tensor, what: str, tests: int) -> None:
     alarm(
         bernstein(again - expected, expected, 1.0) if again > expected else 1.0, tests,
         f"{what} repeats itself: of {n} numbers {again} have the size of another. Draw each afresh, in float32 or"
-        " finer: what is rounded coarsely, or taken from a pool, tells the digits below it",
+        " finer: what is rounded coarsely, or taken from a pool, reveals the digits below it",
     )  # fmt: skip
 
 
-def _lawful(z: Tensor, label: str, tensors: int, tests: int) -> None:
+def _follows(z: Tensor, label: str, tensors: int, tests: int) -> None:
     """Judge the noise [draws, coordinates] of one of so many tensors."""
     draws, width = z.shape
     scale = float(z.square().mean().sqrt())
@@ -124,7 +124,7 @@ def _coordinates(drawn: Noised, tests: int) -> None:
 
 
 def _sizes(z: Tensor) -> Tensor:
-    """The sizes of standard normal numbers, as standard normal numbers: the same quantile, of another law."""
+    """The sizes of standard normal numbers, as standard normal numbers: the same quantiles."""
     f = torch.erf(z.abs() / math.sqrt(2)).clamp(1e-300, 1 - 2**-53)
     return torch.special.ndtri(f)
 
@@ -162,10 +162,10 @@ def _steps(drawn: Noised, tests: int) -> None:
     for lag in range(1, LAGS + 1):
         along = float((z[lag:] * z[:-lag]).sum()) / math.sqrt(width * (steps - lag))
         alarm(
-            normal(along), tests,
-            f"noise {lag} steps apart is correlated, by {along / math.sqrt(width * (steps - lag)):.2g}: draw it"
-            " afresh",
-        )  # fmt: skip
+            normal(along),
+            tests,
+            f"noise {lag} steps apart is correlated, by {along / math.sqrt(width * (steps - lag)):.2g}: draw it afresh",
+        )
 
 
 def _off_diagonal(square: Tensor) -> Tensor:
@@ -192,11 +192,11 @@ def _billed(s: Subject, sigmas: list[float], there: list[float]) -> None:
         return
     if not isinstance(event, GaussianDpEvent):
         raise Violation(
-            f"noise is billed as {event}, whose law no check knows: bill a GaussianDpEvent, or keep it a claim"
+            f"noise is charged as {event}, which no check knows: charge a GaussianDpEvent, or state it as a claim"
         )
     if not event.noise_multiplier <= joint * (1 + 1e-9):
         raise Violation(
-            f"releases with multipliers {sigmas} are billed as one of {event.noise_multiplier:.6g}, there is"
+            f"releases with multipliers {sigmas} are charged as one of {event.noise_multiplier:.6g}, there is"
             f" noise for {joint:.6g}: the joint multiplier is (sum of sigma**-2)**-0.5",
             evidence=f"multiplier {event.noise_multiplier / joint:.3g} times too large",
         )

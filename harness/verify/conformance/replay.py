@@ -1,4 +1,4 @@
-"""The same run another way: in other microbatches, on other threads, resumed, without learning, without examples."""
+"""Checks by running again: in other microbatches, on other threads, resumed, without learning, without examples."""
 
 from __future__ import annotations
 
@@ -97,8 +97,7 @@ def empty_step(s: Subject) -> None:
             raise Violation("an empty batch makes the weights non-finite")
     if m.noise.private and torch.equal(w.flat, p.w.flat):
         raise Violation(
-            "an empty batch adds no noise: an observer would know that it was empty",
-            evidence="weights do not move",
+            "an empty batch adds no noise: an observer would know that it was empty", evidence="weights do not move"
         )
     if m.noise.private:
         _noised(s, batch)

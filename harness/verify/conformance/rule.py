@@ -1,4 +1,4 @@
-"""The clipping rule by itself: at every norm that a gradient can have."""
+"""The check of the clipping rule by itself, at every norm that a gradient can have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def clip_rule(s: Subject) -> None:
 
 
 def ruled(s: Subject, states: Sequence[Progress]) -> None:
-    """Judge the rule in some states. Raises Violation, and Inapplicable where there is none."""
+    """Judge the rule in some states. Raises Violation, and Inapplicable where there is no rule."""
     s.noises()
     clip = s.method.clip
     if not clip.needs_norms and math.isinf(clip.sensitivity(None, s.method.sampler.relation)):

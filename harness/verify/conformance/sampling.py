@@ -1,17 +1,11 @@
-"""The sampler: whether batches follow the law that is billed."""
+"""Checks of the sampler: whether batches are distributed as the event that is charged says."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from dp_accounting import (
-    DpEvent,
-    GaussianDpEvent,
-    NoOpDpEvent,
-    PoissonSampledDpEvent,
-    SampledWithoutReplacementDpEvent,
-)
+from dp_accounting import DpEvent, GaussianDpEvent, NoOpDpEvent, PoissonSampledDpEvent, SampledWithoutReplacementDpEvent
 from scipy.special import bdtrc
 from torch import Tensor
 
@@ -21,61 +15,62 @@ from harness.verify.conformance.evidence import alarm, bernstein, binomial, chi_
 from harness.verify.conformance.subject import Inapplicable, Subject, Violation
 
 GIVEN = GaussianDpEvent(1.7)
-MOST = 400  # examples that are compared with each other, of so many
+MOST = 400  # examples whose pairs are compared
 
 SIZES = ((400, 100), (50, 7), (30, 1))  # n and batch; a third of the Poisson batches of the last are empty
-LARGE = (40_000, 400)  # as of a real data set; a sampler may do otherwise with many examples
+LARGE = (40_000, 400)  # like a real data set: a sampler may treat many examples in another way
 DRAWN, DRAWN_LARGE, LAGS = 200, 48, 16  # steps of each of two seeds; how far apart they are compared
 LATER = 50_400  # a step in the long run, at the start of an epoch of many lengths
+# Steps that are multiples of many lengths of an epoch, or of a table of batches.
 PERIODS = tuple(
     sorted({base * 2**k for base in (1, 3, 5, 7, 9, 25, 27, 49, 125, 189, 315, 625, 945, 3125) for k in range(5, 15)})
-)  # steps that many a length of an epoch, or of a table of batches, divides
-BILLED = 3000  # first steps whose bills are compared
-TINY, TINIES = (20, 1), 5000  # whose batches of four and more are one in sixty, and how many are drawn
+)
+CHARGED = 3000  # first steps whose events are compared
+TINY, TINIES = (20, 1), 5000  # n and batch, of which one in sixty holds four or more; and how many are drawn
 TESTS = (2 * len(SIZES) + 1) * (6 + LAGS) + 6
 
 
 def sampled(s: Subject) -> None:
-    """the sampler draws by the law that it bills: rate, independence, sizes, empty batches"""
+    """batches are distributed as the event that the sampler charges: rate, independence, sizes, empty batches"""
     s.noises()
     for n, batch in SIZES:
-        _lawful(s.method.sampler, n, batch, (11 + 2 * s.seed, 1_000_003 + 2 * s.seed))
+        _follows(s.method.sampler, n, batch, (11 + 2 * s.seed, 1_000_003 + 2 * s.seed))
 
 
 def sampled_at_large(s: Subject) -> None:
-    """so does it from 40,000 examples and after 50,000 steps: no batch comes again, none is free, none is cut short"""
+    """so are they with 40,000 examples and after 50,000 steps: no batch comes again, is free of charge or cut short"""
     s.noises()
     sampler, seeds = s.method.sampler, (23 + 2 * s.seed, 2_000_003 + 2 * s.seed)
     _exchanged(sampler, seeds[0])
-    events = [sampler.wrap(GIVEN, *SIZES[0], t) for t in range(BILLED)]
+    events = [sampler.wrap(GIVEN, *SIZES[0], t) for t in range(CHARGED)]
     if any(event == GIVEN for event in events):
         raise Inapplicable("it claims no amplification")
     free = [t for t, event in enumerate(events) if isinstance(event, NoOpDpEvent)]
     for t in free[:50]:
         if len(sampler.draw(*SIZES[0], t, seeds[0])):
-            raise Violation(f"step {t} draws examples and is billed nothing: bill every step")
+            raise Violation(f"step {t} draws examples and charges nothing: charge every step")
     for n, batch in SIZES:
-        _lawful(sampler, n, batch, seeds, first=LATER)
-    _lawful(sampler, *LARGE, seeds, DRAWN_LARGE)
+        _follows(sampler, n, batch, seeds, first=LATER)
+    _follows(sampler, *LARGE, seeds, DRAWN_LARGE)
     _fresh(sampler, seeds[0])
     _sized(sampler, seeds)
 
 
 def _exchanged(sampler: Sampler, seed: int) -> None:
-    """Judge whether an example that goes leaves a place that another takes, which moves a release twice as far."""
+    """Whether another example takes the place of one that is removed: that moves a release twice as far."""
     if sampler.relation is not Relation.ADD_OR_REMOVE:
         return
     n, batch = SIZES[0]
     sizes = {len(sampler.draw(m, batch, t, seed)) for m in (n, n - 1) for t in range(60)}
     if len(sizes) == 1:
         raise Violation(
-            f"batches always hold {sizes.pop()} examples, with {n} and with {n - 1}: who is removed leaves a place"
-            " that another takes, so that neighbours are replace-one. Say so in Sampler.relation"
+            f"batches always hold {sizes.pop()} examples, with {n} and with {n - 1}: another example"
+            " takes the place of one that is removed, so neighbours are replace-one. Say so in Sampler.relation"
         )
 
 
 def _fresh(sampler: Sampler, seed: int) -> None:
-    """Judge whether batches come again after some period: two of 400 examples are alike once in 10^81."""
+    """Whether batches come again after some period: two of 400 examples are alike once in 10^81."""
     n, batch = SIZES[0]
     seen: dict[tuple[int, ...], int] = {}
     for t in (0, *PERIODS):
@@ -89,7 +84,7 @@ def _fresh(sampler: Sampler, seed: int) -> None:
 
 
 def _sized(sampler: Sampler, seeds: tuple[int, int]) -> None:
-    """Judge how many batches hold k examples or more, for each k: the upper tail is where a cut shows."""
+    """How many batches hold k examples or more, for each k: a largest size shows in the upper tail."""
     n, batch = TINY
     rates = {_rate(sampler.wrap(GIVEN, n, batch, t), GIVEN, n, batch) for t in range(TINIES)}
     (rate,) = rates if len(rates) == 1 else (None,)
@@ -102,30 +97,30 @@ def _sized(sampler: Sampler, seeds: tuple[int, int]) -> None:
         there = int((sizes >= k).sum())
         alarm(
             binomial(there, TINIES, p, most), TESTS,
-            f"of {TINIES} batches {there} hold {k} examples of {n} or more, under the Poisson sampling billed it would"
+            f"of {TINIES} batches {there} hold {k} examples of {n} or more, under the Poisson sampling charged it would"
             f" be {p * TINIES:.0f}: a batch has no largest size",
         )  # fmt: skip
 
 
-def _lawful(sampler: Sampler, n: int, batch: int, seeds: tuple[int, int], count: int = DRAWN, first: int = 0) -> None:
+def _follows(sampler: Sampler, n: int, batch: int, seeds: tuple[int, int], count: int = DRAWN, first: int = 0) -> None:
     given, steps = GIVEN, range(first, first + count)
     events = [sampler.wrap(given, n, batch, t) for t in steps]
     rates = [_rate(event, given, n, batch) for event in events]
     amplified = torch.tensor([rate is not None for rate in rates])
     forced = torch.tensor([isinstance(event, SampledWithoutReplacementDpEvent) for event in events])
-    bills = torch.tensor([event == given for event in events]).cumsum(0)
+    charged = torch.tensor([event == given for event in events]).cumsum(0)
     runs = []
     for seed in seeds:
         member = torch.stack([_members(sampler.draw(n, batch, t, seed), n) for t in steps])
         if not torch.equal(_members(sampler.draw(n, batch, first + 3, seed), n), member[3]):
             raise Violation("two draws of one step differ: draw from (step, seed) alone")
-        if ((member * ~amplified[:, None]).cumsum(0).amax(1) > bills).any():
+        if ((member * ~amplified[:, None]).cumsum(0).amax(1) > charged).any():
             raise Violation(
-                "without amplification an example may touch one step for each event billed so far, and one touches"
-                " more: bill every step, or draw each example once until the next bill"
+                "without amplification an example may touch one step for each event charged so far, and one touches"
+                " more: charge every step, or draw each example once until the next event"
             )
         if (member.sum(1)[forced] != batch).any():
-            raise Violation(f"batches of exactly {batch} are billed, and others are drawn")
+            raise Violation(f"batches of exactly {batch} are charged, and others are drawn")
         runs.append(member[amplified].double())
     if amplified.any():
         rate = torch.tensor([rate for rate in rates if rate is not None], dtype=torch.float64)[:, None]
@@ -142,7 +137,7 @@ def _rate(event: DpEvent, given: DpEvent, n: int, batch: int) -> float | None:
     elif event == given or isinstance(event, NoOpDpEvent):
         return None
     raise Violation(
-        f"for {batch} of {n} examples, {given} is billed as {event}, whose law no check knows: bill the event"
+        f"for {batch} of {n} examples, {given} is charged as {event}, which no check knows: charge the event"
         " itself, Poisson-sampled or sampled without replacement"
     )
 
@@ -186,10 +181,10 @@ class _Draws:
         single = bernstein(off.sum(0), variance, largest, n)
         overall = bernstein(off.sum(), n * variance, largest) if self.free else 1.0
         for p in (single, overall):
-            alarm(p, TESTS, "examples are drawn at another rate than the one billed")
+            alarm(p, TESTS, "examples are drawn at another rate than the one charged")
 
     def _sizes(self) -> None:
-        """Judge the variance of batch sizes, m (1 - q), and how many batches are empty, (1 - q)^n of them."""
+        """The variance of batch sizes, m (1 - q), and how many batches are empty, (1 - q)^n of them."""
         off, rate = self._off, self.rate.squeeze(1)
         steps, n = off.shape
         scaled = off.sum(1).square() / (n * self._variance)
@@ -197,19 +192,19 @@ class _Draws:
         shrink = 2 / (2 + excess)  # a sum of squares of binomial numbers, as chi square of the same variance
         alarm(
             chi_square(float(scaled.sum()) * shrink, steps * shrink), TESTS,
-            f"batch sizes have {float(scaled.mean()):.2g} times the variance m (1 - q) of the Poisson sampling billed:"
+            f"batch sizes have {float(scaled.mean()):.2g} times the variance m (1 - q) of the Poisson sampling charged:"
             " toss an independent coin for each example",
         )  # fmt: skip
         empty = (1 - rate) ** n
         there = int(((off + self.rate).sum(1) < 0.5).sum())
         alarm(
             bernstein(there - float(empty.sum()), float((empty * (1 - empty)).sum()), 1.0), TESTS,
-            f"of {steps} batches {there} are empty, under the Poisson sampling billed it would be"
+            f"of {steps} batches {there} are empty, under the Poisson sampling charged it would be"
             f" {float(empty.sum()):.1f}: an empty batch is a step like any other",
         )  # fmt: skip
 
     def _pairs(self) -> None:
-        """Judge whether two examples come together, and whether two batches are alike."""
+        """Whether two examples come together, and whether two batches are alike."""
         off, variance = self._off, self._variance
         steps, n = off.shape
         largest = float(torch.maximum(self.rate, 1 - self.rate).max()) ** 2
@@ -235,5 +230,5 @@ class _Draws:
                 alarm(
                     bernstein(terms.sum(), len(terms) * n * variance**2, largest), TESTS,
                     f"batches {lag} steps apart depend on each other, as in shuffled epochs: draw each step afresh,"
-                    " or bill without amplification",
+                    " or charge without amplification",
                 )  # fmt: skip

@@ -1,26 +1,19 @@
-"""Nothing leaves a step but through the noise."""
+"""Checks that nothing leaves a step but through the noise."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dp_accounting import DpEvent
-from torch import nn
 
-from harness.dp.clip import Clip
-from harness.dp.engines.engine import Engine
-from harness.dp.loss import Loss
-from harness.dp.noise import Noise
 from harness.dp.random import Stream
 from harness.dp.release import Bounded, Release
 from harness.dp.tree import Tree
 from harness.running.train import Diverged, Progress, start
+from harness.verify.around import AroundEngine, AroundNoise
 from harness.verify.conformance.replay import same
 from harness.verify.conformance.subject import STEPS, Subject, Violation
 
@@ -72,23 +65,17 @@ def _alike(s: Subject, begun: Progress, until: int) -> None:
 def _public(s: Subject, p: Progress) -> dict[str, Any]:
     states = {f"{name} state": copy.deepcopy(value) for name, value in p.parts._asdict().items()}
     return {
-        "sensitivities": dict(p.sensitivity), "bills": p.ledger.to_json(), "weights": p.w.clone(),
+        "sensitivities": dict(p.sensitivity), "charges": p.ledger.to_json(), "weights": p.w.clone(),
         "kept weights": s.method.path.kept(p.w, p.parts.path).clone(), **states
     }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Blind(Noise):
+class _Blind(AroundNoise):
     """Noise that never looks at the value: what is public does not depend on the data."""
-
-    noise: Noise
 
     def add(self, release: Release, rng: Stream) -> Tree:
         flat = release.value.flat
         return release.value.with_flat(0.1 * rng.normal(len(flat), flat.dtype))
-
-    def event(self, sigmas: Iterable[float]) -> DpEvent:
-        return self.noise.event(sigmas)
 
 
 def poisoned(s: Subject) -> None:
@@ -103,21 +90,8 @@ def poisoned(s: Subject) -> None:
         raise Violation("weights depend on a private value after it was released: use the noised one")
 
 
-@dataclass(frozen=True)
-class _Poison(Engine):
+class _Poison(AroundEngine):
     """An engine whose observations are ruined: a loop that used them would show it."""
-
-    engine: Engine
-
-    @property
-    def role(self) -> str:
-        return self.engine.role
-
-    def accepts(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
-        return self.engine.accepts(loss, clip, model)
-
-    def split(self, clip: Clip, sigma: float, step: int = 0) -> dict[str, float]:
-        return self.engine.split(clip, sigma, step)
 
     def bounded(self, *args: Any) -> Bounded:
         releases, seen = self.engine.bounded(*args)
@@ -126,16 +100,10 @@ class _Poison(Engine):
         return Bounded(releases, dataclasses.replace(seen, losses=losses, norms=norms))
 
 
-@dataclass(frozen=True)
-class _Shred(Noise):
+class _Shred(AroundNoise):
     """Noise that ruins the private value as soon as the public one is made."""
-
-    noise: Noise
 
     def add(self, release: Release, rng: Stream) -> Tree:
         public = self.noise.add(release, rng).clone()
         release.value.flat.fill_(math.nan)
         return public
-
-    def event(self, sigmas: Iterable[float]) -> DpEvent:
-        return self.noise.event(sigmas)

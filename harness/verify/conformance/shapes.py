@@ -1,4 +1,4 @@
-"""Other models and other batches than the ones that the small problem has.
+"""Checks with other models and other batches than those of the small problem.
 
 An engine that computes norms layer by layer has a rule for each kind of layer, and each may be wrong by itself. A
 batch that an engine takes in pieces has a last piece.
@@ -16,7 +16,7 @@ from harness.dp.loss import Batch
 from harness.dp.release import Release
 from harness.running.train import start
 from harness.verify.conformance.neighbours import compared, neighbours
-from harness.verify.conformance.subject import STEPS, Inapplicable, Problem, Subject, Toy, Violation
+from harness.verify.conformance.subject import STEPS, Inapplicable, SmallProblem, Subject, Toy, Violation
 
 CLASSES = 3
 SIZES = (65, 129, 300)  # of batches; more than the small problem has, and no multiples of a power of two
@@ -113,7 +113,7 @@ class Tokens(nn.Module):
         return self.head(self.norm(self.embedding(tokens)).mean(-2))
 
 
-class Recurrent(nn.Module):
+class RecurrentNet(nn.Module):
     """A recurrent layer over positions; its matrices are used at each."""
 
     def __init__(self, kind: Callable[..., nn.Module]) -> None:
@@ -205,7 +205,7 @@ def _seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 MODELS = tuple(
-    Problem(name, _seeded(make), shape)
+    SmallProblem(name, _seeded(make), shape)
     for name, make, shape in (
         ("a layer that is used twice", lambda: Twice(tied=False), (8,)),
         ("two layers with one weight", lambda: Twice(tied=True), (8,)),
@@ -214,8 +214,8 @@ MODELS = tuple(
         ("a convolution of signals and a slope", _signals, (2, 7)),
         ("a net in part frozen", _frozen, (8,)),
         ("a layer at every position", Positions, (5, 4)),
-        ("an LSTM", lambda: Recurrent(nn.LSTM), (5, 4)),
-        ("a GRU", lambda: Recurrent(nn.GRU), (5, 4)),
+        ("an LSTM", lambda: RecurrentNet(nn.LSTM), (5, 4)),
+        ("a GRU", lambda: RecurrentNet(nn.GRU), (5, 4)),
         ("attention", Attentive, (5, 4)),
         ("parameters outside layers", Gains, (8,)),
         ("gradients that a hook changes", Hooked, (8,)),

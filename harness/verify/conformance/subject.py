@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -89,13 +89,7 @@ def toy_model(outputs: int = 3) -> nn.Module:
     """A convolution, a normalisation and a linear layer, smooth everywhere, so that float64 agrees to 1e-9."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(9)
-        layers = [
-            nn.Conv2d(1, 4, 3, padding=1),
-            nn.GroupNorm(2, 4),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(144, outputs),
-        ]
+        layers = [nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(144, outputs)]
         return nn.Sequential(*layers).double()
 
 
@@ -120,7 +114,7 @@ class Contrast(nn.Module):
         return self.head(h[:, 0] - h[:, 1])
 
 
-class Problem(NamedTuple):
+class SmallProblem(NamedTuple):
     """A network and the shape of its inputs. A method is examined on the first problem that its engine accepts."""
 
     name: str
@@ -129,11 +123,11 @@ class Problem(NamedTuple):
 
 
 PROBLEMS = (
-    Problem("a small convolutional net", toy_model, (1, 6, 6)),
-    Problem("one with four outputs", lambda: toy_model(4), (1, 6, 6)),
-    Problem("a linear layer on features", linear_model, (8,)),
-    Problem("a linear layer in a Sequential", lambda: nn.Sequential(linear_model()), (8,)),
-    Problem("a net on sequences", lambda: Contrast().double(), (2, 64)),
+    SmallProblem("a small convolutional net", toy_model, (1, 6, 6)),
+    SmallProblem("one with four outputs", lambda: toy_model(4), (1, 6, 6)),
+    SmallProblem("a linear layer on features", linear_model, (8,)),
+    SmallProblem("a linear layer in a Sequential", lambda: nn.Sequential(linear_model()), (8,)),
+    SmallProblem("a net on sequences", lambda: Contrast().double(), (2, 64)),
 )
 
 
@@ -189,11 +183,7 @@ class Subject:
         return self.method.loss.prepare(Batch(x, y), Stream(1, "views", 0))
 
     def releases(
-        self,
-        batch: Batch,
-        method: Method | None = None,
-        at: Progress | None = None,
-        relation: Relation | None = None,
+        self, batch: Batch, method: Method | None = None, at: Progress | None = None, relation: Relation | None = None
     ) -> dict[str, Release]:
         """The bounded releases of one prepared batch, at the start or `at` a later state."""
         m = method or self.method
@@ -295,3 +285,15 @@ class Subject:
         """Raise Inapplicable where the method adds no noise: then nothing is promised."""
         if not self.method.noise.private:
             raise Inapplicable("it adds no noise and promises nothing")
+
+
+def subject(method: Method, problems: Sequence[SmallProblem] = PROBLEMS) -> Subject:
+    """`method` on the first problem that its engine and loss accept. Raises Violation where they accept none."""
+    reasons = []
+    for problem in problems:
+        model, data = problem.model(), Toy(shape=problem.shape)
+        reason = refusal(method, model, data)
+        if reason is None:
+            return Subject(method, problem.model(), data)
+        reasons.append(f"{problem.name}: {reason}")
+    raise Violation("; ".join(reasons))

@@ -11,12 +11,12 @@ What is private of a record and of its trace is left out (:mod:`harness.records.
 has it, byte for byte, where that is asked for.
 
 The same records give the same bytes on every machine: names are sorted, times are fixed, nothing is compressed. Packing
-leaves out, by name, what is no valid record and what names a place or a machine of the sender. Tracebacks
+leaves out, by name, invalid records and what names a place or a machine of the sender. Tracebacks
 (``error.txt``) and checkpoints never travel.
 
 Whoever takes a bundle in trusts nothing in it: every name must be one of the above, every size is bounded while it is
 read, every file must have the checksum of the manifest, every record must fit the published schema and have the id of
-its cell. A bundle with any fault is refused whole, and each fault is named by its file. Of a sound one each record is
+its cell. A bundle with any fault is refused whole, and each fault is named by its file. Of a valid one each record is
 then examined: what it says of its privacy is computed again (:mod:`harness.verify.exchange.trust`), and one that lies
 is refused by name.
 """
@@ -64,15 +64,7 @@ _ABSOLUTE = re.compile(
     r"""(?:^|[\s"'`(\[{<=,;:|])/(?:[\w.@+~-]{2,}|[^\s/]+/)"""  # /home, but neither "1/s" nor "https://"
     r"|file:/|(?<![A-Za-z0-9])[A-Za-z]:[\\/][^\\/\s]|\\\\\w"
 )
-_UNREADABLE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-    OSError,
-)
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError)
 
 
 class BundleError(StoreError):
@@ -208,7 +200,7 @@ def _values(name: str, data: bytes) -> Iterator[Any]:
 
 
 def _schema_flaw(record: store.Record) -> str:
-    """Which key of a valid record is none of a record's; empty where all are. What it holds may be private."""
+    """The key of a valid record that no record has; empty where all are known. What it holds may be private."""
     key = unknown(store.written(record))
     return f'"{key}" is a key that no version of a record has: leave it out' if key else ""
 
@@ -333,7 +325,7 @@ def _members(archive: zipfile.ZipFile, faults: list[Broken]) -> dict[str, zipfil
         if reason:
             faults.append(Broken(Path(info.orig_filename), reason))
     if MANIFEST not in times:
-        faults.append(Broken(Path(MANIFEST), "missing: this is no bundle of epsbench pack"))
+        faults.append(Broken(Path(MANIFEST), "missing: epsbench pack did not write this file"))
     for name in sorted(times):
         if name != MANIFEST and f"{name.rpartition('/')[0]}/{RECORD}" not in times:
             faults.append(Broken(Path(name), f"without its {RECORD}"))

@@ -4,7 +4,7 @@ Of a record that was not made here its privacy is recomputed rather than believe
 its noise multiplier, its epsilons are those of its ledger, they meet the target, and every other field that follows
 from the cell is what it must be. The first that is not refuses the record by name. What a run alone can know, its
 accuracy first of all, is the word of who made it, and so is what nobody can compute here because its method is not
-known: that is said, and stays beside the record.
+known: that is reported, and stays beside the record.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from harness.records.cell import Cell, canonical_json
 from harness.registry.parts import SLOTS
 from harness.running import run
 
-__all__ = ["WORD", "Verdict", "examine"]
+__all__ = ["WORD", "Examined", "examine"]
 
 TOLERANCE = 1e-5
 """Relative: by how much an epsilon may differ from that of the same ledger by another version of its accountant."""
@@ -45,10 +45,10 @@ MOST_EPSILON = 200.0
 _NAMED = re.compile(r"[a-z0-9-]+|features:[a-z0-9-]+(\?[\w.=&-]*)?")
 """Data sets of which the spec names no file, and asks for no more of them than there is."""
 WORD = ("metrics", "measured", "diagnostics", "weights_sha256", "code", "device")
-"""What only the run itself could tell."""
+"""What only the run itself knows."""
 
 
-class _Refused(Exception):
+class _Denied(Exception):
     """The record says what cannot be."""
 
 
@@ -57,7 +57,7 @@ class _Unknown(Exception):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Examined:
     """`refused`: why a record is not to be believed; empty where nothing speaks against it.
 
     `unknown`: what could not be computed again and why, in sentences: it is its sender's word, as `WORD` always is.
@@ -67,12 +67,12 @@ class Verdict:
     unknown: tuple[str, ...] = ()
 
 
-def examine(record: store.Record) -> Verdict:
+def examine(record: store.Record) -> Examined:
     """Compute again what can be of a record that :func:`harness.records.store.parse_at` has read."""
     unknown: list[str] = []
     try:
         if reason := store.mismatch(record):
-            raise _Refused(reason)
+            raise _Denied(reason)
         cell = store.cell_of(record)
         _plain(record, cell)
         for part in (_model, _data, _privacy, _stated):
@@ -80,32 +80,32 @@ def examine(record: store.Record) -> Verdict:
                 part(record, cell)
             except _Unknown as reason:
                 unknown.append(str(reason))
-    except _Refused as reason:
-        return Verdict(str(reason))
+    except _Denied as reason:
+        return Examined(str(reason))
     except Exception as error:  # it is a stranger's: whatever it makes fail is its own fault
-        return Verdict(f"its privacy cannot be computed again: {type(error).__name__}: {str(error)[:200]}")
-    return Verdict(unknown=tuple(dict.fromkeys(unknown)))
+        return Examined(f"its privacy cannot be computed again: {type(error).__name__}: {str(error)[:200]}")
+    return Examined(unknown=tuple(dict.fromkeys(unknown)))
 
 
-def _demand(name: str, told: Any, *expected: Any) -> None:
-    """Refuse a field that is none of the values that it may have."""
-    if all(canonical_json(told) != canonical_json(one) for one in expected):
+def _demand(name: str, recorded: Any, *expected: Any) -> None:
+    """Refuse a field that has a value which is not allowed."""
+    if all(canonical_json(recorded) != canonical_json(one) for one in expected):
         wanted = " or ".join(dict.fromkeys(_short(one) for one in expected))
-        raise _Refused(f"{name} is {_short(told)}, and must be {wanted}")
+        raise _Denied(f"{name} is {_short(recorded)}, and must be {wanted}")
 
 
-def _close(name: str, told: Any, found: float) -> None:
+def _close(name: str, recorded: Any, found: float) -> None:
     """Refuse an epsilon that is not the one computed here. None is infinite: it may stand where more is known today."""
-    if told is None:
+    if recorded is None:
         return
     if (
-        isinstance(told, bool)
-        or not isinstance(told, int | float)
+        isinstance(recorded, bool)
+        or not isinstance(recorded, int | float)
         # Nothing differs from infinity by more than a share of it.
         or not math.isfinite(found)
-        or abs(told - found) > TOLERANCE * found + 1e-9
+        or abs(recorded - found) > TOLERANCE * found + 1e-9
     ):
-        raise _Refused(f"{name} is {_short(told)}, and its ledger gives {found:.6g}")
+        raise _Denied(f"{name} is {_short(recorded)}, and its ledger gives {found:.6g}")
 
 
 def _short(value: Any) -> str:
@@ -120,10 +120,7 @@ KEYS: Mapping[str, tuple[set[str], set[str]]] = {
     "schedule": ({"batch", "steps"}, set()),
     "numerics": ({"dtype", "tf32"}, set()),
     "privacy": ({"accountant", "delta", "epsilon", "relation", "unit"}, {"tuning"}),
-    "task": (
-        {"architecture", "dataset", "digest", "evaluate", "mean", "model", "n_train", "name", "std"},
-        set(),
-    ),
+    "task": ({"architecture", "dataset", "digest", "evaluate", "mean", "model", "n_train", "name", "std"}, set()),
     "then": ({"name", "parameters", "parts", "schedule", "trains"}, {"task", "with"}),
 }
 """The keys that each part of a cell has, and may have. One more would make another id of the same run."""
@@ -137,17 +134,17 @@ def _keys(cell: Cell) -> None:
     for where, part in parts.items():
         needed, allowed = KEYS[where.rpartition(".")[2]]
         for name in sorted(part.keys() - needed - allowed):
-            raise _Refused(f"cell.{where}.{name} is {_short(part[name])}, and no cell has such a key")
+            raise _Denied(f"cell.{where}.{name} is {_short(part[name])}, and no cell has such a key")
     for name in sorted(cell.changes.keys() - set(SLOTS)):
-        raise _Refused(f"cell.method.with has a part that no method has: {name}")
+        raise _Denied(f"cell.method.with has a part that no method has: {name}")
 
 
 def _plain(record: store.Record, cell: Cell) -> None:
-    """The terms, which are the cell's, and results that are none."""
+    """The terms, which are the cell's, and results that are invalid."""
     privacy, asked = record["privacy"], cell.privacy
     _keys(cell)
     if type(cell.seed) is not int or cell.seed < 0:
-        raise _Refused(f"cell.seed is {_short(cell.seed)}, and seeds are whole numbers from 0 on")
+        raise _Denied(f"cell.seed is {_short(cell.seed)}, and seeds are whole numbers from 0 on")
     if cell.private:
         _demand("cell.privacy.accountant", asked["accountant"], "pld", "rdp")
     for name in ("unit", "delta"):
@@ -162,24 +159,24 @@ def _plain(record: store.Record, cell: Cell) -> None:
         _demand("privacy.relation", privacy["relation"], asked["relation"])
     accuracy, loss = (record["metrics"].get(name) for name in ("accuracy", "loss"))
     if accuracy is not None and (isinstance(accuracy, bool) or not 0 <= accuracy <= 1):
-        raise _Refused(f"metrics.accuracy is {_short(accuracy)}, which is no fraction")
+        raise _Denied(f"metrics.accuracy is {_short(accuracy)}, which is not a fraction")
     examples = record["metrics"].get("examples")
     if accuracy is not None and examples is not None and not 0 < examples < math.inf:
-        raise _Refused(f"metrics.examples is {_short(examples)}, which is no number of them")
-    judged = (2 if cell.then else 1) not in public.privately_judged(record)
-    if ok and judged and (accuracy is None or loss is None):
-        raise _Refused("metrics have no accuracy or no loss, and its status is ok")
+        raise _Denied(f"metrics.examples is {_short(examples)}, which is not a count of examples")
+    public_results = (2 if cell.then else 1) not in public.privately_judged(record)
+    if ok and public_results and (accuracy is None or loss is None):
+        raise _Denied("metrics have no accuracy or no loss, and its status is ok")
     clipped = (record.get("diagnostics") or {}).get("clipped_fraction")
     if clipped is not None and not 0 <= clipped <= 1:
-        raise _Refused(f"diagnostics.clipped_fraction is {_short(clipped)}, which is no fraction")
+        raise _Denied(f"diagnostics.clipped_fraction is {_short(clipped)}, which is not a fraction")
     started, finished = record.get("started"), record.get("finished")
     if started and finished and finished < started and finished[19:] == started[19:]:
-        raise _Refused(f"it finished at {finished}, before it started at {started}")
+        raise _Denied(f"it finished at {finished}, before it started at {started}")
     made = record.get("randomness")
     if made is not None and "path" in record:
         attempt = store.attempt_of(record)
         if not 1 <= made["attempt"] <= attempt:
-            raise _Refused(f"randomness.attempt is {_short(made['attempt'])}, and this is attempt {attempt}")
+            raise _Denied(f"randomness.attempt is {_short(made['attempt'])}, and this is attempt {attempt}")
 
 
 def _model(record: store.Record, cell: Cell) -> None:
@@ -223,10 +220,7 @@ def _data(record: store.Record, cell: Cell) -> None:
             raise _Unknown(f"its data set {_short(spec)} is not here, so that n_train and its digest are its word")
         _demand(f"{where}.digest", task["digest"], known["digest"])
         n = known["n_train"]
-        _demand(
-            f"{where}.n_train", task["n_train"],
-            data.validation_size(n) if task["evaluate"] == "validation" else n,
-        )  # fmt: skip
+        _demand(f"{where}.n_train", task["n_train"], data.validation_size(n) if task["evaluate"] == "validation" else n)
         for name in ("mean", "std"):
             _demand(f"{where}.{name}", task[name], list(known[name]))
         made_of.append(known["public_data"])
@@ -236,10 +230,10 @@ def _data(record: store.Record, cell: Cell) -> None:
             rest = n - data.validation_size(n)
             _demand("metrics.examples", judged, rest if task["evaluate"] == "validation" else known["n_test"])
     if len(digests) > 1 and digests[0] & digests[1]:
-        raise _Refused(f"cell.then.task is {_short(tasks[1][1]['dataset'])}, which is the private data and not public")
-    told = record["privacy"].get("public_data")
-    if told is not None or record["status"] == "ok":
-        _demand("privacy.public_data", told, run.public_data(made_of[0], cell))
+        raise _Denied(f"cell.then.task is {_short(tasks[1][1]['dataset'])}, which is the private data and not public")
+    recorded = record["privacy"].get("public_data")
+    if recorded is not None or record["status"] == "ok":
+        _demand("privacy.public_data", recorded, run.public_data(made_of[0], cell))
 
 
 @lru_cache(maxsize=256)
@@ -268,15 +262,15 @@ def _privacy(record: store.Record, cell: Cell) -> None:
     _spent("privacy", privacy, "spent", ledger, cell, relation)
     if ok and target.epsilon is not None:
         if not privacy["spent"]:
-            raise _Refused("privacy.spent is empty, and its status is ok")
+            raise _Denied("privacy.spent is empty, and its status is ok")
         if target.accountant not in privacy["spent"]:
-            raise _Refused(f"privacy.spent lacks {target.accountant}, which its noise was calibrated by")
+            raise _Denied(f"privacy.spent lacks {target.accountant}, which its noise was calibrated by")
         if over := run.excess(target, privacy):
-            raise _Refused(f"{over}, and its status is ok: its noise multiplier is too small")
+            raise _Denied(f"{over}, and its status is ok: its noise multiplier is too small")
         used = privacy["spent"][target.accountant]
         used = privacy["epsilon"] if used is None else used
         if used < LEAST * target.epsilon:
-            raise _Refused(
+            raise _Denied(
                 f"it spent {used:g} of its target {target.epsilon:g}: its noise multiplier is not the one that is "
                 "calibrated for it, which is the smallest"
             )
@@ -284,7 +278,7 @@ def _privacy(record: store.Record, cell: Cell) -> None:
     if (tuned := privacy.get("epsilon_with_tuning")) is not None and relation is not None:
         _searched(tuned, cell, ledger, relation, complete=ok)
     elif ok and cell.privacy.get("tuning"):
-        raise _Refused("privacy.epsilon_with_tuning is missing, and the suite charges its search")
+        raise _Denied("privacy.epsilon_with_tuning is missing, and the suite charges its search")
     if unknown is not None:
         raise unknown
 
@@ -306,8 +300,8 @@ def _methods(cell: Cell) -> tuple[Method, ...]:
         **{name: getattr(cell, name) for name in ("method", "parameters", "parts", "changes", "then", "privacy")},
         suite="", label="", task={}, schedule={}, numerics={}, seed=0,
     ).to_json())  # fmt: skip
-    told = [cell.parts, *([cell.then["parts"]] if cell.then else [])]
-    for one, parts in zip(methods, told, strict=True):
+    recorded = [cell.parts, *([cell.then["parts"]] if cell.then else [])]
+    for one, parts in zip(methods, recorded, strict=True):
         here = describe(one)
         for slot in sorted(here.keys() | parts.keys()):
             if canonical_json(here.get(slot)) != canonical_json(parts.get(slot)):
@@ -318,50 +312,58 @@ def _methods(cell: Cell) -> tuple[Method, ...]:
     return methods
 
 
+def _schedules(cell: Cell) -> list[dict[str, int]]:
+    return [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
+
+
+def _cell_stages(cell: Cell, methods: Sequence[Method]) -> tuple[list[Stage], list[Stage]]:
+    """The stages of a cell, and those of them on private data."""
+    stages = [Stage(m, one["batch"], one["steps"]) for m, one in zip(methods, _schedules(cell), strict=True)]
+    return stages, stages[:1] if "task" in cell.then else stages
+
+
 def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger: Ledger) -> None:
     """The ledger, and all else that the methods say of a run."""
     privacy, n = record["privacy"], cell.task["n_train"]
-    schedules = [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
-    for one in schedules:
+    for one in _schedules(cell):
         if type(one["batch"]) is not int or type(one["steps"]) is not int or min(one.values()) < 1:
-            raise _Refused(f"its schedule {_short(one)} is none")
-    if sum(one["steps"] for one in schedules) > MOST_STEPS:
+            raise _Denied(f"its schedule {_short(one)} is invalid")
+    if sum(one["steps"] for one in _schedules(cell)) > MOST_STEPS:
         raise _Unknown(f"it has more than {MOST_STEPS} steps, so that its ledger is its word")
-    stages = [Stage(m, one["batch"], one["steps"]) for m, one in zip(methods, schedules, strict=True)]
-    private = stages[:1] if "task" in cell.then else stages
+    stages, private = _cell_stages(cell, methods)
     relations = {stage.method.sampler.relation.value for stage in private}
-    told, ok = privacy["relation"], record["status"] == "ok"
+    recorded, ok = privacy["relation"], record["status"] == "ok"
     if len(relations) != 1 and ok:
-        raise _Refused("its stages are analysed for different neighbours, and its status is ok")
-    _demand("privacy.relation", told, *relations, *(() if ok else (cell.privacy["relation"],)))
-    laws = [stage.method.sampler.law(n, stage.batch) for stage in private]
-    older = [laws[0]] if cell.then else []  # records knew the first stage's law alone before stages had theirs
-    _demand("privacy.sampling", privacy["sampling"], run.joined(laws), *older, *([] if ok else [None]))
+        raise _Denied("its stages are analysed for different neighbours, and its status is ok")
+    _demand("privacy.relation", recorded, *relations, *(() if ok else (cell.privacy["relation"],)))
+    sampling = [stage.method.sampler.law(n, stage.batch) for stage in private]
+    older = [sampling[0]] if cell.then else []  # records knew the first stage's law alone before stages had theirs
+    _demand("privacy.sampling", privacy["sampling"], run.joined(sampling), *older, *([] if ok else [None]))
     sigma = privacy.get("noise_multiplier")
     if sigma is not None and not 0 < sigma < math.inf:
-        raise _Refused(f"privacy.noise_multiplier is {_short(sigma)}, which is none")
+        raise _Denied(f"privacy.noise_multiplier is {_short(sigma)}, which is invalid")
     if ok and cell.private and sigma is None:
-        raise _Refused("privacy.noise_multiplier is null, and its status is ok")
+        raise _Denied("privacy.noise_multiplier is null, and its status is ok")
     if sigma is not None and not cell.private:
-        raise _Refused(f"privacy.noise_multiplier is {_short(sigma)}, and it trains without privacy")
+        raise _Denied(f"privacy.noise_multiplier is {_short(sigma)}, and it trains without privacy")
     if ok and not cell.then:
         _bounded("privacy", privacy, stages[0])
     if (claimed := privacy.get("claimed")) is not None:
         silent = type(methods[0].path).claim is Straight.claim
         if silent or cell.then or not cell.private:
-            raise _Refused(f"privacy.claimed is {_short(claimed)}, and its method claims nothing")
+            raise _Denied(f"privacy.claimed is {_short(claimed)}, and its method claims nothing")
     if not ledger.entries and not privacy["planned"] and not ok:
         return  # nothing was released, or nobody could say
     whole = plan(private, sigma or 0.0, n)
     if (ok and ledger != whole) or (not ok and not _begins(ledger, whole)):
-        raise _Refused(
+        raise _Denied(
             f"privacy.ledger is {_short(privacy['ledger'])}, and the plan of its cell at its noise multiplier is "
             f"{_short(whole.to_json())}"
         )
     if privacy["planned"]:
-        _spent("privacy", privacy, "planned", whole, cell, Relation(told))
+        _spent("privacy", privacy, "planned", whole, cell, Relation(recorded))
     if cell.then:
-        _stages(record, cell, stages, private, sigma or 0.0, Relation(told))
+        _stages(record, cell, stages, private, sigma or 0.0, Relation(recorded))
 
 
 def _stated(record: store.Record, cell: Cell) -> None:
@@ -370,28 +372,26 @@ def _stated(record: store.Record, cell: Cell) -> None:
     if (bits := (record.get("randomness") or {}).get("dropout_bits")) is not None:
         _demand("randomness.dropout_bits", bits, secrecy(torch.device((record.get("device") or {})["kind"])))
     methods = _methods(cell)
-    schedules = [cell.schedule, *([cell.then["schedule"]] if cell.then else [])]
-    stages = [Stage(m, one["batch"], one["steps"]) for m, one in zip(methods, schedules, strict=True)]
-    private = stages[:1] if "task" in cell.then else stages
+    _, private = _cell_stages(cell, methods)
     held_out = cell.task["evaluate"] == "validation"
     judged = [k for k, stage in enumerate(private, 1) if held_out or stage.method.loss.probes]
     if "privately_judged" in privacy:
         _demand("privacy.privately_judged", privacy["privately_judged"], judged)
     words: list[str] = []
     places = (record["stages"][: len(private)] if cell.then else [privacy]) if ok else []
-    for k, (told, stage) in enumerate(zip(places, private, strict=False), 1):
+    for k, (recorded, stage) in enumerate(zip(places, private, strict=False), 1):
         where, method = f"stages.{k}" if cell.then else "privacy", stage.method
-        if told.get("sensitivity") is None and not cell.then:
-            raise _Refused("privacy.sensitivity is null, and its status is ok")
-        if not cell.private or told.get("sensitivity") is None:
+        if recorded.get("sensitivity") is None and not cell.then:
+            raise _Denied("privacy.sensitivity is null, and its status is ok")
+        if not cell.private or recorded.get("sensitivity") is None:
             continue
         releases = method.engine.split(method.clip, privacy["noise_multiplier"], stage.steps - 1)
-        _demand(f"the names in {where}.sensitivity", sorted(told["sensitivity"]), sorted(releases))
+        _demand(f"the names in {where}.sensitivity", sorted(recorded["sensitivity"]), sorted(releases))
         note = method.engine.note(method.loss, method.clip, stage.batch, method.sampler.relation)
         # An engine may have a bound of its own, and so has what is released beside gradients.
         exact = isinstance(method.engine, PerExample) and _rule_bound(stage) is not None and len(releases) == 1
         words += [] if exact else [f"{where}.sensitivity"]
-        words += [f"{where}.sensitivity_note"] * (told.get("sensitivity_note") != note)
+        words += [f"{where}.sensitivity_note"] * (recorded.get("sensitivity_note") != note)
     if privacy.get("accounting"):
         terms = cell.privacy["delta"], Relation(privacy["relation"])
         ledger = plan(private, privacy.get("noise_multiplier") or 0.0, n)
@@ -417,12 +417,12 @@ def _stages(
     relation: Relation,
 ) -> None:  # fmt: skip
     """What a record says of each of its stages."""
-    told, ok, n = record.get("stages"), record["status"] == "ok", cell.task["n_train"]
-    if not isinstance(told, list) or len(told) != len(stages):
-        raise _Refused("stages are not one for each stage of its cell")
+    recorded, ok, n = record.get("stages"), record["status"] == "ok", cell.task["n_train"]
+    if not isinstance(recorded, list) or len(recorded) != len(stages):
+        raise _Denied("stages are not one for each stage of its cell")
     names = [cell.method, cell.then["name"]]
     tasks = [cell.task, cell.then.get("task", cell.task)]
-    for k, (one, stage) in enumerate(zip(told, stages, strict=True)):
+    for k, (one, stage) in enumerate(zip(recorded, stages, strict=True)):
         public, where = k >= len(private), f"stages.{k + 1}"
         known = {
             "method": names[k], "data": tasks[k]["dataset"], "public": public, "batch": stage.batch,
@@ -452,32 +452,32 @@ def _rule_bound(stage: Stage) -> float | None:
     return bound if math.isfinite(bound) or isinstance(method.engine, PerExample) else None
 
 
-def _bounded(where: str, told: Mapping[str, Any], stage: Stage) -> None:
+def _bounded(where: str, recorded: Mapping[str, Any], stage: Stage) -> None:
     """The recorded sensitivity is the rule's where that decides it; of an engine that adds to it, no less."""
     if (bound := _rule_bound(stage)) is None:
         return
-    recorded = (told["sensitivity"] or {}).get("grad", 0.0)
-    found, exact = math.inf if recorded is None else recorded, isinstance(stage.method.engine, PerExample)
+    grad = (recorded["sensitivity"] or {}).get("grad", 0.0)
+    found, exact = math.inf if grad is None else grad, isinstance(stage.method.engine, PerExample)
     if found < bound or (exact and found > bound * (1 + 1e-9)):
-        raise _Refused(f"{where}.sensitivity.grad is {_short(recorded)}, and its clipping rule bounds by {bound:g}")
+        raise _Denied(f"{where}.sensitivity.grad is {_short(grad)}, and its clipping rule bounds by {bound:g}")
 
 
 def _spent(
-    where: str, told: Mapping[str, Any], name: str, ledger: Ledger, cell: Cell, relation: Relation | None
+    where: str, recorded: Mapping[str, Any], name: str, ledger: Ledger, cell: Cell, relation: Relation | None
 ) -> None:
     """The epsilons of a ledger by accountant, and the one of them that ranks."""
-    bounds, delta = told.get(name) or {}, cell.privacy["delta"]
+    bounds, delta = recorded.get(name) or {}, cell.privacy["delta"]
     if delta is None or not bounds:
         for key in ("epsilon", "accountant"):
-            _demand(f"{where}.{key}", told.get(key), None)
+            _demand(f"{where}.{key}", recorded.get(key), None)
         if delta is None:
             _demand(f"{where}.{name}", bounds, {})
         return
     if relation is None:
-        raise _Refused(f"{where}.{name} has epsilons, and no relation")
+        raise _Denied(f"{where}.{name} has epsilons, and no relation")
     strangers = sorted(bounds.keys() - ACCOUNTANTS.keys())
     if strangers:
-        raise _Refused(f"{where}.{name} names {', '.join(strangers)}, which is no accountant here")
+        raise _Denied(f"{where}.{name} names {', '.join(strangers)}, which are not accountants here")
     by_rdp = epsilon(ledger, delta, relation, "rdp")
     for accountant, value in bounds.items():
         if accountant != "rdp" and MOST_EPSILON < by_rdp < math.inf:
@@ -485,20 +485,20 @@ def _spent(
         _close(f"{where}.{name}.{accountant}", value, epsilon(ledger, delta, relation, accountant))
     if name == "spent":
         finite = {one: math.inf if bounds.get(one) is None else bounds[one] for one in ACCOUNTANTS}
-        _demand(f"{where}.accountant", told.get("accountant"), ranking(finite))
-        _demand(f"{where}.epsilon", told.get("epsilon"), bounds.get(told["accountant"]))
+        _demand(f"{where}.accountant", recorded.get("accountant"), ranking(finite))
+        _demand(f"{where}.epsilon", recorded.get("epsilon"), bounds.get(recorded["accountant"]))
 
 
-def _searched(told: Mapping[str, Any], cell: Cell, ledger: Ledger, relation: Relation, complete: bool) -> None:
+def _searched(recorded: Mapping[str, Any], cell: Cell, ledger: Ledger, relation: Relation, complete: bool) -> None:
     """What the search for hyper-parameters costs."""
     tuning = cell.privacy.get("tuning")
     if tuning is None:
-        raise _Refused("privacy.epsilon_with_tuning is there, and the suite charges no search")
+        raise _Denied("privacy.epsilon_with_tuning is there, and the suite charges no search")
     for name, value in tuning.items():
-        _demand(f"privacy.epsilon_with_tuning.{name}", told.get(name), value)
+        _demand(f"privacy.epsilon_with_tuning.{name}", recorded.get(name), value)
     if complete:
         found = charge(ledger, Tuning(**tuning), cell.privacy["delta"], relation)
-        _demand("privacy.epsilon_with_tuning.accountant", told["accountant"], found["accountant"])
-        if found["epsilon"] is not None or told["epsilon"] is not None:
+        _demand("privacy.epsilon_with_tuning.accountant", recorded["accountant"], found["accountant"])
+        if found["epsilon"] is not None or recorded["epsilon"] is not None:
             expected = math.inf if found["epsilon"] is None else found["epsilon"]
-            _close("privacy.epsilon_with_tuning.epsilon", told["epsilon"], expected)
+            _close("privacy.epsilon_with_tuning.epsilon", recorded["epsilon"], expected)

@@ -1,1 +1,10 @@
-"""Faults that public code had, planted on purpose, and what catches each."""
+"""Planted faults: parts, models and losses that are wrong on purpose, and the instrument that catches each.
+
+`gallery` holds the faults that public code or a paper really had, which `epsbench faults` runs; `wider` holds more,
+which the tests run. Nothing that trains may use them, and none is registered.
+"""
+
+from typing import Any
+
+HIDDEN: dict[str, Any] = {}
+"""What faulty parts remember outside their states, where no part may keep anything."""

@@ -88,7 +88,7 @@ class Kept(nn.Module):
         return x @ self.transposed
 
 
-class Column(CrossEntropy):
+class ColumnLosses(CrossEntropy):
     """Losses [B, 1], which broadcast against weights [B]."""
 
     def per_example(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -129,41 +129,37 @@ def step(engine: Engine, make: Callable[[], nn.Module], loss: Loss | None = None
 
 
 @dataclass(frozen=True)
-class Planted:
+class Refusal:
     """A fault, where it was found, the instrument that refuses it, and how: by ValueError with these words."""
 
     name: str
-    found: str
+    origin: str
     instrument: str
     refuse: Callable[[], None]
     words: str
 
 
-GATE, TRIAL, LOSSES = "the check of models", "the trial of an engine", "the shape of losses"
-
-
-def planted() -> list[Planted]:
-    """All of them."""
-    return [
-        Planted(
-            "statistics of the batch from 32 examples on", "layers that wait until they are reliable",
-            GATE, gate(lambda: Net(once_large)), "another one of a batch",
-        ),
-        Planted(
-            "all scaled down by the batch's largest", "code against overflow",
-            GATE, gate(lambda: Net(rescued)), "another one of a batch",
-        ),
-        Planted("weights of the first step", "a transpose kept as an attribute", GATE, gate(Kept), "made of"),
-        Planted(
-            "a rule for vmap that moves gradients to other examples", "custom functions",
-            TRIAL, step(Vmap(), lambda: Net(Mixed.apply)), "vmap rule",
-        ),
-        Planted(
-            "losses [B, 1] against weights [B]", "losses of users",
-            LOSSES, step(Ghost(), lambda: Net(torch.tanh), Column()), "of shape",
-        ),
-        Planted(
-            "classes weighed by the batch's frequencies", "losses of users",
-            TRIAL, step(BookKeeping(), lambda: Net(torch.tanh), Frequencies()), "couples the examples",
-        ),
-    ]  # fmt: skip
+MODELS, TRIAL, LOSSES = "the check of models", "the trial of an engine", "the shape of losses"
+ANOTHER = "another one of a batch"
+REFUSED = (
+    Refusal(
+        "statistics of the batch from 32 examples on", "layers that wait until they are reliable",
+        MODELS, gate(lambda: Net(once_large)), ANOTHER,
+    ),
+    Refusal(
+        "all scaled down by the batch's largest", "code against overflow", MODELS, gate(lambda: Net(rescued)), ANOTHER
+    ),
+    Refusal("weights of the first step", "a transpose kept as an attribute", MODELS, gate(Kept), "made of"),
+    Refusal(
+        "a rule for vmap that moves gradients to other examples", "custom functions",
+        TRIAL, step(Vmap(), lambda: Net(Mixed.apply)), "vmap rule",
+    ),
+    Refusal(
+        "losses [B, 1] against weights [B]", "losses of users",
+        LOSSES, step(Ghost(), lambda: Net(torch.tanh), ColumnLosses()), "of shape",
+    ),
+    Refusal(
+        "classes weighed by the batch's frequencies", "losses of users",
+        TRIAL, step(BookKeeping(), lambda: Net(torch.tanh), Frequencies()), "couples the examples",
+    ),
+)  # fmt: skip

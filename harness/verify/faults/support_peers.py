@@ -18,16 +18,16 @@ from harness import registry
 from harness.dp.method import Method
 from harness.dp.noise import Gaussian, Noise
 from harness.peers.noise import NOISES
-from harness.verify.audits.finding import claim
-from harness.verify.audits.support import Setting, attacked, neighbours
-from harness.verify.faults.adapters import FloatSum
-from harness.verify.faults.gallery import inserted
+from harness.records.tables import inserted, markdown
+from harness.verify.audits.support import SupportSetting, attacked, neighbours
+from harness.verify.audits.verdict import claim
+from harness.verify.faults.noises import FloatSum
 
 METHOD = "one-step-last-layer"
-BEGIN, END = "<!-- peers -->", "<!-- end of peers -->"
+MARKER = "peers"
 
 
-class Row(NamedTuple):
+class NoiseRow(NamedTuple):
     """One noise: what was decided of `repeat` coins at each epsilon, by releases and by final weights alone."""
 
     noise: str
@@ -37,21 +37,21 @@ class Row(NamedTuple):
     decided: Mapping[float, Mapping[str, Mapping[str, int]]]
 
 
-def attack(name: str, version: str, adds: str, noise: Noise, epsilons: Sequence[float], repeat: int) -> Row:
+def attack(name: str, version: str, adds: str, noise: Noise, epsilons: Sequence[float], repeat: int) -> NoiseRow:
     """The row of a noise."""
     plain: Method = registry.load(registry.resolve("method", METHOD))()
     method, decided, images = dataclasses.replace(plain, noise=noise), {}, set[str]()
     for epsilon in epsilons:
-        s = Setting(epsilon=epsilon, repeat=repeat)
+        s = SupportSetting(epsilon=epsilon, repeat=repeat)
         two = neighbours(method, s.trained())
         sigma, _, _ = claim(method, two.n_train, two.n_train, s.steps, s.epsilon, s.delta)
         found = attacked(method, two, s, sigma)
         decided[epsilon] = found.facts()
         images |= {image.name for held in found.images.values() for image in held}
-    return Row(name, version, adds, "; ".join(sorted(images)) or "nothing that was tried", decided)
+    return NoiseRow(name, version, adds, "; ".join(sorted(images)) or "nothing that was tried", decided)
 
 
-def rows(epsilons: Sequence[float], repeat: int) -> tuple[list[Row], list[str]]:
+def rows(epsilons: Sequence[float], repeat: int) -> tuple[list[NoiseRow], list[str]]:
     """A row for each noise whose library is there, and why others have none."""
     found = [
         attack("epsbench", "", "Gaussian()", Gaussian(), epsilons, repeat),
@@ -67,19 +67,20 @@ def rows(epsilons: Sequence[float], repeat: int) -> tuple[list[Row], list[str]]:
     return found, absent
 
 
-def table(found: Sequence[Row], repeat: int) -> str:
+def table(found: Sequence[NoiseRow], repeat: int) -> str:
     """The rows in Markdown: coins decided of `repeat`, from releases / from final weights alone."""
     epsilons = list(found[0].decided)
-    head = ["noise", "computes", "what holds of it", *(f"at {epsilon:g}" for epsilon in epsilons), "wrong"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    titles = ["noise", "computes", "what holds of it", *(f"at {epsilon:g}" for epsilon in epsilons), "wrong"]
+    lines = []
     for row in found:
         cells, wrong = [], 0
         for facts in row.decided.values():
             cells.append(" / ".join(str(tally["right"] + tally["wrong"]) for tally in facts.values()))
             wrong += sum(tally["wrong"] for tally in facts.values())
-        named = f"{row.noise} {row.version}".strip()
-        lines.append(f"| {' | '.join([named, f'`{row.adds}`', row.holds, *cells, str(wrong)])} |")
-    return "\n".join([*lines, "", f"Coins decided of {repeat:,}, from releases / from final weights alone."])
+        lines.append([f"{row.noise} {row.version}".strip(), f"`{row.adds}`", row.holds, *cells, str(wrong)])
+    return "\n".join(
+        [*markdown(titles, lines), "", f"Coins decided of {repeat:,}, from releases / from final weights alone."]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=1000, metavar="N", help="runs of each")
     parser.add_argument(
         "--docs", type=Path, metavar="FILE",
-        help=f"the text to put the table in, between {BEGIN} and {END}: docs/audits.md of this checkout, say",
+        help="the text to put the table in, between its markers: docs/audits.md of this checkout, say",
     )  # fmt: skip
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"skipped: {reason}")
     if given.docs:
         text = given.docs.read_text(encoding="utf-8")
-        given.docs.write_text(inserted(text, made, BEGIN, END), encoding="utf-8")
+        given.docs.write_text(inserted(text, made, MARKER), encoding="utf-8")
     return 0
 
 

@@ -27,9 +27,10 @@ from harness.verify.audits import command, pair
 from harness.verify.audits.canary import Refused
 from harness.verify.audits.candidates import candidates, reach, strongest
 from harness.verify.audits.command import audit
-from harness.verify.audits.pair import Neighbours, Observer, Setting, Side, overheard, squared_mean
-from harness.verify.faults.adapters import ClippedBeforeTemperature
-from tests.support.planted import OneOfSeveral, WholeCounts
+from harness.verify.audits.pair import Neighbour, Neighbours, PairObserver, PairSetting, overheard, squared_mean
+from harness.verify.faults.engines import ClippedBeforeTemperature, OneForWhole
+from harness.verify.faults.noises import Less, OneOfSeveral
+from harness.verify.faults.rules import WholeCounts
 
 STILL = InfoNCE(0.1, pad=0, flip=False, jitter=0.0)  # both views are the image: nothing is averaged over
 COUNTED = {"by": "flat", "budget": 0.8}  # most of the budget goes to the counts
@@ -41,7 +42,7 @@ def own(spec: str) -> Method:
 
 
 def audited(method: Method, **options):
-    return pair.audit(method, Setting(**{"epsilon": 8.0, "repeat": 400, **options}), strongest)
+    return pair.audit(method, PairSetting(**{"epsilon": 8.0, "repeat": 400, **options}), strongest)
 
 
 def first(method: Method, task, rate: float) -> Neighbours:
@@ -52,16 +53,16 @@ def first(method: Method, task, rate: float) -> Neighbours:
 # --- the observer ---
 
 
-def small(method: Method, **options) -> tuple[Neighbours, Observer]:
-    task = Setting(examples=4).trained()
+def small(method: Method, **options) -> tuple[Neighbours, PairObserver]:
+    task = PairSetting(examples=4).trained()
     x, y = torch.cat([3 * task.x[3:], task.x[:3]]), task.y
     two = Neighbours(x, y, task.body, **options)
-    return two, Observer(method, two, 2.0, 4, 0)
+    return two, PairObserver(method, two, 2.0, 4, 0)
 
 
-def heard(method: Method, observer: Observer, present: bool, seed: int = 0, steps: int = 1):
+def heard(method: Method, observer: PairObserver, present: bool, seed: int = 0, steps: int = 1):
     two = observer.pair
-    return overheard(method, Side(two, present), two.body, 2.0, Schedule(steps, 4, steps), seed)[0]
+    return overheard(method, Neighbour(two, present), two.body, 2.0, Schedule(steps, 4, steps), seed)[0]
 
 
 def test_what_the_observer_expects_is_the_targets_clipped_gradient_and_the_sum_of_the_others():
@@ -100,7 +101,7 @@ def test_batches_and_views_are_the_observers_own():
     _, observer = small(method)
     assert len(observer.drawn(0)) == pair.SHARED and len(observer.drawn(1)) == pair.DRAWS
     steps = heard(method, observer, True, 5, steps=2)
-    again = Observer(method, observer.pair, 2.0, 4, 0)
+    again = PairObserver(method, observer.pair, 2.0, 4, 0)
     for mine, other in zip(observer.drawn(1), again.drawn(1), strict=True):
         assert mine.present.x.equal(other.present.x)  # a function of its own seed
     assert not any("seed" in name for name in inspect.signature(observer.expected).parameters)
@@ -140,41 +141,16 @@ def test_true_claims_stand_and_the_audit_has_power(method, options, least):
 # --- planted faults ---
 
 
-@dataclasses.dataclass(frozen=True)
-class Half(Gaussian):
-    """Half the noise."""
-
-    def add(self, release, rng):
-        return super().add(release._replace(sigma=release.sigma / 2), rng)
-
-
-@dataclasses.dataclass(frozen=True)
-class OneForWhole(Whole):
-    """C for 2C: what holds only between a vector and nothing."""
-
-    def bounded(self, *args):
-        out = super().bounded(*args)
-        grad = out.releases["grad"]
-        out.releases["grad"] = grad._replace(sensitivity=grad.sensitivity / 2)
-        return out
-
-
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        (Method(loss=Rotations(), noise=Half()), {}),
+        (Method(loss=Rotations(), noise=Less(0.5)), {}),
         (Method(clip=Quantile(0.1, **COUNTED), noise=OneOfSeveral()), {}),
         (Method(clip=WholeCounts(0.1, **COUNTED)), {}),
         (Method(loss=STILL, engine=ClippedBeforeTemperature(2), clip=Flat(0.1)), {"examples": 3}),
         (Method(loss=STILL, engine=OneForWhole()), {"examples": 3, "repeat": 800}),
     ],
-    ids=[
-        "half the noise",
-        "count not billed",
-        "count moves twice",
-        "temperature",
-        "C for 2C",
-    ],
+    ids=["half the noise", "count not charged", "count moves twice", "temperature", "C for 2C"],
 )
 def test_planted_faults_are_refuted(method, options):
     found = audited(method, **options)
@@ -184,14 +160,14 @@ def test_planted_faults_are_refuted(method, options):
 def test_gradient_canaries_do_not_hear_counts():
     """Which is what this instrument is for."""
     faulty = Method(clip=WholeCounts(0.1, **COUNTED))
-    assert not audit(faulty, command.Setting(epsilon=8, canaries=200, repeat=4)).refuted
+    assert not audit(faulty, command.CanarySetting(epsilon=8, canaries=200, repeat=4)).refuted
 
 
 # --- the pair ---
 
 
 def test_the_pair_is_chosen_for_its_reach():
-    task = Setting(examples=3).trained()
+    task = PairSetting(examples=3).trained()
     assert reach(own("dp-sgd"), strongest(own("dp-sgd"), task, 1.0), 1.0) == pytest.approx(1, rel=1e-5)
     method = Method(loss=STILL, engine=Whole())
     plain = Neighbours(task.x, task.y, task.body)
@@ -209,7 +185,7 @@ def test_the_parts_say_which_instrument_serves(tmp_path, capsys):
     ):  # fmt: skip
         entry, _ = registry.lookup("method", spec)
         method = registry.load(entry)()
-        assert command.takes_canaries(method, command.Setting().trained()) is (instrument != "neighbours")
+        assert command.takes_canaries(method, command.CanarySetting().trained()) is (instrument != "neighbours")
     assert cli.main(["audit", "dp-rotation", "contrastive", *request]) == 0
     found = {a["method"]: a for a in stored.load(tmp_path / "audits")}
     assert found["dp-rotation"]["instrument"] == "neighbours" and found["dp-rotation"]["epsilon_audited"] > 0
@@ -227,7 +203,7 @@ def test_the_parts_say_which_instrument_serves(tmp_path, capsys):
 
 def test_too_few_runs_are_refused_and_so_is_a_ledger_that_is_not_the_plan():
     with pytest.raises(Refused, match="coins are too few"):
-        pair.audit(own("dp-sgd"), Setting(epsilon=8.0, repeat=3), first)
+        pair.audit(own("dp-sgd"), PairSetting(epsilon=8.0, repeat=3), first)
 
     @dataclasses.dataclass(frozen=True)
     class Amended(Gaussian):
@@ -236,5 +212,5 @@ def test_too_few_runs_are_refused_and_so_is_a_ledger_that_is_not_the_plan():
             return Gaussian().event([1.0 + len(CALLS)])
 
     CALLS: list[int] = []
-    with pytest.raises(Refused, match="the run billed"):
-        pair.audit(Method(noise=Amended()), Setting(repeat=64), first, 1.0)
+    with pytest.raises(Refused, match="the run charged"):
+        pair.audit(Method(noise=Amended()), PairSetting(repeat=64), first, 1.0)

@@ -7,14 +7,13 @@ from scipy.stats import norm
 
 from harness import cli, registry
 from harness.records import audits
-from harness.verify.audits import membership
 from harness.verify.audits.canary import Refused
-from harness.verify.audits.membership import Found, Setting, attack, auc, confidence, lira
+from harness.verify.audits.membership import MembershipSetting, Scored, attack, auc, confidence, lira
 
-SMALL = Setting(examples=300, steps=60, repeat=9, rate=0.5)
+SMALL = MembershipSetting(examples=300, steps=60, repeat=9, rate=0.5)
 
 
-def facts(spec: str, sigma: float, setting: Setting = SMALL) -> dict:
+def facts(spec: str, sigma: float, setting: MembershipSetting = SMALL) -> dict:
     entry, options = registry.lookup("method", spec)
     return attack(registry.load(entry)(**options), setting, setting.trained(), sigma).facts(setting.level)
 
@@ -65,16 +64,16 @@ def test_the_bound_is_that_of_one_model_alone():
     seeing = blind.copy()
     seeing[1:] = inside[1:]  # other models say nothing of the first one's coins
     accuracy = np.zeros(5)
-    assert Found(seeing, inside, accuracy, accuracy).bound(1e-5, 0.01, 0)["epsilon"] < 0.3
+    assert Scored(seeing, inside, accuracy, accuracy).bound(1e-5, 0.01, 0)["epsilon"] < 0.3
     seeing[0] = inside[0]
-    assert Found(seeing, inside, accuracy, accuracy).bound(1e-5, 0.01, 0)["epsilon"] > 2
+    assert Scored(seeing, inside, accuracy, accuracy).bound(1e-5, 0.01, 0)["epsilon"] > 2
 
 
 def test_the_command_records_what_was_found(tmp_path, capsys):
     request = ["dp-sgd", "non-private", "--membership", "--examples", "200", "--steps", "5", "--repeat", "3"]
     assert cli.main(["audit", *request, "--results", str(tmp_path)]) == 0
     kept = {a["method"]: a for a in audits.load(tmp_path / "audits")}
-    assert kept["dp-sgd"]["instrument"] == membership.INSTRUMENT and kept["dp-sgd"]["trials"] == 3
+    assert kept["dp-sgd"]["instrument"] == MembershipSetting.instrument and kept["dp-sgd"]["trials"] == 3
     assert kept["dp-sgd"]["epsilon_audited"] <= kept["dp-sgd"]["epsilon_claimed"] <= 3
     assert kept["non-private"]["epsilon_claimed"] is None and not kept["non-private"]["flagged"]
     assert {"auc", "true_positive_rates"} <= kept["dp-sgd"]["facts"].keys()
@@ -83,4 +82,4 @@ def test_the_command_records_what_was_found(tmp_path, capsys):
 
 def test_models_without_shadows_are_refused():
     with pytest.raises(Refused, match="too few"):
-        facts("dp-sgd", 1.0, Setting(repeat=2, steps=1))
+        facts("dp-sgd", 1.0, MembershipSetting(repeat=2, steps=1))

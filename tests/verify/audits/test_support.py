@@ -16,12 +16,12 @@ from harness.dp.random import Stream
 from harness.peers.noise import NOISES
 from harness.verify.audits import support
 from harness.verify.audits.canary import Refused
-from harness.verify.audits.images import Fused, Known, Lattice, Product, Short, Sum, guesses, held
-from harness.verify.audits.support import Setting, attacked, neighbours
-from harness.verify.faults.adapters import FloatSum
+from harness.verify.audits.images import Fused, Known, Lattice, ScaledSum, Short, Sum, guesses, held
+from harness.verify.audits.support import SupportSetting, attacked, neighbours
+from harness.verify.faults.noises import FloatSum
 
-FEW = Setting(repeat=24)
-LESS = Setting(repeat=8)
+FEW = SupportSetting(repeat=24)
+LESS = SupportSetting(repeat=8)
 
 
 # --- images, against all that there is: every number of 16 bits ---
@@ -33,21 +33,18 @@ def floats16() -> np.ndarray:
 
 
 @pytest.mark.parametrize("deviation", [1.0, 1.37, 3.9, 30.75])
-@pytest.mark.parametrize("image", [Sum(), Product(), Product(2**0.5), Fused(), Fused(2**0.5)], ids=lambda i: i.name)
+@pytest.mark.parametrize("image", [Sum(), ScaledSum(), ScaledSum(2**0.5), Fused(), Fused(2**0.5)], ids=lambda i: i.name)
 def test_an_image_is_all_that_noise_can_make_and_no_more(image, deviation):
     every, s = floats16(), np.full(1, deviation)
     with np.errstate(all="ignore"):
         for v in np.array([0.0, 1.0, -0.713, 5.27, 0.0333, -19.3], np.float16):
             if isinstance(image, Fused):
                 made = (float(v) + image.scaled(s, every.dtype).astype(float) * every.astype(float)).astype(np.float16)
-            elif isinstance(image, Product):
+            elif isinstance(image, ScaledSum):
                 made = v + image.scaled(s, every.dtype) * every
             else:
                 made = v + every
-            made, y = (
-                np.unique(made[np.isfinite(made)]),
-                every[(np.abs(every) < 1e3) & (np.abs(every) > 1e-2)],
-            )
+            made, y = (np.unique(made[np.isfinite(made)]), every[(np.abs(every) < 1e3) & (np.abs(every) > 1e-2)])
             there = np.isin(y, made)
             assert np.array_equal(image.possible(y, np.full_like(y, v), s), there)
             assert (isinstance(image, Sum) and not v) or (~there).sum() > 30  # it excludes something
@@ -64,7 +61,7 @@ def test_a_hypothesis_holds_where_it_is_true_and_nowhere_else():
 
     z32 = z.astype(np.float32)
     product, short = (v + np.float32(1.7) * z32), v + 1.7 * z32.astype(float)
-    assert {Sum().name, Product().name} <= names(product)
+    assert {Sum().name, ScaledSum().name} <= names(product)
     assert names(v + (1.7 * z).astype(np.float32)) == {Sum().name}
     assert Fused().name in names(v.astype(float) + np.float64(np.float32(1.7)) * z32)
     assert names(short) == {Short().name}
@@ -109,7 +106,7 @@ class OffLattice(Gaussian):
         return release.value.with_flat((release.value.flat.double() + torch.from_numpy(noise)).float())
 
 
-def decided(method: Method, s: Setting = FEW, sigma: float = 2.0) -> dict[str, tuple[int, int]]:
+def decided(method: Method, s: SupportSetting = FEW, sigma: float = 2.0) -> dict[str, tuple[int, int]]:
     found = attacked(method, neighbours(method, s.trained()), s, sigma)
     return {name: (tally["right"], tally["wrong"]) for name, tally in found.facts().items()}
 
@@ -119,7 +116,7 @@ def named(method: str) -> Method:
 
 
 def test_float_noise_is_decided_with_certainty_and_refuted():
-    v = support.audit(Method(noise=FloatSum()), Setting(repeat=80))
+    v = support.audit(Method(noise=FloatSum()), SupportSetting(repeat=80))
     assert v.planted["releases"] == {"right": 80, "wrong": 0, "undecided": 0, "contradictions": 0}
     assert v.planted["weights"]["right"] > 60 and v.planted["weights"]["wrong"] == 0
     assert v.refuted and v.instrument == support.CERTAINTY and v.bounds["trade-off"]["epsilon"] > v.claimed
@@ -139,7 +136,7 @@ CASES = {
     "matrices": (named("dp-ls"), LESS),
     "groups": (named("group-wise"), LESS),
     "views": (Method(loss=Views(views=2, pad=1)), LESS),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -196,7 +193,7 @@ def test_what_cannot_be_attacked_is_refused():
 OWN = """
 from harness.dp import Method
 from harness.registry import method
-from harness.verify.faults.adapters import FloatSum
+from harness.verify.faults.noises import FloatSum
 
 @method("floats")
 def floats() -> Method:
@@ -211,12 +208,14 @@ def test_the_command_records_and_refutes(tmp_path, capsys):
     assert "REFUTED: releases decide 80 of 80" in capsys.readouterr().out
     (file,) = (tmp_path / "audits").iterdir()
     made = json.loads(file.read_text())
-    assert made["instrument"] == support.INSTRUMENT and made["flagged"] and made["facts"]["releases"]["wrong"] == 0
+    assert (
+        made["instrument"] == SupportSetting.instrument and made["flagged"] and made["facts"]["releases"]["wrong"] == 0
+    )
     assert cli.main(["audit", *request]) == 1 and "recorded before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", [["--canaries", "9"], ["--neighbours"], ["--membership"], ["--rate", "0.5"]], ids=str)
-def test_what_goes_with_nothing_is_told(more, capsys):
+def test_options_that_do_not_go_together_are_refused(more, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["audit", "dp-sgd", "--support", *more])
     assert stopped.value.code == 2 and more[0] in capsys.readouterr().err

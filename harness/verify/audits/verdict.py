@@ -1,11 +1,11 @@
-"""What an audit by coins comes to: the claim, the bounds that guesses of the coins give, and the verdict."""
+"""What audits share: their settings, the claim, the bounds that guesses of coins give, and the verdict."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from harness.dp import cache
 from harness.dp.account import ACCOUNTANTS, Ledger
@@ -24,9 +24,38 @@ from harness.verify.audits.bounds import (
     mistakes,
     rates,
 )
-from harness.verify.audits.canary import Refused
+from harness.verify.audits.canary import AuditTask, Refused
 
 ONE_RUN, RATES, TRADEOFF = INSTRUMENTS = ("one-run", "error rates", "trade-off")
+
+
+@dataclass(frozen=True)
+class AuditSetting:
+    """How to audit: `repeat` runs of `steps` steps on the first `examples` of the task (0 for all), at this `epsilon`.
+
+    `rate` is the expected batch over n, `level` the probability of refuting a true claim. Each instrument has defaults
+    of its own.
+    """
+
+    instrument: ClassVar[str]
+
+    epsilon: float = 3.0
+    delta: float = 1e-5
+    task: str = ""
+    examples: int = 16
+    rate: float = 1.0
+    steps: int = 1
+    repeat: int = 1000
+    seed: int = 0
+    level: float = 0.01
+
+    def targets(self, task: AuditTask) -> int:
+        """How many examples are looked for."""
+        return 1
+
+    def trained(self) -> AuditTask:
+        """The task, with a model whose weights depend on nothing but it and the seed."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -75,28 +104,9 @@ def claim(
     return sigma, accountant, lambda s: cost(method.plan(s, n, batch, steps), delta, relation, accountant)
 
 
-class Coins(Protocol):
-    """What of an audit's setting its bounds depend on."""
-
-    @property
-    def delta(self) -> float:
-        """The delta that epsilon is told at."""
-        ...
-
-    @property
-    def level(self) -> float:
-        """The probability of refuting a true claim."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Of the choice of samples to choose on."""
-        ...
-
-
 def bound(
     sample: Sample,
-    s: Coins,
+    s: AuditSetting,
     plan: Callable[[float], Ledger],
     price: Callable[[float], float],
     sigma: float,
