@@ -27,18 +27,7 @@ def pytest_configure(config):
 
 
 # What takes longest, which begins first: no worker is left alone with it at the end.
-LONG = (
-    "conformance",
-    "audit_neighbours",
-    "robustness",
-    "stages",
-    "engines",
-    "docs",
-    "cli",
-    "faults",
-    "trial",
-    "bench",
-)
+LONG = ("conformance", "audit_neighbours", "robustness", "stages", "engines", "docs", "cli", "faults", "trial", "bench")
 
 
 def pytest_collection_modifyitems(items):

@@ -57,7 +57,4 @@ def test_the_documented_suite_is_valid():
     whole, methods = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "suites.md").read_text(), re.DOTALL)
     assert suite.parse(whole, "suites.md").name == "mine"
     others = whole[: whole.index("[[method]]")] + methods
-    assert [v.then.name for v in suite.parse(others, "suites.md").variants if v.then] == [
-        "dp-sgd",
-        "non-private",
-    ]
+    assert [v.then.name for v in suite.parse(others, "suites.md").variants if v.then] == ["dp-sgd", "non-private"]

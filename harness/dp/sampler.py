@@ -37,7 +37,7 @@ class Sampler:
         """The public number that sums are divided by: the expected batch size, never the realised one."""
         return batch
 
-    def law(self, n: int, batch: int) -> str:
+    def distribution(self, n: int, batch: int) -> str:
         """One line for the record."""
         raise NotImplementedError
 
@@ -55,7 +55,7 @@ class Poisson(Sampler):
     def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
         return PoissonSampledDpEvent(batch / n, event)
 
-    def law(self, n: int, batch: int) -> str:
+    def distribution(self, n: int, batch: int) -> str:
         return f"Poisson, q = {batch / n:.6g}"
 
 
@@ -73,7 +73,7 @@ class Fixed(Sampler):
     def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
         return SampledWithoutReplacementDpEvent(n, batch, event)
 
-    def law(self, n: int, batch: int) -> str:
+    def distribution(self, n: int, batch: int) -> str:
         return f"fixed size without replacement, {batch} of {n}"
 
 
@@ -90,7 +90,7 @@ class Full(Sampler):
     def denominator(self, n: int, batch: int) -> int:
         return n
 
-    def law(self, n: int, batch: int) -> str:
+    def distribution(self, n: int, batch: int) -> str:
         return f"full batch, {n}"
 
 
@@ -120,5 +120,5 @@ class Shuffle(Sampler):
         """Whole batches in an epoch, at least one."""
         return max(1, math.floor(n / batch))
 
-    def law(self, n: int, batch: int) -> str:
+    def distribution(self, n: int, batch: int) -> str:
         return f"shuffled batches of {batch}, not amplified"

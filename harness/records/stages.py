@@ -12,7 +12,7 @@ FACTS = (
 )  # fmt: skip
 
 
-def told(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def stage_facts(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each stage with all of `FACTS`, None where the record does not know one; [] for a run of one stage.
 
     What was to be run is the cell's. A record whose stages lack their sampling distribution is from before they had

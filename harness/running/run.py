@@ -98,7 +98,7 @@ class _Leg:
     @property
     def sampling(self) -> str:
         """The distribution of its batches in words."""
-        return self.method.sampler.law(self.data.n_train, self.schedule.batch)
+        return self.method.sampler.distribution(self.data.n_train, self.schedule.batch)
 
     def facts(self) -> dict[str, Any]:
         """What is known of it before training. Nothing is protected where the data are public."""

@@ -367,12 +367,5 @@ def test_any_file_is_an_error_not_a_traceback(tmp_path: Path) -> None:
 
 
 def test_every_data_set_is_indexed() -> None:
-    assert set(registry.index("dataset")) == {
-        *EMBEDDED,
-        *FILES,
-        *RELABELLED,
-        "npz",
-        "imagefolder",
-        "features",
-    }
+    assert set(registry.index("dataset")) == {*EMBEDDED, *FILES, *RELABELLED, "npz", "imagefolder", "features"}
     assert not registry.broken("dataset")

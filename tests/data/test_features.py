@@ -345,13 +345,7 @@ def renamed(name: str, timm_names: dict[str, str]) -> str:
         }
         return ".".join([outer[parts[0]], *parts[1:]])
     expanded = parts[1] != "0"
-    inner = {
-        "_expand_conv": "conv_pw",
-        "_bn0": "bn1",
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn2",
-        "_bn2": "bn3",
-    }
+    inner = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_bn2": "bn3"}
     first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     part = (inner | {"_project_conv": "conv_pwl"} if expanded else first)[parts[2]]
     return ".".join([timm_names[parts[1]], part, *parts[3:]])

@@ -144,13 +144,7 @@ def test_what_is_documented_as_passed_over_changes_nothing(tmp_path: Path) -> No
     before = data.load(f"imagefolder:{root}")
     for name in ("train/.ipynb_checkpoints", "test/.git", "train/__MACOSX", "train/a/.cache"):
         (root / name).mkdir()
-    for name in (
-        "train/a/._0.png",
-        "train/a/Thumbs.db",
-        "test/.DS_Store",
-        "train/b/readme.txt",
-        "train/labels.csv",
-    ):
+    for name in ("train/a/._0.png", "train/a/Thumbs.db", "test/.DS_Store", "train/b/readme.txt", "train/labels.csv"):
         (root / name).write_bytes(b"\x00junk")
     after = data.load(f"imagefolder:{root}")
     assert after.digest == before.digest == data.digest_of(f"imagefolder:{root}") and after.classes == 2

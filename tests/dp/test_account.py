@@ -64,8 +64,7 @@ def test_published_settings(setting):
 
 
 @pytest.mark.parametrize(
-    ("n", "batch", "epochs", "target", "sigma"),
-    [(50000, 256, 20, 1, 1.400), (60000, 2048, 30, 3, 1.614)],
+    ("n", "batch", "epochs", "target", "sigma"), [(50000, 256, 20, 1, 1.400), (60000, 2048, 30, 3, 1.614)]
 )
 def test_calibration_meets_the_golden_multipliers_and_is_tight(n, batch, epochs, target, sigma, tmp_path):
     steps = epochs * n // batch
@@ -201,14 +200,7 @@ def test_a_million_steps_cost_as_many_computations_as_there_are_distinct_events(
 
 @pytest.mark.parametrize(
     "q, sigma, steps",
-    [
-        (0.01, 0.8, 1001),
-        (0.001, 2.0, 20_000),
-        (0.2, 15.0, 5_000),
-        (1.0, 90.0, 2_000),
-        (0.02, 40.0, 3),
-        (0.9, 1.0, 2),
-    ],
+    [(0.01, 0.8, 1001), (0.001, 2.0, 20_000), (0.2, 15.0, 5_000), (1.0, 90.0, 2_000), (0.02, 40.0, 3), (0.9, 1.0, 2)],
 )
 def test_losses_are_those_of_the_library_to_the_last_bit(q, sigma, steps):
     """They are computed on arrays, and without the integer (number of losses)^steps, which the library computes."""

@@ -200,10 +200,7 @@ def test_no_neighbour_moves_a_release_beyond_its_sensitivity(positions, engine, 
             assert int(found[name].observed.non_finite) == bad
             if bad:
                 for key, r in found[name].releases.items():
-                    assert torch.allclose(r.value.flat, base.releases[key].value.flat, rtol=1e-12), (
-                        name,
-                        key,
-                    )
+                    assert torch.allclose(r.value.flat, base.releases[key].value.flat, rtol=1e-12), (name, key)
         neighbours = (
             [(one, base) for one in found.values()]
             if relation is ADD
@@ -260,10 +257,7 @@ def test_the_noise_of_each_group_is_as_the_allocation_says(allocation):
     assert total["optimal"] == pytest.approx(sigma**2 * float((c * d.sqrt()).sum()) ** 2)
     assert min(total, key=total.__getitem__) == "optimal"
 
-    rule, shape = (
-        GroupWise(by="parameter", allocation=allocation, thresholds=thresholds),
-        layout(a=40_000, b=10_000),
-    )
+    rule, shape = (GroupWise(by="parameter", allocation=allocation, thresholds=thresholds), layout(a=40_000, b=10_000))
     state = rule.init(shape)
     release = Release(
         Tree(shape, torch.zeros(50_000, dtype=torch.float64)), rule.sensitivity(state, ADD), sigma,
@@ -277,9 +271,7 @@ def test_the_noise_of_each_group_is_as_the_allocation_says(allocation):
     assert float(torch.corrcoef(torch.stack([noise["a"][:10_000], noise["b"]]))[0, 1]) == pytest.approx(0, abs=0.05)
 
 
-@given(
-    st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(1, 10**6)), min_size=1, max_size=6),
-)
+@given(st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(1, 10**6)), min_size=1, max_size=6))
 @settings(max_examples=24, deadline=None)
 def test_no_allocation_has_less_noise_in_all_than_the_optimal_one(groups):
     shape = layout(**{str(i): size for i, (_, size) in enumerate(groups)})
@@ -463,9 +455,7 @@ def test_the_clipping_norm_of_auto_s_is_a_factor_of_the_learning_rate():
     """Bu et al.: under SGD with momentum, R is lr * R, with the weight decay divided by it."""
     ends = [
         checks.Subject(
-            Method(clip=Automatic(r), optimizer=SGD(lr, 0.9, weight_decay=decay)),
-            checks.toy_model(),
-            checks.Toy(),
+            Method(clip=Automatic(r), optimizer=SGD(lr, 0.9, weight_decay=decay)), checks.toy_model(), checks.Toy()
         )
         .reached[-1]
         .w.flat
@@ -541,10 +531,7 @@ def test_views_are_crops_of_the_padded_image_and_their_mirror_images():
     counts = [[place[axis] for place in seen].count(value) for axis in (0, 1) for value in range(5)]
     assert all(abs(count - 48) < 5 * math.sqrt(48) for count in counts)
     assert abs([place[2] for place in seen].count(True) - 120) < 5 * math.sqrt(60)
-    for mirrored in (
-        False,
-        True,
-    ):  # of 25 pairs of offsets, about 120 independent draws leave out none or one
+    for mirrored in (False, True):  # of 25 pairs of offsets, about 120 independent draws leave out none or one
         assert len({place[:2] for place in seen if place[2] is mirrored}) > 20
     other = loss.prepare(Batch(x, torch.arange(30)), Stream(1, "views", 1))
     assert not torch.equal(other.x, batch.x)

@@ -198,14 +198,7 @@ def test_what_float32_cannot_add_up_in_a_convolution_is_added_in_float64(rule, n
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(64, 64, 3, bias=False), Corner())
     w, x = Tree.of(trainable(model)), torch.randn(1, 64, 4, 4)
-    for inside, outside in (
-        (1e-36, 1.0),
-        (1e-38, 1e30),
-        (1e-30, 1e37),
-        (1e-7, 1e37),
-        (1e-4, 1e37),
-        (1e30, 1e-30),
-    ):
+    for inside, outside in ((1e-36, 1.0), (1e-38, 1e30), (1e-30, 1e37), (1e-7, 1e37), (1e-4, 1e37), (1e30, 1e-30)):
         far = x * outside
         far[:, :, :3, :3] = x[:, :, :3, :3] * inside
         for scale in (1e-20, 1e-8, 1.0):

@@ -45,10 +45,7 @@ def test_the_numbers_of_the_paper():
     widths = {0.05: 21.8, 0.1: 11.1, 0.15: 8.0, 0.2: 6.5, 0.3: 5.0, 0.6: 3.3}
     for tau, expected in widths.items():
         assert amplified(**OFFICIAL | {"tau": tau}) == pytest.approx(expected, abs=0.05)
-    for share, expected in {
-        1.0: 450,
-        1e-3: 7.77,
-    }.items():  # without a bound on coordinates; with ever more coordinates
+    for share, expected in {1.0: 450, 1e-3: 7.77}.items():  # without a bound on coordinates; with ever more coordinates
         assert amplified(**OFFICIAL | {"share": share}) == pytest.approx(expected, rel=1.1e-3)
     assert amplified(**OFFICIAL | {"tau": 1e-9}) == pytest.approx(6938, abs=0.5)  # no uniform noise to speak of
     assert amplified(**OFFICIAL | {"tau": 1e-9}) == pytest.approx(gaussian_alone(0.335, 0.03, 3400, 1e-5))
@@ -86,15 +83,7 @@ def test_far_moments_are_those_of_the_gaussian_tails(k):
 @settings(max_examples=16)
 def test_it_never_exceeds_the_gaussian_alone_and_wider_is_never_worse(sigma, share, rate, steps, width):
     """`width` is the decimal logarithm of that of the uniform draws, in standard deviations."""
-    run = {
-        "sigma": sigma,
-        "clip": 2.0,
-        "share": share,
-        "batch": 1000 * rate,
-        "n": 1000,
-        "steps": steps,
-        "delta": 1e-6,
-    }
+    run = {"sigma": sigma, "clip": 2.0, "share": share, "batch": 1000 * rate, "n": 1000, "steps": steps, "delta": 1e-6}
     unit = sigma * 2.0 / run["batch"]
     claimed, narrower = (amplified(**run, tau=unit * w) for w in (10**width, 10**width / 2))
     assert math.log(1e6) / 18 <= claimed <= narrower * (1 + 1e-9)

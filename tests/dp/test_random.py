@@ -174,10 +174,7 @@ def test_a_try_is_decided_as_exact_arithmetic_decides_it():
 
 
 @given(
-    sigma=st.floats(1e-3, 1e3),
-    sensitivity=st.floats(1e-6, 1e6),
-    size=st.integers(1, 10**9),
-    value=st.floats(-1e9, 1e9),
+    sigma=st.floats(1e-3, 1e3), sensitivity=st.floats(1e-6, 1e6), size=st.integers(1, 10**9), value=st.floats(-1e9, 1e9)
 )
 def test_a_grid_is_fine_enough_and_what_it_rounds_is_charged(sigma, sensitivity, size, value):
     points = grid(sigma, sensitivity, size)

@@ -21,11 +21,7 @@ class Last(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.layer, self.head = (
-            nn.Embedding(11, 6),
-            nn.GRU(6, 5, batch_first=True),
-            nn.Linear(5, 3),
-        )
+        self.embed, self.layer, self.head = (nn.Embedding(11, 6), nn.GRU(6, 5, batch_first=True), nn.Linear(5, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.layer(self.embed(x))[0][:, -1])

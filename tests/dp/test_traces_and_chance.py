@@ -288,9 +288,7 @@ def test_a_model_without_trained_parameters_is_named() -> None:
     [Centred, lambda: Centred(500), Hooked, Graded, Ranged, Selective]
     + [partial(Hidden, place) for place in ("weak", "method", "class")],
 )
-def test_what_a_model_keeps_of_examples_beyond_the_next_batch_is_refused(
-    build: Callable[[], nn.Module],
-) -> None:
+def test_what_a_model_keeps_of_examples_beyond_the_next_batch_is_refused(build: Callable[[], nn.Module]) -> None:
     with pytest.raises(ValueError, match="keeps something of the examples"):
         check(build(), (8,), 3)
     for engine in (Loop(), Ghost(), BookKeeping(), Vmap()):

@@ -108,25 +108,13 @@ def test_what_decides_sums_to_the_bit_decides_the_noise(tmp_path: Path, monkeypa
     monkeypatch.setattr(running.numpy, "__version__", "0")
     assert len({here, running.setting(one, "cpu", 1), *others}) == 5
     released = []
-    for engine, sigma in (
-        (BookKeeping(), 1.0),
-        (BookKeeping(), 1.1),
-        (Loop(), 1.0),
-        (Chosen(), 1.0),
-        (Other(), 1.0),
-    ):
+    for engine, sigma in ((BookKeeping(), 1.0), (BookKeeping(), 1.1), (Loop(), 1.0), (Chosen(), 1.0), (Other(), 1.0)):
         model, method = nn.Linear(2, 2), Method(engine=engine, sampler=Full(), optimizer=SGD(1.0))
         nn.init.zeros_(model.weight)
         nn.init.zeros_(model.bias)
         still = SimpleNamespace(n_train=4, batch=lambda indices: (torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)))
         end = train(
-            method,
-            model,
-            still,
-            sigma,
-            Schedule(1, 4, 1),
-            Seeds(one, attempt=1, code=""),
-            start(method, model, 1),
+            method, model, still, sigma, Schedule(1, 4, 1), Seeds(one, attempt=1, code=""), start(method, model, 1)
         )
         released.append(end.w.flat[:4] / sigma)
     assert len({tuple(w.tolist()) for w in released}) == 5
@@ -262,10 +250,7 @@ def test_two_cells_of_one_id_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     here, there = tmp_path / "here", tmp_path / "there"
     put(here, one)
     put(there, two)
-    assert [len(getattr(jobs.select([one], here, "fashion"), name)) for name in ("done", "conflicts")] == [
-        1,
-        0,
-    ]
+    assert [len(getattr(jobs.select([one], here, "fashion"), name)) for name in ("done", "conflicts")] == [1, 0]
     asked = jobs.select([two], here, "fashion", retry=True, rerun_stale=True)
     assert not asked.todo and not asked.done and "another cell with the same id" in asked.conflicts[0].reason
     asked = jobs.select([one, two], tmp_path / "empty", "fashion")

@@ -247,15 +247,8 @@ def test_who_fails_tells_neither_why_nor_how_far_it_came(status: str, why: str, 
     record["status"] = status
     ends = []
     for reason, count in ((why, steps), (other, steps + 1)):
-        made = json.loads(json.dumps(record)) | {
-            "reason": reason,
-            "finished": f"2026-01-02T00:00:0{count}+00:00",
-        }
-        made["privacy"] |= {
-            "ledger": [[{"type": "NoOpDpEvent"}, count]],
-            "epsilon": count / 9,
-            "spent": {"pld": count},
-        }
+        made = json.loads(json.dumps(record)) | {"reason": reason, "finished": f"2026-01-02T00:00:0{count}+00:00"}
+        made["privacy"] |= {"ledger": [[{"type": "NoOpDpEvent"}, count]], "epsilon": count / 9, "spent": {"pld": count}}
         made["measured"]["wall_seconds"] = count
         made["privacy"]["noise_multiplier"] = 1.0  # where it was skipped, it was by an engine at work
         ends.append(public.view(made))

@@ -189,7 +189,7 @@ def test_a_run_that_diverges_in_the_second_stage_says_what_came_of_the_first(who
 
 def test_an_earlier_record_says_of_each_stage_what_is_known(whole):
     record = json.loads(json.dumps(whole[0]))
-    today = stages.told(record)
+    today = stages.stage_facts(record)
     assert [one["batch"] for one in today] == [128, 128] and None not in today[0]["sensitivity"].values()
     first, second = record["stages"]
     record["privacy"]["sensitivity"] = second["sensitivity"]
@@ -204,20 +204,9 @@ def test_an_earlier_record_says_of_each_stage_what_is_known(whole):
         for one in (first, second)
     ]
     assert list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(record)) == []
-    old = stages.told(record)
+    old = stages.stage_facts(record)
     known = [{key for key in now if one[key] is not None} for one, now in zip(old, today, strict=True)]
-    asked = {
-        "method",
-        "parameters",
-        "parts",
-        "trains",
-        "data",
-        "public",
-        "batch",
-        "steps",
-        "epochs",
-        "relation",
-    }
+    asked = {"method", "parameters", "parts", "trains", "data", "public", "batch", "steps", "epochs", "relation"}
     spent = {"spent", "accountant", "epsilon"}
     # Only what was the first stage's, and only what was the second's; speeds and fractions were of both.
     assert known[0] == asked | spent | {"sampling"}
@@ -226,9 +215,9 @@ def test_an_earlier_record_says_of_each_stage_what_is_known(whole):
         same = {key for key in now if one[key] is not None} - {"engine", "microbatch"}
         assert {key: one[key] for key in same} == {key: now[key] for key in same}
     record["cell"]["then"]["schedule"]["batch"] = 64
-    assert stages.told(record)[1]["sampling"] is None, "it had another law, which nobody noted"
+    assert stages.stage_facts(record)[1]["sampling"] is None, "it had another law, which nobody noted"
     del record["cell"]["then"]
-    assert stages.told(record) == []
+    assert stages.stage_facts(record) == []
 
 
 @pytest.mark.parametrize(("then", "which"), [(HEAD, "whole"), (ALL, "tuned")], ids=["head", "all"])

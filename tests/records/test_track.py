@@ -162,10 +162,7 @@ def test_what_is_private_stays_behind_and_so_does_the_clock(tmp_path: Path) -> N
     assert tracker.close(120) == 0
     (name,) = found = content(uri)
     assert name == FIRST and found[name]["metrics"]["accuracy"] == [(step, 0.5) for step in (10, 20, 30, 40)]
-    private = {
-        "loss",
-        *(f"final/{key}" for key in ("clipped_fraction", "examples_per_second", "wall_seconds")),
-    }
+    private = {"loss", *(f"final/{key}" for key in ("clipped_fraction", "examples_per_second", "wall_seconds"))}
     assert not found[name]["metrics"].keys() & private and "final/loss" in found[name]["metrics"]  # on the test data
     client = MlflowClient(tracking_uri=uri)
     (run,) = client.search_runs([client.get_experiment_by_name("core").experiment_id])

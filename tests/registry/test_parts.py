@@ -7,21 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.dp import (
-    EMA,
-    SGD,
-    Adam,
-    Fixed,
-    Flat,
-    Full,
-    Gaussian,
-    Poisson,
-    Relation,
-    Release,
-    Shuffle,
-    Tree,
-    Unclipped,
-)
+from harness.dp import EMA, SGD, Adam, Fixed, Flat, Full, Gaussian, Poisson, Relation, Release, Shuffle, Tree, Unclipped
 from harness.dp.random import Stream
 
 ADD = Relation.ADD_OR_REMOVE
@@ -107,10 +93,7 @@ def test_the_other_samplers_draw_what_they_say():
         (SGD(0.3, 0.9, weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.3, momentum=0.9, weight_decay=0.1)),
         (SGD(0.3, 0.8, nesterov=True), lambda p: torch.optim.SGD(p, 0.3, momentum=0.8, nesterov=True)),
         (Adam(0.01), lambda p: torch.optim.Adam(p, 0.01)),
-        (
-            Adam(0.01, 0.8, 0.9, weight_decay=0.1),
-            lambda p: torch.optim.AdamW(p, 0.01, (0.8, 0.9), weight_decay=0.1),
-        ),
+        (Adam(0.01, 0.8, 0.9, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 0.01, (0.8, 0.9), weight_decay=0.1)),
     ],
 )
 def test_optimizers_are_those_of_torch(ours, theirs):
@@ -152,13 +135,7 @@ def test_flat_clipping_bounds_every_contribution(norms, clip):
 
 
 def test_parts_refuse_impossible_values():
-    for bad in (
-        lambda: Flat(0.0),
-        lambda: Flat(math.inf),
-        lambda: SGD(-1),
-        lambda: SGD(0.1, 1.0),
-        lambda: EMA(1.0),
-    ):
+    for bad in (lambda: Flat(0.0), lambda: Flat(math.inf), lambda: SGD(-1), lambda: SGD(0.1, 1.0), lambda: EMA(1.0)):
         with pytest.raises(ValueError, match=r"must|needs"):
             bad()
     with pytest.raises(ValueError, match="nesterov needs"):

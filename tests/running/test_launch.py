@@ -216,9 +216,4 @@ def test_progress_tells_rate_and_time_left() -> None:
     assert half.pace == "6.0 runs/min, 30 s left"
     assert progress.Progress(0, 6, 0.0, 30.0).pace == ""
     assert progress.Progress(0, 1, 0.75, 30.0, before=0.5).pace == "0.5 runs/min, 30 s left"
-    assert [progress.duration(s) for s in (0.44, 12, 200, 7500)] == [
-        "0.4 s",
-        "12 s",
-        "3 min 20 s",
-        "2 h 05 min",
-    ]
+    assert [progress.duration(s) for s in (0.44, 12, 200, 7500)] == ["0.4 s", "12 s", "3 min 20 s", "2 h 05 min"]

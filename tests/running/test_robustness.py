@@ -45,24 +45,8 @@ SUITE = ROOT / "suites" / "smoke.toml"
 # What code does to the machine, seen by the interpreter itself ------------------------------------------------------
 
 _watched: list[tuple[str, str]] | None = None
-_EXECUTES = {
-    "subprocess.Popen",
-    "os.system",
-    "os.exec",
-    "os.posix_spawn",
-    "pickle.find_class",
-    "socket.connect",
-}
-_CHANGES = {
-    "os.remove",
-    "os.rename",
-    "os.link",
-    "os.symlink",
-    "os.mkdir",
-    "os.rmdir",
-    "os.truncate",
-    "shutil.rmtree",
-}
+_EXECUTES = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class", "socket.connect"}
+_CHANGES = {"os.remove", "os.rename", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -95,13 +79,7 @@ def contained(folder: Path) -> Iterator[None]:
         seen, _watched = _watched, None
     # Importing torch asks the linker which libraries there are.
     seen = [one for one in seen if "/sbin/ldconfig" not in one[1]]
-    caches = (
-        "__pycache__",
-        ".pyc",
-        str(Path.home() / ".cache"),
-        os.environ["EPSBENCH_TESTS_SHARED"],
-        "/dev/null",
-    )
+    caches = ("__pycache__", ".pyc", str(Path.home() / ".cache"), os.environ["EPSBENCH_TESTS_SHARED"], "/dev/null")
     bad = [(e, p) for e, p in seen if e in _EXECUTES or not (p.startswith(str(folder)) or any(c in p for c in caches))]
     assert not bad, bad
 
@@ -121,11 +99,7 @@ def tree(folder: Path) -> dict[str, bytes | str]:
 def commands(folder: Path, *requests: str) -> None:
     """Each ends with an exit code; whatever else it raises is a traceback and fails the test."""
     for request in requests:
-        assert cli.main([*request.split(), "--results", str(folder)]) in (
-            cli.OK,
-            cli.FAILED,
-            cli.USER_ERROR,
-        ), request
+        assert cli.main([*request.split(), "--results", str(folder)]) in (cli.OK, cli.FAILED, cli.USER_ERROR), request
 
 
 # Malformed input ----------------------------------------------------------------------------------------------------
@@ -135,9 +109,7 @@ SCALARS = (
     | st.sampled_from([10**400, -1, "\ud800", "\x1b[2J", "9999-99-99", "../../x", "$(touch x)", "{{ 7 * 7 }}", {}, []])
 )  # fmt: skip
 VALUES = st.recursive(
-    SCALARS,
-    lambda v: st.lists(v, max_size=2) | st.dictionaries(st.text(max_size=3), v, max_size=2),
-    max_leaves=4,
+    SCALARS, lambda v: st.lists(v, max_size=2) | st.dictionaries(st.text(max_size=3), v, max_size=2), max_leaves=4
 )
 
 
@@ -207,13 +179,7 @@ def test_a_record_is_used_or_quarantined_and_the_others_are_shown(
     found = store.load(results)
     assert len(found) + len(found.broken) == 2 and good in found
     with contained(home):
-        commands(
-            results,
-            "status",
-            f"show {good['id']}",
-            f"show {bad.parent.name}",
-            f"show {bad.parent.name} --json",
-        )
+        commands(results, "status", f"show {good['id']}", f"show {bad.parent.name}", f"show {bad.parent.name} --json")
         assert cli.main(["merge", str(results), "--results", str(home / "all")]) in (cli.OK, cli.FAILED)
         assert good["id"] in report.top_rows([]) + "".join(r["id"] for r in store.load(home / "all"))
         report.top_rows(store.current(found))
@@ -740,14 +706,7 @@ def test_kill_9_at_seven_moments_of_a_run_ends_in_the_same_bits(
 
     def begun(results: Path) -> tuple[int, Path]:
         folder = results / "tiny" / cell.id
-        task = {
-            "cell": cell.to_json(),
-            "folder": str(folder),
-            "suite": "tiny",
-            "jobs": 1,
-            "target": "",
-            "code": None,
-        }
+        task = {"cell": cell.to_json(), "folder": str(folder), "suite": "tiny", "jobs": 1, "target": "", "code": None}
         return _start(lambda: child._locked_child(task, folder)), folder
 
     whole, there = begun(tmp_path / "whole")

@@ -69,14 +69,7 @@ def run(method: Method, steps: int = 12, sigma: float = 1.0, **kwargs):
     model = net()
     progress = kwargs.pop("progress", None) or start(method, model, 12)
     return train(
-        method,
-        model,
-        Toy(),
-        sigma,
-        Schedule(steps, 10, 4, **kwargs.pop("schedule", {})),
-        SEEDS,
-        progress,
-        **kwargs,
+        method, model, Toy(), sigma, Schedule(steps, 10, 4, **kwargs.pop("schedule", {})), SEEDS, progress, **kwargs
     )
 
 
@@ -85,12 +78,7 @@ def streams(seed: int = 0) -> Streams:
 
 
 def test_the_ledger_is_the_plan():
-    for method in (
-        Method(),
-        Method(optimizer=Adam(), path=EMA()),
-        Method(sampler=Full()),
-        Method(noise=NoNoise()),
-    ):
+    for method in (Method(), Method(optimizer=Adam(), path=EMA()), Method(sampler=Full()), Method(noise=NoNoise())):
         assert run(method, steps=9).ledger == method.plan(1.0, 60, 10, 9)
     assert run(Method(), steps=9).ledger.entries == [(PoissonSampledDpEvent(10 / 60, GaussianDpEvent(1.0)), 9)]
 
@@ -145,10 +133,7 @@ def test_learning_rate_zero_leaves_the_weights():
 @pytest.mark.usefixtures("equal_noise")
 def test_the_microbatch_changes_nothing():
     def without_dropout(microbatch):
-        method, model = (
-            Method(engine=Vmap(microbatch=microbatch)),
-            net().apply(lambda m: setattr(m, "p", 0.0)),
-        )
+        method, model = (Method(engine=Vmap(microbatch=microbatch)), net().apply(lambda m: setattr(m, "p", 0.0)))
         return train(method, model, Toy(), 1.0, Schedule(12, 10, 4), SEEDS, start(method, model, 12)).w.flat
 
     reference = without_dropout(None)

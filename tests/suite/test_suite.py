@@ -120,10 +120,7 @@ def problems(text: str) -> list[str]:
 def ids(cells: list[Cell]) -> dict[str, dict[str, str]]:
     """What golden/ids.json holds: a readable name of each cell, to its id and group."""
     return {
-        f"{c.label} on {c.task['name']}, epsilon {c.privacy['epsilon']}, seed {c.seed}": {
-            "id": c.id,
-            "group": c.group,
-        }
+        f"{c.label} on {c.task['name']}, epsilon {c.privacy['epsilon']}, seed {c.seed}": {"id": c.id, "group": c.group}
         for c in cells
     }
 
@@ -684,11 +681,7 @@ def test_a_reduced_profile_is_another_suite_of_the_same_methods(cells: list[Cell
     text = TEXT.replace("lr = 0.01\n", "lr = 0.01\nepsilon = 1.0\n") + REDUCED
     assert ids(suite.parse(TEXT + REDUCED).cells()) == ids(cells)  # it changes nothing in the suite
     small = suite.parse(text, reduced=True)
-    assert (small.name, small.question, small.reduced) == (
-        "pinned-reduced",
-        "Which ids?",
-        "two steps on the digits",
-    )
+    assert (small.name, small.question, small.reduced) == ("pinned-reduced", "Which ids?", "two steps on the digits")
     assert [(task.name, task.schedule["batch"], task.schedule["steps"]) for task in small.tasks] == [
         ("digits/mlp (reduced)", 32, 2), ("mnist1d/logistic (reduced)", 32, 3),
     ]  # fmt: skip
@@ -894,10 +887,7 @@ def test_a_method_may_be_for_some_targets_only():
     ]
     for bad, message in (
         (two.replace("= 3.0", "= 1.0", 1), 'two methods are labelled "dp-sgd"'),
-        (
-            two.replace("epsilon = 3.0", "epsilon = 4.0"),
-            "epsilon 4 is no target of this suite; [privacy] has 1, 3.",
-        ),
+        (two.replace("epsilon = 3.0", "epsilon = 4.0"), "epsilon 4 is no target of this suite; [privacy] has 1, 3."),
         (two.replace("epsilon = 1.0", "epsilon = [1.0, 1.0]"), "1.0 is given twice"),
         ('[[method]]\nname = "non-private"\nepsilon = 1.0\n', 'trains without privacy; leave "epsilon" out'),
     ):

@@ -177,12 +177,7 @@ def test_the_documented_model_and_data_work_in_every_command(tmp_path: Path) -> 
     (tmp_path / "main.py").write_text(main)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "EPSBENCH_NATIVE": "0"}
     done = subprocess.run(
-        [sys.executable, "main.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "main.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("nothing is wrong", "1 runs finished: ok 1", "done  1  ok 1", "1 records in"):

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     from harness.records.field import Private
     from harness.records.record import Diagnostics, Measured
     from harness.records.schema import names
-    from harness.records.stages import told
+    from harness.records.stages import stage_facts
     from harness.report.model import runs as read
     from harness.report.model import words
     from harness.running import progress
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         row("origin", line)
     method, given = cell["method"], cell["method"].get("with") or {}
     own = {name: value for name, value in (method.get("parameters") or {}).items() if name not in given}
-    stages = told(record)
+    stages = stage_facts(record)
     if not stages:
         row("method", f"{method['name']}({pairs(own, 6)})")
     if given:  # a parameter of the same name was for the part that this one replaces

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.records import origin, public
-from harness.records.stages import told
+from harness.records.stages import stage_facts
 from harness.report.model.fields import (
     Fields,
     RecordLike,
@@ -252,7 +252,7 @@ def _trace(points: Any) -> tuple[LogPoint, ...]:
 
 def _run(record: RecordLike) -> Run:
     f = Fields({**record, "diagnostics": public.diagnostics(record)})
-    stages = tuple(StageFacts.of(Fields(one)) for one in told(record))
+    stages = tuple(StageFacts.of(Fields(one)) for one in stage_facts(record))
     status = f.text("status", "crashed")
     target = f.number("cell.privacy.epsilon")
     claimed, claim = _claim(f.any("privacy.claimed"))

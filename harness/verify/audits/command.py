@@ -98,7 +98,7 @@ def audit(method: Method, s: CanarySetting, sigma: float | None = None, task: Au
         "count": planted.count, "layers": planted.layers, "model": "chain" if planted.chained else "gated",
         "reach": round(reach, 4),
         "mean_reach": round(float(np.mean(reaches)), 4), "in": int(sample.inside.sum()), "samples": len(sample),
-        "n": n, "batch": batch, "sampling": method.sampler.law(n, batch), "engine": engine,
+        "n": n, "batch": batch, "sampling": method.sampler.distribution(n, batch), "engine": engine,
     }  # fmt: skip
     return Verdict(price(sigma), accountant, sigma, bounds, facts)
 

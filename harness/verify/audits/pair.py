@@ -350,6 +350,6 @@ def audit(
     facts = {
         **pair.story, "reach": round(first, 4), "mean_reach": round(float(np.mean(reaches)), 4),
         "in": int(sample.inside.sum()), "samples": len(sample), "n": n, "batch": batch,
-        "sampling": method.sampler.law(n, batch),
+        "sampling": method.sampler.distribution(n, batch),
     }  # fmt: skip
     return Verdict(price(sigma), accountant, sigma, bounds, facts)

@@ -427,7 +427,7 @@ def verdict(attack: Attack, s: SupportSetting, price: Callable[[float], float], 
         "weights_unseen": attack.unseen,
         "images": {name: [*(i.name for i in images), End.name] for name, images in attack.images.items()},
         "in": int(inside.sum()), "samples": len(inside), "n": o.pair.n_train, "batch": o.batch,
-        "sampling": o.method.sampler.law(o.pair.n_train, o.batch),
+        "sampling": o.method.sampler.distribution(o.pair.n_train, o.batch),
     }  # fmt: skip
     return Verdict(price(o.sigma), accountant, o.sigma, bounds, facts)
 

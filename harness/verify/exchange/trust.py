@@ -336,7 +336,7 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
     if len(relations) != 1 and ok:
         raise _Denied("its stages are analysed for different neighbours, and its status is ok")
     _demand("privacy.relation", recorded, *relations, *(() if ok else (cell.privacy["relation"],)))
-    sampling = [stage.method.sampler.law(n, stage.batch) for stage in private]
+    sampling = [stage.method.sampler.distribution(n, stage.batch) for stage in private]
     older = [sampling[0]] if cell.then else []  # records knew the first stage's law alone before stages had theirs
     _demand("privacy.sampling", privacy["sampling"], run.joined(sampling), *older, *([] if ok else [None]))
     sigma = privacy.get("noise_multiplier")
@@ -368,37 +368,33 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
 
 def _stated(record: store.Record, cell: Cell) -> None:
     """What else a record says of its privacy: compared where it follows from the cell, and their word where not."""
-    privacy, ok, n = record["privacy"], record["status"] == "ok", cell.task["n_train"]
+    privacy, ok = record["privacy"], record["status"] == "ok"
     if (bits := (record.get("randomness") or {}).get("dropout_bits")) is not None:
         _demand("randomness.dropout_bits", bits, secrecy(torch.device((record.get("device") or {})["kind"])))
-    methods = _methods(cell)
-    _, private = _cell_stages(cell, methods)
-    held_out = cell.task["evaluate"] == "validation"
+    private, held_out = _cell_stages(cell, _methods(cell))[1], cell.task["evaluate"] == "validation"
     judged = [k for k, stage in enumerate(private, 1) if held_out or stage.method.loss.probes]
-    if "privately_judged" in privacy:
-        _demand("privacy.privately_judged", privacy["privately_judged"], judged)
+    _demand("privacy.privately_judged", privacy.get("privately_judged", judged), judged)
     words: list[str] = []
     places = (record["stages"][: len(private)] if cell.then else [privacy]) if ok else []
     for k, (recorded, stage) in enumerate(zip(places, private, strict=False), 1):
-        where, method = f"stages.{k}" if cell.then else "privacy", stage.method
-        if recorded.get("sensitivity") is None and not cell.then:
+        where, method, none = f"stages.{k}" if cell.then else "privacy", stage.method, not recorded.get("sensitivity")
+        if none and not cell.then:
             raise _Denied("privacy.sensitivity is null, and its status is ok")
-        if not cell.private or recorded.get("sensitivity") is None:
+        if none or not cell.private:
             continue
         releases = method.engine.split(method.clip, privacy["noise_multiplier"], stage.steps - 1)
         _demand(f"the names in {where}.sensitivity", sorted(recorded["sensitivity"]), sorted(releases))
         note = method.engine.note(method.loss, method.clip, stage.batch, method.sampler.relation)
         # An engine may have a bound of its own, and so has what is released beside gradients.
         exact = isinstance(method.engine, PerExample) and _rule_bound(stage) is not None and len(releases) == 1
-        words += [] if exact else [f"{where}.sensitivity"]
+        words += [f"{where}.sensitivity"] * (not exact)
         words += [f"{where}.sensitivity_note"] * (recorded.get("sensitivity_note") != note)
     if privacy.get("accounting"):
         terms = cell.privacy["delta"], Relation(privacy["relation"])
-        ledger = plan(private, privacy.get("noise_multiplier") or 0.0, n)
+        ledger = plan(private, privacy.get("noise_multiplier") or 0.0, cell.task["n_train"])
         quick = not MOST_EPSILON < epsilon(ledger, *terms, "rdp") < math.inf
         words += ["privacy.accounting"] * (not quick or privacy["accounting"] != explain(ledger, *terms))
-    words += ["privacy.claimed"] * (privacy.get("claimed") is not None)
-    if words:
+    if words := words + ["privacy.claimed"] * (privacy.get("claimed") is not None):
         raise _Unknown(f"what stands in {', '.join(words)} cannot be computed again here, and is its word")
 
 
@@ -428,7 +424,7 @@ def _stages(
             "method": names[k], "data": tasks[k]["dataset"], "public": public, "batch": stage.batch,
             "steps": stage.steps, "trains": "all" if k == 0 else cell.then["trains"],
             "epochs": stage.batch * stage.steps / tasks[k]["n_train"],
-            "sampling": stage.method.sampler.law(tasks[k]["n_train"], stage.batch),
+            "sampling": stage.method.sampler.distribution(tasks[k]["n_train"], stage.batch),
             "relation": None if public else stage.method.sampler.relation.value,
         }  # fmt: skip
         for name, value in known.items():

@@ -580,11 +580,7 @@ class PackedGru(nn.Module):
 class LearnedState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.g, self.o, self.h = (
-            nn.GRU(2, 5, batch_first=True),
-            nn.Linear(5, 3),
-            nn.Parameter(torch.ones(1, 1, 5)),
-        )
+        self.g, self.o, self.h = (nn.GRU(2, 5, batch_first=True), nn.Linear(5, 3), nn.Parameter(torch.ones(1, 1, 5)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.o(self.g(x.view(-1, 3, 2), self.h.expand(-1, len(x), -1).contiguous())[1][-1])

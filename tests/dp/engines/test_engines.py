@@ -539,8 +539,7 @@ def test_any_linear_layer_and_its_sums(examples, positions, d, p, extra):
     index = torch.randint(0, p, (examples, extra))
     onehot = F.one_hot(index, p).double()
     agree(
-        Outer(a, b) + Lookup(index, c, p),
-        torch.einsum("btp,btd->bpd", b, a) + torch.einsum("btp,btd->bpd", onehot, c),
+        Outer(a, b) + Lookup(index, c, p), torch.einsum("btp,btd->bpd", b, a) + torch.einsum("btp,btd->bpd", onehot, c)
     )
     agree(Lookup(index, c, p) + Lookup(index, c, p), 2 * torch.einsum("btp,btd->bpd", onehot, c))
 

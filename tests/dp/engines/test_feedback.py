@@ -13,19 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from harness import data, models
-from harness.dp import (
-    SGD,
-    Batch,
-    CrossEntropy,
-    Feedback,
-    Flat,
-    Method,
-    Plain,
-    Relation,
-    Tree,
-    Unclipped,
-    Views,
-)
+from harness.dp import SGD, Batch, CrossEntropy, Feedback, Flat, Method, Plain, Relation, Tree, Unclipped, Views
 from harness.dp.engines import feedback
 from harness.dp.engines.engine import Unserved, trainable
 from harness.running.train import Schedule, evaluate, start, train
@@ -99,10 +87,7 @@ def by_hand(engine: Feedback, model: nn.Sequential, x: Tensor, y: Tensor) -> Ten
                     total[f"{j}.bias"] += (d * a[1]).sum(0)
                     continue
                 a = unfolded(modules[j], inputs[j])
-                a = clip(
-                    torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1) if has_bias else a,
-                    engine.activation,
-                )
+                a = clip(torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1) if has_bias else a, engine.activation)
                 product = d.T @ a
                 if has_bias:
                     total[f"{j}.bias"] += product[:, -1]

@@ -188,10 +188,7 @@ def test_without_clipping_it_is_the_gradient_of_the_loss() -> None:
     loss, batch = InfoNCE(0.3), Batch(x, torch.zeros(5))
     grads = torch.autograd.grad(loss.of(model, batch).sum(), list(model.parameters()))
     torch.testing.assert_close(
-        flat(released(x, model, Unclipped(), 0.3)),
-        torch.cat([g.reshape(-1) for g in grads]),
-        rtol=1e-9,
-        atol=1e-12,
+        flat(released(x, model, Unclipped(), 0.3)), torch.cat([g.reshape(-1) for g in grads]), rtol=1e-9, atol=1e-12
     )
     observed = released(x, model, Unclipped(), 0.3).observed
     torch.testing.assert_close(observed.losses, loss.of(model, batch).detach())
@@ -270,11 +267,7 @@ def worst(n: int, tau: float) -> Scene:
     scene.z, scene.g = torch.full_like(scene.z, -s), -line.expand_as(scene.g).clone()
     for last, sign in ((n - 1, 1.0), (n, -1.0)):
         scene.z[: n - 1, last], scene.z[last, : n - 1] = s, s
-        scene.g[: n - 1, last], scene.g[last, : n - 1], scene.g[last, last] = (
-            sign * line,
-            sign * line,
-            -sign * line,
-        )
+        scene.g[: n - 1, last], scene.g[last, : n - 1], scene.g[last, last] = (sign * line, sign * line, -sign * line)
     return scene
 
 
