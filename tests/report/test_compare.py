@@ -168,7 +168,7 @@ def test_the_command_and_its_exit_codes(
     (broken / "record.json").write_text("{")
     assert code("before same") == cli.OK and "quarantined: same/core/eeeeeeeeeeee" in capsys.readouterr().out
     wrong = {
-        "before nowhere": "before is a folder and nowhere is none",
+        "before nowhere": "before is a folder and nowhere is not",
         "dp-sgd dp-adam --results before": "no record is of such a method",
         "dp-sgd dp-sgd --results nowhere": "holds no records to compare",
         "before after --threshold -1": "no threshold",
