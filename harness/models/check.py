@@ -58,12 +58,14 @@ def check(
             if found := remembered(model, x, called, many):
                 owner = model.get_submodule(found.path)
                 raise CrossExampleLayer(found.path or WHOLE, type(owner).__name__, str(found), FORGET)
-            if how := changed(model, x, called, many):
-                raise CrossExampleLayer(WHOLE, type(model).__name__, how, FORGET)
+            how = changed(model, x, called, many)
             for draw in draws:
                 mixing.probe(model, classes, draw)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         reading.probe(model, draws[0](1), {name: t for name, t in values.items() if name in trained})
+        # Last: the others say more precisely what a model does, where they see it.
+        if how:
+            raise CrossExampleLayer(WHOLE, type(model).__name__, how, FORGET)
 
 
 def _shaken(model: nn.Module) -> dict[str, Tensor]:

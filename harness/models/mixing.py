@@ -132,7 +132,7 @@ def _separable(model: nn.Module, x: Tensor, many: Tensor) -> None:
 
     # What cannot be differentiated shows in another place, by its reason.
     with suppress(RuntimeError):
-        for batch, size, draws in ((x, 1, DRAWS), (many[-SEVERAL:], 2 * PROBE, 2)):
+        for batch, size, draws in ((x, 1, DRAWS), (many[-SEVERAL:], 2 * PROBE, 3)):
             name = mixed(values, leaves, Batch(batch, batch.new_zeros(len(batch))), ROUGH, size, draws)
             if name:
                 raise CrossExampleLayer(

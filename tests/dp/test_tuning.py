@@ -153,7 +153,7 @@ def test_a_record_says_what_the_search_cost(tmp_path):
     schema = json.loads((ROOT / "docs/record.schema.json").read_text())
     for record in (private, free):
         for room in ("privacy", "cell"):
-            terms = {"$defs": schema["$defs"], "$ref": f"#/$defs/{room}"}
+            terms = {"$defs": schema["$defs"], "$ref": f"#/$defs/{room.capitalize()}"}
             jsonschema.Draft202012Validator(terms).validate(record[room])
     told = private["privacy"]["epsilon_with_tuning"]
     ledger = Ledger.from_json(private["privacy"]["ledger"])

@@ -387,7 +387,7 @@ class Remembering(nn.Module):
     ("module", "message"),
     [
         (Large(), r'module "1\.1" \(Large\).*batch of \d+'), (Rescue(1e3), "Rescue"), (Rescue(1e6), "Rescue"),
-        (Unless(), "Unless"), (Remembering(), "keeps something of the examples"),
+        (Unless(), "Unless"), (Remembering(), "second pass"),
         (nn.RReLU(), r'"1\.1" .RReLU. draws random numbers'),
     ],
 )  # fmt: skip

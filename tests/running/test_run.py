@@ -13,7 +13,7 @@ from harness.running.run import execute
 from tests.support import ROOT
 
 SCHEMA = json.loads((ROOT / "docs" / "record.schema.json").read_text())
-VALIDATOR = jsonschema.Draft202012Validator(SCHEMA | SCHEMA["$defs"]["Privacy"])
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA | {"$ref": "#/$defs/Privacy"})
 SUITE = """
 [suite]
 name = "kill"
@@ -58,7 +58,7 @@ def test_what_cannot_run_is_a_record_with_a_reason(tmp_path):
     assert record["status"] == "skipped"
     assert "analysed for add-or-remove neighbours, and the suite asks for replace-one" in record["reason"]
     wild = SUITE.format(method="non-private", steps=40) + "lr = 3e38\n"
-    record = execute(suite.parse(wild, "kill.toml").cells()[0], tmp_path, "kill")
+    record = execute(suite.parse(wild, "kill.toml").cells()[0], tmp_path / "wild", "kill")
     assert record["status"] == "diverged" and "not finite" in record["reason"] and record["metrics"] == {}
 
 

@@ -129,8 +129,11 @@ def test_a_single_method_is_shown_line_by_line(tmp_path, capsys):
 
 
 def test_requests_that_make_no_sense_are_refused(tmp_path, capsys):
-    for arguments in ([], ["dp-sgd", "--docs", "x.md"], ["dp-sgd", "--repeat", "0"]):
+    for arguments in ([], ["dp-sgd", "--docs", "x.md"]):
         assert cli.main(["check", *arguments, "--results", str(tmp_path / "none")]) == cli.USER_ERROR
+    with pytest.raises(SystemExit) as end:
+        cli.main(["check", "dp-sgd", "--repeat", "0", "--results", str(tmp_path / "none")])
+    assert end.value.code == cli.USER_ERROR
     assert not (tmp_path / "none").exists()
 
 

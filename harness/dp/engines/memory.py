@@ -204,7 +204,8 @@ def _pass(model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tenso
         # What cannot be differentiated shows by itself.
         with suppress(RuntimeError):
             found = torch.autograd.grad(outputs.float().sum(), trained, allow_unused=True)
-            return outputs.detach().clone(), torch.cat([g.flatten().double() for g in found if g is not None])
+            reached = [g.flatten().double() for g in found if g is not None]
+            return outputs.detach().clone(), torch.cat(reached) if reached else None
     return outputs.detach().clone(), None
 
 
@@ -257,7 +258,7 @@ def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
         enclosed = [(name, cell.cell_contents) for name, cell in zip(names, cells, strict=True) if _filled(cell)]
         defaults = [*enumerate(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items()]
         return [*enclosed, *defaults, *vars(value).items()]
-    # Bytes and arrays, also those of other libraries; then attributes; then what pickle would write, of numbers say.
+    # Bytes and arrays, also those of other libraries; then attributes; then what a copy is made of, of numbers say.
     with suppress(Exception):
         return [("", bytes(memoryview(value)))]
     if attributes := [*vars(value).items()] if hasattr(value, "__dict__") else []:
