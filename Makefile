@@ -12,8 +12,8 @@ SHELL := /bin/sh
 PYTHON ?=
 SUITE ?= suites/core.toml suites/transfer.toml suites/contrastive.toml
 TESTS ?= tests
-QUICK := $(addprefix tests/,provenance dp/test_clip.py dp/test_mixture.py dp/test_optimizers.py dp/test_random.py \
-  records/test_store.py registry report/test_compare.py report/test_export.py)
+QUICK := $(addprefix tests/,provenance registry dp/test_optimizers.py records/test_store.py report/test_compare.py \
+  report/test_export.py)
 THREADS ?= 1
 PORT ?= 5000
 
