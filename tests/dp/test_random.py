@@ -68,8 +68,8 @@ def test_the_cipher_is_chacha20(key, counter, block):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.binary(min_size=32, max_size=32), counter=st.integers(0, 2**60))
 def test_the_cipher_is_that_of_another_library(key, counter):
-    """OpenSSL's, block by block: its nonce of 16 bytes begins with the counter. Also where the low half runs over, which
-    is between two tiles: streams count in these."""
+    """OpenSSL's, block by block: its nonce of 16 bytes begins with the counter. Also where the low half runs over,
+    which is between two tiles: streams count in these."""
     counter -= counter % BLOCKS
     nonces = [block.to_bytes(8, "little") + bytes(8) for block in range(counter, counter + 32)]
     blocks = [Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor().update(bytes(64)) for nonce in nonces]
