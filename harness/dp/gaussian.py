@@ -68,7 +68,13 @@ class Grid(NamedTuple):
         return Grid(self.step * scale, self.bits)
 
 
-def grid(sigma: float, sensitivity: float, size: int) -> Grid:
+def on_grid(value: Tensor, noise: Tensor, grid: Grid) -> Tensor:
+    """`value` rounded to `grid`, plus `noise`, whole numbers of its steps: float64, in the middles of intervals."""
+    k = (value.double() * (1 / grid.step)).round_().clamp_(-EDGE, EDGE).nan_to_num_(0.0)
+    return (k + (noise.double() + 0.5)).mul_(grid.step)
+
+
+def grid(sigma: float, sensitivity: float, size: int, finest: int = FINE) -> Grid:
     """The grid for a sum of `size` numbers that moves by `sensitivity` (l2), and noise `sigma` times as large.
 
     Rounding to multiples of the step moves the sum further. The product of a value and 1 / step is off by up to 1/4
@@ -77,18 +83,18 @@ def grid(sigma: float, sensitivity: float, size: int) -> Grid:
     step), and step = 2^-bits s. The last factor makes up for the rounding of s and for 2^-76 / 12 of its square.
     Cutting values off at `EDGE` steps moves no two of them apart.
 
-    The step is the largest that keeps rounding below `ROUNDING`, with 8 to 38 bits. Raises ValueError where 38 are
-    too few.
+    The step is the largest that keeps rounding below `ROUNDING`, with 8 to `finest` bits, or that of `finest` bits where
+    none does. Raises ValueError where rounding is then as large as the noise.
     """
     if not sigma > 0:
         raise ValueError(f"a noise multiplier must be positive, and is {sigma}")
     moved = 1.5 * math.sqrt(size) * sigma
-    bits = min(max(math.ceil(math.log2(max(moved / ROUNDING, 1))), COARSEST), FINE)
+    bits = min(max(math.ceil(math.log2(max(moved / ROUNDING, 1))), COARSEST), finest)
     rounding = math.ldexp(moved, -bits)
     if not rounding < 1:
         raise ValueError(
             f"no grid is fine enough for {size} numbers at a noise multiplier of {sigma:.4g}: it must be below"
-            f" {2**FINE / (1.5 * math.sqrt(size)):.3g}"
+            f" {2**finest / (1.5 * math.sqrt(size)):.3g}"
         )
     deviation = sigma * sensitivity / (1 - rounding) * (1 + 2.0**-50)
     if not 2.0**-900 < deviation < 2.0**900:

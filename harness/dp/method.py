@@ -35,6 +35,27 @@ class Method:
     optimizer: Optimizer = field(default_factory=SGD)
     path: Path = field(default_factory=Path)
 
+    def unfit(self, n: int, batch: int, steps: int) -> str | None:
+        """Why these parts do not fit each other in a run of so many steps, or None."""
+        if reason := self.sampler.unfit(n, batch):
+            return reason
+        noise, sampler = type(self.noise).__name__, type(self.sampler).__name__
+        apart, needed = self.sampler.separation(n, batch), min(self.noise.separation, steps)
+        if apart is None and not self.noise.separate(steps, 1):
+            return f"{noise} noise needs to know how many steps apart an example is used, and {sampler} does not say"
+        if apart is not None and needed > apart:
+            return (
+                f"{noise} noise needs uses of an example to be {needed} steps apart or more, and {sampler} sampling of"
+                f" {batch} of {n} keeps them {apart} apart: write a separation of {apart} or less for the noise, or"
+                " take another sampler"
+            )
+        if self.sampler.amplifies and not self.noise.separate(steps, apart or 1):
+            return (
+                f"{sampler} sampling amplifies privacy where uses of an example have no noise in common, and those of"
+                f" {noise} noise have: take a sampler that claims no amplification (cyclic), or banded noise"
+            )
+        return None
+
     def event(self, sigma: float, n: int, batch: int, step: int) -> DpEvent:
         """What one step will be charged: the noise's event on all releases, amended by the path, amplified by the
         sampler. Known before any data is seen."""

@@ -48,14 +48,25 @@ class Stream:
         self._key: tuple[int, ...] = struct.unpack("<8I", digest)
         self._block = 0
 
+    @classmethod
+    def of(cls, key: str) -> Stream:
+        """The stream with a `key` that another one had, from its beginning."""
+        stream = cls.__new__(cls)
+        stream._key, stream._block = struct.unpack("<8I", bytes.fromhex(key)), 0
+        return stream
+
+    @property
+    def key(self) -> str:
+        """The key, 64 hex digits: as secret as all that is drawn."""
+        return struct.pack("<8I", *self._key).hex()
+
     def under(self, role: str) -> Stream:
         """The stream of a role within this one's, from its beginning. It has nothing in common with this one."""
-        key = struct.pack("<8I", *self._key)
-        return Stream(int.from_bytes(key, "little"), role, 0)
+        return Stream(int.from_bytes(bytes.fromhex(self.key), "little"), role, 0)
 
     def normal(self, n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """Independent standard normal numbers [n]: the middles of intervals of 2^-38, rounded to `dtype`."""
-        return (self._integers(n, device).double() + 0.5).mul_(2.0**-gaussian.FINE).to(dtype)
+        return (self.integers(n, device).double() + 0.5).mul_(2.0**-gaussian.FINE).to(dtype)
 
     def noised(self, value: Tensor, grid: Grid | float, dtype: torch.dtype | None = None) -> Tensor:
         """`value` [n], rounded to `grid`, plus normal numbers of deviation `grid.step` * 2^`grid.bits`, rounded to it
@@ -69,13 +80,12 @@ class Stream:
         value, dtype = value.double(), dtype or value.dtype
         drawn = kernels.gaussian(self._key, self._block, len(value), value, grid, dtype)
         if drawn is None:
-            numbers = self._integers(len(value), value.device) >> gaussian.FINE - grid.bits
-            k = (value * (1 / grid.step)).round_().clamp_(-gaussian.EDGE, gaussian.EDGE).nan_to_num_(0.0)
-            return (k + (numbers.double() + 0.5)).mul_(grid.step).to(dtype)
+            numbers = self.integers(len(value), value.device) >> gaussian.FINE - grid.bits
+            return gaussian.on_grid(value, numbers, grid).to(dtype)
         out, self._block = drawn
         return out
 
-    def _integers(self, n: int, device: torch.device | str) -> Tensor:
+    def integers(self, n: int, device: torch.device | str = "cpu") -> Tensor:
         """floor(2^38 Z) [n] for independent standard normal Z, as int64."""
         if torch.device(device).type == "cpu":
             drawn = kernels.gaussian(self._key, self._block, n)
@@ -116,6 +126,10 @@ class Stream:
         self._block += tiles * BLOCKS
         return words
 
+    def blocks(self, numbers: Tensor) -> Tensor:
+        """The cipher's blocks of these `numbers` [N], int32 [N, 16]: always the same, whatever was drawn."""
+        return _blocks(self._key, numbers, numbers >> 32).T
+
     def words(self, n: int) -> Array:
         """Independent uniform words, uint32 [n]: for the whole state of a generator that is not ours."""
         return self._drawn(_tiles(n)).reshape(-1)[:n].numpy().view(np.uint32)
@@ -137,19 +151,25 @@ def cipher_words(key: tuple[int, ...], counter: int, tiles: int, device: torch.d
         compiled = kernels.cipher_words(key, counter, tiles)
         if compiled is not None:
             return compiled
+    low = torch.arange(tiles * BLOCKS, device=device) + (counter & 0xFFFFFFFF)
+    words = _blocks(key, low, (low >> 32) + (counter >> 32))
+    return words.view(16, tiles, BLOCKS).transpose(0, 1).contiguous()
+
+
+def _blocks(key: tuple[int, ...], low: Tensor, high: Tensor) -> Tensor:
+    """The words of the blocks whose numbers have these halves [N], as int32 [16, N]."""
     fixed = np.array([*struct.unpack("<4I", b"expand 32-byte k"), *key], np.uint32).view(np.int32)
-    count = torch.arange(tiles * BLOCKS, device=device) + (counter & 0xFFFFFFFF)
-    start = torch.zeros(16, tiles * BLOCKS, dtype=torch.int32, device=device)
-    start[:12] = torch.from_numpy(fixed).to(device)[:, None]
+    start = torch.zeros(16, len(low), dtype=torch.int32, device=low.device)
+    start[:12] = torch.from_numpy(fixed).to(low.device)[:, None]
     # Conversion to int32 keeps the lower half.
-    start[12], start[13] = count.int(), ((count >> 32) + (counter >> 32)).int()
+    start[12], start[13] = low.int(), high.int()
     a, b, c, d = (row.clone() for row in start.view(4, 4, -1))
     for _ in range(ROUNDS // 2):
         _quarter_rounds(a, b, c, d)
         b, c, d = (row.roll(-by, 0) for by, row in enumerate((b, c, d), 1))  # diagonals become columns
         _quarter_rounds(a, b, c, d)
         b, c, d = (row.roll(by, 0) for by, row in enumerate((b, c, d), 1))
-    return torch.cat((a, b, c, d)).add_(start).view(16, tiles, BLOCKS).transpose(0, 1).contiguous()
+    return torch.cat((a, b, c, d)).add_(start)
 
 
 def _quarter_rounds(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:

@@ -19,11 +19,13 @@ class Relation(Enum):
 
     ADD_OR_REMOVE = "add-or-remove"
     REPLACE_ONE = "replace-one"
+    ZERO_OUT = "zero-out"
+    """Of equal size, an example of one contributing nothing in the other: its place stays, and so do all others."""
 
     @property
     def moves(self) -> int:
         """How many contributions of norm C a sum of clipped contributions can move by: one in or out, or both."""
-        return 1 if self is Relation.ADD_OR_REMOVE else 2
+        return 2 if self is Relation.REPLACE_ONE else 1
 
 
 class Release(NamedTuple):

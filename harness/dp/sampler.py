@@ -9,7 +9,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from dp_accounting import DpEvent, NoOpDpEvent, PoissonSampledDpEvent, SampledWithoutReplacementDpEvent
+from dp_accounting import (
+    DpEvent,
+    GaussianDpEvent,
+    NoOpDpEvent,
+    PoissonSampledDpEvent,
+    SampledWithoutReplacementDpEvent,
+    TruncatedSubsampledGaussianDpEvent,
+)
 from torch import Tensor
 
 from harness.dp.random import Stream
@@ -24,6 +31,22 @@ class Sampler:
     def relation(self) -> Relation:
         """The neighbouring relation under which `wrap` is sound."""
         return Relation.ADD_OR_REMOVE
+
+    @property
+    def amplifies(self) -> bool:
+        """Whether `wrap` charges less than the mechanism costs those who know who is in a batch."""
+        return False
+
+    def separation(self, n: int, batch: int) -> int | None:
+        """The least number of steps between two uses of an example; None where a cycle's length says nothing of it.
+
+        One event is charged for so many steps, in which an example is used once at most.
+        """
+        return 1
+
+    def unfit(self, n: int, batch: int) -> str | None:
+        """Why batches of this size cannot be drawn, or None."""
+        return None
 
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
         """Indices [B] of the logical batch of this step. A function of its arguments alone: nothing to checkpoint."""
@@ -46,11 +69,12 @@ class Sampler:
 class Poisson(Sampler):
     """Every example is in with probability q = batch / n, independently of all else. A batch may be empty."""
 
+    @property
+    def amplifies(self) -> bool:
+        return True
+
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
-        # Of the 2^53 values of a coin never a larger share than is charged, and less by 2^-53 at most.
-        share = (batch * 2**53 // n) * 2.0**-53 if n else 0.0
-        coins = Stream(seed, "sampling", step).uniform(n)
-        return (coins < share).nonzero().squeeze(1)
+        return _tossed(n, batch, step, seed)
 
     def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
         return PoissonSampledDpEvent(batch / n, event)
@@ -62,6 +86,10 @@ class Poisson(Sampler):
 @dataclass(frozen=True)
 class Fixed(Sampler):
     """A uniformly random subset of exactly `batch` examples, drawn afresh each step. Replace-one neighbours."""
+
+    @property
+    def amplifies(self) -> bool:
+        return True
 
     @property
     def relation(self) -> Relation:
@@ -107,6 +135,9 @@ class Shuffle(Sampler):
     def relation(self) -> Relation:
         return Relation.REPLACE_ONE
 
+    def separation(self, n: int, batch: int) -> int | None:
+        return None
+
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
         epoch, place = divmod(step, self.steps_per_epoch(n, batch))
         order = Stream(seed, "sampling", epoch).permutation(n)
@@ -122,3 +153,121 @@ class Shuffle(Sampler):
 
     def distribution(self, n: int, batch: int) -> str:
         return f"shuffled batches of {batch}, not amplified"
+
+
+@dataclass(frozen=True)
+class Cyclic(Sampler):
+    """One order for the whole run, dealt out over floor(n / batch) steps and then again: each example once a cycle.
+
+    The order is random and does not depend on the data. An example that contributes nothing leaves all batches as they
+    are: zero-out neighbours. Nothing is amplified: each cycle is charged one event, at its first step.
+    """
+
+    @property
+    def relation(self) -> Relation:
+        return Relation.ZERO_OUT
+
+    def separation(self, n: int, batch: int) -> int:
+        return max(1, n // batch) if batch else 1
+
+    def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
+        cycle = self.separation(n, batch)
+        return Stream(seed, "sampling", 0).permutation(n)[step % cycle :: cycle].sort().values
+
+    def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
+        return event if step % self.separation(n, batch) == 0 else NoOpDpEvent()
+
+    def distribution(self, n: int, batch: int) -> str:
+        return f"one order, in cycles of {self.separation(n, batch)} batches, not amplified"
+
+
+@dataclass(frozen=True)
+class CyclicPoisson(Sampler):
+    """Poisson sampling in turn from `groups` groups of examples: a step draws from its group alone.
+
+    Each example is in a group of its own choice, at random, for the whole run. In its group's steps it is in with
+    probability q = groups * batch / n. What noise has in common over fewer than `groups` steps costs nothing more: a
+    cycle of so many steps is charged one event, amplified at q (Choquette-Choo et al. 2023, arXiv:2306.08153, theorem
+    4), at its first step.
+    """
+
+    groups: int = 8
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise ValueError(f"groups must be 1 or more, and is {self.groups}")
+
+    @property
+    def amplifies(self) -> bool:
+        return True
+
+    def separation(self, n: int, batch: int) -> int:
+        return self.groups
+
+    def unfit(self, n: int, batch: int) -> str | None:
+        if self.groups * batch > n:
+            return (
+                f"{self.groups} groups of {n} examples have fewer than {batch} each, the expected batch: write groups ="
+                f" {n // batch} or less"
+            )
+        return None
+
+    def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
+        group = (Stream(seed, "groups", 0).uniform(n) * self.groups).long()
+        drawn = _tossed(n, self.groups * batch, step, seed)
+        return drawn[group[drawn] == step % self.groups]
+
+    def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
+        if step % self.groups:
+            return NoOpDpEvent()
+        return PoissonSampledDpEvent(min(1.0, self.groups * batch / n), event)
+
+    def distribution(self, n: int, batch: int) -> str:
+        return f"Poisson, q = {self.groups * batch / n:.6g}, in turn from {self.groups} groups"
+
+
+@dataclass(frozen=True)
+class TruncatedPoisson(Sampler):
+    """Poisson sampling, cut off: of a batch of more than `cap` times the expected size, a random part is kept.
+
+    No batch is larger, which hardware likes that compiles for one size. What is charged knows the cut
+    (arXiv:2508.15089, by dp_accounting): an example may take another one's place then, and move a sum twice as far. It
+    is charged as for one example more than there are, so that it holds whether one is added or removed.
+    """
+
+    cap: float = 1.25
+
+    def __post_init__(self) -> None:
+        if not self.cap > 0:
+            raise ValueError(f"cap must be positive, and is {self.cap}")
+
+    @property
+    def amplifies(self) -> bool:
+        return True
+
+    def most(self, n: int, batch: int) -> int:
+        """The largest batch."""
+        return min(n, max(1, math.floor(self.cap * batch)))
+
+    def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
+        drawn, most = _tossed(n, batch, step, seed), self.most(n, batch)
+        if len(drawn) <= most:
+            return drawn
+        return drawn[Stream(seed, "left out", step).permutation(len(drawn))[:most]].sort().values
+
+    def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
+        if isinstance(event, GaussianDpEvent):
+            return TruncatedSubsampledGaussianDpEvent(n + 1, batch / n, self.most(n, batch), event.noise_multiplier)
+        # Nothing is known of other mechanisms, and nothing is claimed.
+        return event
+
+    def distribution(self, n: int, batch: int) -> str:
+        return f"Poisson, q = {batch / n:.6g}, batches of {self.most(n, batch)} at most"
+
+
+def _tossed(n: int, batch: int, step: int, seed: int) -> Tensor:
+    """The examples [B] whose own coin, of probability batch / n, fell right in this step."""
+    # Of the 2^53 values of a coin never a larger share than is charged, and less by 2^-53 at most.
+    share = (batch * 2**53 // n) * 2.0**-53 if n else 0.0
+    coins = Stream(seed, "sampling", step).uniform(n)
+    return (coins < share).nonzero().squeeze(1)

@@ -42,7 +42,7 @@ Id = Annotated[str, Meta(pattern="^[0-9a-f]{12}$")]
 Short = Annotated[str, Meta(pattern="^[0-9a-f]{8}$")]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Suite = Annotated[str, Meta(pattern="^[a-z0-9]+(-[a-z0-9]+)*$")]
-Relation = Literal["add-or-remove", "replace-one"] | None
+Relation = Literal["add-or-remove", "replace-one", "zero-out"] | None
 Count = Annotated[int, Meta(ge=1)]
 Tally = Annotated[int, Meta(ge=0)]
 Amount = Annotated[float, Meta(ge=0)]

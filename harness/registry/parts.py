@@ -1,7 +1,7 @@
 """Finds parts by name: those that a suite may give a method in the place of its own (``with``).
 
-A slot is a part of a method that may be replaced (``clip path optimizer sampler``), or a wrapper around one that it has
-(``schedule average views``). Options are the fields of the part's dataclass. They are read from its source text, as
+A slot is a part of a method that may be replaced (``clip path optimizer sampler noise``), or a wrapper around one that
+it has (``filter schedule average views``). Options are the fields of the part's dataclass. They are read from its source text, as
 the registry reads signatures: checking names and options imports nothing. :func:`put` imports the parts.
 """
 
@@ -46,6 +46,7 @@ _CATALOGUE: Mapping[str, Mapping[str, str]] = {
     "optimizer": {
         "sgd": "optimizer.optimizer.SGD",
         "adam": "optimizer.optimizer.Adam",
+        "adam-bc": "optimizer.corrected.AdamBC",
         "lamb": "optimizer.optimizer.LAMB",
     },
     "sampler": {
@@ -53,13 +54,24 @@ _CATALOGUE: Mapping[str, Mapping[str, str]] = {
         "fixed": "sampler.Fixed",
         "full": "sampler.Full",
         "shuffle": "sampler.Shuffle",
+        "cyclic": "sampler.Cyclic",
+        "cyclic-poisson": "sampler.CyclicPoisson",
+        "truncated-poisson": "sampler.TruncatedPoisson",
     },
+    "noise": {
+        "gaussian": "noise.noise.Gaussian",
+        "banded": "noise.correlated.Banded",
+        "banded-inverse": "noise.correlated.BandedInverse",
+        "tree": "noise.correlated.TreeAggregation",
+    },
+    "filter": {"low-pass": "optimizer.filter.LowPass"},
     "schedule": dict.fromkeys(("constant", "cosine", "step"), "optimizer.optimizer.Scheduled"),
     "average": {"ema": "path.straight.EMA"},
     "views": {"views": "loss.loss.Views"},
 }
 # A wrapper's slot, to the part of the method that it wraps and the wrapper's field for it.
 _WRAPPERS: Mapping[str, tuple[str, str]] = {
+    "filter": ("optimizer", "optimizer"),
     "schedule": ("optimizer", "optimizer"),
     "average": ("path", "along"),
     "views": ("loss", "of_view"),
@@ -224,7 +236,7 @@ def put(method: Method, slot: str, spec: str) -> Method:
     from harness.dp import EverySecond, NoNoise
 
     choice = choose(slot, spec)
-    if slot in ("clip", "sampler") and isinstance(method.noise, NoNoise):
+    if slot in ("clip", "noise", "sampler") and isinstance(method.noise, NoNoise):
         raise ValueError(f'it trains without privacy, which has no use for another {slot}; leave "{slot}" out')
     if slot == "path" and isinstance(method.optimizer, EverySecond):
         raise ValueError(

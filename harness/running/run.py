@@ -205,7 +205,7 @@ class _Session:
     def fill(self, record: dict[str, Any]) -> tuple[str, str | None]:
         """Train, and enter what came of it; returns the status and the reason."""
         m = self.method
-        reason = unfit(m, self.model, self.target, self.cell.privacy["relation"])
+        reason = self.unfit(self.legs[0])
         if reason:
             return "skipped", reason
         try:
@@ -222,7 +222,7 @@ class _Session:
         self.progress = (
             read_checkpoint(self.checkpoint, self.device)
             if self.checkpoint.exists()
-            else start(m, self.model, self.schedule.steps)
+            else begun(self.legs[0], self.model)
         )
         _truncate(self.trace, self.progress.trace)
         measure.reset_peak_memory(self.device)
@@ -256,6 +256,22 @@ class _Session:
         over = excess(self.target, record["privacy"])
         return ("over_budget", over) if over else (status, reason)
 
+    def unfit(self, leg: _Leg) -> str | None:
+        """Why a stage's method cannot run here, or None."""
+        m, asked = leg.method, self.cell.privacy["relation"]
+        if self.target.epsilon is not None and m.sampler.relation is not Relation(asked):
+            return (
+                f"{type(m.sampler).__name__} sampling is analysed for {m.sampler.relation.value} neighbours, and the"
+                f" suite asks for {asked}: set [privacy] relation, or take another sampler"
+            )
+        try:
+            m.clip.init(Layout.of(trainable(self.model)))
+        except ValueError as error:
+            # Groups that leave a parameter out, thresholds that are not one for each group.
+            return str(error)
+        reason = m.unfit(leg.data.n_train, leg.schedule.batch, leg.schedule.steps)
+        return reason or m.engine.accepts(m.loss, m.clip, self.model)
+
     def accounting(self, ledger: Ledger) -> dict[str, Any]:
         """What accountants have to say of a ledger, and what it costs with a search on private data."""
         if self.target.delta is None:
@@ -275,10 +291,10 @@ class _Session:
                 self.model = self.headed(number)
                 self.timed = len(self.ended(number - 1).seconds)
             if number > self.progress.stage:
-                reason = unfit(leg.method, self.model, self.target, self.cell.privacy["relation"])
+                reason = self.unfit(leg)
                 if reason and not leg.public:
                     raise Unserved(reason)
-                fresh = start(leg.method, self.model, leg.schedule.steps)
+                fresh = begun(leg, self.model)
                 self.progress = dataclasses.replace(
                     self.progress, step=0, w=fresh.w, parts=fresh.parts, stage=number,
                     ledger=Ledger() if leg.public else self.progress.ledger, sensitivity={}, loss=None, engine="",
@@ -435,19 +451,10 @@ def noted(leg: _Leg) -> dict[str, str]:
     return {"sensitivity_note": note} if note else {}
 
 
-def unfit(method: Method, model: torch.nn.Module, target: Target, relation: str) -> str | None:
-    """Why this method cannot run here, or None."""
-    if target.epsilon is not None and method.sampler.relation is not Relation(relation):
-        return (
-            f"{type(method.sampler).__name__} sampling is analysed for {method.sampler.relation.value} neighbours, and"
-            f" the suite asks for {relation}: set [privacy] relation, or take another sampler"
-        )
-    try:
-        method.clip.init(Layout.of(trainable(model)))
-    except ValueError as error:
-        # Groups that leave a parameter out, thresholds that are not one for each group.
-        return str(error)
-    return method.engine.accepts(method.loss, method.clip, model)
+def begun(leg: _Leg, model: torch.nn.Module) -> Progress:
+    """The state before the first step of a stage."""
+    n, schedule = leg.data.n_train, leg.schedule
+    return start(leg.method, model, schedule.steps, leg.method.sampler.separation(n, schedule.batch))
 
 
 def public_data(of_dataset: str, cell: Cell) -> str:

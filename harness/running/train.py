@@ -34,6 +34,8 @@ class Parts(NamedTuple):
     optimizer: Any
     path: Any
     clip: Any
+    # By release. Secret: what was released less its noise is the private value.
+    noise: Any
 
 
 class Streams(NamedTuple):
@@ -79,14 +81,17 @@ def step(
         m.loss, m.clip, model, probe, batch, s.clip, sigma, m.sampler.relation, number
     )
     # Raw values die here. Noise may leave them in the format of the sum; weights divide them in their own.
-    public = {}
+    public, kept, deviations = {}, dict(s.noise), {}
     for name, r in wanted(releases, w).items():
         noise = rng.own(name, r, observed) if m.noise.private else rng.noise
-        public[name] = r._replace(value=m.noise.add(r, noise)).formatted / denominator
+        spread = m.noise.deviation(r, s.noise.get(name))
+        deviations[name] = {tensor: one / denominator for tensor, one in spread.items()}
+        noised, kept[name] = m.noise.add(r, noise, s.noise.get(name))
+        public[name] = r._replace(value=noised).formatted / denominator
     g = public.pop("grad")
-    state = m.optimizer.receive(s.optimizer, public)
+    state = m.optimizer.receive(s.optimizer, public, deviations)
     new, optimizer = m.optimizer.update(g, state, m.path.base(w, s.path, rng.path))
-    parts = Parts(optimizer, m.path.after(w, new, g, s.path), m.clip.update(s.clip, public))
+    parts = Parts(optimizer, m.path.after(w, new, g, s.path), m.clip.update(s.clip, public), kept)
     sigmas = tuple(r.sigma for r in releases.values())
     return Stepped(new, parts, sigmas, {name: r.sensitivity for name, r in releases.items()}, observed)
 
@@ -164,10 +169,14 @@ class Diverged(Exception):
     """The weights or the outputs are not finite any more."""
 
 
-def start(method: Method, model: nn.Module, steps: int) -> Progress:
-    """The state before the first of `steps` steps, at the model's own parameters."""
+def start(method: Method, model: nn.Module, steps: int, separation: int | None = 1) -> Progress:
+    """The state before the first of `steps` steps, at the model's own parameters.
+
+    `separation`: how many steps apart an example is used, by the method's sampler.
+    """
     w = Tree.of(trainable(model))
-    parts = Parts(method.optimizer.init(w, steps), method.path.init(w), method.clip.init(w.layout))
+    noise = {name: method.noise.init(steps, separation or 1) for name in method.engine.split(method.clip, 1.0)}
+    parts = Parts(method.optimizer.init(w, steps), method.path.init(w), method.clip.init(w.layout), noise)
     return Progress(0, w, parts)
 
 
@@ -195,9 +204,10 @@ def train(
     interrupted. Raises Unserved, before anything is drawn, where the engine does not serve this loss, clipping rule or
     model, and Diverged as soon as a log point sees weights that are not finite.
     """
-    if reason := method.engine.accepts(method.loss, method.clip, model):
-        raise Unserved(reason)
     n, device = data.n_train, progress.w.flat.device
+    reason = method.unfit(n, schedule.batch, schedule.steps) or method.engine.accepts(method.loss, method.clip, model)
+    if reason:
+        raise Unserved(reason)
     denominator = method.sampler.denominator(n, schedule.batch)
     clock = Clock(device)
     losses: list[Tensor] = []

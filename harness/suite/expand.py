@@ -61,6 +61,7 @@ class Suite:
         report.problems += refused.values()
         runs = list(_runs(self, report, refused))
         _refuse_unreachable(self.privacy, runs, report)
+        _refuse_unfit(runs, report)
         cells = [
             _cell(self, run, epsilon, device, seed)
             for seed in self.seeds
@@ -137,6 +138,15 @@ def _refuse_unreachable(privacy: PrivacyTable, runs: Sequence[_Runnable], report
                 place = variant.given.get("clip", variant.places.get("count_noise", place))
                 text = f'method "{variant.name}" on task "{variant.task.name}": {known[key]}.'
                 report.bad(place, text)
+
+
+def _refuse_unfit(runs: Sequence[_Runnable], report: Problems) -> None:
+    """Report methods whose parts do not fit each other at the size of a task."""
+    for variant, one, facts, size, _ in runs:
+        reason = one.method.unfit(facts["n_train"], size["batch"], size["steps"])
+        if reason:
+            place: KeyPath = ("method", variant.index)
+            report.bad(place, f'method "{variant.name}" on task "{variant.task.name}": {reason}.')
 
 
 def _unreachable(method: Method, n: int, batch: int, steps: int, epsilon: float, privacy: PrivacyTable) -> str | None:

@@ -151,7 +151,7 @@ class PrivacyTable(TomlTable):
 
     epsilon: Epsilons
     delta: Annotated[float, Field(gt=0, lt=1)]
-    relation: Literal["add-or-remove", "replace-one"] = "add-or-remove"
+    relation: Literal["add-or-remove", "replace-one", "zero-out"] = "add-or-remove"
     accountant: Literal["pld", "rdp"] = "pld"
 
 

@@ -34,6 +34,7 @@ from harness.dp.release import Relation
 _NEIGHBOURS = {
     Relation.ADD_OR_REMOVE: NeighboringRelation.ADD_OR_REMOVE_ONE,
     Relation.REPLACE_ONE: NeighboringRelation.REPLACE_ONE,
+    Relation.ZERO_OUT: NeighboringRelation.REPLACE_SPECIAL,
 }
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from harness.dp.tree import Tree
 
+Deviations = Mapping[str, Mapping[str, float]]
+"""A number for each tensor of each release."""
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -21,8 +24,11 @@ class Optimizer:
         """State before the first of `steps` updates."""
         return None
 
-    def receive(self, state: Any, public: Mapping[str, Tree]) -> Any:
-        """The state, given a step's privatised side releases (divided by the public denominator, as "grad" is)."""
+    def receive(self, state: Any, public: Mapping[str, Tree], deviations: Deviations) -> Any:
+        """The state, given a step's privatised side releases (divided by the public denominator, as "grad" is).
+
+        And the standard deviation of the noise on a number of each release, "grad" included, after the division.
+        """
         return state
 
     def update(self, g: Tree, state: Any, w: Tree) -> tuple[Tree, Any]:
@@ -164,8 +170,8 @@ class Scheduled(Optimizer):
     def init(self, w: Tree, steps: int) -> dict[str, Any]:
         return {"t": 0, "steps": steps, "inner": self.optimizer.init(w, steps)}
 
-    def receive(self, state: dict[str, Any], public: Mapping[str, Tree]) -> dict[str, Any]:
-        return {**state, "inner": self.optimizer.receive(state["inner"], public)}
+    def receive(self, state: dict[str, Any], public: Mapping[str, Tree], deviations: Deviations) -> dict[str, Any]:
+        return {**state, "inner": self.optimizer.receive(state["inner"], public, deviations)}
 
     def update(self, g: Tree, state: dict[str, Any], w: Tree) -> tuple[Tree, dict[str, Any]]:
         optimizer: Any = self.optimizer
@@ -183,8 +189,8 @@ class EverySecond(Optimizer):
     def init(self, w: Tree, steps: int) -> dict[str, Any]:
         return {"moves": False, "inner": self.optimizer.init(w, steps // 2)}
 
-    def receive(self, state: dict[str, Any], public: Mapping[str, Tree]) -> dict[str, Any]:
-        return {**state, "inner": self.optimizer.receive(state["inner"], public)}
+    def receive(self, state: dict[str, Any], public: Mapping[str, Tree], deviations: Deviations) -> dict[str, Any]:
+        return {**state, "inner": self.optimizer.receive(state["inner"], public, deviations)}
 
     def update(self, g: Tree, state: dict[str, Any], w: Tree) -> tuple[Tree, dict[str, Any]]:
         if not state["moves"]:

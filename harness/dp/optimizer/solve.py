@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.dp.clip.rule import positive
-from harness.dp.optimizer.optimizer import Optimizer
+from harness.dp.optimizer.optimizer import Deviations, Optimizer
 from harness.dp.optimizer.symmetric import projected, spectrum, unpacked
 from harness.dp.tree import Layout, Tree
 
@@ -53,7 +53,9 @@ class Preconditioned(Optimizer):
             raise ValueError(f"lr must not be negative, and is {self.lr}")
         positive(reg=self.reg)
 
-    def receive(self, state: dict[str, Tensor] | None, public: Mapping[str, Tree]) -> dict[str, Tensor] | None:
+    def receive(
+        self, state: dict[str, Tensor] | None, public: Mapping[str, Tree], deviations: Deviations
+    ) -> dict[str, Tensor] | None:
         if "gram" not in public:
             return state
         gram = public["gram"].flat
@@ -92,7 +94,7 @@ class LeastSquares(Optimizer):
     def init(self, w: Tree, steps: int) -> dict[str, Any]:
         return {"t": 0, "moments": {}}
 
-    def receive(self, state: dict[str, Any], public: Mapping[str, Tree]) -> dict[str, Any]:
+    def receive(self, state: dict[str, Any], public: Mapping[str, Tree], deviations: Deviations) -> dict[str, Any]:
         return {**state, "moments": state["moments"] | self._averaged(state, public)}
 
     def update(self, g: Tree, state: dict[str, Any], w: Tree) -> tuple[Tree, dict[str, Any]]:

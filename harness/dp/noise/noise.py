@@ -1,15 +1,18 @@
-"""Noise: the only door between a private value and a public one."""
+"""Noise that is afresh in every step, and what every noise is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 
 from harness.dp.gaussian import grid
+from harness.dp.noise.strategy import Array
 from harness.dp.random import Stream
 from harness.dp.release import Release
 from harness.dp.tree import Tree
@@ -24,9 +27,39 @@ class Noise:
         """Whether anything is protected at all."""
         return True
 
-    def add(self, release: Release, rng: Stream) -> Tree:
-        """The public version of `release`. `rng` gives fresh draws for every release of every step."""
+    @property
+    def separation(self) -> int:
+        """The least number of steps between two uses of an example that the analysis of this noise needs."""
+        return 1
+
+    def separate(self, steps: int, separation: int) -> bool:
+        """Whether uses of an example that are `separation` steps apart have no noise in common.
+
+        Then each costs what it would cost alone, and sampling at random may amplify it.
+        """
+        return True
+
+    def init(self, steps: int, separation: int) -> Any:
+        """The state before the first release of a name, for a run in which uses of an example are so far apart.
+
+        **It is secret**: what was released less its noise is the private value.
+        """
+        return None
+
+    def add(self, release: Release, rng: Stream, state: Any = None) -> tuple[Tree, Any]:
+        """The public version of `release`, and the next state. `rng` gives fresh draws for every release of every step.
+
+        `state` is that of the release's name.
+        """
         raise NotImplementedError
+
+    def deviation(self, release: Release, state: Any = None) -> dict[str, float]:
+        """The standard deviation of what `add` adds to a number, by tensor: public, up to one part in a million."""
+        return dict.fromkeys(release.value.names, 0.0)
+
+    def covariance(self, steps: int, separation: int) -> Array:
+        """The covariance [steps, steps] of the noise on a coordinate, in units of (sigma * sensitivity)^2."""
+        return np.eye(steps)
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:
         """The event of releasing together, from one sample, values with these noise multipliers."""
@@ -41,8 +74,8 @@ class NoNoise(Noise):
     def private(self) -> bool:
         return False
 
-    def add(self, release: Release, rng: Stream) -> Tree:
-        return release.value
+    def add(self, release: Release, rng: Stream, state: Any = None) -> tuple[Tree, Any]:
+        return release.value, state
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:
         return NonPrivateDpEvent()
@@ -61,19 +94,23 @@ class Gaussian(Noise):
     float that it becomes are post-processing.
     """
 
-    def add(self, release: Release, rng: Stream) -> Tree:
+    def deviation(self, release: Release, state: Any = None) -> dict[str, float]:
+        plain = release.sigma * release.sensitivity
+        return {name: plain * (release.scale or {}).get(name, 1.0) for name in release.value.names}
+
+    def add(self, release: Release, rng: Stream, state: Any = None) -> tuple[Tree, Any]:
         if not (math.isfinite(release.sensitivity) and release.sensitivity > 0):
             raise ValueError(f"Gaussian noise needs a finite sensitivity, and this release has {release.sensitivity}")
         value = release.value
         points = grid(release.sigma, release.sensitivity, value.layout.numel)
         if release.scale is None:
-            return value.with_flat(rng.noised(value.flat, points, release.dtype))
+            return value.with_flat(rng.noised(value.flat, points, release.dtype)), state
         if not all(scale > 0 and math.isfinite(scale) for scale in release.scale.values()):
             raise ValueError(f"Gaussian noise needs positive, finite scales, and this release has {release.scale}")
         noised = [
             rng.noised(t.reshape(-1), points.in_units(release.scale[name]), release.dtype) for name, t in value.items()
         ]
-        return value.with_flat(torch.cat(noised))
+        return value.with_flat(torch.cat(noised)), state
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:
         sigmas = list(sigmas)
