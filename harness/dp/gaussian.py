@@ -83,8 +83,8 @@ def grid(sigma: float, sensitivity: float, size: int, finest: int = FINE) -> Gri
     step), and step = 2^-bits s. The last factor makes up for the rounding of s and for 2^-76 / 12 of its square.
     Cutting values off at `EDGE` steps moves no two of them apart.
 
-    The step is the largest that keeps rounding below `ROUNDING`, with 8 to `finest` bits, or that of `finest` bits where
-    none does. Raises ValueError where rounding is then as large as the noise.
+    The step is the largest that keeps rounding below `ROUNDING`, with 8 to `finest` bits, or that of `finest` bits
+    where none does. Raises ValueError where rounding is then as large as the noise.
     """
     if not sigma > 0:
         raise ValueError(f"a noise multiplier must be positive, and is {sigma}")

@@ -41,7 +41,7 @@ class Method:
             return reason
         noise, sampler = type(self.noise).__name__, type(self.sampler).__name__
         apart, needed = self.sampler.separation(n, batch), min(self.noise.separation, steps)
-        if apart is None and not self.noise.separate(steps, 1):
+        if apart is None and self.noise.remembers:
             return f"{noise} noise needs to know how many steps apart an example is used, and {sampler} does not say"
         if apart is not None and needed > apart:
             return (

@@ -1,8 +1,9 @@
 """Finds parts by name: those that a suite may give a method in the place of its own (``with``).
 
 A slot is a part of a method that may be replaced (``clip path optimizer sampler noise``), or a wrapper around one that
-it has (``filter schedule average views``). Options are the fields of the part's dataclass. They are read from its source text, as
-the registry reads signatures: checking names and options imports nothing. :func:`put` imports the parts.
+it has (``filter schedule average views``). Options are the fields of the part's dataclass. They are read from its
+source text, as the registry reads signatures: checking names and options imports nothing. :func:`put` imports the
+parts.
 """
 
 from __future__ import annotations

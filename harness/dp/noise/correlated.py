@@ -4,10 +4,10 @@ The noise of step t is s (C^-1 Z)_t: `harness.dp.noise.strategy` has the matrice
 costs what the noise multiplier says: a sampler charges one Gaussian for every `separation` steps, in which an example is
 used once, as for independent noise.
 
-*Exactly.* Noise on a grid must not be a sum of products of floats: the digits below the grid would tell earlier
-noise, and with it earlier sums. What is released at step t is k_t + w_t, integers: k_t the sum on its grid, w_t the
-noise. Each kind below has a w_t for which the release is a function of the Gaussian mechanism on C k, and says why.
-Rounding a sum moves it, and is charged, as for independent noise (`harness.dp.gaussian`).
+*Exactly.* Noise on a grid must not be a sum of products of floats: the digits below the grid would tell earlier noise,
+and with it earlier sums. What is released at step t is k_t + w_t, integers: k_t the sum on its grid, w_t the noise. Each
+kind below has a w_t for which the release is a function of the Gaussian mechanism on C k, and says why. Rounding a sum
+moves it, and is charged, as for independent noise (`harness.dp.gaussian`).
 
 *What is kept.* From one step to the next a state is kept from which past noise follows. It is as secret as the private
 sums: what was released less its noise is the private sum.
@@ -43,6 +43,10 @@ FINEST = FINE - BITS
 class Correlated(Gaussian):
     """What kinds of correlated noise share. A state is {"t", "cost", ...}; `cost`: s over sigma * sensitivity."""
 
+    @property
+    def remembers(self) -> bool:
+        return True
+
     def noising(self, steps: int, separation: int) -> Array:
         """C^-1, or a matrix of more columns [steps, K] that noise is drawn through likewise; costs are left out."""
         raise NotImplementedError
@@ -71,7 +75,7 @@ class Correlated(Gaussian):
         """The standard deviation of (C^-1 Z)_t, the noise of step t."""
         raise NotImplementedError
 
-    def add(self, release: Release, rng: Stream, state: dict[str, Any] | None) -> tuple[Tree, dict[str, Any]]:
+    def add(self, release: Release, rng: Stream, state: dict[str, Any] | None = None) -> tuple[Tree, dict[str, Any]]:
         if state is None:
             raise ValueError("a release that the first step did not have cannot have noise in common with it")
         value = release.value
@@ -197,17 +201,19 @@ class BandedInverse(Correlated):
         open_ = (found != total + up >> shift).nonzero().squeeze(1)
         if len(open_):
             given = [z[open_] for z in numbers]
-            found[open_] = _decided([int(one) for one in c], keys, given, open_, shift)
+            found[open_] = _decided(c, keys, given, open_, shift)
         return found, {"keys": keys[: self.bands - 1]}
 
 
 def _decided(c: Sequence[int], keys: Sequence[str], numbers: Sequence[Tensor], places: Tensor, shift: int) -> Tensor:
-    """floor(sum_i c_i (N_i + u_i) / 2^shift) at some places of streams, for whole `numbers` N and what is below them, u.
+    """floor(sum_i c_i (N_i + u_i) / 2^shift) at some places of streams, for whole `numbers` N and what is below them.
 
-    48 bits of each u are compared first, and all 512 where these do not decide.
+    That is u. 48 bits of each u are compared first, and all 512 where these do not decide.
     """
     blocks = [Stream.of(key).under("below").blocks(places) for key in keys]
-    total = sum(one * n for one, n in zip(c, numbers, strict=True))
+    total = torch.zeros_like(places)
+    for one, n in zip(c, numbers, strict=True):
+        total += one * n
     near = total + (1 << shift - 1) >> shift
     # By how much the total exceeds the boundary next to it, in units of 2^-48: below 2^61.
     above = (total - (near << shift)) << PART

@@ -28,6 +28,11 @@ class Noise:
         return True
 
     @property
+    def remembers(self) -> bool:
+        """Whether the noise of a step has anything in common with that of earlier ones."""
+        return False
+
+    @property
     def separation(self) -> int:
         """The least number of steps between two uses of an example that the analysis of this noise needs."""
         return 1

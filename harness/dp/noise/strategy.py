@@ -29,8 +29,8 @@ def square_root(bands: int) -> tuple[int, ...]:
 
     They are the inverse square root of the matrix of prefix sums, cut off (Kalinin et al. 2025, arXiv:2505.12128).
     """
-    k = np.arange(1, bands)
-    return _in_units(np.cumprod(np.r_[1.0, (k - 1.5) / k]))
+    k = np.arange(1, bands, dtype=np.float64)
+    return _in_units(np.cumprod(np.r_[1.0, (k - 1.5) / k], dtype=np.float64))
 
 
 @lru_cache(maxsize=64)

@@ -5,4 +5,15 @@ from harness.dp.optimizer.filter import LowPass
 from harness.dp.optimizer.optimizer import LAMB, SGD, Adam, EverySecond, Optimizer, Scheduled
 from harness.dp.optimizer.solve import LeastSquares, Preconditioned
 
-__all__ = ["LAMB", "SGD", "Adam", "AdamBC", "EverySecond", "LeastSquares", "LowPass", "Optimizer", "Preconditioned", "Scheduled"]
+__all__ = [
+    "LAMB",
+    "SGD",
+    "Adam",
+    "AdamBC",
+    "EverySecond",
+    "LeastSquares",
+    "LowPass",
+    "Optimizer",
+    "Preconditioned",
+    "Scheduled",
+]
