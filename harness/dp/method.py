@@ -41,6 +41,14 @@ class Method:
             return reason
         noise, sampler = type(self.noise).__name__, type(self.sampler).__name__
         apart, needed = self.sampler.separation(n, batch), min(self.noise.separation, steps)
+        cycle = self.sampler.cycle(n, batch)
+        for step in range(steps if cycle > 1 else 0):
+            if self._precision(step) > self._precision(step - step % cycle) * (1 + 1e-12):
+                return (
+                    f"{sampler} sampling charges a cycle of {cycle} steps what its first one releases, and step {step}"
+                    f" of {type(self.engine).__name__} releases more, or with less noise: take a sampler that charges"
+                    " each step (poisson, fixed, full)"
+                )
         if apart is None and self.noise.remembers:
             return f"{noise} noise needs to know how many steps apart an example is used, and {sampler} does not say"
         if apart is not None and needed > apart:
@@ -61,6 +69,11 @@ class Method:
         sampler. Known before any data is seen."""
         event = self.path.amend(self.noise.event(self.engine.split(self.clip, sigma, step).values()))
         return self.sampler.wrap(event, n, batch, step)
+
+    def _precision(self, step: int) -> float:
+        """Of all that a step releases: the sum of its multipliers' ^-2, at one that every clipping rule serves."""
+        multipliers = self.engine.split(self.clip, min(1.0, self.clip.ceiling / 2), step)
+        return sum(sigma**-2 for sigma in multipliers.values())
 
     def plan(self, sigma: float, n: int, batch: int, steps: int) -> Ledger:
         """The ledger that `steps` steps will have written. Calibration solves on it; a run must match it."""

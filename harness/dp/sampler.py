@@ -37,12 +37,13 @@ class Sampler:
         """Whether `wrap` charges less than the mechanism costs those who know who is in a batch."""
         return False
 
-    def separation(self, n: int, batch: int) -> int | None:
-        """The least number of steps between two uses of an example; None where a cycle's length says nothing of it.
-
-        One event is charged for so many steps, in which an example is used once at most.
-        """
+    def cycle(self, n: int, batch: int) -> int:
+        """For how many steps one event is charged, that of the first: an example is used in one of them at most."""
         return 1
+
+    def separation(self, n: int, batch: int) -> int | None:
+        """The least number of steps between two uses of an example; None where that is not said."""
+        return self.cycle(n, batch)
 
     def unfit(self, n: int, batch: int) -> str | None:
         """Why batches of this size cannot be drawn, or None."""
@@ -135,21 +136,20 @@ class Shuffle(Sampler):
     def relation(self) -> Relation:
         return Relation.REPLACE_ONE
 
+    def cycle(self, n: int, batch: int) -> int:
+        return max(1, math.floor(n / batch))
+
     def separation(self, n: int, batch: int) -> int | None:
+        # The last batch of an epoch and the first of the next one may have an example in common.
         return None
 
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
-        epoch, place = divmod(step, self.steps_per_epoch(n, batch))
+        epoch, place = divmod(step, self.cycle(n, batch))
         order = Stream(seed, "sampling", epoch).permutation(n)
         return order[place * batch : (place + 1) * batch].sort().values
 
     def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
-        return event if step % self.steps_per_epoch(n, batch) == 0 else NoOpDpEvent()
-
-    @staticmethod
-    def steps_per_epoch(n: int, batch: int) -> int:
-        """Whole batches in an epoch, at least one."""
-        return max(1, math.floor(n / batch))
+        return event if step % self.cycle(n, batch) == 0 else NoOpDpEvent()
 
     def distribution(self, n: int, batch: int) -> str:
         return f"shuffled batches of {batch}, not amplified"
@@ -167,18 +167,18 @@ class Cyclic(Sampler):
     def relation(self) -> Relation:
         return Relation.ZERO_OUT
 
-    def separation(self, n: int, batch: int) -> int:
-        return max(1, n // batch) if batch else 1
+    def cycle(self, n: int, batch: int) -> int:
+        return max(1, n // batch)
 
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
-        cycle = self.separation(n, batch)
+        cycle = self.cycle(n, batch)
         return Stream(seed, "sampling", 0).permutation(n)[step % cycle :: cycle].sort().values
 
     def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
-        return event if step % self.separation(n, batch) == 0 else NoOpDpEvent()
+        return event if step % self.cycle(n, batch) == 0 else NoOpDpEvent()
 
     def distribution(self, n: int, batch: int) -> str:
-        return f"one order, in cycles of {self.separation(n, batch)} batches, not amplified"
+        return f"one order, in cycles of {self.cycle(n, batch)} batches, not amplified"
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class CyclicPoisson(Sampler):
     def amplifies(self) -> bool:
         return True
 
-    def separation(self, n: int, batch: int) -> int:
+    def cycle(self, n: int, batch: int) -> int:
         return self.groups
 
     def unfit(self, n: int, batch: int) -> str | None:

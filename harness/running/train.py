@@ -224,6 +224,8 @@ def train(
         fill(device, Stream(seeds.path, "dropout", p.step))
         noise, path = Stream(seeds.noise, f"noise of {method.engine.role}", p.step), Stream(seeds.path, "path", p.step)
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams(noise, path), p.step)
+        if done.sigmas != (planned := tuple(method.engine.split(method.clip, sigma, p.step).values())):
+            raise RuntimeError(f"step {p.step} released with multipliers {done.sigmas}, and {planned} were planned")
         p.ledger.add(event_of(method, done.sigmas, n, schedule.batch, p.step))
         p.w, p.parts, p.step = done.w, done.parts, p.step + 1
         p.sensitivity, p.engine, p.microbatch = (done.sensitivity, done.observed.engine, done.observed.microbatch)
@@ -276,9 +278,47 @@ def evaluating(model: nn.Module, w: Tree) -> Iterator[None]:
 
 
 def evaluate(model: nn.Module, w: Tree, loss: Loss, data: Data, split: Split = "test") -> dict[str, float]:
-    """How weights `w` do on a split, as `loss` judges. A score may be infinite, or not a number."""
+    """How weights `w` do on a split, as `loss` judges. A score may be infinite, or not a number.
+
+    Raises PermissionError where a loss that does not say so (`probes`) reads anything but this split.
+    """
+    seen = data if loss.probes else OneSplit(data, split, type(loss).__name__)
     with evaluating(model, w):
-        return loss.scores(model, data, w.flat.device, split)
+        return loss.scores(model, seen, w.flat.device, split)
+
+
+@dataclass(frozen=True)
+class OneSplit:
+    """A data set of which one split can be read: what is published must follow from it and from the weights alone."""
+
+    data: Data
+    split: Split
+    reader: str
+
+    @property
+    def n_train(self) -> int:
+        return self.data.n_train
+
+    @property
+    def n_test(self) -> int:
+        return self.data.n_test
+
+    def batch(self, indices: Tensor, split: Split = "train") -> tuple[Tensor, Tensor]:
+        """As `Data` has it."""
+        if split != self.split:
+            raise self._refused(f"the {split} split")
+        return self.data.batch(indices, split)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self._refused(f'"{name}" of the data set')
+
+    def _refused(self, what: str) -> PermissionError:
+        return PermissionError(
+            f"{self.reader}.scores reads {what}, and is to judge the {self.split} split: its scores would be published."
+            f" Read data.batch(indices, split) alone, or let {self.reader}.probes be True: then scores stay private"
+        )
 
 
 # --- checkpoints: one safetensors file, the structure as JSON in its header; nothing in it can be executed ---

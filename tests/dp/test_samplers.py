@@ -4,8 +4,18 @@ import pytest
 import torch
 from dp_accounting import GaussianDpEvent, NoOpDpEvent, PoissonSampledDpEvent
 
-from harness.dp import Banded, BandedInverse, Cyclic, CyclicPoisson, Ledger, Method, Relation, Shuffle, TruncatedPoisson
-from harness.dp import TreeAggregation
+from harness.dp import (
+    Banded,
+    BandedInverse,
+    Cyclic,
+    CyclicPoisson,
+    Ledger,
+    Method,
+    Relation,
+    Shuffle,
+    TreeAggregation,
+    TruncatedPoisson,
+)
 from harness.dp.account import epsilon
 from harness.dp.sampler import Poisson
 

@@ -19,6 +19,7 @@ from harness.dp.clip.flat import shortened
 from harness.dp.clip.rule import within_reach
 from harness.dp.engines.chain import PRODUCTS, SCALINGS, Layer, Tape, cut, layers_of
 from harness.dp.engines.engine import SPEED, Engine, Unserved, joined, losses_of, trainable
+from harness.dp.engines.memory import refuse_memory_once
 from harness.dp.engines.rows import full_precision
 from harness.dp.engines.survey import modes, moved, probe_batch, refuse_mixing, untouched, watching
 from harness.dp.engines.weights import held
@@ -119,6 +120,7 @@ class Feedback(Engine):
         if not len(batch):
             return total, []
         order = order_for(layers, model, w, batch.x)
+        refuse_memory_once(loss, model, w.views, batch)
         if due(model):
             with untouched(model, batch.x.device):
                 refuse_mixed_examples(loss, model, w, batch)

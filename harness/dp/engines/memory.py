@@ -14,11 +14,12 @@ import copy
 import io
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 
 from harness.dp.engines.draws import generators, rewind
 from harness.dp.engines.engine import Unserved, losses_of
-from harness.dp.engines.survey import untouched, whole
+from harness.dp.engines.survey import probe_batch, signature, untouched, whole
+from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
 
 DEEPEST = 8
@@ -36,6 +38,22 @@ COMPARED = (*KEPT, Tensor, np.ndarray)
 SHARED = (type(threading.Lock()), type(threading.RLock()), io.IOBase, ModuleType, torch.Generator)
 """What copies of a model have in common: it cannot be copied, and holds nothing of an example."""
 OWN = frozenset({"_parameters", "_modules", "_buffers", "training"})
+
+
+_tried: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+
+
+def refuse_memory_once(loss: Loss, model: nn.Module, w: Mapping[str, Tensor], batch: Batch) -> None:
+    """`refuse_memory` with weights `w`, on a few examples of this shape: once, and without a trace.
+
+    For engines that try nothing else of a model before they use it.
+    """
+    known, key = _tried.setdefault(model, set()), signature(loss, model, w, batch)
+    if key not in known:
+        clone = {name: t.detach().clone() for name, t in w.items()}
+        with untouched(model, batch.x.device), torch.enable_grad(), held(model, clone):
+            refuse_memory(loss, model, probe_batch(batch))
+        known.add(key)
 
 
 def refuse_memory(loss: Loss, model: nn.Module, batch: Batch) -> None:

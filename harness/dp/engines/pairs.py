@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Engine, Unserved
 from harness.dp.engines.jacobians import Block, Factors, energies, forward, jacobians, pieces, weighted
+from harness.dp.engines.memory import refuse_memory_once
 from harness.dp.engines.rows import full_precision, product, squared_norms
 from harness.dp.engines.taped.gradients import Gradient
 from harness.dp.engines.weights import held
@@ -114,6 +115,8 @@ class Pairs(Engine):
         bound = self.reach(loss, clip.sensitivity(state, Relation.ADD_OR_REMOVE), len(batch), relation)
         taken = min(len(batch), self.cap or len(batch))
         x = batch.x
+        if taken:
+            refuse_memory_once(loss, model, w.views, batch)
         total, losses = (
             torch.zeros_like(w.flat, dtype=torch.float64),
             x.new_full((taken,), math.nan, dtype=torch.float64),

@@ -9,6 +9,7 @@ from torch import nn
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Engine, Unserved, losses_of, trainable
+from harness.dp.engines.memory import refuse_memory_once
 from harness.dp.engines.rows import squared_norms
 from harness.dp.engines.weights import held
 from harness.dp.loss import Batch, Loss
@@ -58,6 +59,7 @@ class Whole(Engine):
         total, losses = torch.zeros_like(w.flat, dtype=torch.float64), w.flat.new_zeros(0)
         clipped = bad = torch.zeros((), dtype=torch.long, device=w.flat.device)
         if len(batch):
+            refuse_memory_once(loss, model, w.views, batch)
             with held(model, w.views) as own:
                 losses = losses_of(loss, model, batch)
                 grads = torch.autograd.grad(losses.sum(), list(own.values()), allow_unused=True, materialize_grads=True)

@@ -4,10 +4,10 @@ The noise of step t is s (C^-1 Z)_t: `harness.dp.noise.strategy` has the matrice
 costs what the noise multiplier says: a sampler charges one Gaussian for every `separation` steps, in which an example is
 used once, as for independent noise.
 
-*Exactly.* Noise on a grid must not be a sum of products of floats: the digits below the grid would tell earlier noise,
-and with it earlier sums. What is released at step t is k_t + w_t, integers: k_t the sum on its grid, w_t the noise. Each
-kind below has a w_t for which the release is a function of the Gaussian mechanism on C k, and says why. Rounding a sum
-moves it, and is charged, as for independent noise (`harness.dp.gaussian`).
+*Exactly.* Noise on a grid must not be a sum of products of floats: the digits below the grid would tell earlier
+noise, and with it earlier sums. What is released at step t is k_t + w_t, integers: k_t the sum on its grid, w_t the
+noise. Each kind below has a w_t for which the release is a function of the Gaussian mechanism on C k, and says why.
+Rounding a sum moves it, and is charged, as for independent noise (`harness.dp.gaussian`).
 
 *What is kept.* From one step to the next a state is kept from which past noise follows. It is as secret as the private
 sums: what was released less its noise is the private sum.
