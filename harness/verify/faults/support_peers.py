@@ -21,7 +21,7 @@ from harness.peers.noise import NOISES
 from harness.records.tables import inserted, markdown
 from harness.verify.audits.support import SupportSetting, attacked, neighbours
 from harness.verify.audits.verdict import claim
-from harness.verify.faults.noises import FloatSum
+from harness.verify.faults.parts import FloatSum
 
 METHOD = "one-step-last-layer"
 MARKER = "peers"

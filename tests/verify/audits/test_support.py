@@ -18,7 +18,7 @@ from harness.verify.audits import support
 from harness.verify.audits.canary import Refused
 from harness.verify.audits.images import Fused, Known, Lattice, ScaledSum, Short, Sum, guesses, held
 from harness.verify.audits.support import SupportSetting, attacked, neighbours
-from harness.verify.faults.noises import FloatSum
+from harness.verify.faults.parts import FloatSum
 
 FEW = SupportSetting(repeat=24)
 LESS = SupportSetting(repeat=8)
@@ -193,7 +193,7 @@ def test_what_cannot_be_attacked_is_refused():
 OWN = """
 from harness.dp import Method
 from harness.registry import method
-from harness.verify.faults.noises import FloatSum
+from harness.verify.faults.parts import FloatSum
 
 @method("floats")
 def floats() -> Method:
