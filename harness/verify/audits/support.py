@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.dp.account import Ledger
 from harness.dp.engines.draws import fill
 from harness.dp.engines.engine import Engine
 from harness.dp.gaussian import grid
@@ -33,14 +32,14 @@ from harness.dp.random import Stream
 from harness.dp.release import Bounded, Observed, Relation, Release
 from harness.dp.tree import Tree
 from harness.running.seeds import derive
-from harness.running.train import Parts, Schedule, Streams, start, step, wanted
+from harness.running.train import Parts, Streams, start, step, wanted
 from harness.verify.around import AroundNoise
 from harness.verify.audits import pair
 from harness.verify.audits.bounds import MOST, Sample, upper
 from harness.verify.audits.canary import AuditTask, Refused
 from harness.verify.audits.images import End, Image, Known, Mask, around, guesses, held, never_wrong
-from harness.verify.audits.pair import Heard, Neighbour, Neighbours, overheard, secrets
-from harness.verify.audits.verdict import RATES, TRADEOFF, AuditSetting, Verdict, bound, claim
+from harness.verify.audits.pair import Heard, Neighbour, Neighbours, overheard
+from harness.verify.audits.verdict import RATES, TRADEOFF, AuditSetting, Claim, Verdict, needs_noise, secrets, seeds
 
 CERTAINTY = "certainty"
 REHEARSED = 1000  # numbers, at the least, of each sum
@@ -141,8 +140,7 @@ def numbers(tree: Tree) -> Array:
     """The numbers of a release [d], of its own float type. Raises Refused for a type that is not looked into."""
     if tree.flat.dtype not in (torch.float32, torch.float64):
         raise Refused(f"its releases are {tree.flat.dtype}: float32 and float64 are looked into")
-    found: Array = tree.flat.detach().cpu().numpy()
-    return found
+    return tree.flat.detach().cpu().numpy()
 
 
 def deviations(release: Release) -> Array:
@@ -374,34 +372,28 @@ def audit(method: Method, s: SupportSetting, sigma: float | None = None, task: A
     method claims nothing, where its sums cannot be made again to the bit, or where it writes a ledger that is not its
     plan.
     """
-    if not method.noise.private:
-        raise Refused("it trains without noise and claims no epsilon: there is nothing to audit")
+    needs_noise(method)
     if s.rate != 1:
         raise Refused(
             "the observer knows the batches, and a smaller epsilon is claimed for who does not: rate 1 is audited"
         )
     two = neighbours(method, task or s.trained())
-    n = two.n_train
-    sigma, accountant, price = claim(method, n, n, s.steps, s.epsilon, s.delta, sigma)
-    found = attacked(method, two, s, sigma)
-    return verdict(found, s, price, accountant)
+    claim = Claim.of(method, s, two.n_train, sigma)
+    return verdict(attacked(claim, two), claim)
 
 
-def attacked(method: Method, two: Neighbours, s: SupportSetting, sigma: float) -> Attack:
-    """`s.repeat` runs, judged. Raises Refused as `audit` does."""
-    n, asked = two.n_train, dataclasses.asdict(s)
-    planned = method.plan(sigma, n, n, s.steps)
-    model, schedule = copy.deepcopy(two.body), Schedule(s.steps, n, s.steps)
+def attacked(claim: Claim, two: Neighbours) -> Attack:
+    """The runs of a setting, judged. Raises Refused as `audit` does."""
+    method, s, model = claim.method, claim.setting, copy.deepcopy(two.body)
     witness = Witnessed(method.noise)
     watched = dataclasses.replace(method, noise=witness)
-    observer = SumObserver(method, two, model, sigma, n)
-    attack = Attack(observer, derive("support observer", describe(method), asked))
-    for seed in (derive("support", describe(method), asked, run) for run in range(s.repeat)):
+    observer = SumObserver(method, two, model, claim.sigma, claim.batch)
+    attack = Attack(observer, derive("support observer", describe(method), dataclasses.asdict(s)))
+    for seed in seeds("support", method, s):
         present = bool(Stream(seed, "coins", 0).uniform(1) < 0.5)
         witness.given.clear()
-        steps, ended = overheard(watched, Neighbour(two, present), model, sigma, schedule, seed)
-        if ended.ledger != planned:
-            raise Refused(f"the run charged {ended.ledger}, its plan says {planned}")
+        steps, ended = overheard(watched, Neighbour(two, present), model, claim.sigma, claim.schedule, seed)
+        claim.check(ended.ledger)
         kept = method.path.kept(ended.w, ended.parts.path)
         attack.judge(WitnessedRun(steps, kept, witness.given, secrets(seed), present))
     if not attack.moved:
@@ -409,27 +401,19 @@ def attacked(method: Method, two: Neighbours, s: SupportSetting, sigma: float) -
     return attack
 
 
-def verdict(attack: Attack, s: SupportSetting, price: Callable[[float], float], accountant: str) -> Verdict:
+def verdict(attack: Attack, claim: Claim) -> Verdict:
     """The bounds that the decisions give. The three share the level evenly, so that the largest holds too."""
-    o, inside, seen = attack.observer, np.array(attack.coins), attack.seen
-
-    def plan(multiplier: float) -> Ledger:
-        return o.method.plan(multiplier, o.pair.n_train, o.batch, s.steps)
-
+    s, inside, seen = claim.setting, np.array(attack.coins), attack.seen
     sample = Sample({name: np.array(t.decided, float) for name, t in seen.items()}, inside)
-    bounds = bound(
-        sample, dataclasses.replace(s, level=s.level * 2 / 3), plan, price, o.sigma, o.method, (RATES, TRADEOFF)
-    )
+    bounds = claim.bounds(sample, s.level * 2 / 3, (RATES, TRADEOFF))
     sure = {name: certainty(t, inside, s.delta, s.level / 3 / len(seen)) for name, t in seen.items()}
     best = max(sure, key=lambda name: sure[name])
     bounds[CERTAINTY] = {"epsilon": sure[best], "score": best}
     facts = attack.facts() | {
         "weights_unseen": attack.unseen,
         "images": {name: [*(i.name for i in images), End.name] for name, images in attack.images.items()},
-        "in": int(inside.sum()), "samples": len(inside), "n": o.pair.n_train, "batch": o.batch,
-        "sampling": o.method.sampler.distribution(o.pair.n_train, o.batch),
-    }  # fmt: skip
-    return Verdict(price(o.sigma), accountant, o.sigma, bounds, facts)
+    }
+    return claim.verdict(bounds, inside, facts)
 
 
 def certainty(tally: Tally, inside: Mask, delta: float, level: float) -> float:

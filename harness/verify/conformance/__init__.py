@@ -19,12 +19,8 @@ from harness import registry
 from harness.dp.method import Method
 from harness.provenance.measure import Clock
 from harness.verify.conformance.adversary import adversarial
-from harness.verify.conformance.draws import steady_draws
-from harness.verify.conformance.engines import other_engines
 from harness.verify.conformance.identity import identified
-from harness.verify.conformance.later import within_sensitivity_much_later
 from harness.verify.conformance.ledger import amended, billed, calibrated
-from harness.verify.conformance.memory import forgetful, separately
 from harness.verify.conformance.neighbours import (
     equals_loop,
     replaced,
@@ -32,6 +28,7 @@ from harness.verify.conformance.neighbours import (
     within_sensitivity,
     within_sensitivity_float32,
     within_sensitivity_later,
+    within_sensitivity_much_later,
     within_sensitivity_sequence,
 )
 from harness.verify.conformance.noise import independent, noise_billed, noised
@@ -39,8 +36,8 @@ from harness.verify.conformance.options import other_options
 from harness.verify.conformance.replay import described, empty_step, microbatch_free, resumed, still, thread_free
 from harness.verify.conformance.rule import clip_rule
 from harness.verify.conformance.sampling import sampled, sampled_at_large
-from harness.verify.conformance.secrecy import poisoned, twins, twins_later
-from harness.verify.conformance.shapes import other_models, other_sizes
+from harness.verify.conformance.secrecy import forgetful, poisoned, separately, twins, twins_later
+from harness.verify.conformance.shapes import other_engines, other_models, other_sizes, steady_draws
 from harness.verify.conformance.subject import PROBLEMS, Check, Inapplicable, Subject, Violation, subject
 from harness.verify.conformance.subject import Toy as Toy
 from harness.verify.conformance.subject import toy_model as toy_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from harness import registry
 from harness.dp.method import Method, describe
-from harness.registry.options import Parameter
+from harness.registry.options import Parameter, members
 from harness.verify.conformance.ledger import billed
 from harness.verify.conformance.neighbours import neighbours
 from harness.verify.conformance.rule import ruled
@@ -75,13 +74,9 @@ def _variants(name: str, file: str) -> Iterator[tuple[str, Method]]:
 def others(parameter: Parameter) -> list[Any]:
     """Other values of an option: each of a choice, and numbers some way off."""
     default = parameter.default
-    names = [ast.unparse(one) for one in _alternatives(ast.parse(parameter.type, mode="eval").body)]
-    choices = [
-        ast.literal_eval(part)
-        for name in names if name.startswith("Literal[")
-        for part in _members(ast.parse(name, mode="eval").body)
-    ]  # fmt: skip
-    found: list[Any] = [choice for choice in choices if choice != default]
+    kinds = members(parameter.type)
+    names = [name for name, _ in kinds]
+    found: list[Any] = [choice for _, choices in kinds for choice in choices if choice != default]
     if "bool" in names:
         found.append(not default)
     elif isinstance(default, int | float) and not isinstance(default, bool):
@@ -91,15 +86,3 @@ def others(parameter: Parameter) -> list[Any]:
     if default is not None and "None" in names:
         found.append(None)
     return [value for value, _ in itertools.groupby(found) if value != default]
-
-
-def _alternatives(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp):
-        return [*_alternatives(node.left), *_alternatives(node.right)]
-    return [node]
-
-
-def _members(node: ast.expr) -> list[ast.expr]:
-    if not isinstance(node, ast.Subscript):
-        return []
-    return list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]

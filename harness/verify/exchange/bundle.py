@@ -377,8 +377,7 @@ def _listed(archive: zipfile.ZipFile, faults: list[Broken]) -> dict[str, Any]:
     if reason:
         faults.append(Broken(Path(MANIFEST), reason))
         return {}
-    files: dict[str, Any] = manifest["files"]
-    return files
+    return manifest["files"]
 
 
 def _unlisted(listed: object, data: bytes) -> str:

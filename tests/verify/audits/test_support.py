@@ -18,6 +18,7 @@ from harness.verify.audits import support
 from harness.verify.audits.canary import Refused
 from harness.verify.audits.images import Fused, Known, Lattice, ScaledSum, Short, Sum, guesses, held
 from harness.verify.audits.support import SupportSetting, attacked, neighbours
+from harness.verify.audits.verdict import Claim
 from harness.verify.faults.parts import FloatSum
 
 FEW = SupportSetting(repeat=24)
@@ -107,7 +108,8 @@ class OffLattice(Gaussian):
 
 
 def decided(method: Method, s: SupportSetting = FEW, sigma: float = 2.0) -> dict[str, tuple[int, int]]:
-    found = attacked(method, neighbours(method, s.trained()), s, sigma)
+    two = neighbours(method, s.trained())
+    found = attacked(Claim(method, s, two.n_train, two.n_train, sigma, "pld"), two)
     return {name: (tally["right"], tally["wrong"]) for name, tally in found.facts().items()}
 
 
