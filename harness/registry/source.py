@@ -22,11 +22,7 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
 # The supplied parameter that takes the text after the colon of "npz:PATH" and "timm:NAME".
 ARGUMENT: Mapping[str, str] = {"dataset": "path", "model": "name"}
 # Keys of a [[method]] table of a suite, so no hyper-parameter may have such a name.
-RESERVED: Mapping[str, frozenset[str]] = {
-    "method": frozenset({"name", "label", "tasks", "epsilon", "on", "train", "then"}),
-    "dataset": frozenset(),
-    "model": frozenset(),
-}
+RESERVED = frozenset({"name", "label", "tasks", "epsilon", "on", "train", "then"})
 NAME = re.compile(r"[a-z0-9]+(?:[-._][a-z0-9]+)*")
 
 
@@ -153,7 +149,7 @@ def _parameters(kind: str, function: ast.FunctionDef, constants: Mapping[str, ob
     for arg, default in pairs:
         if arg.arg in SUPPLIED[kind]:
             continue
-        if arg.arg in RESERVED[kind]:
+        if kind == "method" and arg.arg in RESERVED:
             raise _Malformed(arg.lineno, f"parameter {arg.arg} has the name of a key of [[method]]; choose another")
         type_text = _annotation(arg)
         if default is None:

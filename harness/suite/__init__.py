@@ -16,7 +16,6 @@ Modules, in the order in which a file goes through them::
     files       Python files of the user's
     tasks       [[task]]
     methods     [[method]], variants, labels
-    published   [[published]]
     reading     all tables of a suite, and its reduced profile
     values      what a suite is once it is read
 

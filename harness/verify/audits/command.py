@@ -297,9 +297,7 @@ class _Asked:
 def _named(method: str) -> list[tuple[str, registry.Entry]]:
     """Specs and registry entries: of one method, of all in a file, or of all whose names match a pattern."""
     if method.endswith(".py"):
-        registry.add_file(Path(method))
-        here = Path(method).resolve()
-        return [(n, e) for n, e in registry.index("method").items() if Path(e.file).resolve() == here]
+        return [(one.name, one) for one in registry.in_file("method", method)]
     if "*" in method:
         return [(n, e) for n, e in sorted(registry.index("method").items()) if fnmatchcase(n, method)]
     return [(method, registry.lookup("method", method)[0])]

@@ -40,11 +40,9 @@ class Image(Protocol):
     @property
     def name(self) -> str:
         """In a few words."""
-        ...
 
     def possible(self, y: Array, v: Array, s: Array) -> Mask:
         """Whether each y can have come of its v."""
-        ...
 
 
 def around(x: Array, k: int) -> Iterator[Array]:

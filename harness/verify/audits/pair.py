@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -66,11 +65,7 @@ class PairSetting(AuditSetting):
         rng = torch.Generator().manual_seed(seed % 2**63)
         y = torch.arange(self.examples or 16) % 4
         x = torch.randn(len(y), 1, 8, 8, generator=rng)
-        digest = hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed % 2**63)
-            body = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-        return AuditTask(self.task, x, y, 4, body, digest, "linear")
+        return AuditTask.linear(self.task, x, y, 4, seed)
 
 
 @dataclass(frozen=True)

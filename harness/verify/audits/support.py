@@ -90,10 +90,6 @@ class Worlds(NamedTuple):
     present: Array
     s: Array
 
-    def same(self, other: Worlds) -> bool:
-        """Whether the sums of both are the same to the bit."""
-        return np.array_equal(self.absent, other.absent) and np.array_equal(self.present, other.present)
-
 
 @dataclass(frozen=True)
 class Witnessed(AroundNoise):
@@ -282,16 +278,6 @@ def by_weights(
 # The audit ------------------------------------------------------------------------------------------------
 
 
-class WitnessedRun(NamedTuple):
-    """One run: its noised releases by step, its final weights, its secret sums in order, its seeds and its coin."""
-
-    steps: list[Heard]
-    kept: Tree
-    given: list[Tensor]
-    known: SimpleNamespace
-    present: bool
-
-
 @dataclass
 class Attack:
     """What all runs of an audit share, and what has been decided so far.
@@ -325,44 +311,46 @@ class Attack:
             own = rehearsed(method, worlds, max(TIMES, math.ceil(REHEARSED / max(1, len(worlds.s)))), seed)
             rng = np.random.default_rng(self.seed % 2**63)
             self.images[name], self.first[name] = held(guesses(own, public_step(worlds)), own, rng), worlds
-        images = self.images[name]
-        if images and not worlds.same(self.first[name]):
+        images, first = self.images[name], self.first[name]
+        same = np.array_equal(worlds.absent, first.absent) and np.array_equal(worlds.present, first.present)
+        if images and not same:
             own = rehearsed(method, worlds, TIMES, derive("again", seed, len(self.releases.decided)))
             images = [image for image in images if never_wrong(image, own)]
         return [*images, End()]
 
-    def judge(self, run: WitnessedRun) -> None:
-        """Decide one run by all of its releases, and by its final weights alone.
+    def judge(self, steps: list[Heard], kept: Tree, given: list[Tensor], known: SimpleNamespace, present: bool) -> None:
+        """Decide one run by all of its noised releases, and by its final weights alone.
 
-        Raises Refused where the observer's sum is not the run's own to the bit: a bit decides here.
+        `given` are its secret sums in order, `known` its seeds, `present` its coin. Raises Refused where the observer's
+        sum is not the run's own to the bit: a bit decides here.
         """
-        self.coins.append(run.present)
-        can, sums = [True, True], iter(run.given)
-        for at in run.steps:
-            found = self.observer.worlds(at, run.known)
+        self.coins.append(present)
+        can, sums = [True, True], iter(given)
+        for at in steps:
+            found = self.observer.worlds(at, known)
             for release, (name, worlds) in zip(at.releases, found.items(), strict=True):
-                if not np.array_equal(next(sums).numpy(), worlds.present if run.present else worlds.absent):
+                if not np.array_equal(next(sums).numpy(), worlds.present if present else worlds.absent):
                     raise Refused("its sums are other ones when they are made again: the observer cannot know them")
                 images, y = self.holding(name, worlds), numbers(release.formatted)
                 for i, v in enumerate((worlds.absent, worlds.present)):
                     can[i] &= bool(possible(images, y, v, worlds.s).all())
                 self.moved |= not np.array_equal(worlds.absent, worlds.present)
         self.releases.add(*can)
-        if len(run.steps) > 1 or len(found) > 1:
+        if len(steps) > 1 or len(found) > 1:
             self.unseen = "there is more than one noised release in them"
         elif not self.unseen:
-            self._judge_weights(run, worlds, images)
+            self._judge_weights(at, kept, known.path, worlds, images)
 
-    def _judge_weights(self, run: WitnessedRun, worlds: Worlds, images: list[Image]) -> None:
-        o, (at,) = self.observer, run.steps
+    def _judge_weights(self, at: Heard, kept: Tree, path: int, worlds: Worlds, images: list[Image]) -> None:
+        o = self.observer
         begun = start(o.method, o.model, 1)
         denominator = o.method.sampler.denominator(o.pair.n_train, o.batch)
-        ending = Ending(o.method, o.model, begun.w, begun.parts, at.releases[0], denominator, run.known.path)
+        ending = Ending(o.method, o.model, begun.w, begun.parts, at.releases[0], denominator, path)
         line = ending.line(worlds.s, np.random.default_rng(self.seed % 2**63))
         if line is None:
             self.unseen = "they are not linear in the noised sum, each in its own number"
         else:
-            self.weights.add(*by_weights(ending, line, numbers(run.kept), worlds, images))
+            self.weights.add(*by_weights(ending, line, numbers(kept), worlds, images))
 
 
 def audit(method: Method, s: SupportSetting, sigma: float | None = None, task: AuditTask | None = None) -> Verdict:
@@ -395,7 +383,7 @@ def attacked(claim: Claim, two: Neighbours) -> Attack:
         steps, ended = overheard(watched, Neighbour(two, present), model, claim.sigma, claim.schedule, seed)
         claim.check(ended.ledger)
         kept = method.path.kept(ended.w, ended.parts.path)
-        attack.judge(WitnessedRun(steps, kept, witness.given, secrets(seed), present))
+        attack.judge(steps, kept, witness.given, secrets(seed), present)
     if not attack.moved:
         raise Refused("the example that was tried moves no release")
     return attack

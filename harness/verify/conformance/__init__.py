@@ -67,7 +67,6 @@ WHERE: Mapping[Checking, str] = {
 }  # fmt: skip
 """Every check, and what decides its outcome: where to change a method that fails it."""
 CHECKS: tuple[Checking, ...] = tuple(WHERE)
-REFUSED = Check("the engine accepts a small problem", False, "", function="subject")
 
 
 class Named(NamedTuple):
@@ -83,12 +82,8 @@ def named(method: str) -> list[Named]:
 
     Raises registry.RegistryError where there is no such method.
     """
-    if not method.endswith(".py"):
-        entries = [registry.resolve("method", method)]
-    else:
-        registry.add_file(Path(method))
-        here = Path(method).resolve()
-        entries = [e for e in registry.index("method").values() if Path(e.file).resolve() == here]
+    single = not method.endswith(".py")
+    entries = [registry.resolve("method", method)] if single else registry.in_file("method", method)
     return [Named(entry.name, str(Path(entry.file).resolve()), registry.load(entry)()) for entry in entries]
 
 
@@ -119,7 +114,8 @@ def examine(method: Method, identity: tuple[str, str] | None = None) -> list[Che
 
 def refused(violation: Violation) -> Check:
     """The only line of a method that no problem suits."""
-    return REFUSED._replace(detail=f"{violation}; change Engine.accepts or the parts that it refuses")
+    detail = f"{violation}; change Engine.accepts or the parts that it refuses"
+    return Check("the engine accepts a small problem", False, detail, function="subject")
 
 
 def repeated(method: str, repeat: int, first: int = 1) -> list[Check]:

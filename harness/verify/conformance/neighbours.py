@@ -71,9 +71,7 @@ def within_sensitivity_later(s: Subject) -> None:
     """nor does it after some steps of training"""
     s.noises()
     for p in s.reached[1::2]:
-        for scale in (1.0, 1e4):
-            story = f"after {p.step} steps, inputs times {scale:g}"
-            neighbours(s, s.data.x[:6] * scale, s.data.y[:6], story, at=p)
+        scaled(s, 6, f"after {p.step} steps, ", at=p)
 
 
 def within_sensitivity_much_later(s: Subject) -> None:
@@ -82,9 +80,7 @@ def within_sensitivity_much_later(s: Subject) -> None:
     # Aged by empty batches, which are legal steps and cost next to nothing: all that counts steps counts them.
     oldest = s.aged[-1]
     for p in [*s.aged, *(dataclasses.replace(oldest, step=step) for step in STEPS_ON)]:
-        for scale in (1.0, 1e4):
-            story = f"at step {p.step}, inputs times {scale:g}"
-            neighbours(s, s.data.x[:3] * scale, s.data.y[:3], story, at=p)
+        scaled(s, 3, f"at step {p.step}, ", at=p)
         _planned(s, p)
 
 
@@ -185,6 +181,12 @@ def neighbourhoods(data: Toy) -> Iterator[tuple[Tensor, Tensor, str]]:
         spoilt = x.clone()
         spoilt[2].view(-1)[0] = value
         yield spoilt, y, f"an example with an input of {value}"
+
+
+def scaled(s: Subject, count: int, story: str = "", at: Progress | None = None) -> None:
+    """`neighbours` of the first examples, as they are and enormous."""
+    for scale in (1.0, 1e4):
+        neighbours(s, s.data.x[:count] * scale, s.data.y[:count], f"{story}inputs times {scale:g}", at)
 
 
 def neighbours(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from harness import registry
 from harness.dp.method import Method, describe
 from harness.registry.options import Parameter, members
 from harness.verify.conformance.ledger import billed
-from harness.verify.conformance.neighbours import neighbours
+from harness.verify.conformance.neighbours import scaled
 from harness.verify.conformance.rule import ruled
 from harness.verify.conformance.subject import Inapplicable, Subject, Violation, subject
 
@@ -31,8 +32,10 @@ def other_options(s: Subject) -> None:
             continue
         seen += 1
         try:
-            for check in (_bounded, billed, _ruled):
-                check(other)
+            scaled(other, 3)
+            billed(other)
+            with contextlib.suppress(Inapplicable):
+                ruled(other, other.reached[::4])
         except Violation as violation:
             raise Violation(f"with {what}: {violation}", violation.evidence, violation.ratio) from None
     if not seen:
@@ -42,18 +45,6 @@ def other_options(s: Subject) -> None:
 def _bounding(method: Method) -> dict[str, Any]:
     """All that decides what is released and charged; not the optimizer, which sees public values alone."""
     return {name: part for name, part in describe(method).items() if name != "optimizer"}
-
-
-def _bounded(s: Subject) -> None:
-    for scale in (1.0, 1e4):
-        neighbours(s, s.data.x[:3] * scale, s.data.y[:3], f"inputs times {scale:g}")
-
-
-def _ruled(s: Subject) -> None:
-    try:
-        ruled(s, s.reached[::4])
-    except Inapplicable:
-        return
 
 
 def _variants(name: str, file: str) -> Iterator[tuple[str, Method]]:
