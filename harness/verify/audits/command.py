@@ -164,38 +164,23 @@ def outline(subject: AuditedMethod, s: AuditSetting, task: AuditTask) -> dict[st
 
 def found(subject: AuditedMethod, s: AuditSetting, task: AuditTask) -> dict[str, Any]:
     """What an audit adds to its outline: claimed and audited epsilon, or the reason why it has neither."""
+    method = subject.method
     try:
         if isinstance(s, MembershipSetting):
-            return by_members(subject.method, s, task)
-        if isinstance(s, SupportSetting):
-            return by_coins(support.audit(subject.method, s, task=task))
-        if isinstance(s, PairSetting):
-            return by_coins(pair.audit(subject.method, s, strongest, task=task))
-        assert isinstance(s, CanarySetting)
-        return by_coins(audit(subject.method, s, task=task))
+            v = membership.audit(method, s, task)
+        elif isinstance(s, SupportSetting):
+            v = support.audit(method, s, task=task)
+        elif isinstance(s, PairSetting):
+            v = pair.audit(method, s, strongest, task=task)
+        else:
+            assert isinstance(s, CanarySetting)
+            v = audit(method, s, task=task)
     except Refused as error:
         return {"reason": f"not auditable by this instrument: {error}"}
-
-
-def by_coins(v: Verdict) -> dict[str, Any]:
-    """The findings of `audit`, of `pair.audit` or of `support.audit`."""
     return {
         "epsilon_claimed": v.claimed, "accountant": v.accountant, "noise_multiplier": v.sigma,
         "epsilon_audited": v.audited, "strongest": v.instrument, "instruments": v.bounds, "facts": v.planted,
         "flagged": v.refuted,
-    }  # fmt: skip
-
-
-def by_members(method: Method, s: MembershipSetting, task: AuditTask) -> dict[str, Any]:
-    """The findings of `membership.attack`. A method without noise claims nothing, and is attacked all the same."""
-    claim = Claim.of(method, s, len(task.x)) if method.noise.private else None
-    claimed = claim.price(claim.sigma) if claim else None
-    attacked = membership.attack(method, s, task, claim.sigma if claim else 0.0)
-    bound = attacked.bound(s.delta, s.level, s.seed)
-    return {
-        "epsilon_claimed": claimed, "accountant": claim and claim.accountant, "noise_multiplier": claim and claim.sigma,
-        "epsilon_audited": bound["epsilon"], "strongest": "one-run", "instruments": {"one-run": bound},
-        "facts": attacked.facts(s.level), "flagged": claimed is not None and bound["epsilon"] > claimed,
     }  # fmt: skip
 
 

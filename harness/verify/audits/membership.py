@@ -26,7 +26,7 @@ from harness.running.seeds import derive
 from harness.running.train import Schedule, evaluating
 from harness.verify.audits.bounds import CHOOSING, Sample, upper
 from harness.verify.audits.canary import AuditTask, Refused
-from harness.verify.audits.verdict import AuditSetting, by_guesses, secrets, seeds, trained
+from harness.verify.audits.verdict import ONE_RUN, AuditSetting, Claim, Verdict, by_guesses, secrets, seeds, trained
 
 FALSE_POSITIVES = (0.001, 0.01)  # the rates that true positives are counted at
 ROUNDING = 1e-9  # confidences that differ by less are the same
@@ -113,6 +113,16 @@ class Scored:
             "models": len(self.scores), "accuracy_members": float(self.seen.mean()),
             "accuracy_others": float(self.unseen.mean()),
         }  # fmt: skip
+
+
+def audit(method: Method, s: MembershipSetting, task: AuditTask) -> Verdict:
+    """The findings of an attack. A method without noise claims nothing, and is attacked all the same."""
+    claim = Claim.of(method, s, len(task.x)) if method.noise.private else None
+    scored = attack(method, s, task, claim.sigma if claim else 0.0)
+    bounds, facts = {ONE_RUN: scored.bound(s.delta, s.level, s.seed)}, scored.facts(s.level)
+    if claim is None:
+        return Verdict(bounds, facts)
+    return Verdict(bounds, facts, claim.price(claim.sigma), claim.accountant, claim.sigma)
 
 
 def attack(method: Method, s: MembershipSetting, task: AuditTask, sigma: float) -> Scored:

@@ -66,13 +66,16 @@ class AuditSetting:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an audit found. `bounds` are by instrument; all of them hold together, with confidence 1 - level."""
+    """What an audit found. `bounds` are by instrument; all of them hold together, with confidence 1 - level.
 
-    claimed: float
-    accountant: str
-    sigma: float
+    The last three are None of a method without noise, which claims nothing.
+    """
+
     bounds: dict[str, dict[str, Any]]
     planted: dict[str, Any]
+    claimed: float | None = None
+    accountant: str | None = None
+    sigma: float | None = None
 
     @property
     def audited(self) -> float:
@@ -87,7 +90,7 @@ class Verdict:
     @property
     def refuted(self) -> bool:
         """Whether the claim cannot be true."""
-        return self.audited > self.claimed
+        return self.claimed is not None and self.audited > self.claimed
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ class Claim:
             "in": int(inside.sum()), "samples": len(inside), "n": self.n, "batch": self.batch,
             "sampling": self.method.sampler.distribution(self.n, self.batch),
         }  # fmt: skip
-        return Verdict(self.price(self.sigma), self.accountant, self.sigma, bounds, facts)
+        return Verdict(bounds, facts, self.price(self.sigma), self.accountant, self.sigma)
 
 
 def by_guesses(choosing: Sample, testing: Sample, delta: float, level: float) -> dict[str, Any]:

@@ -87,21 +87,6 @@ def named(method: str) -> list[Named]:
     return [Named(entry.name, str(Path(entry.file).resolve()), registry.load(entry)()) for entry in entries]
 
 
-def check(method: str) -> list[Check]:
-    """Every check on one method, named as in the registry or by a file that registers one or more.
-
-    Raises registry.RegistryError where there is no such method.
-    """
-    return _lines(method, lambda one: examine(one.method, (one.name, one.file)))
-
-
-def _lines(method: str, run: Callable[[Named], list[Check]]) -> list[Check]:
-    """The lines that `run` gives of each method that a name or a file stands for; of several, headed by its name."""
-    found = named(method)
-    several = len(found) > 1
-    return [line._replace(name=f"{one.name}: {line.name}") if several else line for one in found for line in run(one)]
-
-
 def examine(method: Method, identity: tuple[str, str] | None = None) -> list[Check]:
     """Every check on a method value; `identity` is the name and the file that it is registered by."""
     try:
@@ -118,21 +103,16 @@ def refused(violation: Violation) -> Check:
     return Check("the engine accepts a small problem", False, detail, function="subject")
 
 
-def repeated(method: str, repeat: int, first: int = 1) -> list[Check]:
-    """The statistical checks alone, `repeat` times with fresh seeds, on the smallest problem that a method accepts.
+def rehearsed(method: Method, repeat: int) -> list[Check]:
+    """The statistical checks alone, with the seeds 1 to `repeat`, on the smallest problem accepted.
 
-    One line a method and check: how many repetitions failed, and the message of the first that did.
+    One line a check: how many repetitions failed, and the message of the first that did.
     """
-    return _lines(method, lambda one: rehearsed(one.method, repeat, first))
-
-
-def rehearsed(method: Method, repeat: int, first: int = 1) -> list[Check]:
-    """The statistical checks of a method value with the seeds `first` to `first + repeat - 1`."""
     try:
         plain = subject(method, sorted(PROBLEMS, key=lambda problem: math.prod(problem.shape)))
     except Violation as violation:
         return [refused(violation)]
-    seeds = range(first, first + repeat)
+    seeds = range(1, repeat + 1)
     rounds = [[verdict(each, dataclasses.replace(plain, seed=seed)) for each in STATISTICAL] for seed in seeds]
     return [_summed(lines, seeds) for lines in zip(*rounds, strict=True)]
 
