@@ -72,12 +72,7 @@ class BrokenSource:
 
 
 class _Malformed(Exception):
-    """A declaration that the index cannot use: line and reason."""
-
-    def __init__(self, line: int, reason: str) -> None:
-        super().__init__(reason)
-        self.line = line
-        self.reason = reason
+    """A declaration that the index cannot use; its arguments are the line and the reason."""
 
 
 def _aliases(tree: ast.Module) -> dict[str, str]:
@@ -222,7 +217,7 @@ def read(file: Path, module: str, kind: str) -> tuple[list[Entry], list[BrokenSo
                     raise _Malformed(node.lineno, f'write @{found}("name", ...), not @{found}')
                 entries.append(_entry(found, decorator, node, tree, file, module))
             except _Malformed as error:
-                bad.append(BrokenSource(found, _declared(decorator, node.name), file, error.line, error.reason))
+                bad.append(BrokenSource(found, _declared(decorator, node.name), file, *error.args))
     return entries, bad
 
 
