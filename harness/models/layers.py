@@ -22,6 +22,15 @@ def images(model: str, shape: tuple[int, ...], at_least: int) -> tuple[int, int,
     return shape[0], shape[1], shape[2]
 
 
+def numbers(text: str) -> list[int]:
+    """The numbers of "8,16,32"; empty where one of them is not a whole number above 0."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        return []
+    return found if min(found) > 0 else []
+
+
 class WSConv2d(nn.Module):
     """Convolution with scaled weight standardisation, as De et al. (arXiv:2204.13650) use it.
 

@@ -17,7 +17,6 @@ REMEDY = (
     'for timm "timm:NAME?norm_layer=groupnorm" or "timm:NAME?groupnorm=true", '
     "else harness.models.to_groupnorm(model)."
 )
-WHOLE = "(the model)"
 ROUNDING = 1e-5  # relative to the largest number: a reduction may be cut differently for another batch size
 FAILURES = (RuntimeError, ValueError, AssertionError, TypeError, IndexError)  # what a forward pass may raise
 
@@ -25,9 +24,9 @@ FAILURES = (RuntimeError, ValueError, AssertionError, TypeError, IndexError)  # 
 class CrossExampleLayer(ValueError):
     """A network whose output for one example depends on others. ``path`` and ``layer`` name the module."""
 
-    def __init__(self, path: str, layer: str, reason: str, remedy: str = REMEDY) -> None:
-        self.path, self.layer, self.reason, self.remedy = path, layer, reason, remedy
-        super().__init__(f'module "{path}" ({layer}) {reason}. {remedy}')
+    def __init__(self, model: nn.Module, path: str, reason: str, remedy: str = REMEDY) -> None:
+        self.path, self.layer = path or "(the model)", type(model.get_submodule(path)).__name__
+        super().__init__(f'module "{self.path}" ({self.layer}) {reason}. {remedy}')
 
 
 @dataclass

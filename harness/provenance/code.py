@@ -25,8 +25,6 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["IGNORED", "closure", "code_hash", "hashes"]
-
 # Decorators hand their function back unchanged, so the registry takes no part in any number.
 IGNORED: frozenset[str] = frozenset({"harness.registry"})
 # Packages whose imports are followed, besides those that the starting modules belong to.

@@ -15,8 +15,6 @@ from harness import registry
 from harness.provenance import code as codehash
 from harness.records.shelf import Found, Item, Shelf, fits
 
-__all__ = ["FOLDER", "SCHEMA", "failing", "identity", "kept", "latest", "load", "outcome", "stale", "write"]
-
 SCHEMA = 1
 FOLDER = "checks"
 _NUMBER, _NULL = (int, float), type(None)

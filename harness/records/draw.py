@@ -19,8 +19,6 @@ from typing import Any
 from harness.records.cell import Cell
 from harness.records.private import opened
 
-__all__ = ["Draw", "OtherCell", "begin", "begun", "stranger"]
-
 NOTE = "draw.json"
 CHECKPOINT = "checkpoint"
 TRACE = "trace.jsonl"

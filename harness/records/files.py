@@ -14,22 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = [
-    "MOST_BYTES",
-    "AlreadyWritten",
-    "Broken",
-    "StoreError",
-    "Unwritable",
-    "content",
-    "discard",
-    "dumps",
-    "replace_file",
-    "sweep",
-    "temporary",
-    "write_durably",
-    "write_once",
-]
-
 MOST_BYTES = 64 * 2**20
 """The largest record: its ledger is run-length encoded, and thousands of them are read at once."""
 

@@ -15,8 +15,6 @@ from harness.records.schema import columns
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["COLUMNS", "load_results"]
-
 _Value = Callable[[Any], Any]
 
 

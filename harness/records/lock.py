@@ -8,8 +8,6 @@ from filelock import FileLock, Timeout
 
 from harness.records.files import Unwritable
 
-__all__ = ["LOCK", "lock", "locked", "unlock"]
-
 LOCK = ".lock"
 
 

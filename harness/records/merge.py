@@ -15,8 +15,6 @@ from harness.records.files import Broken, StoreError, Unwritable, content, disca
 from harness.records.lock import lock, unlock
 from harness.records.store import RECORD, Record, cell_of, mismatch, parse_at, record_files, stranger
 
-__all__ = ["MergeResult", "merge"]
-
 # What a merge takes along, before the record itself.
 _COPIED = ("trace.jsonl", "env.json", "error.txt")
 Vet = Callable[[Record], tuple[str, tuple[str, ...]]]

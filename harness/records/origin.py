@@ -13,8 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILE", "arrival", "of", "words", "write"]
-
 FILE = "origin.json"
 LOST = {"source": "somewhere: its origin.json cannot be read", "merged": "", "record": "", "unknown": []}
 

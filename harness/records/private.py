@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["opened"]
-
 
 def opened(path: Path, mode: str = "wb", **options: Any) -> IO[Any]:
     """Open a file to write it, as :func:`open` does, readable and writable by its owner alone (mode 0600).

@@ -17,8 +17,6 @@ from harness.records.field import Came, Private
 from harness.records.record import FAILED, Measured, Stage
 from harness.records.schema import names
 
-__all__ = ["LEFT_OUT", "SWITCH", "diagnostics", "points", "privately_judged", "trace", "view"]
-
 SWITCH = "--with-private-diagnostics"
 """What has commands show and pass on what is private: for benchmarks on public data."""
 LEFT_OUT = f"losses, speeds, memory and times are private and left out; for benchmarks on public data: {SWITCH}"

@@ -20,8 +20,6 @@ from msgspec import Struct, UnsetType
 from harness.records.field import Column
 from harness.records.record import READ, SCHEMA, Quartiles, Record
 
-__all__ = ["blank", "columns", "decode", "fault", "names", "schema", "unknown"]
-
 DEEPEST = 64
 """Levels that a record may have: not every reader could follow more."""
 

@@ -19,8 +19,6 @@ from harness.records.cell import canonical_json
 from harness.records.files import MOST_BYTES, Broken, StoreError, Unwritable, dumps, write_once
 from harness.records.schema import decode, unreadable
 
-__all__ = ["Found", "Item", "Shelf", "attempt"]
-
 _NAME = re.compile(r"([0-9a-f]{12})(?:\.([1-9][0-9]{0,2}))?\.json")
 
 Item = dict[str, Any]

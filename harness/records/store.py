@@ -34,26 +34,6 @@ from harness.records.files import MOST_BYTES, Broken, StoreError, Unwritable, co
 from harness.records.record import FINAL
 from harness.records.schema import decode, fault
 
-__all__ = [
-    "Folder",
-    "Records",
-    "attempt_of",
-    "cell_of",
-    "crowded",
-    "current",
-    "encode",
-    "load",
-    "mismatch",
-    "parse_at",
-    "read",
-    "record_files",
-    "stale",
-    "stranger",
-    "suite_of",
-    "write_record",
-    "written",
-]
-
 RECORD = "record.json"
 
 _ATTEMPT = re.compile(r"([0-9a-f]{12})(?:\.([1-9][0-9]{0,8}))?")

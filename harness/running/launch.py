@@ -40,8 +40,6 @@ from harness.running.jobs import Codes, Job, device_of, fraction, is_cuda, slots
 from harness.running.process import Running, cause_of_death, kernel_ooms, kill, server
 from harness.running.progress import Lines, Outcome, Progress, Reporter, describe, duration
 
-__all__ = ["Summary", "run"]
-
 TARGET = "harness.running.run:execute"
 PRELOAD = ("harness.running.run",)
 # vmap imports this on first use, which takes seconds too: worth it for several runs. It asks which GPUs there are,
