@@ -9,14 +9,23 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from harness.data.source import DOWNLOAD, DatasetError, DatasetMismatch, DatasetMissing, Places, files_stamp, found_at
+from harness.data.source import (
+    DOWNLOAD,
+    DatasetError,
+    DatasetMismatch,
+    DatasetMissing,
+    Places,
+    files_stamp,
+    found_at,
+    kept,
+    kept_at,
+)
 from harness.dp import cache
 from harness.registry import did_you_mean
 
@@ -60,19 +69,15 @@ class Backbone(Protocol):
 
     def missing(self) -> DatasetMissing | None:
         """Why it cannot be had here, with what supplies it."""
-        ...
 
     def card(self) -> Card:
         """Raises :class:`DatasetMissing` where the weights are needed to know."""
-        ...
 
     def build(self) -> Network:
         """Normalised pictures ``[B, C, S, S]`` to features ``[B, ...]``; a module is in eval mode."""
-        ...
 
     def width(self, shape: Shape) -> int:
         """The number of features of a picture of this shape."""
-        ...
 
 
 def backbone(name: str, checkpoint: str | None, public: str | None, root: Places) -> Backbone:
@@ -219,13 +224,11 @@ class Timm:
         return DatasetMissing(f"weights of timm/{self.name}", looked, remedies)
 
     def card(self) -> Card:
-        stamp = f"{self.name}\ntimm {version('timm')}\n{files_stamp([self._present()])}"
-        kept = cache.root() / "backbones" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.json"
-        with suppress(KeyError, TypeError):
-            found = cache.load(kept)
-            return Card(**found | {"mean": tuple(found["mean"]), "std": tuple(found["std"])})
-        card = self._examine()
-        cache.dump(kept, asdict(card))
+        place = kept_at("backbones", f"{self.name}\ntimm {version('timm')}\n{files_stamp([self._present()])}")
+        card = kept(place, Card)
+        if card is None:
+            card = self._examine()
+            cache.dump(place, asdict(card))
         return card
 
     def build(self) -> Network:

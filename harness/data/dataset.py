@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:  # digests and descriptions are answered without importing torch
+from harness.data.canonical import Array
+
+# Digests and descriptions are answered without importing torch.
+if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
@@ -66,6 +70,16 @@ class Dataset:
     public_data: str = "none"
     tokens: int | None = None
     dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, facts: Facts, arrays: Iterable[Array], source: str) -> Dataset:
+        """The data set of ``x_train y_train x_test y_test``, which stay where they are in memory."""
+        import torch
+
+        x_train, y_train, x_test, y_test = map(torch.from_numpy, arrays)
+        names = ("mean", "std", "digest", "statistics", "public_data", "tokens")
+        shared: dict[str, Any] = {name: getattr(facts, name) for name in names}
+        return cls(facts.name, facts.classes, x_train, y_train, x_test, y_test, source=source, **shared)
 
     @property
     def n_train(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,7 +42,7 @@ def npz(
     relative path is looked for in the working directory, then in the data root. ``layout`` says where the channels of
     four axes are, for shapes that do not tell.
     """
-    candidates = [_npz_at(place, layout) for place in found_at(path, root)]
+    candidates = [Candidate(".npz", (file,), partial(read_npz, file, layout)) for file in found_at(path, root)]
     found = first_of(f"npz:{path}", candidates, [f'write the path of an existing .npz, as in "npz:{path}"'])
     return Source(found.read, found.stamp, _Statistics(mean, std))
 
@@ -81,10 +82,6 @@ def picture_folder(path: str, root: Places) -> Path:
         [f"{place} (folders train/ and test/): not there" for place in looked],
         ["write the path of a folder that holds train/CLASS/*.png and test/CLASS/*.png"],
     )
-
-
-def _npz_at(file: Path, layout: str | None) -> Candidate:
-    return Candidate(".npz", (file,), lambda: read_npz(file, layout))
 
 
 class _Statistics:
@@ -191,27 +188,22 @@ def labelled_files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
 
 def _read_folder(folder: Path, size: int | None, channels: int) -> Raw:
     classes = class_names(folder)
-    x_train, y_train, first = _read_split(folder / "train", classes, size, channels)
-    x_test, y_test, other = _read_split(folder / "test", classes, size, channels)
-    _same_size(first, x_train[0], other, x_test[0])
+    images: list[list[Array]] = []
+    labels: list[Array] = []
+    first: tuple[Path, Array] | None = None
+    for split in ("train", "test"):
+        files = labelled_files(folder / split, classes)
+        images.append([_read_image(file, size, channels) for file, _ in files])
+        labels.append(np.array([label for _, label in files], dtype=np.int64))
+        for (file, _), image in zip(files, images[-1], strict=True):
+            one, its = first = first or (file, image)
+            if image.shape != its.shape:
+                raise DatasetError(
+                    f"{one} is {its.shape[2]}x{its.shape[1]} and {file} is {image.shape[2]}x{image.shape[1]}; "
+                    'all pictures must have one size, or write "?size=32" to resize them'
+                )
     source = f"image folder {folder.name}" + (f", resized to {size}x{size}" if size else "")
-    return Raw(np.stack(x_train), y_train, np.stack(x_test), y_test, source, len(classes))
-
-
-def _read_split(folder: Path, classes: list[str], size: int | None, channels: int) -> tuple[list[Array], Array, Path]:
-    files = labelled_files(folder, classes)
-    images = [_read_image(file, size, channels) for file, _ in files]
-    for (file, _), image in zip(files, images, strict=True):
-        _same_size(files[0][0], images[0], file, image)
-    return images, np.array([label for _, label in files], dtype=np.int64), files[0][0]
-
-
-def _same_size(one: Path, image: Array, other: Path, its: Array) -> None:
-    if image.shape != its.shape:
-        raise DatasetError(
-            f"{one} is {image.shape[2]}x{image.shape[1]} and {other} is {its.shape[2]}x{its.shape[1]}; "
-            'all pictures must have one size, or write "?size=32" to resize them'
-        )
+    return Raw(np.stack(images[0]), labels[0], np.stack(images[1]), labels[1], source, len(classes))
 
 
 def _read_image(file: Path, size: int | None, channels: int) -> Array:

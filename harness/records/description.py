@@ -59,11 +59,6 @@ class Finished:
         shown = public.points(self.record, [point.values for point in found])
         return [Point(point.step, 0.0, values) for point, values in zip(found, shown, strict=False)]
 
-    @property
-    def key(self) -> str:
-        """The place of its folder, as `key_of` gives it."""
-        return key_of(self.run_dir)
-
 
 def key_of(run_dir: Path) -> str:
     """The place of a run's folder under results/: "<suite>/<id>"."""
@@ -72,26 +67,24 @@ def key_of(run_dir: Path) -> str:
 
 def parameters(cell: Mapping[str, Any]) -> dict[str, str]:
     """A cell as flat MLflow parameters: `method.lr`, `parts.clip`, `task.dataset`, ..., `seed`."""
-    method = cell.get("method") or {}
-    flat = {"method": method.get("name"), "method.label": method.get("label")}
-    flat |= {f"method.{key}": value for key, value in (method.get("parameters") or {}).items()}
-    flat |= {f"parts.{key}": _call(part) for key, part in (method.get("parts") or {}).items()}
-    for section in ("task", "privacy", "schedule", "numerics"):
-        flat |= {f"{section}.{key}": value for key, value in (cell.get(section) or {}).items()}
-    if flat.get("privacy.epsilon", 0) is None:
-        flat["privacy.epsilon"] = "inf"
-    flat["seed"] = cell.get("seed")
+    method = cell["method"]
+    parts = {name: _call(part) for name, part in method["parts"].items()}
+    privacy = cell["privacy"] | ({"epsilon": "inf"} if cell["privacy"]["epsilon"] is None else {})
+    sections = {"method": method["parameters"], "parts": parts, "privacy": privacy}
+    sections |= {name: cell[name] for name in ("task", "schedule", "numerics")}
+    flat = {"method": method["name"], "method.label": method["label"], "seed": cell["seed"]}
+    flat |= {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     return {cleaned(key): _text(value) for key, value in flat.items() if value is not None}
 
 
 def final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """The record's finite numbers, named `final/...` so that they stand apart from the trace."""
-    privacy = record.get("privacy") or {}
-    flat: dict[str, Any] = dict(record.get("metrics") or {})
-    flat |= {"epsilon": privacy.get("epsilon"), "noise_multiplier": privacy.get("noise_multiplier")}
-    flat |= {f"epsilon_{name}": value for name, value in (privacy.get("spent") or {}).items()}
-    flat |= {f"planned_epsilon_{name}": value for name, value in (privacy.get("planned") or {}).items()}
-    for key, value in ((record.get("measured") or {}) | public.diagnostics(record)).items():
+    privacy = record["privacy"]
+    flat: dict[str, Any] = dict(record["metrics"])
+    flat |= {"epsilon": privacy["epsilon"], "noise_multiplier": privacy["noise_multiplier"]}
+    flat |= {f"epsilon_{name}": value for name, value in privacy["spent"].items()}
+    flat |= {f"planned_epsilon_{name}": value for name, value in privacy["planned"].items()}
+    for key, value in (record["measured"] | public.diagnostics(record)).items():
         flat[key] = value.get("median") if isinstance(value, dict) else value
     return {cleaned(f"final/{key}"): float(value) for key, value in flat.items() if finite(value)}
 
@@ -99,41 +92,35 @@ def final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
 def tags(finished: Finished) -> dict[str, str]:
     """The tags of a finished run, all but `epsbench.record`, which is written last."""
     record = finished.record
-    cell, card = record.get("cell") or {}, record.get("card") or {}
-    found = identity(finished.run_dir, cell) | {
-        "epsbench.group": record.get("group"),
-        "epsbench.status": record.get("status"),
-        "epsbench.reason": record.get("reason"),
-        "epsbench.device": (record.get("device") or {}).get("name"),
-        "epsbench.code": (record.get("code") or {}).get("hash"),
-        "epsbench.paper": card.get("paper"),
-        "epsbench.family": card.get("family"),
-        "mlflow.note.content": card.get("summary"),
+    found = identity(finished.run_dir, record["cell"]) | {
+        "epsbench.group": record["group"],
+        "epsbench.status": record["status"],
+        "epsbench.reason": record["reason"],
+        "epsbench.device": record["device"]["name"],
+        "epsbench.code": record["code"]["hash"],
+        "epsbench.paper": record["card"]["paper"],
+        "epsbench.family": record["card"]["family"],
+        "mlflow.note.content": record["card"]["summary"],
     }
     return {key: _text(value) for key, value in found.items() if value is not None}
 
 
 def identity(run_dir: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
-    """The tags that say whose run this is, as far as its cell is known."""
-    found = {
+    """The tags that say whose run this is."""
+    epsilon = cell["privacy"]["epsilon"]
+    title = [
+        cell["method"]["label"] or cell["method"]["name"],
+        cell["task"]["name"],
+        "" if epsilon is None else f"epsilon {epsilon}",
+        f"seed {cell['seed']}",
+    ]
+    return {
         "epsbench.run": run_dir.name,
         "epsbench.id": run_dir.name.partition(".")[0],
         "epsbench.suite": run_dir.parent.name,
-        "mlflow.runName": _title(run_dir, cell),
+        "epsbench.seed": _text(cell["seed"]),
+        "mlflow.runName": ", ".join(filter(None, title)),
     }
-    return found | ({"epsbench.seed": _text(cell["seed"])} if "seed" in cell else {})
-
-
-def _title(run_dir: Path, cell: Mapping[str, Any]) -> str:
-    method, task, privacy = (cell.get(key) or {} for key in ("method", "task", "privacy"))
-    epsilon = privacy.get("epsilon")
-    parts = [
-        method.get("label") or method.get("name"),
-        task.get("name"),
-        None if epsilon is None else f"epsilon {epsilon}",
-        f"seed {cell['seed']}" if "seed" in cell else None,
-    ]
-    return ", ".join(str(part) for part in parts if part) or run_dir.name
 
 
 def _call(part: Any) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.records.cell import Cell
-from harness.records.private import opened
+from harness.records.files import opened
 
 NOTE = "draw.json"
 CHECKPOINT = "checkpoint"

@@ -10,9 +10,10 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 MOST_BYTES = 64 * 2**20
 """The largest record: its ledger is run-length encoded, and thousands of them are read at once."""
@@ -49,6 +50,14 @@ class Broken:
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+class Records(list[dict[str, Any]]):
+    """What a folder holds, each with its ``"path"``. ``broken`` is the quarantine: the files that could not be used."""
+
+    def __init__(self, records: Iterable[dict[str, Any]] = (), broken: Iterable[Broken] = ()) -> None:
+        super().__init__(records)
+        self.broken = list(broken)
+
+
 def dumps(value: object) -> str:
     """Strict JSON with sorted keys, one space of indentation and a final newline.
 
@@ -68,11 +77,15 @@ def _finite(value: object) -> object:
 
 
 def write_once(path: Path, data: bytes) -> None:
-    """Create `path` with `data`, durably and in one step. Raises AlreadyWritten where it exists, Unwritable where the
-    file system refuses.
+    """Create `path` and its folder, durably and in one step. Raises AlreadyWritten where it exists, Unwritable where
+    the file system refuses.
 
     After a power cut there is either the whole file or none.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unwritable(path.parent, error) from error
     fresh, linking = temporary(path), False
     try:
         write_durably(fresh, data)
@@ -141,6 +154,17 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def listed(folder: Path, broken: list[Broken]) -> list[str]:
+    """What is in a folder and not hidden, in order; a folder that cannot be listed is added to `broken`."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        broken.append(Broken(folder, f"cannot be read: {error.strerror}"))
+        return []
+
+
 def content(path: Path) -> bytes:
     """The bytes of a plain file, no more than make it too large for a record. Raises OSError, also for all else.
 
@@ -150,3 +174,24 @@ def content(path: Path) -> bytes:
         raise OSError(errno.EINVAL, "not a plain file", str(path))
     with path.open("rb") as file:
         return file.read(MOST_BYTES + 1)
+
+
+def content_of(path: Path, broken: list[Broken]) -> bytes | None:
+    """The same, or None. A file that cannot be read is added to `broken`, one that is not there is passed over."""
+    try:
+        return content(path)
+    except OSError as error:
+        if path.is_symlink() or not isinstance(error, FileNotFoundError):
+            broken.append(Broken(path, f"cannot be read: {error.strerror}"))
+        return None
+
+
+def opened(path: Path, mode: str = "wb", **options: Any) -> IO[Any]:
+    """Open a file to write it, as :func:`open` does, readable and writable by its owner alone (mode 0600).
+
+    For what no accountant has charged for. Also where there is a file of this name already, left by a killed run or an
+    older version.
+    """
+    file = open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600), **options)  # noqa: SIM115
+    os.fchmod(file.fileno(), 0o600)
+    return file

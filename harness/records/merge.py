@@ -11,7 +11,17 @@ from pathlib import Path
 
 from harness.records import draw, origin, public
 from harness.records.cell import Cell
-from harness.records.files import Broken, StoreError, Unwritable, content, discard, temporary, write_durably, write_once
+from harness.records.files import (
+    Broken,
+    StoreError,
+    Unwritable,
+    content,
+    content_of,
+    discard,
+    temporary,
+    write_durably,
+    write_once,
+)
 from harness.records.lock import lock, unlock
 from harness.records.store import RECORD, Record, cell_of, mismatch, parse_at, record_files, stranger
 
@@ -62,10 +72,8 @@ def merge(
 
 
 def _merge_one(path: Path, into: Path, result: MergeResult, vet: Vet | None, source: str) -> None:
-    try:
-        data = content(path)
-    except OSError as error:
-        result.refused.append(Broken(path, f"cannot be read: {error.strerror}"))
+    data = content_of(path, result.refused)
+    if data is None:
         return
     record, reason = parse_at(path.absolute(), data)
     if record is not None:

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +183,7 @@ class _Projection:
             run_name=named["mlflow.runName"],
         )
         known.insert(0, run := _Run(made.info.run_id, None))
-        if described := parameters(cell):
-            self._log(run, params=described)
+        self._log(run, params=parameters(cell))
         return run
 
     def resume(self, run: _Run) -> set[int]:
@@ -206,14 +206,14 @@ class _Projection:
             ],
         )
 
-    def _finish(self, run: _Run, finished: Finished, params: Mapping[str, str]) -> None:
+    def _finish(self, run: _Run, finished: Finished) -> None:
         """What the record adds to the trace. The tag `epsbench.record` comes last; superseded runs go."""
         record = finished.record
-        end = milliseconds(record.get("finished") or record.get("started"), time.time())
-        step = int((record["cell"].get("schedule") or {}).get("steps") or 0)
+        end = milliseconds(record["finished"] or record["started"], time.time())
+        step = record["cell"]["schedule"]["steps"]
         metric = self._entities.Metric
         metrics = [metric(key, value, end, step) for key, value in final_metrics(record).items()]
-        self._log(run, metrics=metrics, params=params, tags=tags(finished))
+        self._log(run, metrics=metrics, tags=tags(finished))
         self._attach(run, store.RECORD, finished.data)
         with contextlib.suppress(FileNotFoundError):
             self._attach(run, "env.json", (finished.run_dir / "env.json").read_bytes())
@@ -225,12 +225,11 @@ class _Projection:
 
     def complete(self, run: _Run, finished: Finished) -> None:
         """Ends a run that was logged live, its trace being in already."""
-        held = self._client.get_run(run.run_id).data.params
-        wanted = parameters(finished.record["cell"])
-        if any(wanted.get(key) != value for key, value in held.items()):
-            self.project(finished)  # it was opened with other parameters, and MLflow lets none be changed
+        if self._client.get_run(run.run_id).data.params == parameters(finished.record["cell"]):
+            self._finish(run, finished)
         else:
-            self._finish(run, finished, {key: wanted[key] for key in wanted.keys() - held.keys()})
+            # It was opened with other parameters, and MLflow lets none be changed.
+            self.project(finished)
 
     def keep_only(self, run: _Run | None, run_dir: Path) -> None:
         """Deletes (as MLflow deletes: restorable) all other runs of this directory."""
@@ -250,10 +249,10 @@ class _Projection:
             self.keep_only(there, finished.run_dir)
             return False
         self.keep_only(None, finished.run_dir)
-        start = milliseconds(finished.record.get("started"), time.time())
+        start = milliseconds(finished.record["started"], time.time())
         run = self.create(finished.run_dir, finished.record["cell"], start)
         self.log_points(run, _new(finished.points(), set()), start / 1000)
-        self._finish(run, finished, {})
+        self._finish(run, finished)
         return True
 
     def _attach(self, run: _Run, name: str, data: bytes) -> None:
@@ -274,9 +273,8 @@ class _Projection:
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        param, tag = self._entities.Param, self._entities.RunTag
-        rows = [param(key, value) for key, value in (params or {}).items()]
-        marks = [tag(key, value) for key, value in (tags or {}).items()]
+        rows = [self._entities.Param(key, value) for key, value in (params or {}).items()]
+        marks = [self._entities.RunTag(key, value) for key, value in (tags or {}).items()]
         while metrics or rows or marks:
             self._client.log_batch(run.run_id, metrics=metrics[:_BATCH], params=rows[:50], tags=marks[:50])
             metrics, rows, marks = metrics[_BATCH:], rows[50:], marks[50:]
@@ -296,10 +294,6 @@ def _line(error: BaseException) -> str:
     """An error in one short line."""
     text = " ".join(str(error).split())
     return _shown(f"{type(error).__name__}: {text}" if text else type(error).__name__)[:240]
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 @dataclass
@@ -338,7 +332,7 @@ class Tracker:
         self.uri = resolve_uri(uri, root)
         self._private = private
         self._root = root
-        self._say = say or _to_stderr
+        self._say = say or partial(print, file=sys.stderr)
         self._interval = interval
         self._lock = threading.Lock()
         self._watches: dict[Path, _Watch] = {}
@@ -349,8 +343,8 @@ class Tracker:
     def watch(self, run_dir: Path, cell: Mapping[str, Any] | None = None) -> None:
         """Follows the run in `run_dir` (results/<suite>/<id>) until its record.json is there and is tracked.
 
-        `cell` is the record's "cell", as far as it is known. Of a directory that already holds a record, the
-        record is projected.
+        `cell` is what the record's "cell" will be. Of a directory that already holds a record, the record is projected,
+        and `cell` is not needed.
         """
         if self.off or self._stop.is_set():
             return
@@ -411,7 +405,7 @@ class Tracker:
             elif last_time and watch.run:
                 into.abandon(watch.run)
         if finished:
-            index.records[finished.key] = finished.digest
+            index.records[key_of(finished.run_dir)] = finished.digest
         return finished is not None
 
     def _live(self, into: _Projection, watch: _Watch, whole: bool) -> None:
@@ -441,7 +435,7 @@ def pending(
     nobody."""
     known = _Index(resolve_uri(uri, root), root).records
     found = Finished.load(Path(results_dir).resolve(), suites, private)
-    return [finished.run_dir for finished in found if known.get(finished.key) != finished.digest]
+    return [finished.run_dir for finished in found if known.get(key_of(finished.run_dir)) != finished.digest]
 
 
 def rebuild(
@@ -462,10 +456,10 @@ def rebuild(
     found = resolve_uri(uri, root)
     added = 0
     try:
-        into, index = _Projection(found, root, say or _to_stderr), _Index(found, root)
+        into, index = _Projection(found, root, say or partial(print, file=sys.stderr)), _Index(found, root)
         for finished in Finished.load(Path(results_dir).resolve(), suites, private):
             added += into.project(finished)
-            index.records[finished.key] = finished.digest
+            index.records[key_of(finished.run_dir)] = finished.digest
         index.save()
     except Exception as error:
         raise TrackingError(f"the tracking store {_shown(found)} failed: {_line(error)}") from error

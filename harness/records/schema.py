@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Struct, UnsetType
 
 from harness.records.field import Column
+from harness.records.files import MOST_BYTES
 from harness.records.record import READ, SCHEMA, Quartiles, Record
 
 DEEPEST = 64
@@ -30,6 +31,18 @@ def decode(data: bytes | str) -> Any:
     RecursionError where it is nested too deep for this interpreter.
     """
     return msgspec.json.decode(data)
+
+
+def parsed(data: bytes, fault: Callable[[Any], str | None]) -> tuple[Any, str]:
+    """The value of a file, or None and the reason why it holds none: it is no JSON, or what `fault` says of it."""
+    if len(data) > MOST_BYTES:
+        return None, f"larger than {MOST_BYTES // 2**20} MiB"
+    try:
+        value = decode(data)
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON: {error}"
+    reason = fault(value)
+    return (None, reason) if reason else (value, "")
 
 
 def fault(record: object) -> str | None:

@@ -30,9 +30,9 @@ from typing import Any
 
 from harness.records import origin
 from harness.records.cell import Cell, canonical_json
-from harness.records.files import MOST_BYTES, Broken, StoreError, Unwritable, content, dumps, write_once
+from harness.records.files import Broken, Records, StoreError, content, content_of, dumps, listed, write_once
 from harness.records.record import FINAL
-from harness.records.schema import decode, fault
+from harness.records.schema import fault, parsed
 
 RECORD = "record.json"
 
@@ -41,14 +41,6 @@ _ATTEMPT = re.compile(r"([0-9a-f]{12})(?:\.([1-9][0-9]{0,8}))?")
 Record = dict[str, Any]
 COMPUTED = ("path", "origin", "stale")
 """Keys that a record gains when it is loaded, and that are never written."""
-
-
-class Records(list[Record]):
-    """Records, each with its ``"path"``; ``broken`` is the quarantine: the files that could not be used."""
-
-    def __init__(self, records: Iterable[Record] = (), broken: Iterable[Broken] = ()) -> None:
-        super().__init__(records)
-        self.broken = list(broken)
 
 
 # Writing --------------------------------------------------------------------------------------------------
@@ -80,10 +72,6 @@ def write_record(folder: Path, record: Record) -> Path:
     data = encode(record, folder.name)
     if record["suite"] != folder.parent.name:
         raise StoreError(f"{folder}: the record is of the suite {record['suite']!r}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Unwritable(folder, error) from error
     write_once(folder / RECORD, data)
     return folder / RECORD
 
@@ -93,14 +81,7 @@ def write_record(folder: Path, record: Record) -> Path:
 
 def _parse(data: bytes, folder: str) -> tuple[Record | None, str]:
     """The record, or None and the reason why the bytes hold none."""
-    if len(data) > MOST_BYTES:
-        return None, f"larger than {MOST_BYTES // 2**20} MiB"
-    try:
-        record = decode(data)
-    except (ValueError, RecursionError) as error:
-        return None, f"not JSON: {error}"
-    reason = fault(record) or _misplaced(record, folder)
-    return (None, reason) if reason else (record, "")
+    return parsed(data, lambda record: fault(record) or _misplaced(record, folder))
 
 
 def _misplaced(record: Record, folder: str) -> str:
@@ -147,12 +128,9 @@ def load(results: Path, suite: str | None = None) -> Records:
     """
     found = Records()
     for path in record_files(results, suite, found.broken):
-        try:
-            data = content(path)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) and not path.is_symlink():
-                continue  # a run that has no record yet
-            found.broken.append(Broken(path, f"cannot be read: {error.strerror}"))
+        data = content_of(path, found.broken)
+        # A run has no record yet where there is no file.
+        if data is None:
             continue
         record, reason = _parse_here(path, data)
         if record is None:
@@ -179,21 +157,7 @@ def record_files(results: Path, suite: str | None, broken: list[Broken]) -> Iter
 
 
 def _folders(path: Path, broken: list[Broken]) -> list[str]:
-    try:
-        with os.scandir(path) as entries:
-            return sorted(e.name for e in entries if not e.name.startswith(".") and _is_folder(e))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        broken.append(Broken(path, f"cannot be read: {error.strerror}"))
-        return []
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # links in a circle
-        return False
+    return [name for name in listed(path, broken) if os.path.isdir(path / name)]
 
 
 # Which record counts --------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from harness.records.files import content
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,15 @@ def read_points(trace: Path, offset: int = 0) -> tuple[list[Point], int]:
 
     A last line without its newline is still being written and is left for the next call; a line that is not
     a point (torn by a kill, then appended to) is passed over. A file that has become shorter is read from the
-    start.
+    start. Raises OSError where it cannot be read or is not a plain file.
     """
     try:
-        with trace.open("rb") as file:
-            if file.seek(0, os.SEEK_END) < offset:
-                offset = 0
-            file.seek(offset)
-            data = file.read()
+        data = content(trace)
     except FileNotFoundError:
         return [], 0
+    if len(data) < offset:
+        offset = 0
+    data = data[offset:]
     end = data.rfind(b"\n") + 1
     return [point for line in data[:end].splitlines() if (point := _point(line))], offset + end
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -19,6 +16,7 @@ from harness.records.cell import Cell
 from harness.records.files import Broken, StoreError, Unwritable
 from harness.records.lock import lock, unlock
 from harness.records.record import FAILED
+from harness.records.trace import read_points
 from harness.running.progress import describe
 
 Codes = Mapping[str, Mapping[str, Any]]
@@ -146,22 +144,11 @@ def threads_of(cell: Cell) -> int:
 
 def fraction(job: Job) -> float:
     """How far a run is, from the last line of its trace: 0 to 1."""
-    trace = job.folder / "trace.jsonl"
     try:
-        if not trace.is_file():
-            return 0.0
-        with trace.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().splitlines()
+        points, _ = read_points(job.folder / "trace.jsonl")
     except OSError:
         return 0.0
-    for line in reversed(lines):
-        # Torn by a kill, half written just now, or damaged.
-        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            step = json.loads(line)["step"]
-            if 0 <= step < math.inf:
-                return min(1.0, float(step) / job.cell.schedule["steps"])
-    return 0.0
+    return min(1.0, max(0.0, points[-1].step / job.cell.schedule["steps"])) if points else 0.0
 
 
 def take_over_checkpoint(job: Job, code: Mapping[str, Any] | None) -> None:
@@ -179,13 +166,12 @@ def take_over_checkpoint(job: Job, code: Mapping[str, Any] | None) -> None:
         return  # nobody can say what that checkpoint is worth
     if record["status"] not in FAILED or store.stale(record, code) or store.stranger(record, job.cell):
         return
-    held = None
-    for _ in range(200):  # another launcher may be at it
-        held = lock(before)
-        if held is not None:
+    # Another launcher may be at it.
+    for _ in range(200):
+        if (held := lock(before)) is not None:
             break
         time.sleep(0.05)
-    if held is None:
+    else:
         return
     # The folder appears under its name in one step, complete: a kill in between leaves nothing that looks
     # half done, and the next launcher clears it away.

@@ -96,37 +96,29 @@ def run(
     if preload is None:
         alone = len(jobs) == 1 or any(is_cuda(job.cell) for job in jobs)
         preload = PRELOAD if alone else PRELOAD_ON_CPU
-    return _Launcher(jobs, suite, at_once, codes or {}, reporter or Lines(), watch, target, preload).run()
+    return _Launcher(list(jobs), suite, at_once, codes or {}, reporter or Lines(), watch, target, server(preload)).run()
 
 
+@dataclass
 class _Launcher:
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        suite: str,
-        at_once: int | None,
-        codes: Codes,
-        reporter: Reporter,
-        watch: Callable[[Path, Mapping[str, Any]], None] | None,
-        target: str,
-        preload: Sequence[str],
-    ) -> None:
-        self.queue = list(jobs)
+    queue: list[Job]
+    suite: str
+    limit: int | None
+    codes: Codes
+    reporter: Reporter
+    watch: Callable[[Path, Mapping[str, Any]], None] | None
+    target: str
+    context: Any
+    running: list[Running] = field(default_factory=list)
+    elsewhere: list[Job] = field(default_factory=list)
+    summary: Summary = field(default_factory=Summary)
+    began: float = field(default_factory=time.monotonic)
+    looked: float = 0.0
+    before: float = 0.0
+
+    def __post_init__(self) -> None:
         self.total = len(self.queue)
-        self.suite = suite
-        self.limit = at_once
-        self.slots = min(slots([job.cell for job in jobs], at_once), self.total)
-        self.codes = codes
-        self.reporter = reporter
-        self.watch = watch
-        self.target = target
-        self.context = server(preload)
-        self.running: list[Running] = []
-        self.elsewhere: list[Job] = []
-        self.looked = 0.0
-        self.before = 0.0
-        self.summary = Summary()
-        self.began = time.monotonic()
+        self.slots = min(slots([job.cell for job in self.queue], self.limit), self.total)
 
     def run(self) -> Summary:
         with _signals():
@@ -183,7 +175,7 @@ class _Launcher:
         process = self.context.Process(target=child.main, args=(json.dumps(task),), daemon=False)
         ooms = kernel_ooms()
         process.start()
-        self.running.append(Running(job, process, time.monotonic(), child.now(), ooms))
+        self.running.append(Running(job, process, task, time.monotonic(), child.now(), ooms))
         if self.watch is not None:
             self.watch(job.folder, job.cell.canonical())
 
@@ -243,30 +235,14 @@ class _Launcher:
                 return
             try:
                 if not path.exists():
-                    self.write_failure(run)
+                    status, reason = run.over or cause_of_death(run)
+                    seconds = time.monotonic() - run.since
+                    record = child.failure(run.task, run.job.folder, status, reason, run.started, seconds)
+                    store.write_record(run.job.folder, record)
                     child.drop_empty(run.job.folder / child.OUTPUT)
             finally:
                 unlock(run.job.folder, held)
         self.add_read(run.job, elsewhere=run.process.exitcode == child.ALREADY)
-
-    def write_failure(self, run: Running) -> None:
-        status, reason = run.over or cause_of_death(run)
-        cell, code = run.job.cell, self.codes.get(run.job.cell.id)
-        seconds = time.monotonic() - run.since
-        store.write_record(
-            run.job.folder,
-            child.failure(
-                cell,
-                self.suite,
-                status,
-                reason,
-                folder=run.job.folder,
-                started=run.started,
-                jobs=self.slots,
-                seconds=seconds,
-                code=code,
-            ),
-        )
 
     def add_read(self, job: Job, elsewhere: bool) -> None:
         """Take the record that is in the job's folder for its end, whoever wrote it, if it is of its cell."""

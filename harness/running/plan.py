@@ -66,8 +66,8 @@ def code_of(cell: Cell) -> dict[str, Any]:
         named.add(("method", cell.then["name"]))
         rooms.add("harness.models.headed")
     starts = sorted(rooms) + sorted({Path(registry.resolve(kind, name).file) for kind, name in named})
-    # Neither a clock nor the registry nor the mode of a file decides a number.
-    files = codehash.closure(starts, skip={"harness.provenance.measure", "harness.registry", "harness.records.private"})
+    # Neither a clock nor the registry nor how a file is written decides a number.
+    files = codehash.closure(starts, skip={"harness.provenance.measure", "harness.registry", "harness.records.files"})
     return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
 
 

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -21,10 +21,11 @@ _STACK = re.compile(r'\s*File "| {4}|Traceback |Thread 0x|Current thread|Extensi
 
 @dataclass
 class Running:
-    """A run's process, and what the launcher knows of it."""
+    """A run's process, the task that it was given, and what the launcher knows of it."""
 
     job: Job
     process: Any
+    task: Mapping[str, Any]
     since: float
     started: str
     ooms: int | None

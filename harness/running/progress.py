@@ -58,19 +58,15 @@ class Reporter(Protocol):
 
     def say(self, text: str) -> None:
         """One line."""
-        ...
 
     def finished(self, outcome: Outcome, progress: Progress) -> None:
         """A run is over."""
-        ...
 
     def tick(self, progress: Progress) -> None:
         """Called every quarter of a second."""
-        ...
 
     def close(self) -> None:
         """Nothing more comes."""
-        ...
 
 
 class Lines:
@@ -151,11 +147,9 @@ class Bar:
 
 def describe(cell: Mapping[str, Any]) -> str:
     """A cell in a few words: method, task, epsilon, seed."""
-    method, task, privacy = (cell.get(key) or {} for key in ("method", "task", "privacy"))
-    epsilon = privacy.get("epsilon")
-    names = (method.get("label") or method.get("name") or "?", task.get("name", "?"))
-    name, place = (" ".join(str(one).splitlines()) for one in names)
-    return f"{name}  {place}  eps={'inf' if epsilon is None else format(epsilon, 'g')}  seed={cell.get('seed', '?')}"
+    method, epsilon = cell["method"], cell["privacy"]["epsilon"]
+    name, place = (" ".join(one.splitlines()) for one in (method["label"] or method["name"], cell["task"]["name"]))
+    return f"{name}  {place}  eps={'inf' if epsilon is None else format(epsilon, 'g')}  seed={cell['seed']}"
 
 
 def result_line(outcome: Outcome) -> str:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from harness.dp.tree import Layout, Tree
 from harness.provenance import measure
 from harness.records.cell import Cell
 from harness.records.draw import begin
-from harness.records.private import opened
+from harness.records.files import opened
 from harness.records.schema import blank
 from harness.running.plan import Target, bounds, code_of, methods_of, noise_multiplier, stages_of
 from harness.running.seeds import Seeds
@@ -171,7 +172,7 @@ class _Session:
                     public is not None, then["trains"],
                 )
             )  # fmt: skip
-        self.method, self.schedule = methods[0], schedules[0]
+        self.method = methods[0]
         self.checkpoint = out / "checkpoint" / "checkpoint.safetensors"
         self.trace = out / "trace.jsonl"
         self.peak = 0.0
@@ -222,7 +223,7 @@ class _Session:
         self.progress = (
             read_checkpoint(self.checkpoint, self.device)
             if self.checkpoint.exists()
-            else start(m, self.model, self.schedule.steps)
+            else start(m, self.model, self.legs[0].schedule.steps)
         )
         _truncate(self.trace, self.progress.trace)
         measure.reset_peak_memory(self.device)
@@ -232,8 +233,8 @@ class _Session:
             spent = self.private_ledger(self.progress)
             if spent != planned:
                 raise RuntimeError(f"the ledger differs from the plan: {spent} is not {planned}")
-            weights = kept(self.legs[-1], self.progress)
             judged = self.legs[-1]
+            weights = kept(judged, self.progress)
             record["metrics"] = self.scores(judged, weights) | {"examples": judged.data.n_test}
             record["weights_sha256"] = digest(weights)
         except Unserved as error:
@@ -246,8 +247,14 @@ class _Session:
         record["privacy"] |= bounds("spent", ledger, self.target, m)
         record["privacy"]["claimed"] = self.claim(sigma, self.progress)
         record["privacy"]["ledger"] = ledger.to_json()
-        record["measured"] |= self.measured(done)
-        record["diagnostics"] |= self.diagnosed(done)
+        # Engine and speed are the first stage's, which the cell's method trains; the rest is of the whole run.
+        record["measured"] |= {
+            "engine": done[0].engine or None, "kernels": kernels(),
+            "warmup_steps": max(leg.schedule.untimed for leg in self.legs), "sessions": self.sessions,
+        }  # fmt: skip
+        record["diagnostics"] |= speed(done[0]) | {
+            "train_seconds": sum(self.progress.seconds), "peak_memory_mib": self.peak or None,
+        }  # fmt: skip
         if self.cell.then:
             record |= self.staged(done)
         else:
@@ -284,7 +291,8 @@ class _Session:
                     ledger=Ledger() if leg.public else self.progress.ledger, sensitivity={}, loss=None, engine="",
                     microbatch=0,
                 )  # fmt: skip
-            train(leg.method, self.model, leg.data, sigma, leg.schedule, leg.seeds, self.progress, self.log, self.save)
+            save = partial(write_checkpoint, self.checkpoint)
+            train(leg.method, self.model, leg.data, sigma, leg.schedule, leg.seeds, self.progress, self.log, save)
             if number + 1 < len(self.legs):
                 write_checkpoint(self.finished(number), self.progress)
 
@@ -365,31 +373,13 @@ class _Session:
             raise Diverged("outputs are not finite")
         return {name: _finite(value) for name, value in found.items()}
 
-    def save(self, progress: Progress) -> None:
-        """Write the checkpoint."""
-        write_checkpoint(self.checkpoint, progress)
-
     def claim(self, sigma: float, progress: Progress) -> dict[str, Any] | None:
         """What the path claims beyond the ledger, under assumptions; None if it claims nothing."""
         if self.target.delta is None or self.cell.then:  # claims are of one method's analysis
             return None
-        n, batch, steps = self.data.n_train, self.schedule.batch, self.schedule.steps
+        n, batch, steps = self.data.n_train, self.cell.schedule["batch"], self.cell.schedule["steps"]
         claim = self.method.path.claim(Run(self.method, sigma, n, batch, steps, self.target.delta), progress.parts.path)
         return claim.to_json() if claim else None
-
-    def measured(self, done: Sequence[Progress]) -> dict[str, Any]:
-        """What was used, whatever the data are. The engine is the first stage's, which the cell's method trains."""
-        return {
-            "engine": done[0].engine or None, "kernels": kernels(),
-            "warmup_steps": max(leg.schedule.untimed for leg in self.legs), "sessions": self.sessions,
-        }  # fmt: skip
-
-    def diagnosed(self, done: Sequence[Progress]) -> dict[str, Any]:
-        """Speed and memory, which depend on the batches that were drawn. Speed is the first stage's, the rest that of
-        the whole run."""
-        return speed(done[0]) | {
-            "train_seconds": sum(self.progress.seconds), "peak_memory_mib": self.peak or None,
-        }  # fmt: skip
 
 
 def excess(target: Target, privacy: dict[str, Any]) -> str | None:

@@ -25,7 +25,7 @@ from harness.dp.random import Stream
 from harness.dp.release import Observed, Release
 from harness.dp.tree import Layout, Tree
 from harness.provenance.measure import Clock
-from harness.records.private import opened
+from harness.records.files import opened
 
 
 class Parts(NamedTuple):

@@ -470,7 +470,7 @@ def test_a_folder_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(DatasetError, match="size=64"):
         data.describe(spec)
     spec += "&size=8"
-    monkeypatch.setattr("harness.data.own._read_split", None)  # the reader that holds all pictures
+    monkeypatch.setattr("harness.data.own._read_folder", None)  # the reader that holds all pictures
     d = data.load(spec)
     assert (d.n_train, d.n_test, d.classes, d.input_shape) == (24, 8, 2, (3 * 81 * 4,))
     assert d.y_train.bincount().tolist() == [12, 12] and d.name == "features:imagefolder:f?backbone=scattering&size=8"

@@ -230,8 +230,8 @@ def test_side_files_of_any_content_end_no_launch(tmp_path_factory: pytest.TempPa
         (folder / name).write_bytes(data + b"\n")
     assert 0 <= jobs.fraction(jobs.Job(make_cell(), folder)) <= 1
     assert isinstance(process._tail(folder / "output.txt"), str)
-    made = child.failure(make_cell(), "core", "crashed", "killed", folder=folder, started="2026-01-01T00:00:00+00:00",
-                          seconds=1.0, jobs=1)  # fmt: skip
+    task = {"cell": make_cell().to_json(), "suite": "core", "jobs": 1, "code": None}
+    made = child.failure(task, folder, "crashed", "killed", "2026-01-01T00:00:00+00:00", 1.0)
     assert store.read(store.write_record(folder, made))["status"] == "crashed"
     progress.result_line(progress.Outcome(jobs.Job(make_cell(), folder), made))
 
@@ -760,7 +760,7 @@ def test_stopping_records_what_finished_and_nothing_of_what_was_killed(tmp_path:
     put(tmp_path, make_record(0))
     dead = SimpleNamespace(pid=2**22 + 1, exitcode=-9, join=lambda seconds: None, kill=lambda: None)
     launcher: Any = launch._Launcher.__new__(launch._Launcher)
-    launcher.running = [process.Running(job, dead, 0.0, "2026-01-01T00:00:00", None) for job in both]
+    launcher.running = [process.Running(job, dead, {}, 0.0, "2026-01-01T00:00:00", None) for job in both]
     launcher.summary, launcher.total, launcher.began, launcher.before = launch.Summary(), 2, 0.0, 0.0
     launcher.reporter, launcher.codes, launcher.suite, launcher.slots = (
         progress.Lines(lambda text: None),
