@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from harness.data.source import (
     DOWNLOAD,
@@ -62,24 +62,6 @@ class Card:
     width: int | None
 
 
-class Backbone(Protocol):
-    """A public map from one picture to one vector."""
-
-    public_data: str
-
-    def missing(self) -> DatasetMissing | None:
-        """Why it cannot be had here, with what supplies it."""
-
-    def card(self) -> Card:
-        """Raises :class:`DatasetMissing` where the weights are needed to know."""
-
-    def build(self) -> Network:
-        """Normalised pictures ``[B, C, S, S]`` to features ``[B, ...]``; a module is in eval mode."""
-
-    def width(self, shape: Shape) -> int:
-        """The number of features of a picture of this shape."""
-
-
 def backbone(name: str, checkpoint: str | None, public: str | None, root: Places) -> Backbone:
     """The backbone called ``name``. Raises :class:`DatasetError` for a misspelt name or idle options."""
     if (checkpoint is None) != (public is None) or (checkpoint is not None and not name.startswith(TIMM)):
@@ -108,6 +90,11 @@ def weights_digest(tensors: Iterable[Tensor]) -> str:
         h.update(f"{t.dtype} {list(t.shape)}".encode())
         h.update(t.numpy().tobytes())
     return h.hexdigest()
+
+
+# Of each backbone, ``missing`` says why it cannot be had here, with what supplies it; ``card`` raises DatasetMissing
+# where the weights are needed to know; ``build`` gives a function of normalised pictures ``[B, C, S, S]`` to features
+# ``[B, ...]``, in eval mode; ``width`` is the number of features of a picture of this shape.
 
 
 class Scattering:
@@ -308,6 +295,10 @@ class Timm:
             interpolation=interpolation,
             width=width,
         )
+
+
+Backbone = Scattering | Packaged | Timm
+"""A public map from one picture to one vector."""
 
 
 def _frozen(net: nn.Module) -> nn.Module:

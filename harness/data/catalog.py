@@ -55,11 +55,6 @@ def describe(spec: str, root: Path | None = None) -> dict[str, Any]:
     return asdict(facts(spec, root))
 
 
-def digest_of(spec: str, root: Path | None = None) -> str:
-    """The digest that ``load(spec).digest`` will have: a constant, or from the cache, or by loading."""
-    return facts(spec, root).digest
-
-
 def missing(spec: str, root: Path | None = None) -> DatasetMissing | None:
     """The error that loading would raise for want of files; None where they are there or may be downloaded.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,23 +31,6 @@ DECODING = "pixels 2"
 
 # The files of each split with their classes, in order of content hashes.
 Files = dict[Split, list[tuple[str, int]]]
-
-
-class Pictures(Protocol):
-    """Pictures in canonical order, to be read a few at a time."""
-
-    source: str
-    digest: str
-
-    def labels(self, split: Split) -> Array:
-        """int64 ``[N]``."""
-
-    def read(self, split: Split, start: int, stop: int, side: int | None, mode: str) -> Tensor:
-        """The pictures ``start`` to ``stop``, float32 ``[B, C, side, side]`` in 0..1; None: as they are.
-
-        The shorter side of a picture becomes ``side`` (``mode`` "bilinear" or "bicubic", with antialiasing),
-        and the middle of the longer side is taken.
-        """
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,10 @@ def base(spec: str, root: Places) -> Base:
 
 
 def resized(x: Tensor, side: int | None, mode: str) -> Tensor:
-    """``[B, C, H, W]`` to ``[B, C, side, side]``: the shorter side becomes ``side``, then the middle is taken."""
+    """``[B, C, H, W]`` to ``[B, C, side, side]``: the shorter side becomes ``side``, then the middle is taken.
+
+    ``mode`` is "bilinear" or "bicubic", with antialiasing. Without a ``side`` they stay as they are.
+    """
     from torch.nn.functional import interpolate
 
     height, width = x.shape[-2:]
@@ -101,7 +87,7 @@ def _checked(facts: Facts, spec: str) -> Facts:
 
 
 class _Held:
-    """A data set that is loaded whole."""
+    """A data set that is loaded whole: ``labels`` are int64 ``[N]``, ``read`` gives some pictures as `resized` does."""
 
     def __init__(self, spec: str, root: Places) -> None:
         import torch
@@ -206,3 +192,7 @@ def _hash(labelled: tuple[Path, int]) -> bytes:
         h = hashlib.file_digest(opened, "sha256")
     h.update(label.to_bytes(8, "little"))
     return h.digest()
+
+
+Pictures = _Held | _Folder
+"""Pictures in canonical order, to be read a few at a time as float32 ``[B, C, side, side]`` in 0..1."""

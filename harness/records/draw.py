@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from harness.records.cell import Cell
 from harness.records.files import opened
 
@@ -58,8 +60,8 @@ def begin(folder: Path, cell: Cell, code: str, setting: str = "") -> tuple[Draw,
     if reason := stranger(folder, cell):
         raise OtherCell(f"{folder}: {reason}")
     before = begun(folder)
-    if before is not None and (before["draw"].code, before["draw"].setting) == (code, setting):
-        draw, session = before["draw"], before["sessions"] + 1
+    if before is not None and (before.code, before.setting) == (code, setting):
+        draw, session = Draw(before.attempt, code, setting), before.sessions + 1
     else:
         shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
         (folder / TRACE).unlink(missing_ok=True)
@@ -74,26 +76,31 @@ def begin(folder: Path, cell: Cell, code: str, setting: str = "") -> tuple[Draw,
     return draw, session
 
 
-def begun(folder: Path) -> dict[str, Any] | None:
-    """``cell`` (its digest), ``draw``, ``sessions`` of the half-done run in `folder`; None without a readable note."""
+class Note(msgspec.Struct):
+    """What is noted of a half-done run: the digest of its cell, how many sessions it has had, and its draw."""
+
+    cell: str
+    sessions: int
+    attempt: int
+    code: str
+    setting: str
+
+
+def begun(folder: Path) -> Note | None:
+    """The note of the half-done run in `folder`; None without a readable one."""
     try:
-        note = json.loads((folder / CHECKPOINT / NOTE).read_bytes())
-        cell, attempt, code, setting = (note[name] for name in ("cell", "attempt", "code", "setting"))
-        sessions = note["sessions"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return msgspec.json.decode((folder / CHECKPOINT / NOTE).read_bytes(), type=Note)
+    except (OSError, ValueError, RecursionError):
         return None
-    if not type(attempt) is type(sessions) is int or not all(isinstance(one, str) for one in (cell, code, setting)):
-        return None
-    return {"cell": cell, "draw": Draw(attempt, code, setting), "sessions": sessions}
 
 
 def stranger(folder: Path, cell: Cell) -> str:
     """Why the half-done run in `folder` is not one of `cell`; empty where it is, or where none is begun."""
     before = begun(folder)
-    if before is None or before["cell"] == cell.digest:
+    if before is None or before.cell == cell.digest:
         return ""
     return (
-        f"holds the half-done run of another cell with the same id ({before['cell'][:16]}..., the one asked for is "
+        f"holds the half-done run of another cell with the same id ({before.cell[:16]}..., the one asked for is "
         f"{cell.digest[:16]}...): move one of the two to another results folder"
     )
 

@@ -1,4 +1,4 @@
-"""Files of results: written once or in one step, durably; strict JSON."""
+"""Files of results: written once or in one step, durably; strict JSON. The lock of a run's folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 MOST_BYTES = 64 * 2**20
 """The largest record: its ledger is run-length encoded, and thousands of them are read at once."""
+_LOCK = ".lock"
 
 
 class StoreError(Exception):
@@ -195,3 +198,47 @@ def opened(path: Path, mode: str = "wb", **options: Any) -> IO[Any]:
     file = open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600), **options)  # noqa: SIM115
     os.fchmod(file.fileno(), 0o600)
     return file
+
+
+def lock(folder: Path) -> FileLock | None:
+    """Take the lock of a run's folder, made if need be; None where another process has it.
+
+    What is returned holds the lock until :func:`unlock` or the death of the process, however it comes. Raises
+    Unwritable where no lock can be made.
+    """
+    path, gone = folder / _LOCK, 0
+    held = FileLock(path, blocking=False, thread_local=False)
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.acquire()
+            return held
+        except Timeout:
+            # Its last holder may have removed the file between our open and our lock.
+            if path.exists():
+                return None
+        except OSError as error:
+            # A merge that came to nothing removes the folder that it had made for its lock.
+            gone += isinstance(error, FileNotFoundError)
+            if not isinstance(error, FileNotFoundError) or gone == 100:
+                raise Unwritable(folder, error) from error
+
+
+def unlock(folder: Path, held: FileLock) -> None:
+    """Remove the lock file, then let go of it: who opened it meanwhile sees that it is gone."""
+    (folder / _LOCK).unlink(missing_ok=True)
+    held.release()
+
+
+def locked(folder: Path) -> bool:
+    """Whether some process holds the lock of this folder."""
+    if not (folder / _LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / _LOCK, blocking=False, thread_local=False):
+            return False
+    except FileNotFoundError:
+        return False
+    except (Timeout, PermissionError):
+        # Somebody else's file is there for as long as their run is.
+        return True

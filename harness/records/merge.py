@@ -18,11 +18,12 @@ from harness.records.files import (
     content,
     content_of,
     discard,
+    lock,
     temporary,
+    unlock,
     write_durably,
     write_once,
 )
-from harness.records.lock import lock, unlock
 from harness.records.store import RECORD, Record, cell_of, mismatch, parse_at, record_files, stranger
 
 # What a merge takes along, before the record itself.
@@ -45,9 +46,7 @@ class MergeResult:
     refused: list[Broken] = field(default_factory=list)
 
 
-def merge(
-    sources: Sequence[Path], into: Path, vet: Vet | None = None, called: Mapping[Path, str] | None = None
-) -> MergeResult:
+def merge(sources: Sequence[Path], into: Path, vet: Vet, called: Mapping[Path, str]) -> MergeResult:
     """Add the records of other results folders to `into`, each with its origin. Never overwrites.
 
     `vet` is asked of each record that would be added; `called` are the names of sources by which origins know them.
@@ -65,20 +64,18 @@ def merge(
         files = [path for path in record_files(source, None, result.refused) if os.path.lexists(path)]
         if not files and not result.refused:
             raise StoreError(f"{source}: holds no <suite>/<id>/{RECORD}; name the folder above the suites")
-        name = (called or {}).get(source) or source.resolve().name
+        name = called.get(source) or source.resolve().name
         for path in files:
             _merge_one(path, into, result, vet, name)
     return result
 
 
-def _merge_one(path: Path, into: Path, result: MergeResult, vet: Vet | None, source: str) -> None:
+def _merge_one(path: Path, into: Path, result: MergeResult, vet: Vet, source: str) -> None:
     data = content_of(path, result.refused)
     if data is None:
         return
     record, reason = parse_at(path.absolute(), data)
-    if record is not None:
-        reason = mismatch(record)
-    if reason:
+    if record is None or (reason := mismatch(record)):
         result.refused.append(Broken(path, reason))
         return
     where = f"{path.parent.parent.name}/{path.parent.name}"
@@ -86,7 +83,7 @@ def _merge_one(path: Path, into: Path, result: MergeResult, vet: Vet | None, sou
     if os.path.lexists(target) and not target.is_dir():
         result.conflicts.append(Broken(path, f"{target} is no folder, and is kept"))
         return
-    if reason := _taken(cell_of(record), into) if record is not None else "":
+    if reason := _taken(cell_of(record), into):
         result.conflicts.append(Broken(path, reason))
         return
     held = lock(target)
@@ -101,8 +98,7 @@ def _merge_one(path: Path, into: Path, result: MergeResult, vet: Vet | None, sou
             else:
                 result.same.append(where)
             return
-        assert record is not None
-        reason, unknown = vet(record) if vet else ("", ("nothing of it was computed again",))
+        reason, unknown = vet(record)
         if reason:
             result.refused.append(Broken(path, reason))
             return
@@ -155,13 +151,10 @@ def _add(source: Path, target: Path, data: bytes, note: bytes, refused: list[Bro
     placed: list[Path] = []
     moved: list[str] = []
     try:
-        for side in _COPIED:
-            content = _side(source / side, refused)
+        for side, content in [*((side, _side(source / side, refused)) for side in _COPIED), (origin.FILE, note)]:
             if content is not None:
                 staged[side] = temporary(target / side)
                 write_durably(staged[side], content)
-        staged[origin.FILE] = temporary(target / origin.FILE)
-        write_durably(staged[origin.FILE], note)
         aside.mkdir()
         for name in ("checkpoint", *_COPIED, origin.FILE):  # without its checkpoint first: a trace alone is begun again
             if os.path.lexists(target / name):

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import msgspec
 from msgspec import Struct, UnsetType
 
+from harness.records import record as definition
 from harness.records.field import Column
 from harness.records.files import MOST_BYTES
 from harness.records.record import READ, SCHEMA, Quartiles, Record
@@ -229,9 +230,9 @@ def schema() -> dict[str, Any]:
     """The JSON Schema of a record, draft 2020-12. What no single field can say is under ``allOf``."""
     found = msgspec.json.schema(Record)
     defs = found["$defs"]
-    for kind in _kinds(Record):
-        if not kind.open:  # type: ignore[attr-defined]
-            defs[kind.__name__]["additionalProperties"] = False
+    for name, one in defs.items():
+        if not getattr(definition, name).open:
+            one["additionalProperties"] = False
     defs["Claim"] |= {
         "if": {"properties": {"failed": {"minItems": 1}}},
         "then": {"properties": {"epsilon": {"type": "null"}}},
@@ -253,19 +254,6 @@ def schema() -> dict[str, Any]:
         },
     ]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
-
-
-def _kinds(kind: type[Struct]) -> set[type[Struct]]:
-    """The classes of which a record of this class is made."""
-    found, todo = set(), [kind]
-    while todo:
-        one = todo.pop()
-        if get_origin(one) is not None:
-            todo += [inside for inside in get_args(one) if inside is not ...]
-        elif isinstance(one, type) and issubclass(one, Struct) and one not in found:
-            found.add(one)
-            todo += get_type_hints(one, include_extras=True).values()
-    return found
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import faulthandler
-import importlib
 import io
 import json
 import multiprocessing
@@ -17,18 +16,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from multiprocessing import connection
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from harness import registry
 from harness.provenance import measure
 from harness.records import draw, store
 from harness.records.cell import Cell
-from harness.records.files import Unwritable, content, dumps, opened, replace_file, sweep
-from harness.records.lock import lock, unlock
+from harness.records.files import Unwritable, content, dumps, lock, opened, replace_file, sweep, unlock
 from harness.records.record import FINAL
 from harness.records.schema import blank, fault
 from harness.running.jobs import device_of, is_cuda, threads_of
@@ -91,7 +90,7 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
         for file in cell.method_files:
             registry.add_file(file)
         _limit_threads(threads_of(cell))
-        execute = _resolve(task["target"])
+        execute = resolve_name(task["target"])
         _limit_threads(threads_of(cell))
         _prepare(cell, folder, task["code"])
         record: store.Record = execute(cell, folder, task["suite"], task["jobs"])
@@ -110,12 +109,6 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         reason = _reason(error, cell.private)
         return failure(task, folder, status, reason, started, time.monotonic() - since)
-
-
-def _resolve(target: str) -> Callable[..., store.Record]:
-    module, _, function = target.partition(":")
-    found: Callable[..., store.Record] = getattr(importlib.import_module(module), function)
-    return found
 
 
 def _limit_threads(threads: int) -> None:

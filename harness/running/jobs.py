@@ -13,8 +13,7 @@ from typing import Any
 from harness.provenance import measure
 from harness.records import draw, store
 from harness.records.cell import Cell
-from harness.records.files import Broken, StoreError, Unwritable
-from harness.records.lock import lock, unlock
+from harness.records.files import Broken, StoreError, Unwritable, lock, unlock
 from harness.records.record import FAILED
 from harness.records.trace import read_points
 from harness.running.progress import describe

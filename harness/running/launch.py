@@ -32,8 +32,7 @@ from typing import Any
 
 from harness.provenance import measure
 from harness.records import draw, store
-from harness.records.files import Broken, Unwritable
-from harness.records.lock import lock, locked, unlock
+from harness.records.files import Broken, Unwritable, lock, locked, unlock
 from harness.records.record import FAILED
 from harness.running import child
 from harness.running.jobs import Codes, Job, device_of, fraction, is_cuda, slots, take_over_checkpoint, threads_of

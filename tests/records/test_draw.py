@@ -180,8 +180,8 @@ def test_a_run_goes_on_with_what_it_began_with_or_begins_anew(tmp_path: Path, mo
             with pytest.raises(Stop):
                 weights(folder, a, monkeypatch, save_seconds=0.0)
         begun = draw.begun(folder)
-        assert begun is not None and begun["cell"] == cell().digest
-        assert (begun["draw"].attempt, begun["draw"].code) == (1, a)
+        assert begun is not None and begun.cell == cell().digest
+        assert (begun.attempt, begun.code) == (1, a)
         for file in (folder / "checkpoint").iterdir():
             assert file.stat().st_mode & 0o077 == 0, file
 

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from harness.records import store
-from harness.records.files import AlreadyWritten, StoreError, dumps
-from harness.records.lock import lock, locked, unlock
+from harness.records.files import AlreadyWritten, StoreError, dumps, lock, locked, unlock
 from harness.records.merge import merge
 from harness.records.record import SCHEMA
 from tests.support.records import make_cell, make_record, put

@@ -30,8 +30,7 @@ from hypothesis import strategies as st
 
 from harness import cli, report, suite
 from harness.records import description, store
-from harness.records.files import MOST_BYTES, Unwritable, dumps, replace_file, sweep
-from harness.records.lock import lock, unlock
+from harness.records.files import MOST_BYTES, Unwritable, dumps, lock, replace_file, sweep, unlock
 from harness.records.merge import merge
 from harness.running import child, jobs, launch, process, progress
 from tests.support import ROOT
@@ -702,7 +701,7 @@ def test_kill_9_at_seven_moments_of_a_run_ends_in_the_same_bits(
     from harness.running import run  # noqa: F401 (loaded once, for all processes)
 
     (cell,) = suite.parse(TINY).cells()
-    monkeypatch.setattr(child, "_resolve", lambda target: run_and_save_always)
+    monkeypatch.setattr(child, "resolve_name", lambda target: run_and_save_always)
 
     def begun(results: Path) -> tuple[int, Path]:
         folder = results / "tiny" / cell.id
