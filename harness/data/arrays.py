@@ -103,7 +103,7 @@ def _channels_first(x: Array, where: str, layout: str | None) -> Array:
 
 
 def _float32(x: Array, where: str) -> Array:
-    """The same numbers in float32; refuses those that are none, or would become infinite or zero."""
+    """The same numbers in float32; refuses those that are not finite, or would become infinite or zero."""
     _refuse(~np.isfinite(x), x, where, "clean it first: every number must be finite")
     with np.errstate(over="ignore", under="ignore"):
         narrow: Array = x.astype(np.float32)

@@ -47,7 +47,7 @@ PATHS = 1 + SCALES * ANGLES + ANGLES**2 * SCALES * (SCALES - 1) // 2
 class Card:
     """What identifies a backbone, and what it expects.
 
-    ``weights`` is the SHA-256 of its tensors in order, empty where there are none. ``side`` is the size of
+    ``weights`` is the SHA-256 of its tensors in order, empty without any. ``side`` is the size of
     picture it was made for, None for any. ``mean`` and ``std`` are of its pixels in 0..1, empty where it takes
     them as they are; then it takes any number of channels, and three otherwise. ``width`` is the number of
     features, None where that depends on the picture.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
-NOTES = frozenset({".txt", ".md", ".csv", ".json", ".xml", ".yaml", ".yml"})  # beside pictures, and none
+NOTES = frozenset({".txt", ".md", ".csv", ".json", ".xml", ".yaml", ".yml"})  # allowed beside pictures, and passed over
 SYSTEM = frozenset({"thumbs.db", "desktop.ini", "__macosx"})  # what other systems leave behind
 # What is public about any picture: its pixels lie in 0..1.
 DEFAULT_IMAGE = ((0.5,), (0.25,), "default for images: mean 0.5, deviation 0.25")
@@ -241,7 +241,7 @@ def open_picture(file: Path, mode: Literal["RGB", "L"]) -> Picture:
 
 
 def _eight_bits(file: Path, opened: Any, picture: Picture) -> Picture:
-    """Grey of 12 or 16 bits as 8 bits. Refuses numbers whose white nobody can tell."""
+    """Grey of 12 or 16 bits as 8 bits. Refuses numbers for which the value of white is unknown."""
     from PIL import Image
 
     tags = getattr(opened, "tag_v2", {})  # of a TIFF

@@ -61,7 +61,7 @@ def places(root: Path | None = None, download: bool | None = None) -> Places:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with its ``~`` replaced, or as it is where nobody knows that home."""
+    """A path with its ``~`` replaced, or as it is where that home is unknown."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -107,7 +107,7 @@ class _Graph:
         self._theirs: dict[str, Path | None] = {}
 
     def start(self, module: str) -> Path:
-        """The file of a starting module; one that a user named is found among the imported modules."""
+        """The file of a starting module; a module of the user's is found among those that are imported."""
         file = self.file(module)
         if file is None:
             loaded = getattr(sys.modules.get(module), "__file__", None)
@@ -136,7 +136,7 @@ class _Graph:
         return self._files[module]
 
     def theirs(self, top: str) -> Path | None:
-        """The folder that holds a module or package of the user's; None for one that is installed, or not found."""
+        """The folder that holds a module or package of the user's; None where it is installed, or not found."""
         if top not in self._theirs:
             try:
                 spec = None if top in self.followed else importlib.util.find_spec(top)

@@ -82,7 +82,7 @@ def kept(check: Item, known: Iterable[Item]) -> Item | None:
 def latest(checks: Iterable[Item]) -> Records:
     """The check of each method that counts, and its repetitions, in the order of their names, each with ``"stale"``.
 
-    It is one of today's code; where there is none, one of the code that was last checked. Of those a failure stands,
+    Checks of today's code count, or those of the code that was checked last. Of these a failure stands,
     until the code changes; then the most repetitions, for a few seeds do not undo many; then the last.
     """
     groups: dict[tuple[str, bool], list[Item]] = {}

@@ -141,7 +141,7 @@ def _text(value: Any) -> str:
 
 
 def milliseconds(moment: Any, otherwise: float) -> int:
-    """An ISO 8601 moment, or seconds since 1970 where there is none, in MLflow's unit. A day begins in UTC."""
+    """A moment in ISO 8601, or `otherwise` (seconds since 1970), in milliseconds. A day begins in UTC."""
     if not isinstance(moment, str):
         return int(otherwise * 1000)
     found = datetime.fromisoformat(moment)

@@ -48,11 +48,11 @@ class Draw:
 
 
 def begin(folder: Path, cell: Cell, code: str, setting: str = "") -> tuple[Draw, int]:
-    """The draw of the run in `folder`, and the how many-th session of it this is; notes both before anything is drawn.
+    """The draw of the run in `folder`, and the number of this session of it; notes both before anything is drawn.
 
-    The draw is the one that the run began with, else the folder's number and the rest. What other code or another
-    setting has begun, or what does not say what it drew, is forgotten with its trace: half of a run by one and half by
-    another is a run of neither. Raises OtherCell where it is of another cell.
+    A run goes on with the draw that it began with; a new one draws by the folder's number, `code` and `setting`. What
+    other code or another setting has begun, or what does not say what it drew, is forgotten with its trace: half of a
+    run by one and half by another is a run of neither. Raises OtherCell where it is of another cell.
 
     That a run was begun is noted at once and not with its first checkpoint: whether it came to one is a matter of
     time, and what its next session draws would tell.

@@ -180,7 +180,7 @@ def content(path: Path) -> bytes:
 
 
 def content_of(path: Path, broken: list[Broken]) -> bytes | None:
-    """The same, or None. A file that cannot be read is added to `broken`, one that is not there is passed over."""
+    """The same, or None. A file that cannot be read is added to `broken`; a missing file is not."""
     try:
         return content(path)
     except OSError as error:

@@ -106,7 +106,8 @@ def _merge_one(path: Path, into: Path, result: MergeResult, vet: Vet, source: st
         result.added.append(where)
     finally:
         unlock(target, held)
-        with contextlib.suppress(OSError):  # one that was made for the lock alone would look like a run half done
+        # A folder that was made for the lock alone would look like a run half done.
+        with contextlib.suppress(OSError):
             target.rmdir()
 
 
@@ -179,7 +180,7 @@ def _add(source: Path, target: Path, data: bytes, note: bytes, refused: list[Bro
 
 
 def _side(path: Path, refused: list[Broken]) -> bytes | None:
-    """The bytes of a side file, None where there is none or it is not to be taken along."""
+    """The bytes of a side file; None where it is missing or is not to be taken along."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             refused.append(Broken(path, "not a plain file; left behind"))

@@ -45,7 +45,7 @@ Say = Callable[[str], None]
 
 REMEDY = "`epsbench track --rebuild` adds what is missing"
 
-# MLflow retries an unreachable server for minutes unless it is told otherwise. What the user has set stands.
+# MLflow retries an unreachable server for minutes by default. What the user has set stands.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",

@@ -59,14 +59,14 @@ def of(folder: Path, data: bytes) -> tuple[Origin | None, str]:
 
 
 def arrival(origin: Origin | None) -> float:
-    """When a record came here, in seconds: minus infinity where it was made here, infinity where nobody knows."""
+    """When a record came here, in seconds: minus infinity where it was made here, infinity where that is not known."""
     if origin is None:
         return float("-inf")
     return datetime.fromisoformat(origin["merged"]).timestamp() if origin["merged"] else float("inf")
 
 
 def words(origin: Origin | None) -> list[str]:
-    """What to say of a record from elsewhere, a line each; nothing of one that was made here."""
+    """What to say of a record from elsewhere, a line each; nothing of a record that was made here."""
     if origin is None:
         return []
     date = origin["merged"][:10]

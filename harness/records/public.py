@@ -91,7 +91,7 @@ def trace(record: Mapping[str, Any], data: bytes) -> bytes | None:
 
 
 def points(record: Mapping[str, Any], log: Iterable[Any]) -> list[dict[str, Any]]:
-    """What may be published of log points that are read already; one that is no object becomes an empty one."""
+    """What may be published of log points that are read already; what is not an object becomes an empty one."""
     if record["status"] not in FOLLOWS:
         return []
     private = privately_judged(record)

@@ -35,7 +35,7 @@ def decode(data: bytes | str) -> Any:
 
 
 def parsed(data: bytes, fault: Callable[[Any], str | None]) -> tuple[Any, str]:
-    """The value of a file, or None and the reason why it holds none: it is no JSON, or what `fault` says of it."""
+    """The value in a file; or None and the reason: it is not JSON, or what `fault` says of it."""
     if len(data) > MOST_BYTES:
         return None, f"larger than {MOST_BYTES // 2**20} MiB"
     try:
@@ -95,7 +95,7 @@ def unreadable(value: object) -> str | None:
 
 
 def unknown(record: Mapping[str, Any]) -> str | None:
-    """The first key of a valid record, with its place, that no version of a record has; None where there is none.
+    """The first key of a valid record, with its place, that no version of a record has, or None.
 
     What is under an object that may hold other keys is not looked at.
     """
@@ -209,7 +209,7 @@ def _said(text: str) -> str:
     if missing := re.fullmatch(r"Object missing required field (\S+)", what):
         place, what = f"{place}.{missing[1]}".strip("."), "is missing"
     elif what.startswith("Invalid enum value") and (choices := _choices(place)):
-        what = f"{what.removeprefix('Invalid enum value ')} is none of {', '.join(map(str, choices))}"
+        what = f"{what.removeprefix('Invalid enum value ')} is not one of {', '.join(map(str, choices))}"
     elif what.startswith("Expected"):
         what = f"e{what[1:]}"
     return f'"{place}": {what}' if place else what
@@ -239,12 +239,12 @@ def schema() -> dict[str, Any]:
     }
     ok = {"properties": {"status": {"const": "ok"}}}
     text, judged = {"type": "string"}, {"properties": {"privately_judged": {"maxItems": 0}}}
-    told = {"relation": text, "sampling": text, "ledger": {"minItems": 1}}
+    known = {"relation": text, "sampling": text, "ledger": {"minItems": 1}}
     ended = {
         "reason": {"type": "null"},
         "weights_sha256": text,
         "code": {"properties": {"hash": text}},
-        "privacy": {"properties": told},
+        "privacy": {"properties": known},
     }
     defs["Record"]["allOf"] = [
         {"if": ok, "then": {"properties": ended}, "else": {"properties": {"reason": {"type": "string"}}}},

@@ -1,6 +1,6 @@
 """A folder of evidence: write-once files of one kind, ``<id>.json``, then ``<id>.2.json`` and so on for the same id.
 
-Each file is validated when it is written and again when it is read. One that holds nothing valid is not skipped in
+Each file is validated when it is written and again when it is read. A file that holds nothing valid is not skipped in
 silence: it stays, and comes back in ``Found.broken`` with the reason.
 """
 

@@ -80,7 +80,7 @@ def write_record(folder: Path, record: Record) -> Path:
 
 
 def _parse(data: bytes, folder: str) -> tuple[Record | None, str]:
-    """The record, or None and the reason why the bytes hold none."""
+    """The record; or None and the reason why the bytes are not a valid one."""
     return parsed(data, lambda record: fault(record) or _misplaced(record, folder))
 
 
@@ -93,7 +93,7 @@ def _misplaced(record: Record, folder: str) -> str:
 
 
 def parse_at(path: Path, data: bytes) -> tuple[Record | None, str]:
-    """The record that these bytes are at ``<suite>/<id>/record.json``, or None and the reason why they are none."""
+    """The record at ``<suite>/<id>/record.json`` with these bytes; or None and the reason why it is not valid."""
     record, reason = _parse(data, path.parent.name)
     if record is not None and record["suite"] != path.parent.parent.name:
         return None, f"its suite {record['suite']!r} is not that of its folder"
@@ -164,7 +164,7 @@ def _folders(path: Path, broken: list[Broken]) -> list[str]:
 
 
 def cell_of(record: Record) -> Cell:
-    """The cell of a record, on the device that it ran on. Raises ValueError where its parts are none of a cell's."""
+    """The cell of a record, on the device that it ran on. Raises ValueError where they are not the parts of a cell."""
     device = record["device"]
     return Cell.from_canonical(
         record["cell"],
@@ -237,7 +237,7 @@ def _rank(record: Record, old: bool) -> tuple[float, bool, bool, int]:
 
 
 def crowded(records: Iterable[Record]) -> list[Broken]:
-    """The records that share their id, in one suite, with a record of another cell: none of them can be told apart."""
+    """The records that share their id, in one suite, with a record of another cell: nothing tells them apart."""
     families: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         families.setdefault((record["suite"], record["id"]), []).append(record)
@@ -279,7 +279,7 @@ class Folder:
         return self.results / self.suite / (self.id if number == 1 else f"{self.id}.{number}")
 
     def latest(self) -> int:
-        """Number of the newest attempt that has a folder; 0 where there is none."""
+        """Number of the newest attempt that has a folder; 0 without one."""
         number = 0
         while os.path.lexists(self.attempt(number + 1)):
             number += 1

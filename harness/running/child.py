@@ -96,7 +96,8 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
         record: store.Record = execute(cell, folder, task["suite"], task["jobs"])
         if task["code"]:  # as it was when this process's server loaded it; the files may have changed since
             record["code"] = {**record.get("code", {}), **task["code"]}
-        store.encode(record, folder.name)  # so that one that cannot be written counts as a crash, here
+        # A record that cannot be written counts as a crash.
+        store.encode(record, folder.name)
         return record
     except Exception as error:  # a failed run is a row with a reason, whatever was raised
         if _unwritable(error, folder):

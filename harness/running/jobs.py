@@ -162,7 +162,8 @@ def take_over_checkpoint(job: Job, code: Mapping[str, Any] | None) -> None:
     try:
         record = store.read(before / store.RECORD)
     except (OSError, StoreError):
-        return  # nobody can say what that checkpoint is worth
+        # Without a readable record it is not known what that checkpoint is worth.
+        return
     if record["status"] not in FAILED or store.stale(record, code) or store.stranger(record, job.cell):
         return
     # Another launcher may be at it.

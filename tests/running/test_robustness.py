@@ -32,7 +32,7 @@ from harness import cli, report, suite
 from harness.records import description, store
 from harness.records.files import MOST_BYTES, Unwritable, dumps, lock, replace_file, sweep, unlock
 from harness.records.merge import merge
-from harness.running import child, jobs, launch, process, progress
+from harness.running import child, jobs, launch, progress
 from tests.support import ROOT
 from tests.support.launching import Place
 from tests.support.launching import make_cell as make_fake
@@ -228,7 +228,7 @@ def test_side_files_of_any_content_end_no_launch(tmp_path_factory: pytest.TempPa
     for name in ("env.json", "trace.jsonl", "output.txt"):
         (folder / name).write_bytes(data + b"\n")
     assert 0 <= jobs.fraction(jobs.Job(make_cell(), folder)) <= 1
-    assert isinstance(process._tail(folder / "output.txt"), str)
+    assert isinstance(launch._tail(folder / "output.txt"), str)
     task = {"cell": make_cell().to_json(), "suite": "core", "jobs": 1, "code": None}
     made = child.failure(task, folder, "crashed", "killed", "2026-01-01T00:00:00+00:00", 1.0)
     assert store.read(store.write_record(folder, made))["status"] == "crashed"
@@ -759,7 +759,7 @@ def test_stopping_records_what_finished_and_nothing_of_what_was_killed(tmp_path:
     put(tmp_path, make_record(0))
     dead = SimpleNamespace(pid=2**22 + 1, exitcode=-9, join=lambda seconds: None, kill=lambda: None)
     launcher: Any = launch._Launcher.__new__(launch._Launcher)
-    launcher.running = [process.Running(job, dead, {}, 0.0, "2026-01-01T00:00:00", None) for job in both]
+    launcher.running = [launch.Running(job, dead, {}, 0.0, "2026-01-01T00:00:00", None) for job in both]
     launcher.summary, launcher.total, launcher.began, launcher.before = launch.Summary(), 2, 0.0, 0.0
     launcher.reporter, launcher.codes, launcher.suite, launcher.slots = (
         progress.Lines(lambda text: None),
