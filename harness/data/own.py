@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,7 +45,7 @@ def npz(
     """
     candidates = [Candidate(".npz", (file,), partial(read_npz, file, layout)) for file in found_at(path, root)]
     found = first_of(f"npz:{path}", candidates, [f'write the path of an existing .npz, as in "npz:{path}"'])
-    return Source(found.read, found.stamp, _Statistics(mean, std))
+    return Source(found.read, found.stamp, _statistics(mean=mean, std=std))
 
 
 @dataset("imagefolder")
@@ -67,7 +68,7 @@ def imagefolder(
     return Source(
         read=lambda: _read_folder(picture_folder(path, root), size, channels),
         stamp=lambda: files_stamp([picture_folder(path, root) / part for part in ("train", "test")]),
-        normalise=_Statistics(mean, std),
+        normalise=_statistics(mean=mean, std=std),
     )
 
 
@@ -84,29 +85,29 @@ def picture_folder(path: str, root: Places) -> Path:
     )
 
 
-class _Statistics:
-    """Checks ``mean`` and ``std`` texts at once; called with the arrays it gives one number per channel."""
+def _statistics(**texts: str | None) -> Callable[[Raw], Statistics]:
+    """Checks the texts of ``mean`` and ``std`` at once; what it returns gives one number per channel."""
+    given = {key: _numbers(key, text) for key, text in texts.items() if text is not None}
+    if min(given.get("std", (1.0,))) <= 0:
+        raise DatasetError(f"std={texts['std']}: deviations are above 0")
 
-    def __init__(self, mean: str | None, std: str | None) -> None:
-        self.mean, self.std = _numbers("mean", mean), _numbers("std", std)
-        if self.std is not None and min(self.std) <= 0:
-            raise DatasetError(f"std={std}: deviations are above 0")
-
-    def __call__(self, raw: Raw) -> Statistics:
-        mean: tuple[float, ...]
-        std: tuple[float, ...]
+    def statistics(raw: Raw) -> Statistics:
         mean, std, words = DEFAULT_IMAGE if raw.x_train.dtype == np.uint8 else DEFAULT_OTHER
-        if self.mean is not None or self.std is not None:
-            words = "given in the spec"
-        mean, std = self.mean or mean, self.std or std
+        found: dict[str, tuple[float, ...]] = {"mean": mean, "std": std, **given}
+        channels = raw.x_train.shape[1]
         # Features [N, D] have no channels: one number serves all, unless each feature has its own.
-        width = raw.x_train.shape[1] if raw.x_train.ndim > 2 else max(len(mean), len(std))
-        return _spread("mean", mean, raw, width), _spread("std", std, raw, width), words
+        width = channels if raw.x_train.ndim > 2 else max(map(len, found.values()))
+        for key, numbers in found.items():
+            if len(numbers) not in (1, channels):
+                count = len(numbers)
+                raise DatasetError(f"{key} has {count} numbers for {channels} channels; write one, or {channels}")
+            found[key] = numbers * width if len(numbers) == 1 else numbers
+        return found["mean"], found["std"], "given in the spec" if given else words
+
+    return statistics
 
 
-def _numbers(key: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
+def _numbers(key: str, text: str) -> tuple[float, ...]:
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -114,13 +115,6 @@ def _numbers(key: str, text: str | None) -> tuple[float, ...] | None:
     if not numbers or not all(map(math.isfinite, numbers)):
         raise DatasetError(f'{key}={text}: write one number or one per channel, as in "{key}=0.49,0.48,0.45"')
     return numbers
-
-
-def _spread(key: str, numbers: tuple[float, ...], raw: Raw, width: int) -> tuple[float, ...]:
-    channels = raw.x_train.shape[1]
-    if len(numbers) not in (1, channels):
-        raise DatasetError(f"{key} has {len(numbers)} numbers for {channels} channels; write one, or {channels}")
-    return numbers * width if len(numbers) == 1 else numbers
 
 
 def class_names(folder: Path) -> list[str]:

@@ -50,7 +50,11 @@ def base(spec: str, root: Places) -> Base:
     entry = registry.resolve("dataset", spec)
     path = registry.split_name(spec)[1]
     if entry.name == "imagefolder" and path is not None:
-        return _folder(path, root)
+        return Base(
+            facts=lambda: _known(picture_folder(path, root)),
+            open=lambda: _Folder(picture_folder(path, root)),
+            missing=lambda: _absent(path, root),
+        )
     return Base(
         facts=lambda: _checked(catalog.facts(spec, root.root), spec),
         open=lambda: _Held(spec, root),
@@ -109,15 +113,12 @@ class _Held:
 # From a folder --------------------------------------------------------------------------------------------
 
 
-def _folder(path: str, root: Places) -> Base:
-    def missing() -> DatasetMissing | None:
-        try:
-            picture_folder(path, root)
-        except DatasetMissing as error:
-            return error
-        return None
-
-    return Base(lambda: _known(picture_folder(path, root)), lambda: _Folder(picture_folder(path, root)), missing)
+def _absent(path: str, root: Places) -> DatasetMissing | None:
+    try:
+        picture_folder(path, root)
+    except DatasetMissing as error:
+        return error
+    return None
 
 
 class _Folder:

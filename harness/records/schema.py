@@ -53,7 +53,7 @@ def fault(record: object) -> str | None:
     version = record.get("schema")
     if type(version) is not int or version not in READ:
         newer = type(version) is int and version > SCHEMA
-        return f"schema {_short(version)}, this version reads {' and '.join(map(str, READ))}" + (
+        return f"schema {repr(version)[:60]}, this version reads {' and '.join(map(str, READ))}" + (
             "; update epsbench" if newer else ""
         )
     if reason := unreadable(record):
@@ -63,11 +63,6 @@ def fault(record: object) -> str | None:
     except msgspec.ValidationError as error:
         return _said(str(error))
     return None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def unreadable(value: object) -> str | None:

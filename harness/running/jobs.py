@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,17 +110,12 @@ def _conflict(cell: Cell, place: store.Folder, attempts: Iterable[store.Record],
     return Broken(newest, reason) if reason else None
 
 
-def slots(cells: Iterable[Cell], jobs: int | None = None) -> int:
+def slots(cells: Sequence[Cell], jobs: int | None = None) -> int:
     """How many runs go on at once at most: `jobs`, else as many as have cores; on GPUs one a device."""
     if jobs is not None:
         return jobs
-    devices: set[str] = set()
-    threads: list[int] = []
-    for cell in cells:
-        if is_cuda(cell):
-            devices.add(device_of(cell))
-        else:
-            threads.append(threads_of(cell))
+    devices = {device_of(cell) for cell in cells if is_cuda(cell)}
+    threads = [threads_of(cell) for cell in cells if not is_cuda(cell)]
     on_cpu = max(1, measure.cores() // min(threads)) if threads else 0
     return max(1, on_cpu + len(devices))
 

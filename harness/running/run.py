@@ -122,11 +122,6 @@ def _load(task: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dat
     return (loaded.validation_split() if task["evaluate"] == "validation" else loaded).to(device, dtype)
 
 
-def _schedule(lengths: dict[str, int], save_seconds: float) -> Schedule:
-    steps = lengths["steps"]
-    return Schedule(steps, lengths["batch"], max(1, steps // LOG_POINTS), save_seconds)
-
-
 def kept(leg: _Leg, progress: Progress) -> Tree:
     """The weights that a stage is judged by."""
     return leg.method.path.kept(progress.w, progress.parts.path)
@@ -162,7 +157,11 @@ class _Session:
         model = models.build(self.task["model"], data.input_shape, data.classes, seeds.init, data.tokens)
         self.model = model.to(self.device, dtype)
         methods, then = methods_of(cell), cell.then
-        schedules = [_schedule(one, save_seconds) for one in (cell.schedule, then.get("schedule")) if one]
+        schedules = [
+            Schedule(one["steps"], one["batch"], max(1, one["steps"] // LOG_POINTS), save_seconds)
+            for one in (cell.schedule, then.get("schedule"))
+            if one
+        ]
         self.legs = [_Leg(cell.method, methods[0], self.data, schedules[0], seeds)]
         if then:
             public = _load(then["task"], self.device, dtype) if "task" in then else None
@@ -225,7 +224,9 @@ class _Session:
             if self.checkpoint.exists()
             else start(m, self.model, self.legs[0].schedule.steps)
         )
-        _truncate(self.trace, self.progress.trace)
+        # What a killed session logged after its last checkpoint will be logged again.
+        if self.trace.exists():
+            os.truncate(self.trace, self.progress.trace)
         measure.reset_peak_memory(self.device)
         status, reason = "ok", None
         try:
@@ -258,7 +259,7 @@ class _Session:
         if self.cell.then:
             record |= self.staged(done)
         else:
-            record["privacy"]["sensitivity"] = _finite_all(self.progress.sensitivity)
+            record["privacy"]["sensitivity"] = self.progress.sensitivity
             record["diagnostics"] |= diagnostics(m, self.progress)
         over = excess(self.target, record["privacy"])
         return ("over_budget", over) if over else (status, reason)
@@ -332,7 +333,7 @@ class _Session:
         stages = [leg.facts() for leg in self.legs]
         for one, leg, p in zip(stages, self.legs, done, strict=False):
             one |= {
-                "sensitivity": None if leg.public else _finite_all(p.sensitivity),
+                "sensitivity": None if leg.public else p.sensitivity,
                 **({} if leg.public else noted(leg)), "engine": p.engine or None,
                 "diagnostics": speed(p) | {"train_seconds": sum(p.seconds)} | diagnostics(leg.method, p),
                 **bounds("spent", self.private_ledger(p), self.target, self.method),
@@ -458,13 +459,3 @@ def digest(w: Tree) -> str:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _finite_all(values: dict[str, float]) -> dict[str, float | None]:
-    return {key: _finite(value) for key, value in values.items()}
-
-
-def _truncate(trace: Path, size: int) -> None:
-    """Forget log points that a killed session wrote after its last checkpoint: they will be written again."""
-    if trace.exists() and trace.stat().st_size != size:
-        os.truncate(trace, size)

@@ -23,7 +23,6 @@ from harness.dp.release import Observed
 from harness.records import draw, store
 from harness.records.cell import Cell
 from harness.records.files import StoreError
-from harness.records.merge import merge
 from harness.report import board, recipe
 from harness.report.model import runs as read
 from harness.running import child, jobs, launch
@@ -32,6 +31,7 @@ from harness.running.seeds import Seeds
 from harness.running.train import Schedule, Streams, start, train
 from harness.verify.exchange import bundle as pack
 from tests.support import ROOT
+from tests.support.records import merge
 
 SUITE = """
 [suite]

@@ -31,12 +31,11 @@ from hypothesis import strategies as st
 from harness import cli, report, suite
 from harness.records import description, store
 from harness.records.files import MOST_BYTES, Unwritable, dumps, lock, replace_file, sweep, unlock
-from harness.records.merge import merge
 from harness.running import child, jobs, launch, progress
 from tests.support import ROOT
 from tests.support.launching import Place
 from tests.support.launching import make_cell as make_fake
-from tests.support.records import make_cell, make_record, put
+from tests.support.records import make_cell, make_record, merge, put
 
 REAL = min((ROOT / "results" / "fashion").glob("*/record.json"))  # a record that a run wrote
 SUITE = ROOT / "suites" / "smoke.toml"
