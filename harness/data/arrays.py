@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from harness.data.canonical import Array, Raw
+from harness.data.canonical import KEYS, Array, Raw
 from harness.data.source import DatasetError
 
-KEYS = ("x_train", "y_train", "x_test", "y_test")
 _CHANNELS = (1, 3, 4)
 
 

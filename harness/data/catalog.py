@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from harness import registry
-from harness.data.arrays import KEYS
-from harness.data.canonical import Array, Raw, canonical
+from harness.data.canonical import KEYS, Array, Raw, canonical
 from harness.data.dataset import Dataset, Facts
 from harness.data.source import (
     DatasetError,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.data.canonical import Array
+from harness.data.canonical import KEYS, Array
 
 # Digests and descriptions are answered without importing torch.
 if TYPE_CHECKING:
@@ -98,14 +98,8 @@ class Dataset:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
         """The same data on ``device``. :meth:`batch` then returns ``dtype``; images stay uint8 in memory."""
-        return replace(
-            self,
-            x_train=self.x_train.to(device),
-            y_train=self.y_train.to(device),
-            x_test=self.x_test.to(device),
-            y_test=self.y_test.to(device),
-            dtype=dtype or self.dtype,
-        )
+        moved: dict[str, Any] = {key: getattr(self, key).to(device) for key in KEYS}
+        return replace(self, **moved, dtype=dtype or self.dtype)
 
     def batch(self, indices: Tensor | slice, split: Split = "train") -> tuple[Tensor, Tensor]:
         """Normalised inputs ``[B, ...]`` and labels ``[B]`` of the examples ``indices``; B may be 0.

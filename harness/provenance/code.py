@@ -69,9 +69,7 @@ def closure(
     ``LookupError`` where a starting module has no source.
     """
     graph = _Graph(_roots(roots), frozenset(skip))
-    starts: list[tuple[Path, str]] = []
-    for one in modules:
-        starts.append((one.resolve(), graph.name_of(one)) if isinstance(one, Path) else (graph.start(one), one))
+    starts = [(one, graph.name_of(one)) if isinstance(one, Path) else (graph.start(one), one) for one in modules]
     graph.followed = FOLLOWED | {module.split(".")[0] for _, module in starts if module}
     for file, module in starts:
         graph.visit(file.resolve(), module)
@@ -305,7 +303,7 @@ def _normal(node: object) -> str:
         fields = []
         for name, value in sorted(ast.iter_fields(node)):
             if name == "body" and isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                value = value[1:] if value and _is_docstring(value[0]) else value
+                value = value if ast.get_docstring(node, clean=False) is None else value[1:]
             if value is None or value == [] or name in ("type_comment", "kind", "type_ignores"):
                 continue
             fields.append(f"{name}={_normal(value)}")
@@ -323,7 +321,3 @@ def _names_inside(node: object) -> list[str] | None:
     if isinstance(node, ast.Import) and all(a.asname and a.name.split(".")[0] in FOLLOWED for a in node.names):
         return [f"module as {alias.asname}" for alias in node.names]
     return None
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -7,12 +7,10 @@ difference would be free of it. So noise, sampling and path are those of an atte
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,7 @@ class OtherCell(Exception):
     """The folder holds the half-done run of another cell, which is not to be touched."""
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(msgspec.Struct, frozen=True):
     """What the seeds of a run are derived from besides its cell: the number of the attempt, and a hash of its code.
 
     And `setting`, a hash of what else decides its sums to the bit: device, threads, engine, microbatch, libraries,
@@ -44,7 +41,7 @@ class Draw:
 
     def to_json(self) -> dict[str, Any]:
         """As a record's ``randomness`` holds it."""
-        return dataclasses.asdict(self)
+        return msgspec.structs.asdict(self)
 
 
 def begin(folder: Path, cell: Cell, code: str, setting: str = "") -> tuple[Draw, int]:
@@ -76,14 +73,11 @@ def begin(folder: Path, cell: Cell, code: str, setting: str = "") -> tuple[Draw,
     return draw, session
 
 
-class Note(msgspec.Struct):
-    """What is noted of a half-done run: the digest of its cell, how many sessions it has had, and its draw."""
+class Note(Draw, frozen=True, kw_only=True):
+    """What is noted of a half-done run: its draw, the digest of its cell, and how many sessions it has had."""
 
     cell: str
     sessions: int
-    attempt: int
-    code: str
-    setting: str
 
 
 def begun(folder: Path) -> Note | None:

@@ -37,14 +37,8 @@ SCORES = ("accuracy",)
 FOLLOWS = ("ok", "diverged", "over_budget")
 """Statuses that follow from what was released. How far another run came is a matter of time, of memory, or of an audit
 that looks at private examples."""
-NOT_REPORTED: Mapping[str, Any] = {
-    "ledger": [],
-    "spent": {},
-    "accountant": None,
-    "epsilon": None,
-    "sensitivity": None,
-    "claimed": None,
-}
+_NULL = ("accountant", "epsilon", "sensitivity", "claimed")
+NOT_REPORTED: Mapping[str, Any] = {"ledger": [], "spent": {}, **dict.fromkeys(_NULL)}
 """What the privacy of a run of another status says, since nothing is reported of how far it came."""
 HIDDEN = "what ended this run may tell of private data, and is left out"
 _PROBED = ("InfoNCE", "Rotations")  # losses that records of schema 1 do not say to be judged by private labels

@@ -89,17 +89,13 @@ def unreadable(value: object) -> str | None:
     return f"it is nested more than {DEEPEST} deep"
 
 
-def unknown(record: Mapping[str, Any]) -> str | None:
+def unknown(value: Any, kind: Any = Record, place: str = "") -> str | None:
     """The first key of a valid record, with its place, that no version of a record has, or None.
 
     What is under an object that may hold other keys is not looked at.
     """
-    return _foreign(record, Record, "")
-
-
-def _foreign(value: Any, kind: Any, place: str) -> str | None:
     if get_origin(kind) is list and isinstance(value, list):
-        each = (_foreign(one, get_args(kind)[0], f"{place}{i}.") for i, one in enumerate(value, 1))
+        each = (unknown(one, get_args(kind)[0], f"{place}{i}.") for i, one in enumerate(value, 1))
         return next(filter(None, each), None)
     if not (isinstance(kind, type) and issubclass(kind, Struct) and isinstance(value, dict)):
         return None
@@ -108,7 +104,7 @@ def _foreign(value: Any, kind: Any, place: str) -> str | None:
         if key not in inside:
             if not kind.open:  # type: ignore[attr-defined]
                 return f"{place}{key}"
-        elif found := _foreign(one, inside[key], f"{place}{key}."):
+        elif found := unknown(one, inside[key], f"{place}{key}."):
             return found
     return None
 

@@ -193,6 +193,19 @@ def stranger(record: Record, cell: Cell) -> str:
     )
 
 
+def mismatch(record: Record) -> str:
+    """Why a record's id or group is not that of its cell; empty where both are."""
+    try:
+        cell = cell_of(record)
+        actual = {"id": cell.id, "group": cell.group}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return f"its cell cannot be read: {type(error).__name__}: {error}"
+    for name, value in actual.items():
+        if record[name] != value:
+            return f"its {name} {record[name]!r} is not that of its cell, which is {value!r}"
+    return ""
+
+
 def attempt_of(record: Record) -> int:
     """1 for ``<id>``, 2 for ``<id>.2``, and so on."""
     match = _ATTEMPT.fullmatch(Path(record["path"]).parent.name)
@@ -291,19 +304,3 @@ class Folder:
         if os.path.lexists(self.attempt(number) / RECORD):  # good or damaged: no record is written over another
             number += 1
         return self.attempt(number)
-
-
-# Merging --------------------------------------------------------------------------------------------------
-
-
-def mismatch(record: Record) -> str:
-    """Why a record's id or group is not that of its cell; empty where both are."""
-    try:
-        cell = cell_of(record)
-        actual = {"id": cell.id, "group": cell.group}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        return f"its cell cannot be read: {type(error).__name__}: {error}"
-    for name, value in actual.items():
-        if record[name] != value:
-            return f"its {name} {record[name]!r} is not that of its cell, which is {value!r}"
-    return ""

@@ -13,9 +13,9 @@ from typing import Any
 from harness.provenance import measure
 from harness.records import draw, store
 from harness.records.cell import Cell
+from harness.records.description import read_points
 from harness.records.files import Broken, StoreError, Unwritable, lock, unlock
 from harness.records.record import FAILED
-from harness.records.trace import read_points
 from harness.running.progress import describe
 
 Codes = Mapping[str, Mapping[str, Any]]
@@ -96,11 +96,10 @@ def select(
 def _conflict(cell: Cell, place: store.Folder, attempts: Iterable[store.Record], asked: Cell) -> Broken | None:
     """What is, or will be, in the folders of a cell and is of another cell with its id; None where nothing is."""
     if asked.digest != cell.digest:
-        other = describe(asked.canonical())
         return Broken(
             place.attempt(1),
-            f"is the folder of two runs: {describe(cell.canonical())} has the same id as {other}; change a "
-            "hyper-parameter of one, or run it into another folder with --results",
+            f"is the folder of two runs: {describe(cell.canonical())} has the same id as "
+            f"{describe(asked.canonical())}; change a hyper-parameter of one, or run it into another folder with --results",
         )
     for record in attempts:
         if reason := store.stranger(record, cell):

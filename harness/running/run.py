@@ -142,7 +142,7 @@ class _Session:
     def __init__(self, cell: Cell, out: Path, save_seconds: float) -> None:
         facts = cell.canonical()
         numerics = facts["numerics"]
-        self.cell, self.task, self.out = cell, facts["task"], out
+        self.cell, self.task = cell, facts["task"]
         self.threads = int(cell.device.get("threads") or 1)
         torch.set_num_threads(self.threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(numerics["tf32"])
