@@ -42,9 +42,8 @@ def _asked(method: Mapping[str, Any], schedule: Mapping[str, Any], task: Mapping
     batch, steps, n = schedule.get("batch"), schedule.get("steps"), task.get("n_train")
     counts = [value for value in (batch, steps, n) if type(value) is int and 0 < value < 2**53]
     return dict.fromkeys(FACTS) | {
+        **{key: method.get(key) for key in ("parameters", "parts")},
         "method": method.get("name"),
-        "parameters": method.get("parameters"),
-        "parts": method.get("parts"),
         "data": task.get("dataset"),
         "batch": batch,
         "steps": steps,

@@ -99,7 +99,8 @@ def _conflict(cell: Cell, place: store.Folder, attempts: Iterable[store.Record],
         return Broken(
             place.attempt(1),
             f"is the folder of two runs: {describe(cell.canonical())} has the same id as "
-            f"{describe(asked.canonical())}; change a hyper-parameter of one, or run it into another folder with --results",
+            f"{describe(asked.canonical())}; change a hyper-parameter of one, or run it into another folder with "
+            "--results",
         )
     for record in attempts:
         if reason := store.stranger(record, cell):
