@@ -23,7 +23,6 @@ from harness.dp.release import Observed
 from harness.records import draw, store
 from harness.records.cell import Cell
 from harness.records.files import StoreError
-from harness.records.merge import merge
 from harness.report import board, recipe
 from harness.report.model import runs as read
 from harness.running import child, jobs, launch
@@ -32,6 +31,7 @@ from harness.running.seeds import Seeds
 from harness.running.train import Schedule, Streams, start, train
 from harness.verify.exchange import bundle as pack
 from tests.support import ROOT
+from tests.support.records import merge
 
 SUITE = """
 [suite]
@@ -180,8 +180,8 @@ def test_a_run_goes_on_with_what_it_began_with_or_begins_anew(tmp_path: Path, mo
             with pytest.raises(Stop):
                 weights(folder, a, monkeypatch, save_seconds=0.0)
         begun = draw.begun(folder)
-        assert begun is not None and begun["cell"] == cell().digest
-        assert (begun["draw"].attempt, begun["draw"].code) == (1, a)
+        assert begun is not None and begun.cell == cell().digest
+        assert (begun.attempt, begun.code) == (1, a)
         for file in (folder / "checkpoint").iterdir():
             assert file.stat().st_mode & 0o077 == 0, file
 

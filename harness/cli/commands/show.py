@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _stage_rows(nth: int, stage: Mapping[str, Any], given: Mapping[str, Any]) -> list[list[str]]:
-    """The lines of one stage of `harness.records.stages.told`; what its record lacks is shown as not recorded."""
+    """The lines of one stage of `stage_facts`; what its record lacks is shown as not recorded."""
     own = {name: value for name, value in (stage["parameters"] or {}).items() if name not in given}
     public = stage["public"]
     unknown = "not recorded" if stage["non_finite"] is None else "-"  # an older record, or a stage not begun

@@ -17,7 +17,7 @@ from harness.cli.codes import codes_of_cells, codes_of_records
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files, again, load, need_suite, suite_file
 from harness.cli.words import counts, first_line, print_broken, print_conflicts, table
-from harness.records.lock import locked
+from harness.records.files import locked
 from harness.records.record import FAILED as FAILURES
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ class StageFacts:
 
     @classmethod
     def of(cls, f: Fields) -> StageFacts:
-        """The stage that the fields of `harness.records.stages.told` describe."""
+        """The stage that the fields of `harness.records.stages.stage_facts` describe."""
         spent = f.epsilons("spent")
         epsilon = spent.get(f.text("accountant"), f.number("epsilon"))
         rdp = spent.get("rdp")
