@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from harness.report.model.rows import Row
-from harness.report.model.stage import StageFacts
+from harness.report.model.runs import StageFacts
 from harness.report.model.words import BUSY, count, epsilon
 
 UNKNOWN = "not recorded"
