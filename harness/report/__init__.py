@@ -128,20 +128,19 @@ def build(
     from harness.report.page import html, pages
     from harness.report.page import payload as rows
 
-    places, known = html.Links(model, results, folder), rows.audits(found)
-    conformant = checked.checks(checks)
-    others = (*tables, *places.rows.values(), *places.methods.values())
-    if _current(folder) == digest and all((folder / name).is_file() for name in others):
+    content = rows.Content(
+        model, audits=rows.audits(found), checked=checked.checks(checks), sources=sources, results=results, here=folder
+    )
+    if _current(folder) == digest and all((folder / name).is_file() for name in (*tables, *content.below)):
         return Report(folder, False, top)
     drawings = figures.draw(model)
-    below = pages.run_pages(model, places, known, sources, conformant)
-    below |= pages.cards(model, places, sources, known, conformant)
+    below = pages.run_pages(content) | pages.cards(content)
     files = {
         "leaderboard.md": text.markdown(model),
         "leaderboard.csv": text.table_csv(model),
         "published.csv": text.published_csv(model),
         **drawings,
-        "index.html": html.page(model, places, digest=digest, known=known, checked=conformant),
+        "index.html": html.page(content, digest),
     }
     _replace(folder, tables | below)
     for name in FILES:  # the page is last: it holds the digest, so a report cut short is never taken for a whole one

@@ -79,7 +79,7 @@ class Comparison:
     def markdown(self) -> str:
         """The same as a page of GitHub-flavoured Markdown."""
         escape = text.escape
-        grid = text.grid(_titles(self), ([escape(cell) for cell in line] for line in _cells(self)))
+        grid = text.grid(_titles(self), _cells(self))
         notes = [f"- {escape(note)}" for note in _notes(self)]
         return "\n".join([f"# {escape(self.b)} against {escape(self.a)}", "", *grid, *notes, ""])
 

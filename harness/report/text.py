@@ -52,7 +52,7 @@ def markdown(board: Board) -> str:
     out += ["## How ranks are made", "", RULE, ""]
     if board.published:
         out += ["## Published and measured", "", VERDICTS, ""]
-        out += grid(VERDICT_COLUMNS, ([escape(cell) for cell in verdict_cells(v)] for v in board.published))
+        out += grid(VERDICT_COLUMNS, map(verdict_cells, board.published))
     if board.tuning:
         out += ["## How hyper-parameters were chosen", ""]
         out += [*(f"- **{escape(name)}**: {escape(text)}" for name, text in board.tuning), ""]
@@ -62,13 +62,11 @@ def markdown(board: Board) -> str:
 def markdown_table(table: RankedTable) -> list[str]:
     search = " (validation split: a hyper-parameter search, not a result)" if table.search else ""
     out = [f"## {escape(heading(table))}{search}", "", escape(" · ".join(statement(table))), ""]
-    titles = (
-        "rank", "method", "accuracy, %",
-        f"Δ {escape(table.baseline.title) if table.baseline else BASELINE}, points",
-        "ε spent", "ε RDP", "ε claimed", "σ", "examples/s", "vs non-private", "vs dp-sgd", "peak MiB",
-        "train s", "seeds", "runs", "records",
-    )  # fmt: skip
-    out += grid(titles, map(_markdown_row, table.every))
+    lines = [[escape(cell) for cell in cells(entry).values()] for entry in table.every]
+    for line in lines:
+        if line[0].rstrip("=") == "1":
+            line[1] = f"**{line[1]}**"
+    out += [*tables.markdown([escape(title) for title in titles(table, TITLES)], lines), ""]
     failures = [
         f"- {escape(e.row.title)}: {n} × {escape(status)}: {escape(reason)}"
         for e in table.every
@@ -77,34 +75,51 @@ def markdown_table(table: RankedTable) -> list[str]:
     return [*out, *failures, *(f"- {escape(note)}" for note in (*table.unranked, *table.notes)), ""]
 
 
-def _markdown_row(entry: TableRow) -> list[str]:
-    row, rank = entry.row, "reference" if entry.reference else place(entry)
-    name = escape(row.marked)
-    return [
-        rank, f"**{name}**" if rank.rstrip("=") == "1" else name, interval(row.accuracy),
-        escape(difference(entry)),
-        epsilon(row.epsilon), cross_checked(row),
-        epsilon(row.shared("claimed")), sigma(row.shared("sigma")), timing(entry, "rate", count(row.rate)),
-        timing(entry, "reference", ratio(entry.to_reference)),
-        timing(entry, "baseline", ratio(entry.to_baseline)),
-        count(row.peak_memory), timing(entry, "seconds", count(row.train_seconds)), listing(row.seeds),
-        escape(statuses(row)), " ".join(escape(run.id) for run in row.runs),
-    ]  # fmt: skip
+TITLES = {
+    "rank": "rank", "method": "method", "accuracy": "accuracy, %", "difference": "Δ {}, points", "spent": "ε spent",
+    "rdp": "ε RDP", "claimed": "ε claimed", "sigma": "σ", "rate": "examples/s", "reference": "vs non-private",
+    "baseline": "vs dp-sgd", "memory": "peak MiB", "seconds": "train s", "seeds": "seeds", "runs": "runs",
+    "records": "records",
+}  # fmt: skip
+"""The columns of a table of rows, each with its title; that of the difference names the baseline."""
+
+
+def titles(table: RankedTable, columns: Iterable[str]) -> list[str]:
+    """The titles of some of `TITLES`."""
+    return [TITLES[name].format(table.baseline.title if table.baseline else BASELINE) for name in columns]
+
+
+def cells(entry: TableRow) -> dict[str, str]:
+    """What a table shows of a row, by the columns of `TITLES`."""
+    row = entry.row
+    return {
+        "rank": "reference" if entry.reference else place(entry),
+        "method": row.marked,
+        "accuracy": interval(row.accuracy),
+        "difference": difference(entry),
+        "spent": epsilon(row.epsilon),
+        "rdp": cross_checked(row),
+        "claimed": epsilon(row.shared("claimed")),
+        "sigma": measure("noise_multiplier", row.shared("sigma")),
+        "rate": timing(entry, "rate", count(row.rate)),
+        "reference": timing(entry, "reference", ratio(entry.to_reference)),
+        "baseline": timing(entry, "baseline", ratio(entry.to_baseline)),
+        "memory": count(row.peak_memory),
+        "seconds": timing(entry, "seconds", count(row.train_seconds)),
+        "seeds": listing(row.seeds),
+        "runs": statuses(row),
+        "records": " ".join(run.id for run in row.runs),
+    }
 
 
 def grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, and an empty one."""
-    return [*tables.markdown(titles, rows), ""]
+    """The lines of a Markdown table of plain texts, and an empty one."""
+    return [*tables.markdown(titles, ([escape(cell) for cell in row] for row in rows)), ""]
 
 
 def difference(entry: TableRow) -> str:
     """The paired difference to the baseline with its interval, in percentage points."""
     return "baseline" if entry.baseline else gap(entry.place.difference)
-
-
-def sigma(value: float | None) -> str:
-    """A noise multiplier with four significant figures."""
-    return "–" if value is None else f"{value:.4g}"
 
 
 def measure(metric: str, value: float | None, signed: bool = False) -> str:
@@ -253,13 +268,11 @@ def top_rows(board: Board, n: int = 5) -> str:
 
 
 def _line(entry: TableRow) -> list[str]:
-    row = entry.row
-    name = row.marked
-    return [
-        "ref" if entry.reference else place(entry), name if len(name) <= 44 else name[:43] + "…",
-        interval(row.accuracy), difference(entry), epsilon(row.epsilon), timing(entry, "rate", count(row.rate)),
-        timing(entry, "reference", ratio(entry.to_reference)), statuses(row),
-    ]  # fmt: skip
+    shown = cells(entry)
+    shown["rank"] = "ref" if entry.reference else shown["rank"]
+    shown["method"] = shown["method"] if len(shown["method"]) <= 44 else shown["method"][:43] + "…"
+    names = ("rank", "method", "accuracy", "difference", "spent", "rate", "reference", "runs")
+    return [shown[name] for name in names]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

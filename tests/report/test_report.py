@@ -26,6 +26,7 @@ from harness.report.model.tables import RankedTable, place
 from harness.report.model.words import epsilon
 from harness.report.page import drawings, html, plot
 from harness.report.page import pages as below
+from harness.report.page.payload import Content
 from tests.support import ROOT
 from tests.support.report import (
     EVIL,
@@ -528,8 +529,8 @@ def test_curves_and_the_time_to_an_accuracy_by_hand() -> None:
     assert [i.mean for _, i in clipped.series["dp-adam"]] == pytest.approx([0.1, 0.2, 0.3])
     by_name = {r["title"]: r["reach"] for r in lines(model)}
     assert by_name == {"dp-sgd": 3.0, "dp-adam": "inf"}  # 99 % of .91: reached after 3 s by both seeds
-    assert "not private to publish" in html.page(model) and "not private to publish" in pages(model)["runs"]
-    assert "not private to publish" not in html.page(make([record()])), "no curve, no warning"
+    assert "not private to publish" in html.page(Content(model)) and "not private to publish" in pages(model)["runs"]
+    assert "not private to publish" not in html.page(Content(make([record()]))), "no curve, no warning"
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 3)] * 3), max_size=12))
@@ -602,7 +603,7 @@ def test_a_card_says_what_the_source_says() -> None:
         one["cell"]["method"]["parts"]["clip"] = {"type": "PSAC", "clip": 1.0, "r": 0.2}
         one["card"]["paper"] = "arXiv:2212.00328"
     model = make(records)
-    cards = below.cards(model, html.Links(model), found)
+    cards = below.cards(Content(model, sources=found))
     card = cards["methods/dp-psac.html"]
     assert "sensitivity C." in card and found["parts"]["PSAC"][0][1].split("\n")[0].replace("/", "/") in card
     assert 'class="own"' in card and "eprint = {2212.00328}" in card
@@ -644,7 +645,7 @@ def test_a_larger_folder_makes_more_data_and_no_more_markup() -> None:
 
     def tags(n: int) -> int:
         page = Texts()
-        page.feed(html.page(board("scale", "", report_scale.records(n))))
+        page.feed(html.page(Content(board("scale", "", report_scale.records(n)))))
         return len(page.tags)
 
     assert tags(960) < 2 * tags(240) and tags(960) < 12_000

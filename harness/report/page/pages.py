@@ -14,11 +14,11 @@ from urllib.parse import quote, urlencode
 
 from harness.records.store import COMPUTED
 from harness.report import recipe
-from harness.report.model.checked import Checked, Mark, mark, of_row
+from harness.report.model.checked import mark, of_row
 from harness.report.model.fields import natural, scalar, visible
 from harness.report.model.rows import BASELINE, REDUCED_SUITE, Row, statuses
 from harness.report.model.runs import Run
-from harness.report.model.tables import Board, RankedTable, TableRow, heading, place, statement, timing
+from harness.report.model.tables import RankedTable, TableRow, heading, place, statement, timing
 from harness.report.model.words import (
     BUSY,
     by_accountant,
@@ -32,8 +32,8 @@ from harness.report.model.words import (
     refusals,
 )
 from harness.report.page import drawings, stage_table
-from harness.report.page.html import MARK, Links, columns, environment, paragraphs
-from harness.report.page.payload import REACH, Audit, audit_of, dumps, exceeds, merged, target
+from harness.report.page.html import MARK, columns, environment, paragraphs
+from harness.report.page.payload import FIELDS, REACH, Content, audit_of, dumps, exceeds, merged, target
 from harness.report.text import difference
 
 SLOTS = ("sampler", "loss", "engine", "clip", "noise", "optimizer", "path")
@@ -43,37 +43,35 @@ SPEED = ("Examples/s", "Examples/s of stage 1")
 DATA = '<script type="application/json" id="data">'
 
 
-def run_pages(
-    board: Board, places: Links, known: Sequence[Audit] = (), sources: Mapping[str, Any] | None = None,
-    checked: Mapping[str, Checked] | None = None,
-) -> dict[str, str]:  # fmt: skip
-    """File name -> page of every row. `sources` is what `sources.describe` says of the methods."""
+def run_pages(content: Content) -> dict[str, str]:
+    """File name -> page of every row."""
     found: dict[int, tuple[TableRow, RankedTable]] = {}
-    for table in board.tables:
+    for table in content.board.tables:
         for entry in (*table.references, *table.entries):
             found.setdefault(id(entry.row), (entry, table))
     template = environment().get_template("run.html")
     return {
-        places.rows[id(row)]: template.render(
-            suite=board.suite,
+        content.href(row): template.render(
+            suite=content.board.suite,
             row=row,
             run=row.first,
             where=", ".join([heading(table), *statement(table)]),
             filter="#?" + urlencode({"task": table.setting.task, "epsilon": epsilon(table.setting.epsilon)}),
-            card=places.methods[row.first.method],
-            numbers=_numbers(entry, table, audit_of(row, known), of_row(checked or {}, row)),
+            card=content.methods[row.first.method],
+            numbers=_numbers(entry, table, content),
             drawings=drawings.of_row(row),
             stages=stage_table.lines(row),
             stage_heads=stage_table.HEADS,
             details=_details(row),
-            runs=[_run(run, board, places, sources) for run in row.runs],
+            runs=[_run(run, content) for run in row.runs],
         )
         for row, entry, table in ((e.row, e, t) for e, t in found.values())
     }
 
 
-def _numbers(entry: TableRow, table: RankedTable, audit: Audit | None, check: Mark) -> list[tuple[str, str]]:
+def _numbers(entry: TableRow, table: RankedTable, content: Content) -> list[tuple[str, str]]:
     row, run = entry.row, entry.row.first
+    audit, check = audit_of(row, content.audits), of_row(content.checked, row)
     goal = target(table)
     reach = None if goal is None else row.seconds_to(goal)
     accuracy = row.accuracy
@@ -138,7 +136,8 @@ def _details(row: Row) -> list[tuple[str, str]]:
     return [(name, text) for name, text in pairs if text]
 
 
-def _run(run: Run, board: Board, places: Links, sources: Mapping[str, Any] | None) -> dict[str, Any]:
+def _run(run: Run, content: Content) -> dict[str, Any]:
+    board, sources = content.board, content.sources
     reduced = bool(board.reduced) and board.suite.endswith(REDUCED_SUITE)
     installed = sources is None or sources["methods"].get(run.method, {}).get("installed", False)
     facts = [
@@ -152,7 +151,7 @@ def _run(run: Run, board: Board, places: Links, sources: Mapping[str, Any] | Non
         ("Code", run.commit[:12] + (" with local changes" if run.dirty else "")),
         ("MLflow", "tags.\"epsbench.id\" = '{}'".format(run.id.replace("'", "\\'"))),
     ]
-    files = [(name, places.record(run.path, name)) for name in ("record.json", "trace.jsonl", "env.json")]
+    files = [(name, content.record(run.path, name)) for name in ("record.json", "trace.jsonl", "env.json")]
     return {
         "run": run,
         "anchor": "run-" + (re.sub(r"[^A-Za-z0-9_-]+", "-", run.id).strip("-") or "x"),
@@ -189,13 +188,9 @@ def _record(run: Run) -> str:
 # ------------------------------------------------------------ method cards
 
 
-def cards(
-    board: Board, places: Links, sources: Mapping[str, Any] | None = None, known: Sequence[Audit] = (),
-    checked: Mapping[str, Checked] | None = None,
-) -> dict[str, str]:  # fmt: skip
-    """File name -> card of every method. `sources` is what `sources.describe` says of them."""
-    checked = checked or {}
-    sources = sources or {}
+def cards(content: Content) -> dict[str, str]:
+    """File name -> card of every method."""
+    board, checked, sources = content.board, content.checked, content.sources or {}
     template = environment().get_template("method.html")
     lines: dict[str, list[dict[str, str]]] = defaultdict(list)
     rows: dict[str, list[Row]] = defaultdict(list)
@@ -203,10 +198,10 @@ def cards(
         rows[row.first.method].append(row)
     for table in board.tables:
         for entry in table.entries:
-            lines[entry.row.first.method].append(_line(entry, table, places))
+            lines[entry.row.first.method].append(_line(entry, table, content))
     plain = {row.first.method: dict(row.first.parts) for row in board.rows if row.first.method == BASELINE}
     out = {}
-    for name, href in places.methods.items():
+    for name, href in content.methods.items():
         described = sources.get("methods", {}).get(name, {})
         run = min((r.first for r in rows[name]), key=lambda r: (bool(r.changes), not r.parts))
         paper = described.get("paper") or run.paper
@@ -222,7 +217,7 @@ def cards(
             parameters=_parameters(described.get("parameters", {}), rows[name]),
             check=checked.get(name),
             mark=mark(checked, name),
-            audits=[_audit(a) for a in known if a.method == name],
+            audits=[a for a in content.audits if a.method == name],
             lines=lines[name],
             summary=", ".join(f"{n} {word}" for word, n in sorted(tally.items())),
             paper=paper,
@@ -279,15 +274,7 @@ def _parameters(schema: Mapping[str, Sequence[str]], rows: Sequence[Row]) -> lis
     ]  # fmt: skip
 
 
-def _audit(audit: Audit) -> dict[str, Any]:
-    return {
-        "task": audit.task or "–", "claimed": epsilon(audit.claimed), "lower": epsilon(audit.lower),
-        "above": audit.lower > audit.claimed, "instrument": audit.instrument,
-        "confidence": "–" if audit.confidence is None else f"{100 * audit.confidence:g} %",
-    }  # fmt: skip
-
-
-def _line(entry: TableRow, table: RankedTable, places: Links) -> dict[str, str]:
+def _line(entry: TableRow, table: RankedTable, content: Content) -> dict[str, str]:
     row, paired = entry.row, entry.place.difference
     if entry.baseline:
         outcome, mark = "baseline", ""
@@ -303,7 +290,7 @@ def _line(entry: TableRow, table: RankedTable, places: Links) -> dict[str, str]:
     return {
         "setting": heading(table) + split, "title": row.title,
         "changes": ", ".join(f"{slot} = {spec}" for slot, spec in row.first.changes),
-        "href": places.rows[id(row)], "rank": place(entry),
+        "href": content.href(row), "rank": place(entry),
         "accuracy": interval(row.accuracy), "difference": "" if entry.baseline else gap(paired).replace("–", ""),
         "outcome": outcome, "mark": mark,
     }  # fmt: skip
@@ -370,8 +357,6 @@ def _unread(name: str, page: bool) -> dict[str, Any]:
 
 def _held(page: Path) -> dict[str, Any] | None:
     """The data of a suite's page, None where it holds none of this version."""
-    from harness.report.page.payload import FIELDS
-
     text = page.read_text("utf-8", errors="replace")
     if MARK not in text[:2000] or DATA not in text:
         return None
