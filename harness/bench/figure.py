@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.bench.table import Record, headline, is_baseline, timed
+from harness.records.drawing import INK, LINE, grid, styled, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Mid-tones, readable on white and on black; the background stays transparent.
-INK, LINE = "#6b7680", "#9aa4ad"
-FIRST, OTHER, PLAIN = "#d55e00", "#0072b2", "#9aa4ad"
+FIRST, OTHER, PLAIN = "#d55e00", "#0072b2", LINE
 CUT = 5.0  # longer bars end here, with their number
-STYLE: dict[str, Any] = {
-    "svg.hashsalt": "epsbench", "svg.fonttype": "none", "font.size": 9.0, "text.parse_math": False,
-    "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titlecolor": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": LINE, "text.color": INK, "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
-    "figure.constrained_layout.use": True,
-}  # fmt: skip
 
 
 def draw(records: Sequence[Record]) -> str:
     """The figure as SVG text: each engine's step in units of the plain one."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    columns = min(3, max(1, len(records)))
-    lines = max(1, math.ceil(len(records) / columns))
     most = max((len(timed(record)) for record in records), default=1)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(3.7 * columns, (0.9 + 0.24 * most) * lines), facecolor="none")
-        for place, record in enumerate(records):
-            _panel(figure.add_subplot(lines, columns, place + 1, facecolor="none"), record, most)
-        out = io.BytesIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return out.getvalue().decode("utf-8")
+    with styled():
+        figure, axes = grid(len(records), 0.9 + 0.24 * most)
+        for axis, record in zip(axes, records, strict=True):
+            _panel(axis, record, most)
+        return svg(figure)
 
 
 def _panel(axis: Axes, record: Record, most: int) -> None:

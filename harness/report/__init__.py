@@ -173,7 +173,10 @@ def _digest(inputs: Any) -> str:
     """Digest of all that a report depends on: the inputs, the files that read them, the libraries that draw."""
     digest = hashlib.sha256(canonical(inputs).encode("ascii"))
     mine = [p for p in _HERE.rglob("*") if p.suffix in (".py", ".html", ".css", ".js")]
-    for path in (*sorted(mine), *(_HERE.parent / "records" / name for name in ("public.py", "stages.py"))):
+    for path in (
+        *sorted(mine),
+        *(_HERE.parent / "records" / name for name in ("public.py", "stages.py", "drawing.py")),
+    ):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     digest.update(" ".join(version(name) for name in ("matplotlib", "jinja2", "scipy")).encode())
     return digest.hexdigest()[:32]

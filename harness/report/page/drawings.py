@@ -33,7 +33,21 @@ class Drawing:
 
 def of(board: Board) -> list[Drawing]:
     """Every figure that has something to show."""
-    found = [_accuracy(board), _pareto(board), _curves(board), _clipped(board), _cost(board)]
+    found = [
+        _accuracy(board),
+        _pareto(board),
+        _over_epsilon(
+            board, "curves", "accuracy", "Training curves",
+            "Accuracy at the log points over the epsilon spent until then, by RDP; mean over seeds. "
+            "Of two stages, the last. For information: nothing is chosen by it.", "training-curves.svg",
+        ),
+        _over_epsilon(
+            board, "clipped", "clipped", "Clipped fraction",
+            "Share of contributions with a weight below 1 since the last log point, over the epsilon spent until then. "
+            "Of two stages, the last.", "clipped-fraction.svg", PRIVATE,
+        ),
+        _cost(board),
+    ]  # fmt: skip
     return [d for d in found if d.panels]
 
 
@@ -102,31 +116,16 @@ def _pareto(board: Board) -> Drawing:
     )  # fmt: skip
 
 
-def _curves(board: Board) -> Drawing:
-    text = (
-        "Accuracy at the log points over the epsilon spent until then, by RDP; mean over seeds. "
-        "Of two stages, the last. For information: nothing is chosen by it."
-    )
-    panels = _over_epsilon(board, "accuracy")
-    return Drawing("curves", "Training curves", text, panels, ["training-curves.svg"])
-
-
-def _clipped(board: Board) -> Drawing:
-    text = (
-        "Share of contributions with a weight below 1 since the last log point, over the epsilon spent until then. "
-        "Of two stages, the last."
-    )
-    panels = _over_epsilon(board, "clipped")
-    return Drawing("clipped", "Clipped fraction", text, panels, ["clipped-fraction.svg"], PRIVATE)
-
-
-def _over_epsilon(board: Board, what: str) -> list[tuple[str, str]]:
+def _over_epsilon(
+    board: Board, name: str, what: str, title: str, caption: str, file: str, warning: str = ""
+) -> Drawing:
     panels = curves_data(board, what)
     looks = _looks(n for p in panels for n in p.series)
     x, y = Axis("ε spent, by RDP"), Axis(f"{what}, %")
-    return _panels(
+    drawn = _panels(
         (p.title, chart(_dots(p.series), x, y, f"{y.title} over epsilon spent, {p.title}", looks=looks)) for p in panels
     )
+    return Drawing(name, title, caption, drawn, [file], warning)
 
 
 def of_row(row: Row) -> list[Drawing]:
