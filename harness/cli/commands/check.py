@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.cli.arguments import method_option, positive, reduced_option, results_option
+from harness.cli.arguments import options, positive
 from harness.cli.errors import FAILED, OK, UserError
 from harness.cli.selecting import add_files, find, load
 from harness.cli.words import print_broken, table
@@ -27,9 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tables", action="store_true", help="then print the tables of all recorded checks")
     parser.add_argument("--docs", type=Path, metavar="FILE",
                        help="write them into that text too, which has the markers of docs/verification.md")  # fmt: skip
-    results_option(parser)
-    reduced_option(parser)
-    method_option(parser)
+    options(parser, "--results", "--reduced", "--method")
 
 
 def run(options: argparse.Namespace) -> int:

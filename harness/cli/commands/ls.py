@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.cli.arguments import method_option
+from harness.cli.arguments import options
 from harness.cli.errors import OK
 from harness.cli.selecting import add_files
 from harness.cli.words import table
@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what", nargs="?", choices=(*KINDS, "suites", "parts"), metavar="methods|datasets|models|suites|parts"
     )
-    method_option(parser)
+    options(parser, "--method")
 
 
 def run(options: argparse.Namespace) -> int:

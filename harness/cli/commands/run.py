@@ -18,12 +18,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.cli.arguments import positive, private_option, reports_option, suite_options
+from harness.cli.arguments import options, positive, suite_options
 from harness.cli.codes import codes_of_cells
 from harness.cli.commands.report import write_report
 from harness.cli.errors import FAILED, INTERRUPTED, OK
 from harness.cli.selecting import again, chosen, need_device
 from harness.cli.words import counts, first_line, print_broken, print_conflicts
+from harness.records.public import SWITCH
 
 if TYPE_CHECKING:
     from harness.records.cell import Cell
@@ -46,8 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="write the leaderboard at the end and print its top")
     parser.add_argument("--no-track", action="store_true", help="do not send anything to MLflow")
-    reports_option(parser)
-    private_option(parser)
+    options(parser, "--reports", SWITCH)
 
 
 def run(options: argparse.Namespace) -> int:

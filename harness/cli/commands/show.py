@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.cli.arguments import results_option
+from harness.cli.arguments import options
 from harness.cli.errors import OK, UserError
 from harness.cli.selecting import suite_file
 from harness.cli.words import epsilon, number, table
@@ -30,7 +30,7 @@ ROWS = frozenset({"jobs", "sessions", "examples_per_second", "train_seconds", "w
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", metavar="ID", help="the first digits of a run's id; id.2 names its second attempt")
     parser.add_argument("--json", action="store_true", help="print the record as it is")
-    results_option(parser)
+    options(parser, "--results")
 
 
 def run(options: argparse.Namespace) -> int:

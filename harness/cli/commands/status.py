@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cli.arguments import method_option, reduced_option, results_option
+from harness.cli.arguments import options, suite_option
 from harness.cli.codes import codes_of_cells, codes_of_records
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files, again, load, need_suite, suite_file
@@ -28,10 +28,8 @@ PLACE = 50
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
-    reduced_option(parser)
-    results_option(parser)
-    method_option(parser)
+    suite_option(parser, "?")
+    options(parser, "--reduced", "--results", "--method")
 
 
 def run(options: argparse.Namespace) -> int:
