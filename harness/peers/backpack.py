@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harness.dp.clip import Clip
-from harness.dp.loss import Batch, Loss
-from harness.dp.tree import Tree
-from harness.peers.double import double
-from harness.peers.peer import GradientPeer, tied
+from harness.dp.loss import Loss
+from harness.peers.peer import MarkingPeer, tied
 
 KNOWN = {
     *(nn.Linear, nn.Embedding, nn.RNN, nn.LSTM, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -20,8 +18,7 @@ KNOWN = {
 }
 
 
-@dataclass(frozen=True)
-class BackPack(GradientPeer):
+class BackPack(MarkingPeer):
     """`backpack(BatchGrad())` around the backward pass of a copy of the model that `extend` prepared.
 
     Dangel, Kunstner and Hennig, BackPACK: Packing more into backprop, arXiv:1912.10985.
@@ -30,6 +27,7 @@ class BackPack(GradientPeer):
     PACKAGE: ClassVar[str] = "backpack-for-pytorch"
     IMPORTS: ClassVar[str] = "backpack"
     INSTALL: ClassVar[str] = "epsbench[peers]"
+    MARK: ClassVar[str] = "grad_batch"
 
     def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
         if tied(model):
@@ -50,18 +48,12 @@ class BackPack(GradientPeer):
         return None
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """`module`, a copy that is ours to change, prepared by BackPACK."""
         from backpack import extend
 
         return extend(module)
 
-    def rows(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def recording(self) -> AbstractContextManager[Any]:
         from backpack import backpack
         from backpack.extensions import BatchGrad
 
-        with double(type(self), self.wrap, model, w) as (module, parameters):
-            with backpack(BatchGrad()):
-                losses = loss.per_example(module(batch.x), batch.y)
-                losses.sum().backward()
-            found = {name: p.__dict__.pop("grad_batch", None) for name, p in parameters.items()}
-        return {name: g for name, g in found.items() if g is not None}, losses.detach()
+        return backpack(BatchGrad())
