@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from harness.bench.fresh import Answer, Gone, call
-from harness.bench.table import grid
 from harness.dp.clip import Flat
 from harness.dp.engines.engine import trainable
 from harness.dp.engines.pairs import Pairs
@@ -32,6 +31,7 @@ from harness.dp.release import Relation
 from harness.dp.tree import Tree
 from harness.models.catalog import build
 from harness.provenance import measure
+from harness.records import tables
 
 SIZES = (32, 128, 256, 512)
 WIDTHS = (8, 32, 128)
@@ -98,7 +98,7 @@ def table(found: list[Answer]) -> str:
         cells += [f"{plain['cpu_seconds']:.2g}", f"{about}{direct['cpu_seconds']:.3g}"]
         cells += [f"{direct['cpu_seconds'] / pairs['cpu_seconds']:.3g}"]
         rows.append(cells)
-    return "\n".join(grid(header, rows, "--:"))
+    return "\n".join(tables.markdown(header, rows, "--:"))
 
 
 def main() -> None:

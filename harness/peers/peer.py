@@ -154,8 +154,8 @@ class GradientPeer(Peer):
 # Copies that a library may hook, wrap and mark in place of the model itself ---------------------------------
 
 
-# The wrapped copy of a model, and its trained parameters under the names that they have in the model; whatever a library
-# adds to a parameter is not in its type.
+# The wrapped copy of a model, and its trained parameters under the names that they have in the model. Whatever a
+# library adds to a parameter is not in its type.
 Double = tuple[nn.Module, Mapping[str, Any]]
 _doubles: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Double]] = WeakKeyDictionary()
 

@@ -46,7 +46,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure what is asked for, print the table, and write it with its figure beside the records; the exit code."""
     from harness.bench import plan, session, table
-    from harness.bench.compare import compare
     from harness.provenance import measure
 
     need_device(options.device)
@@ -55,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     items = _items(options, chosen)
     names = _engines(options, chosen)
     if options.explain:
-        from harness.bench.explain import explained
+        from harness.bench.steps import explained
 
         for workload, batch in items:
             print(f"{workload.name} {workload.title}, batch {batch}")
@@ -80,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         text = table.markdown(records)
         print(text, end="")
         _write(out, session.read(out))
-        lines, worse = compare(records, then, options.threshold) if then else ([], False)
+        lines, worse = table.compare(records, then, options.threshold) if then else ([], False)
     except ValueError as error:
         options.error(str(error))
     print("\n".join(["", *lines]) if lines else "", end="\n" if lines else "")
@@ -113,11 +112,11 @@ def _engines(options: Any, chosen: Any) -> list[str]:
 
 def _write(out: Path, records: Sequence[Any]) -> None:
     """Table and figure of all records of a folder, beside them."""
-    from harness.bench import figure, table
+    from harness.bench import table
     from harness.records.files import replace_file
 
     replace_file(out / "table.md", table.markdown(records).encode())
-    replace_file(out / "figure.svg", figure.draw(records).encode())
+    replace_file(out / "figure.svg", table.draw(records).encode())
     print(f"wrote {out}/table.md and {out}/figure.svg", file=sys.stderr)
 
 
