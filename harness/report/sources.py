@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -77,5 +76,4 @@ def _documented(path: Path) -> dict[str, list[list[str]]]:
 
 
 def _doc(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
-    text = ast.get_docstring(node) or ""
-    return inspect.cleandoc(text)
+    return ast.get_docstring(node) or ""

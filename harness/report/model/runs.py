@@ -13,19 +13,8 @@ from typing import Any
 
 from harness.records import origin, public
 from harness.records.stages import stage_facts
-from harness.report.model.fields import (
-    Fields,
-    FromFields,
-    RecordLike,
-    at,
-    canonical,
-    natural,
-    number,
-    pairs,
-    record_path,
-    scalar,
-    visible,
-)
+from harness.report.model import fields
+from harness.report.model.fields import Fields, FromFields, RecordLike, at, number, visible
 
 CROWDED = 1.5
 """A run was timed on a busy machine where the load average was at least so many times the cores in use."""
@@ -117,7 +106,9 @@ def _claim(value: Any) -> tuple[float | None, str]:
         return number(value), ""
     epsilon, assumptions = number(value.get("epsilon")), value.get("assumptions")
     if not isinstance(assumptions, list):
-        return epsilon, "; ".join(f"{k}: {v}" for k, v in pairs({k: v for k, v in value.items() if k != "epsilon"}))
+        return epsilon, "; ".join(
+            f"{k}: {v}" for k, v in fields.pairs({k: v for k, v in value.items() if k != "epsilon"})
+        )
     read = [one for one in assumptions if isinstance(one, dict) and isinstance(one.get("text"), str)]
     known = [one["text"] for one in read if one.get("holds") is True]
     failed = [f"{one['text']} ({one.get('why') or 'no'})" for one in read if one.get("holds") is False]
@@ -128,7 +119,7 @@ def _claim(value: Any) -> tuple[float | None, str]:
         "assumed, not checked": unknown,
         "checked": known,
     }
-    words = [f"{name}: {'; '.join(map(scalar, texts))}" for name, texts in parts.items() if any(texts)]
+    words = [f"{name}: {'; '.join(map(fields.scalar, texts))}" for name, texts in parts.items() if any(texts)]
     return None if failed else epsilon, ". ".join(words)
 
 
@@ -239,7 +230,7 @@ class Run(FromFields):
     stale: bool = at(Fields.true, "stale")
     believed: bool = at(lambda f: bool((f.any("origin") or {}).get("unknown")))
     origin: str = at(lambda f: "; ".join(map(visible, origin.words(f.any("origin")))))
-    path: str = at(lambda f: record_path(f.any("path")))
+    path: str = at(lambda f: fields.record_path(f.any("path")))
     started: str = at(Fields.text, "started")
     finished: str = at(Fields.text, "finished")
     commit: str = at(Fields.text, "code.commit")
@@ -289,8 +280,8 @@ def read(records: Iterable[RecordLike]) -> list[Run]:
 def _order(run: Run) -> tuple[Any, ...]:
     s = run.setting
     return (
-        natural(s.task), s.digest, s.split, s.epsilon, natural(run.label), run.group, run.device.fingerprint,
-        -1 if run.seed is None else run.seed, run.id, run.order,
+        fields.natural(s.task), s.digest, s.split, s.epsilon, fields.natural(run.label), run.group,
+        run.device.fingerprint, -1 if run.seed is None else run.seed, run.id, run.order,
     )  # fmt: skip
 
 
@@ -323,5 +314,5 @@ def _run(record: RecordLike) -> Run:
         sampling=_sampling(stages, f.text("privacy.sampling")),
         rate=stages[0].rate if stages else f.number("diagnostics.examples_per_second.median"),
         engine=stages[0].engine if stages else f.text("measured.engine"),
-        order=canonical(record),
+        order=fields.canonical(record),
     )

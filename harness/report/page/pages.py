@@ -9,29 +9,19 @@ import shlex
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from harness.records.store import COMPUTED
 from harness.report import recipe
+from harness.report.model import words
 from harness.report.model.checked import mark, of_row
 from harness.report.model.fields import natural, scalar, visible
 from harness.report.model.rows import BASELINE, REDUCED_SUITE, Row, statuses
-from harness.report.model.runs import Run
+from harness.report.model.runs import Run, StageFacts
 from harness.report.model.tables import RankedTable, TableRow, heading, place, statement, timing
-from harness.report.model.words import (
-    BUSY,
-    by_accountant,
-    count,
-    device_text,
-    epsilon,
-    gap,
-    interval,
-    percent,
-    ratio,
-    refusals,
-)
-from harness.report.page import drawings, stage_table
+from harness.report.page import drawings
 from harness.report.page.html import MARK, columns, environment, paragraphs
 from harness.report.page.payload import FIELDS, REACH, Content, audit_of, dumps, exceeds, merged, target
 from harness.report.text import difference
@@ -56,12 +46,12 @@ def run_pages(content: Content) -> dict[str, str]:
             row=row,
             run=row.first,
             where=", ".join([heading(table), *statement(table)]),
-            filter="#?" + urlencode({"task": table.setting.task, "epsilon": epsilon(table.setting.epsilon)}),
+            filter="#?" + urlencode({"task": table.setting.task, "epsilon": words.epsilon(table.setting.epsilon)}),
             card=content.methods[row.first.method],
             numbers=_numbers(entry, table, content),
             drawings=drawings.of_row(row),
-            stages=stage_table.lines(row),
-            stage_heads=stage_table.HEADS,
+            stages=stage_lines(row),
+            stage_heads=HEADS,
             details=_details(row),
             runs=[_run(run, content) for run in row.runs],
         )
@@ -81,29 +71,29 @@ def _numbers(entry: TableRow, table: RankedTable, content: Content) -> list[tupl
         sure = "" if audit.confidence is None else f" at {100 * audit.confidence:g} %"
         above = ": ABOVE THE CLAIM" if exceeds(row, audit) else ""
         how = ", ".join(filter(None, (audit.instrument, audit.task)))
-        audited = f"at least {epsilon(audit.lower)}{sure} ({how}){above}"
+        audited = f"at least {words.epsilon(audit.lower)}{sure} ({how}){above}"
     claim = row.shared("claim") or ""
-    claimed = epsilon(row.shared("claimed")) if row.shared("claimed") is not None else "off" if claim else ""
+    claimed = words.epsilon(row.shared("claimed")) if row.shared("claimed") is not None else "off" if claim else ""
     pairs = [
-        ("Accuracy", interval(accuracy) + n),
+        ("Accuracy", words.interval(accuracy) + n),
         ("Rank", place(entry) + (f" ({entry.place.why})" if entry.place.why else "")),
         ("Δ dp-sgd, points", difference(entry)),
-        ("ε planned", by_accountant(run.planned, run.refused)),
-        ("ε spent", by_accountant(row.spent, row.refused) or epsilon(row.epsilon)),
-        ("Accountants", refusals(row.refused)),
+        ("ε planned", words.by_accountant(run.planned, run.refused)),
+        ("ε spent", words.by_accountant(row.spent, row.refused) or words.epsilon(row.epsilon)),
+        ("Accountants", words.refusals(row.refused)),
         ("ε claimed", f"{claimed} ({claim or 'no assumptions given'})" if claimed else ""),
         ("ε audited", audited),
         ("Conformance", f"{check.text}: {check.words}"),
-        ("ε with tuning", epsilon(row.shared("tuned")) if row.shared("tuned") is not None else ""),
-        (SPEED[bool(run.stages)], timing(entry, "rate", count(row.rate))),
-        ("relative to non-private", timing(entry, "reference", ratio(entry.to_reference))),
-        ("relative to dp-sgd", timing(entry, "baseline", ratio(entry.to_baseline))),
-        ("Peak memory", f"{count(row.peak_memory)} MiB" if row.peak_memory else ""),
+        ("ε with tuning", words.epsilon(row.shared("tuned")) if row.shared("tuned") is not None else ""),
+        (SPEED[bool(run.stages)], timing(entry, "rate", words.count(row.rate))),
+        ("relative to non-private", timing(entry, "reference", words.ratio(entry.to_reference))),
+        ("relative to dp-sgd", timing(entry, "baseline", words.ratio(entry.to_baseline))),
+        ("Peak memory", f"{words.count(row.peak_memory)} MiB" if row.peak_memory else ""),
         ("Training" + ", both stages" * bool(run.stages),
-         timing(entry, "seconds", f"{count(row.train_seconds)} s") if row.train_seconds else ""),
+         timing(entry, "seconds", f"{words.count(row.train_seconds)} s") if row.train_seconds else ""),
         (f"to {100 * REACH:g} % of dp-sgd's accuracy",
-         "" if reach is None else timing(entry, "reach", "never" if math.isinf(reach) else f"{count(reach)} s")),
-        (BUSY, "timed while other work ran on the machine: not to be compared" if entry.doubted else ""),
+         "" if reach is None else timing(entry, "reach", "never" if math.isinf(reach) else f"{words.count(reach)} s")),
+        (words.BUSY, "timed while other work ran on the machine: not to be compared" if entry.doubted else ""),
         ("Runs", ", ".join(
             [statuses(row), *(f"{n} {word}" for n, word in ((row.stale, "stale"), (row.merged, "merged")) if n)]
         )),
@@ -124,12 +114,12 @@ def _details(row: Row) -> list[tuple[str, str]]:
     pairs = [
         ("Method", ", then ".join(stage.method for stage in run.stages) or run.method),
         ("Family", run.family),
-        *(stage_table.details(run.stages) or only),
+        *(_stage_details(run.stages) or only),
         ("Numerics", run.dtype),
         ("Noise", f"multiplier {run.sigma:.6g}" if run.sigma is not None else ""),
         ("Sampling", row.shared("sampling") or ""),
         ("Public data", row.shared("public_data") or ""),
-        ("Device", device_text(row.device)),
+        ("Device", words.device_text(row.device)),
         ("Runs at a time", ", ".join(map(str, jobs))),
         ("Group", run.group),
     ]
@@ -141,10 +131,10 @@ def _run(run: Run, content: Content) -> dict[str, Any]:
     reduced = bool(board.reduced) and board.suite.endswith(REDUCED_SUITE)
     installed = sources is None or sources["methods"].get(run.method, {}).get("installed", False)
     facts = [
-        ("Accuracy", f"{percent(run.accuracy)} %" if run.accuracy is not None else ""),
-        ("ε spent", epsilon(run.epsilon) if run.epsilon is not None else ""),
-        ("Training", f"{count(run.train_seconds)} s" if run.train_seconds else ""),
-        (SPEED[bool(run.stages)], count(run.rate) if run.rate else ""),
+        ("Accuracy", f"{words.percent(run.accuracy)} %" if run.accuracy is not None else ""),
+        ("ε spent", words.epsilon(run.epsilon) if run.epsilon is not None else ""),
+        ("Training", f"{words.count(run.train_seconds)} s" if run.train_seconds else ""),
+        (SPEED[bool(run.stages)], words.count(run.rate) if run.rate else ""),
         ("Load average", _load(run)),
         ("Finished", run.finished),
         ("Origin", run.origin),
@@ -169,7 +159,7 @@ def _load(run: Run) -> str:
     if run.load is None:
         return ""
     cores = f" on {run.cores} core{'s' * (run.cores != 1)} in use" if run.cores else ""
-    return f"{run.load:.1f}{cores}" + (f" {BUSY}: other work ran on the machine" if run.busy else "")
+    return f"{run.load:.1f}{cores}" + (f" {words.BUSY}: other work ran on the machine" if run.busy else "")
 
 
 def _record(run: Run) -> str:
@@ -183,6 +173,63 @@ def _record(run: Run) -> str:
     if isinstance(kept.get("code"), dict):
         kept["code"] = {k: v for k, v in kept["code"].items() if k != "files"}
     return "\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in kept.items())
+
+
+# ------------------------------------------------------------ stages
+
+UNKNOWN = "not recorded"
+HEADS = (
+    ("Stage", ""), ("Method", ""), ("Trains", ""), ("Data", ""), ("Batch", "num"), ("Steps", "num"), ("Epochs", "num"),
+    ("Sampling", "prose"), ("Relation", "prose"), ("Sensitivity", "prose"), ("ε spent by its end", "num"),
+    ("Examples/s", "num"), ("Training, s", "num"), ("Engine", ""),
+)  # fmt: skip
+"""The heads of the table, each with its style."""
+_TRAINS = {"head": "the head", "all": "everything"}
+
+
+def stage_lines(row: Row) -> list[list[str]]:
+    """A line for each stage of the row's runs; [] where there is one stage.
+
+    Speeds are medians over the runs that are timed, as in the row; epsilon is the largest over those that count.
+    """
+    return [_stage_line(row, number) for number in range(len(row.first.stages))]
+
+
+def _stage_line(row: Row, number: int) -> list[str]:
+    asked = row.first.stages[number]
+    timed, counted = ([run.stages[number] for run in runs if run.stages] for runs in (row.timed, row.counted))
+    known = next((one for one in counted if one.sampling), asked)
+    without = math.inf if math.isinf(row.setting.epsilon) else None  # privacy that nobody asked for
+    spent = max((one.epsilon for one in counted if one.epsilon is not None), default=without)
+    return [
+        str(number + 1), asked.method, _TRAINS.get(asked.trains, UNKNOWN),
+        (asked.data or UNKNOWN) + (" (public)" if asked.public else ""), _known(asked.batch), _known(asked.steps),
+        UNKNOWN if asked.epochs is None else f"{asked.epochs:.3g}", known.sampling or UNKNOWN,
+        "none: public data" if asked.public else asked.relation or UNKNOWN, _sensitivity(known),
+        UNKNOWN if spent is None else words.epsilon(spent), _middle([one.rate for one in timed], row.busy),
+        _middle([one.seconds for one in timed], row.busy), known.engine or UNKNOWN,
+    ]  # fmt: skip
+
+
+def _known(value: int | None) -> str:
+    return UNKNOWN if value is None else str(value)
+
+
+def _middle(values: Sequence[float | None], busy: bool) -> str:
+    known = [value for value in values if value is not None]
+    return words.count(median(known)) + words.BUSY * busy if known else UNKNOWN
+
+
+def _sensitivity(stage: StageFacts) -> str:
+    if stage.public:
+        return "none: public data"
+    bounds = ", ".join(f"{k} {'∞' if math.isinf(v) else format(v, '.4g')}" for k, v in stage.sensitivity.items())
+    return (bounds or UNKNOWN) + (f" ({stage.note})" if stage.note else "")
+
+
+def _stage_details(stages: Sequence[StageFacts]) -> list[tuple[str, str]]:
+    """The method of each stage in one line: its parameters and its parts."""
+    return [(f"Stage {i}", f"{one.method}({one.parameters}): {one.parts}") for i, one in enumerate(stages, 1)]
 
 
 # ------------------------------------------------------------ method cards
@@ -291,7 +338,8 @@ def _line(entry: TableRow, table: RankedTable, content: Content) -> dict[str, st
         "setting": heading(table) + split, "title": row.title,
         "changes": ", ".join(f"{slot} = {spec}" for slot, spec in row.first.changes),
         "href": content.href(row), "rank": place(entry),
-        "accuracy": interval(row.accuracy), "difference": "" if entry.baseline else gap(paired).replace("–", ""),
+        "accuracy": words.interval(row.accuracy),
+        "difference": "" if entry.baseline else words.gap(paired).replace("–", ""),
         "outcome": outcome, "mark": mark,
     }  # fmt: skip
 
