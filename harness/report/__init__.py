@@ -195,13 +195,10 @@ def _traced(record: dict[str, Any], results: Path) -> dict[str, Any]:
 
 
 def _points(lines: list[bytes]) -> list[dict[str, Any]]:
-    try:
-        found = json.loads(b"[" + b",".join(lines) + b"]")
-    except (ValueError, RecursionError):  # some line is damaged: the others are kept
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError, RecursionError):
-                found.append(json.loads(line))
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):  # a damaged line; the others are kept
+            found.append(json.loads(line))
     return [
         {key: one[key] for key in POINT if isinstance(one.get(key, ""), int | float | None)}
         for one in found

@@ -34,6 +34,9 @@ UNITS: Mapping[str, str] = {
 }  # fmt: skip
 """Unit of each column of numbers; every other column is text."""
 
+TEX = ("rank", "method", "accuracy", "difference", "spent", "sigma", "rate", "memory")
+"""The columns of a table in LaTeX; the number of seeds is beside them."""
+
 _Row = Mapping[str, text.Field]
 
 
@@ -42,14 +45,18 @@ def files(board: Board) -> dict[str, str]:
     found: dict[str, str] = {}
     for table in board.tables:
         name = _name(table, found)
-        rows = [text.csv_row(table, entry) for entry in table.every]
+        notes = [*table.unranked, *table.notes]
         facts = {
             "suite": board.suite, "table": heading(table), "statement": statement(table),
-            "search": table.search, "notes": [*table.unranked, *table.notes],
+            "search": table.search, "notes": notes,
         }  # fmt: skip
-        found |= _forms(
-            name, "\n".join(text.markdown_table(table)), text.csv_text(rows), _tex_table(table, name), facts, rows
-        )
+        search = "Hyper-parameter search, not a result: " if table.search else ""
+        caption = f"{search}{heading(table)} ({', '.join(statement(table))}). {text.LEGEND}"
+        titles = [*text.titles(table, TEX), "seeds"]
+        lines = [[*map(text.cells(e).__getitem__, TEX), str(len(e.row.scores))] for e in table.every]
+        latex = _tex(titles, lines, "llrrrrrrr", caption, name, notes)
+        rows = [text.csv_row(table, entry) for entry in table.every]
+        found |= _forms(name, "\n".join(text.markdown_table(table)), text.csv_text(rows), latex, facts, rows)
     return found | (_published(board) if board.published else {})
 
 
@@ -129,15 +136,6 @@ def tex(words: str) -> str:
         for c in " ".join(words.split())
     )
     return re.sub(r"(?<=-)-", "{}-", "".join(one if one != "--" else "\0" for one in shown)).replace("\0", "--")
-
-
-def _tex_table(table: RankedTable, name: str) -> str:
-    search = "Hyper-parameter search, not a result: " if table.search else ""
-    caption = f"{search}{heading(table)} ({', '.join(statement(table))}). {text.LEGEND}"
-    columns = ("rank", "method", "accuracy", "difference", "spent", "sigma", "rate", "memory")
-    lines = [[*map(text.cells(e).__getitem__, columns), str(len(e.row.scores))] for e in table.every]
-    notes = [*table.unranked, *table.notes]
-    return _tex([*text.titles(table, columns), "seeds"], lines, "llrrrrrrr", caption, name, notes)
 
 
 def _tex(

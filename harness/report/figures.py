@@ -152,8 +152,9 @@ def pareto_data(board: Board) -> list[tuple[str, list[TradeOff]]]:
 
     panels = []
     for title, rows in _by_device(board, known):
+        # Epsilon to three significant figures: calibration ends within its tolerance, not at the target.
         points = [
-            (r.title, r.accuracy.mean if r.accuracy else 0.0, _rounded(r.epsilon or 0.0), r.train_seconds or 0.0)
+            (r.title, r.accuracy.mean if r.accuracy else 0.0, float(f"{r.epsilon or 0:.3g}"), r.train_seconds or 0.0)
             for r in rows
         ]
         quiet = [i for i, row in enumerate(rows) if not row.busy]
@@ -171,11 +172,6 @@ def _front(costs: Sequence[tuple[float, float, float]]) -> set[int]:
         ):
             front.append(i)
     return set(front)
-
-
-def _rounded(value: float) -> float:
-    """Epsilon to three significant figures: calibration ends within its tolerance, not at the target."""
-    return value if math.isinf(value) else float(f"{value:.3g}")
 
 
 def curves_data(board: Board, what: str = "accuracy") -> list[Panel]:

@@ -35,11 +35,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print one record; the exit code."""
+    from harness import registry
     from harness.records import origin, public, store
     from harness.records.field import Private
     from harness.records.record import Diagnostics, Measured
     from harness.records.schema import names
     from harness.records.stages import stage_facts
+    from harness.report import recipe
     from harness.report.model import runs as read
     from harness.report.model import words
     from harness.running import progress
@@ -116,7 +118,9 @@ def run(options: argparse.Namespace) -> int:
     for other in others:
         print(f"  another attempt: {other['path']}: {other['status']}")
     print("\nto make it again:")
-    for line in _recipe(record):
+    file, reduced = suite_file(record["suite"])
+    entry = registry.index("method").get(method["name"])
+    for line in recipe.commands(seen, str(file or ""), reduced, entry is not None and bool(entry.module)):
         print(f"  {line}")
     return OK
 
@@ -218,14 +222,3 @@ def _one_record(results: Path, wanted: str) -> tuple[store.Record, list[store.Re
             raise UserError(f"{wanted}: no such attempt; there are {len(found)}.")
         chosen = numbered[0]
     return chosen, [record for record in found if record["path"] != chosen["path"]]
-
-
-def _recipe(record: store.Record) -> list[str]:
-    """The commands that repeat a run, into a folder where it has no record yet."""
-    from harness import registry
-    from harness.report import recipe
-    from harness.report.model import runs as read
-
-    file, reduced = suite_file(record["suite"])
-    method = registry.index("method").get(record["cell"]["method"]["name"])
-    return recipe.commands(read.read([record])[0], str(file or ""), reduced, method is not None and bool(method.module))

@@ -55,13 +55,10 @@ def _panels(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(title, html) for title, html in found if html][:CROWDED]
 
 
-def _says(value: Interval) -> str:
-    return f"{percent(value.mean)} % {bounds(value)}, n = {value.n}".replace(" ,", ",")
-
-
 def _dot(x: float, value: Interval, says: str) -> Dot:
     low, high = (None if v is None else 100 * v for v in (value.low, value.high))
-    return Dot(x, 100 * value.mean, f"{says}: {_says(value)}", low, high)
+    around = f" {bounds(value)}" if bounds(value) else ""
+    return Dot(x, 100 * value.mean, f"{says}: {percent(value.mean)} %{around}, n = {value.n}", low, high)
 
 
 def _looks(names: Iterable[str]) -> dict[str, int]:

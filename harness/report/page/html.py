@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
@@ -136,7 +136,8 @@ def _overviews(board: Board) -> list[dict[str, Any]]:
             (title, [cells.get(i) for i in range(len(tables))])
             for title, cells in sorted(grid.items(), key=lambda g: natural(g[0]))
         ]
-        lines.sort(key=lambda line: -_mean(e.row.accuracy.mean for e in line[1] if e and e.row.accuracy))
+        known = {title: [e.row.accuracy.mean for e in line if e and e.row.accuracy] for title, line in lines}
+        lines.sort(key=lambda line: -fmean(known[line[0]]) if known[line[0]] else 1.0)
         heads = [epsilon(t.setting.epsilon) for t in tables]
         out.append({
             "title": ", ".join([task, f"{split} split", *([kind] if len(kinds) > 1 else [])]),
@@ -145,8 +146,3 @@ def _overviews(board: Board) -> list[dict[str, Any]]:
             "references": sorted(references.items()),
         })  # fmt: skip
     return out
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = list(values)
-    return math.fsum(known) / len(known) if known else -1.0

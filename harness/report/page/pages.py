@@ -110,11 +110,12 @@ def _details(row: Row) -> list[tuple[str, str]]:
         ("Schedule", f"batch {run.batch}, {run.steps} steps" if run.batch and run.steps else ""),
         ("Engine chosen", row.shared("engine") or ""),
     ]
+    stages = [(f"Stage {i}", f"{one.method}({one.parameters}): {one.parts}") for i, one in enumerate(run.stages, 1)]
     jobs = sorted({r.jobs for r in row.counted if r.jobs})
     pairs = [
         ("Method", ", then ".join(stage.method for stage in run.stages) or run.method),
         ("Family", run.family),
-        *(_stage_details(run.stages) or only),
+        *(stages or only),
         ("Numerics", run.dtype),
         ("Noise", f"multiplier {run.sigma:.6g}" if run.sigma is not None else ""),
         ("Sampling", row.shared("sampling") or ""),
@@ -225,11 +226,6 @@ def _sensitivity(stage: StageFacts) -> str:
         return "none: public data"
     bounds = ", ".join(f"{k} {'∞' if math.isinf(v) else format(v, '.4g')}" for k, v in stage.sensitivity.items())
     return (bounds or UNKNOWN) + (f" ({stage.note})" if stage.note else "")
-
-
-def _stage_details(stages: Sequence[StageFacts]) -> list[tuple[str, str]]:
-    """The method of each stage in one line: its parameters and its parts."""
-    return [(f"Stage {i}", f"{one.method}({one.parameters}): {one.parts}") for i, one in enumerate(stages, 1)]
 
 
 # ------------------------------------------------------------ method cards
@@ -375,9 +371,14 @@ def overview(reports: Path, results: Path | None = None) -> str | None:
     for name in sorted(pages.keys() | measured, key=natural):
         found = _held(pages[name]) if name in pages else None
         if found is None:
-            ours = name in measured or MARK in pages[name].read_text("utf-8", errors="replace")[:2000]
-            if ours:
-                suites.append(_unread(name, name in pages))
+            page = name in pages
+            why = "its report is of another version of epsbench" if page else "it has records and no report"
+            if name in measured or MARK in pages[name].read_text("utf-8", errors="replace")[:2000]:
+                suites.append({
+                    "name": name, "href": f"{quote(name)}/index.html" if page else "", "question": "", "tasks": "",
+                    "settings": "–", "rows": "–",
+                    "why": f"Not in the list: {why}; epsbench report {name} writes one.",
+                })  # fmt: skip
         else:
             payloads[name] = found
             tasks = sorted({scalar(t["task"]) for t in found["tables"]}, key=natural)
@@ -392,15 +393,6 @@ def overview(reports: Path, results: Path | None = None) -> str | None:
     return environment().get_template("index.html").render(
         suites=suites, columns=columns(data), data=dumps(data), digest=""
     )  # fmt: skip
-
-
-def _unread(name: str, page: bool) -> dict[str, Any]:
-    """The line of a suite without a page that can be read, which says why."""
-    why = "its report is of another version of epsbench" if page else "it has records and no report"
-    return {
-        "name": name, "href": f"{quote(name)}/index.html" if page else "", "question": "", "tasks": "",
-        "settings": "–", "rows": "–", "why": f"Not in the list: {why}; epsbench report {name} writes one.",
-    }  # fmt: skip
 
 
 def _held(page: Path) -> dict[str, Any] | None:

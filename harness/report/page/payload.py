@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.report.model.checked import Checked, of_row
-from harness.report.model.fields import listing, natural, number, scalar
+from harness.report.model.fields import Fields, listing, natural, scalar
 from harness.report.model.rows import Row, statuses
 from harness.report.model.statistics import Interval
 from harness.report.model.tables import Board, RankedTable, TableRow, heading, statement
@@ -45,11 +45,6 @@ class Heading:
     help: str
     kind: str
     more: bool = False
-
-    @property
-    def heading(self) -> str:
-        """The title, which may break only after "vs"."""
-        return self.title.replace(" ", "\u00a0").replace("-", "\u2011").replace("vs\u00a0", "vs ")
 
 
 COLUMNS = (
@@ -101,18 +96,14 @@ class Audit:
 def audits(found: Iterable[Mapping[str, Any]]) -> list[Audit]:
     """The audits that can be read: ``method``, ``epsilon_claimed`` and ``epsilon_audited`` are needed."""
     out = []
-    for one in found:
-        claimed, lower = number(one.get("epsilon_claimed")), number(one.get("epsilon_audited"))
-        target = number(one.get("epsilon_target"))
-        task = one.get("task")
-        name = task.get("name") if isinstance(task, dict) else task
-        if isinstance(one.get("method"), str) and claimed is not None and lower is not None:
-            out.append(
-                Audit(
-                    scalar(one["method"]), claimed if target is None else target, claimed, lower,
-                    number(one.get("confidence")), scalar(one.get("instrument") or ""), scalar(name or ""),
-                )
-            )  # fmt: skip
+    for f in map(Fields, found):
+        claimed, lower, target = map(f.number, ("epsilon_claimed", "epsilon_audited", "epsilon_target"))
+        if isinstance(f.any("method"), str) and claimed is not None and lower is not None:
+            words = [
+                scalar(one or "") for one in (f.any("method"), f.any("instrument"), f.any("task.name") or f.any("task"))
+            ]
+            target = claimed if target is None else target
+            out.append(Audit(words[0], target, claimed, lower, f.number("confidence"), *words[1:]))
     return sorted(out, key=lambda a: (a.method, a.target, -a.lower, a.instrument, a.task))
 
 
