@@ -57,12 +57,9 @@ def make(name: str) -> PerExample:
     name, options = parsed(name)
     if name in OURS:
         return replace(per_example(name), **options)
-    if ":" not in name:
-        peer: PerExample = peers()[name](**options)
-        return peer
-    module, _, attribute = name.partition(":")
+    module, colon, attribute = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module), attribute)
+        factory = getattr(importlib.import_module(module), attribute) if colon else peers()[name]
     except (ImportError, AttributeError) as why:
         raise Absent(str(why)) from why
     engine: PerExample = factory(**options)

@@ -92,12 +92,12 @@ def table(found: list[Answer]) -> str:
         pairs, plain, direct = (by.get((size, width, way)) for way in ("pairs", "plain", "direct"))
         if pairs is None or plain is None or direct is None:
             continue
-        about = "≈ " if direct["extrapolated"] else ""
-        memory = pairs["peak_mib"] - pairs["before_mib"]
-        cells = [str(size), str(width), f"{pairs['parameters']:,}", f"{pairs['cpu_seconds']:.3g}", f"{memory:.0f}"]
-        cells += [f"{plain['cpu_seconds']:.2g}", f"{about}{direct['cpu_seconds']:.3g}"]
-        cells += [f"{direct['cpu_seconds'] / pairs['cpu_seconds']:.3g}"]
-        rows.append(cells)
+        ours, once, every = (one["cpu_seconds"] for one in (pairs, plain, direct))
+        rows.append([
+            str(size), str(width), f"{pairs['parameters']:,}", f"{ours:.3g}",
+            f"{pairs['peak_mib'] - pairs['before_mib']:.0f}", f"{once:.2g}",
+            ("≈ " if direct["extrapolated"] else "") + f"{every:.3g}", f"{every / ours:.3g}",
+        ])  # fmt: skip
     return "\n".join(tables.markdown(header, rows, "--:"))
 
 

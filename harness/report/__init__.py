@@ -21,7 +21,7 @@ from harness.report import export, text
 from harness.report.model.fields import RecordLike, canonical, record_path
 from harness.report.model.tables import Board, board
 
-__all__ = ["Board", "Report", "board", "build", "overview", "top_rows"]
+__all__ = ["Board", "Report", "board", "build", "overview"]
 
 FILES = (
     "leaderboard.md",
@@ -54,11 +54,6 @@ class Report:
     def index(self) -> Path:
         """The page to open."""
         return self.folder / "index.html"
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """Every file of the report."""
-        return tuple(self.folder / name for name in FILES)
 
 
 def build(
@@ -162,11 +157,6 @@ def overview(reports: Path, results: Path | None = None) -> Path | None:
     if not path.is_file() or path.read_text("utf-8", errors="replace") != content:
         _write(path, content)
     return path
-
-
-def top_rows(records: Iterable[RecordLike], n: int = 5) -> str:
-    """The first `n` rows of every table as text for a terminal, without writing anything."""
-    return text.top_rows(board("", "", records), n)
 
 
 def _digest(inputs: Any) -> str:

@@ -59,11 +59,6 @@ class Line:
     statuses: tuple[Mapping[str, int], Mapping[str, int]]
     verdict: str
 
-    @property
-    def regression(self) -> bool:
-        """Whether this line alone makes the comparison fail."""
-        return self.verdict in ("worse", "fails")
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -80,7 +75,7 @@ class Comparison:
     @property
     def regressions(self) -> int:
         """How many lines are worse beyond the threshold, or fail where A finished."""
-        return sum(line.regression for line in self.lines)
+        return sum(line.verdict in ("worse", "fails") for line in self.lines)
 
     def terminal(self) -> str:
         """The table and what to know about it, for a terminal."""

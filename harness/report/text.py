@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from harness.records import tables
 from harness.report.model.fields import listing
@@ -38,18 +39,17 @@ LEGEND = "± is half of a 95 % t-interval over seeds; differences are paired by 
 
 def markdown(board: Board) -> str:
     """The leaderboard as GitHub-flavoured Markdown."""
-    out = [f"# {escape(board.suite)}", ""]
-    if board.question:
-        out += [escape(board.question), ""]
-    out += [f"- **{name}**: {escape(text)}" for name, text in board.facts]
-    data = "Data: [leaderboard.csv](leaderboard.csv)"
-    data += ", [published.csv](published.csv)." if board.published else "."
-    out += ["", f"Full page: [index.html](index.html). {data}", ""]
-    out += [f"{LEGEND} A record is `results/{escape(board.suite)}/ID/record.json`; `epsbench show ID` prints it.", ""]
-    out += ["![Accuracy against epsilon](accuracy-vs-epsilon.svg)", "", "![Throughput](throughput.svg)", ""]
-    for table in board.tables:
-        out += markdown_table(table)
-    out += ["## How ranks are made", "", RULE, ""]
+    name = escape(board.suite)
+    published = ", [published.csv](published.csv)" if board.published else ""
+    out = [
+        f"# {name}", "", *([escape(board.question), ""] if board.question else []),
+        *(f"- **{fact}**: {escape(text)}" for fact, text in board.facts), "",
+        f"Full page: [index.html](index.html). Data: [leaderboard.csv](leaderboard.csv){published}.", "",
+        f"{LEGEND} A record is `results/{name}/ID/record.json`; `epsbench show ID` prints it.", "",
+        "![Accuracy against epsilon](accuracy-vs-epsilon.svg)", "", "![Throughput](throughput.svg)", "",
+        *chain.from_iterable(map(markdown_table, board.tables)),
+        "## How ranks are made", "", RULE, "",
+    ]  # fmt: skip
     if board.published:
         out += ["## Published and measured", "", VERDICTS, ""]
         out += grid(VERDICT_COLUMNS, map(verdict_cells, board.published))
@@ -223,6 +223,12 @@ def csv_row(table: RankedTable, entry: TableRow) -> dict[str, Field]:
     }  # fmt: skip
 
 
+PUBLISHED = (
+    "method", "label", "task", "measured_task", "epsilon", "metric", "published", "measured_mean", "measured_low",
+    "measured_high", "measured_n", "difference", "verdict", "because", "would_change", "source", "note", "ids",
+)  # fmt: skip
+
+
 def published_csv(board: Board) -> str:
     """Every published value beside its measurement, with full precision; empty where unknown."""
     return csv_text([published_row(v) for v in board.published], PUBLISHED)
@@ -230,20 +236,13 @@ def published_csv(board: Board) -> str:
 
 def published_row(v: PublishedValue) -> dict[str, Field]:
     """All that is known of a published value, by column."""
-    m = v.measured or Interval(math.nan, None, None, 0)
+    m, row = v.measured or Interval(math.nan, None, None, 0), v.row
     fields = (
-        v.method, v.row.title if v.row else "", v.task, v.row.setting.task if v.row else "", v.epsilon,
-        v.metric, v.value, m.mean if m.n else None, m.low, m.high, m.n, v.difference, v.verdict,
-        " and ".join(v.because), v.would_change, v.source, v.note,
-        " ".join(r.id for r in v.row.runs) if v.row else "",
+        v.method, row.title if row else "", v.task, row.setting.task if row else "", v.epsilon, v.metric, v.value,
+        m.mean if m.n else None, m.low, m.high, m.n, v.difference, v.verdict, " and ".join(v.because), v.would_change,
+        v.source, v.note, " ".join(r.id for r in row.runs) if row else "",
     )  # fmt: skip
     return dict(zip(PUBLISHED, fields, strict=True))
-
-
-PUBLISHED = (
-    "method", "label", "task", "measured_task", "epsilon", "metric", "published", "measured_mean", "measured_low",
-    "measured_high", "measured_n", "difference", "verdict", "because", "would_change", "source", "note", "ids",
-)  # fmt: skip
 
 
 # Terminal -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import harness
 from harness import cli, report
 from harness.cli.commands import plan as plan_command
 from harness.cli.commands import status as status_command
-from harness.report import export, figures, recipe, text
+from harness.report import export, figures, text
 from harness.report.model import runs as read
 from harness.report.model import tables, words
 from harness.report.page import html, pages
@@ -213,19 +213,19 @@ def test_the_command_is_the_same_on_a_page_and_from_show() -> None:
     (run,) = read.read([one])
     again = f"--only {run.id} --results again --no-track"
     checkout = f"git checkout {run.commit}"
-    assert recipe.commands(run, "suites/a b.toml", True) == [
+    assert words.recipe(run, "suites/a b.toml", True) == [
         checkout, f"epsbench run 'suites/a b.toml' --reduced {again}",
     ]  # fmt: skip
     note = "    # with the files of your own that it was run from"
-    assert recipe.commands(run, "/home/me/a.toml") == [checkout, f"epsbench run a.toml {again}{note}"]
-    assert recipe.commands(run, "", installed=False)[1] == f"epsbench run SUITE.toml {again} --method mine.py{note}"
+    assert words.recipe(run, "/home/me/a.toml") == [checkout, f"epsbench run a.toml {again}{note}"]
+    assert words.recipe(run, "", installed=False)[1] == f"epsbench run SUITE.toml {again} --method mine.py{note}"
     model = make([one], file="elsewhere/a.toml")
     known = {"methods": {"dp-sgd": {"installed": True}}}
     for said, method in ((known, ""), (None, ""), ({"methods": {}}, " --method mine.py")):
         (page,) = pages.run_pages(rows.Content(model, sources=said)).values()
         assert f"{checkout}\nepsbench run elsewhere/a.toml {again}{method}" in page
     one["code"] |= {"commit": None}
-    assert len(recipe.commands(read.read([one])[0], "a.toml")) == 1
+    assert len(words.recipe(read.read([one])[0], "a.toml")) == 1
 
 
 def test_a_suite_without_rows_is_listed_with_the_reason(tmp_path: Path) -> None:

@@ -41,7 +41,6 @@ def run(options: argparse.Namespace) -> int:
     from harness.records.record import Diagnostics, Measured
     from harness.records.schema import names
     from harness.records.stages import stage_facts
-    from harness.report import recipe
     from harness.report.model import runs as read
     from harness.report.model import words
     from harness.running import progress
@@ -120,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
     print("\nto make it again:")
     file, reduced = suite_file(record["suite"])
     entry = registry.index("method").get(method["name"])
-    for line in recipe.commands(seen, str(file or ""), reduced, entry is not None and bool(entry.module)):
+    for line in words.recipe(seen, str(file or ""), reduced, entry is not None and bool(entry.module)):
         print(f"  {line}")
     return OK
 

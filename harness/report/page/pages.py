@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from harness.records.store import COMPUTED
-from harness.report import recipe
 from harness.report.model import words
 from harness.report.model.checked import mark, of_row
 from harness.report.model.fields import natural, scalar, visible
@@ -149,7 +148,7 @@ def _run(run: Run, content: Content) -> dict[str, Any]:
         "title": (f"Seed {run.seed}, " if run.seed is not None else "") + run.id,
         "facts": [(name, text) for name, text in facts if text],
         "commands": "\n".join(
-            (*recipe.commands(run, board.file, reduced, installed), f"epsbench show {shlex.quote(run.id)}")
+            (*words.recipe(run, board.file, reduced, installed), f"epsbench show {shlex.quote(run.id)}")
         ),
         "files": [(name, href) for name, href in files if href],
         "record": _record(run),
