@@ -45,14 +45,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure what is asked for, print the table, and write it with its figure beside the records; the exit code."""
-    from harness.bench import plan, session, table
+    from harness.bench import engines, plan, session, table
     from harness.provenance import measure
 
     need_device(options.device)
     chosen = plan.load(options.suite)
     threads = options.threads or measure.cores()
     items = _items(options, chosen)
-    names = _engines(options, chosen)
+    for name in options.engines or ():
+        if reason := engines.unknown(name):
+            options.error(reason + hint(name, engines.names()))
     if options.explain:
         from harness.bench.steps import explained
 
@@ -72,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
             records = [r for r in session.read(out) if not narrowed or (r["workload"]["name"], r["batch"]) in asked]
         else:
             settings = session.Settings(
-                tuple(names), options.rounds or chosen.bench.rounds, options.seconds or chosen.bench.seconds,
+                tuple(dict.fromkeys(options.engines or chosen.bench.engines)),
+                options.rounds or chosen.bench.rounds, options.seconds or chosen.bench.seconds,
                 options.device, threads, options.compiled, out,
             )  # fmt: skip
             records = session.run(items, settings, options.fresh)
@@ -99,15 +102,6 @@ def _items(options: Any, chosen: Any) -> list[tuple[Any, int]]:
     if not items:
         options.error(f"--batches {' '.join(options.batches)}: none of these workloads has such a batch")
     return items
-
-
-def _engines(options: Any, chosen: Any) -> list[str]:
-    from harness.bench import engines
-
-    for name in options.engines or ():
-        if reason := engines.unknown(name):
-            options.error(reason + hint(name, engines.names()))
-    return list(dict.fromkeys(options.engines or chosen.bench.engines))
 
 
 def _write(out: Path, records: Sequence[Any]) -> None:
