@@ -10,16 +10,18 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from harness.bench.plan import FILE, load
-from harness.bench.steps import Private, build
+from harness.bench.plan import load
+from harness.bench.steps import PrivateStep, build
 from harness.dp import BookKeeping
 from harness.dp.engines import audit
 from harness.dp.engines.engine import Used
 
 SECONDS = 10.0
+SUITE = Path("suites/throughput.toml")
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Unaudited(BookKeeping):
 
 def medians(name: str) -> list[float]:
     """Seconds of a step: unaudited, not due, audited."""
-    workload = next(one for one in load(FILE).workloads if one.name == name)
+    workload = next(one for one in load(SUITE).workloads if one.name == name)
     model, batch = build(workload, workload.default, torch.float32, "cpu")
-    steps = [Private(engine, model, batch) for engine in (Unaudited(), BookKeeping(), BookKeeping())]
+    steps = [PrivateStep(engine, model, batch) for engine in (Unaudited(), BookKeeping(), BookKeeping())]
     times: list[list[float]] = [[], [], []]
     for step in steps * 2:
         step()
@@ -52,7 +54,7 @@ def medians(name: str) -> list[float]:
 
 def main() -> None:
     """Print a row for each workload."""
-    names = sys.argv[1:] or [one.name for one in load(FILE).workloads]
+    names = sys.argv[1:] or [one.name for one in load(SUITE).workloads]
     print("| workload | step, ms | asking | an audit | of all steps |\n|---|---|---|---|---|")
     for name in names:
         bare, asked, audited = medians(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import replace
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from harness.dp.engines import PER_EXAMPLE, per_example
@@ -58,12 +57,9 @@ def make(name: str) -> PerExample:
     name, options = parsed(name)
     if name in OURS:
         return replace(per_example(name), **options)
-    if ":" not in name:
-        peer: PerExample = peers()[name](**options)
-        return peer
-    module, _, attribute = name.partition(":")
+    module, colon, attribute = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module), attribute)
+        factory = getattr(importlib.import_module(module), attribute) if colon else peers()[name]
     except (ImportError, AttributeError) as why:
         raise Absent(str(why)) from why
     engine: PerExample = factory(**options)
@@ -72,10 +68,4 @@ def make(name: str) -> PerExample:
 
 def versions() -> dict[str, str | None]:
     """Distribution to installed version (None where absent), for the libraries of the peers."""
-    found: dict[str, str | None] = {}
-    for package in sorted({"jax", *(peer.PACKAGE for peer in peers().values())}):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return dict(sorted((peer.PACKAGE, peer.version()) for peer in peers().values()))

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness import models, registry
-from harness.bench.table import grid
 from harness.dp.engines.rows import product
 from harness.dp.engines.taped.bookkeeping import BookKeeping
 from harness.dp.loss import Batch
 from harness.dp.method import Method
 from harness.dp.random import Stream
 from harness.provenance.measure import cpu_name
+from harness.records import tables
 from harness.running.train import Streams, start, step
 
 ROWS, WIDTH, CLASSES = 1_281_167, 1280, 1000  # ImageNet's training set, and a head on 1,280 features
@@ -47,29 +47,23 @@ def mapped(file: Path, rows: int, width: int) -> Tensor:
     return torch.from_file(str(file), shared=False, size=rows * width, dtype=torch.float32).view(rows, width)
 
 
-class Anonymous:
-    """Peak memory of this process that no file backs: sampled, so that pages of a mapped file are left out."""
+@contextlib.contextmanager
+def anonymous_memory(every: float = 0.01) -> Iterator[list[float]]:
+    """Samples of this process's memory that no file backs, in MiB: pages of a mapped file are left out."""
+    samples, stop = [0.0], threading.Event()
 
-    def __init__(self) -> None:
-        self.peak = 0.0
-        self._stop = threading.Event()
-
-    @contextlib.contextmanager
-    def watched(self, every: float = 0.01) -> Iterator[None]:
-        """Sample while the block runs; `peak` is in MiB afterwards."""
-        thread = threading.Thread(target=self._sample, args=(every,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._stop.set()
-            thread.join()
-
-    def _sample(self, every: float) -> None:
-        while not self._stop.wait(every):
+    def sample() -> None:
+        while not stop.wait(every):
             lines = Path("/proc/self/status").read_text().splitlines()
-            now = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:"))
-            self.peak = max(self.peak, now)
+            samples.append(next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:")))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        stop.set()
+        thread.join()
 
 
 @dataclass(frozen=True)
@@ -88,15 +82,15 @@ def one_step(method: Method, x: Tensor, y: Tensor, classes: int) -> Cost:
     """A step from zero weights on all of `x` [B, D], `y` [B]."""
     model = models.build("linear-head", (x.shape[1],), classes, seed=0)
     begun = start(method, model, 1)
-    anonymous, streams = Anonymous(), Streams(Stream(1, "noise", 0), Stream(1, "path", 0))
-    with anonymous.watched():
+    streams = Streams(Stream(1, "noise", 0), Stream(1, "path", 0))
+    with anonymous_memory() as samples:
         before, worked = time.perf_counter(), time.process_time()
         done = step(method, model, begun.w, Batch(x, y), begun.parts, 1.0, len(x), streams)
         seconds, worked = time.perf_counter() - before, time.process_time() - worked
     clipped, non_finite = int(done.observed.clipped), int(done.observed.non_finite)
     if clipped or non_finite or not done.w.flat.isfinite().all():
         raise RuntimeError(f"{clipped} gradients were clipped, and {non_finite} were not finite")
-    return Cost(len(x), seconds, worked, anonymous.peak, done.observed.microbatch)
+    return Cost(len(x), seconds, worked, max(samples), done.observed.microbatch)
 
 
 @dataclass(frozen=True)
@@ -145,7 +139,7 @@ def report(costs: list[Cost], limits: Floor, width: int, classes: int) -> str:
                 f"{cost.rows * width * 4 / 1e9:.2f}", f"{cost.memory:,.0f}", f"{cost.microbatch:,}",
             )
         )  # fmt: skip
-    return "\n".join(grid(HEADINGS, rows, "---:"))
+    return "\n".join(tables.markdown(HEADINGS, rows, "---:"))
 
 
 def main() -> None:

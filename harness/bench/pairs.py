@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from harness.bench.fresh import Answer, Gone, call
-from harness.bench.table import grid
 from harness.dp.clip import Flat
 from harness.dp.engines.engine import trainable
 from harness.dp.engines.pairs import Pairs
@@ -32,6 +31,7 @@ from harness.dp.release import Relation
 from harness.dp.tree import Tree
 from harness.models.catalog import build
 from harness.provenance import measure
+from harness.records import tables
 
 SIZES = (32, 128, 256, 512)
 WIDTHS = (8, 32, 128)
@@ -92,13 +92,13 @@ def table(found: list[Answer]) -> str:
         pairs, plain, direct = (by.get((size, width, way)) for way in ("pairs", "plain", "direct"))
         if pairs is None or plain is None or direct is None:
             continue
-        about = "≈ " if direct["extrapolated"] else ""
-        memory = pairs["peak_mib"] - pairs["before_mib"]
-        cells = [str(size), str(width), f"{pairs['parameters']:,}", f"{pairs['cpu_seconds']:.3g}", f"{memory:.0f}"]
-        cells += [f"{plain['cpu_seconds']:.2g}", f"{about}{direct['cpu_seconds']:.3g}"]
-        cells += [f"{direct['cpu_seconds'] / pairs['cpu_seconds']:.3g}"]
-        rows.append(cells)
-    return "\n".join(grid(header, rows, "--:"))
+        ours, once, every = (one["cpu_seconds"] for one in (pairs, plain, direct))
+        rows.append([
+            str(size), str(width), f"{pairs['parameters']:,}", f"{ours:.3g}",
+            f"{pairs['peak_mib'] - pairs['before_mib']:.0f}", f"{once:.2g}",
+            ("≈ " if direct["extrapolated"] else "") + f"{every:.3g}", f"{every / ours:.3g}",
+        ])  # fmt: skip
+    return "\n".join(tables.markdown(header, rows, "--:"))
 
 
 def main() -> None:

@@ -17,9 +17,6 @@ from harness.registry import did_you_mean
 from harness.suite.tables import Many, Positive, Size, Text, TomlTable, distinct, known
 from harness.suite.toml.reader import Reader, source
 
-KIND = "throughput"
-FILE = Path("suites/throughput.toml")
-
 
 class Bench(TomlTable):
     """``[bench]``: the engines, and how long to time them.
@@ -82,7 +79,7 @@ def parse(text: str, file: str = "throughput.toml") -> BenchPlan:
 
 class PlanReader(Reader):
     noun: ClassVar[str] = "throughput suite"
-    kind: ClassVar[str] = KIND
+    kind: ClassVar[str] = "throughput"
     single: ClassVar[Mapping[str, type[TomlTable]]] = {"bench": Bench}
     arrays: ClassVar[Mapping[str, type[TomlTable]]] = {"workload": Workload}
     needed: ClassVar[Sequence[str]] = ("bench", "workload")

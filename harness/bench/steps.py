@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,3 +163,21 @@ def outside(engine: PerExample, model: nn.Module, batch: Batch) -> Callable[[], 
         p.ledger.add(event_of(method, done.sigmas, 50_000, len(batch), p.step))
 
     return one
+
+
+# What an engine would do --------------------------------------------------------------------------------
+
+
+def explained(workload: Workload, batch: int, device: str) -> list[list[str]]:
+    """A row for each parameter, below a header: the way to its norm, and the estimated cost of every way."""
+    from harness.dp.engines.taped.explain import explain
+
+    model, examples = build(workload, batch, torch.float32, device)
+    rows = explain(LOSS, model, Tree.of(trainable(model)), examples)
+    return [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)] if rows else [["no parameters"]]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(one)}" for key, one in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,11 +1,18 @@
-"""Writes records as Markdown: the engine that targets are for beside the best of the others, and all engines."""
+"""What is made of records: Markdown, with the engine that targets are for beside the best of the others and all
+engines; a comparison with earlier records, each by its ratio to the plain step of its own process; and a figure.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.bench.engines import OURS
+from harness.records import tables
+from harness.records.drawing import INK, LINE, grid, styled, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Record = dict[str, Any]
 BASE = "plain"
@@ -96,7 +103,7 @@ def markdown(records: Sequence[Record]) -> str:
         f"{environment['torch']}, in units of the plain non-private step measured in turn with it; medians, in "
         "brackets quartiles.",
         "",
-        *grid(
+        *tables.markdown(
             ["workload", "batch", "plain ms", "fastest plain", "engine", "ratio", "to fastest plain", "target",
              "best other", "loop", "faster than the loop", "memory", "first call", "outside the engine"],
             [_summary(record) for record in records],
@@ -107,14 +114,14 @@ def markdown(records: Sequence[Record]) -> str:
         "process. *outside the engine*: noise, optimizer and ledger of a "
         f"whole private step, and their share of the plain step. Lee and Kifer claim {CLAIM}.",
         "",
-        *grid(["workload", "batch", *names], [
+        *tables.markdown(["workload", "batch", *names], [
             [record["workload"]["name"], str(record["batch"]), *(_cell(record, name, notes) for name in names)]
             for record in records
         ]),
         "",
         "Peak memory above the loaded model, in units of the plain step's:",
         "",
-        *grid(["workload", "batch", "plain MiB", *names], [
+        *tables.markdown(["workload", "batch", "plain MiB", *names], [
             [record["workload"]["name"], str(record["batch"]), _number((row(record, BASE) or {}).get("memory_mib")),
              *(_number(memory(record, name)) for name in names)]
             for record in records
@@ -123,11 +130,6 @@ def markdown(records: Sequence[Record]) -> str:
         *(f"- all on {name_of(r)}: timed alone, since side by side {r['failed']}" for r in records if r.get("failed")),
         *(f"- {', '.join(where)}: {reason}" for reason, where in notes.items()),
     ]).rstrip() + "\n"  # fmt: skip
-
-
-def grid(header: Sequence[str], rows: Sequence[Sequence[str]], rule: str = "---") -> list[str]:
-    """The lines of a Markdown table."""
-    return [f"| {' | '.join(line)} |" for line in (header, [rule] * len(header), *rows)]
 
 
 def _summary(record: Record) -> list[str]:
@@ -178,3 +180,72 @@ def _number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+# Comparison ----------------------------------------------------------------------------------------------
+
+
+def compare(now: Sequence[Record], then: Sequence[Record], threshold: float) -> tuple[list[str], bool]:
+    """A line for each workload, batch and engine that both have, and whether any got worse.
+
+    Worse is a ratio to the plain step that grew by more than the factor `threshold`, or no time where there was one.
+    Raises ValueError where nothing is in both.
+    """
+    earlier = {(one["workload"]["name"], one["batch"]): one for one in then}
+    lines, worse = [], False
+    for record in now:
+        name, batch = record["workload"]["name"], record["batch"]
+        other = earlier.get((name, batch))
+        for engine in [one["name"] for one in record["engines"] if not is_baseline(one["name"])]:
+            before = ratio(other, engine) if other else None
+            if before is None:
+                continue
+            after = ratio(record, engine)
+            if after is None:
+                found = row(record, engine) or {}
+                text, bad = f"was {before:.2f}, now {found.get('status', 'not measured')}", True
+            else:
+                bad = after / before > threshold
+                text = f"was {before:.2f}, now {after:.2f}: now/then {after / before:.2f}"
+            lines.append(f"{name} batch {batch} {engine}: {text}{'  WORSE' if bad else ''}")
+            worse = worse or bad
+    if not lines:
+        raise ValueError("nothing was timed both now and then")
+    return lines, worse
+
+
+# Figure -------------------------------------------------------------------------------------------------
+
+FIRST, OTHER, PLAIN = "#d55e00", "#0072b2", LINE
+CUT = 5.0  # longer bars end here, with their number
+
+
+def draw(records: Sequence[Record]) -> str:
+    """The figure as SVG text: each engine's step in units of the plain one."""
+    most = max((len(timed(record)) for record in records), default=1)
+    with styled():
+        figure, axes = grid(len(records), 0.9 + 0.24 * most)
+        for axis, record in zip(axes, records, strict=True):
+            _panel(axis, record, most)
+        return svg(figure)
+
+
+def _panel(axis: Axes, record: Record, most: int) -> None:
+    first = headline(record)
+    ratios = timed(record)
+    names = list(ratios)
+    colours = [PLAIN if is_baseline(name) else FIRST if name == first else OTHER for name in names]
+    bars = axis.barh(range(len(names)), [min(ratios[n], CUT) for n in names], height=0.66, color=colours)
+    texts = [f"{ratios[n]:.2f}" if ratios[n] < 10 else f"{ratios[n]:.0f}" for n in names]
+    axis.bar_label(
+        bars, [f"{t} ▸" if ratios[n] > CUT else t for n, t in zip(names, texts, strict=True)], padding=3, fontsize=8
+    )
+    axis.axvline(1.0, color=INK, linestyle="--", linewidth=1)
+    if (target := record["workload"]["target"]) is not None and record["batch"] == record["workload"]["default"]:
+        axis.axvline(target, color=FIRST, linestyle=":", linewidth=1)
+    axis.set_yticks(range(len(names)), labels=names)
+    axis.set_ylim(most - 0.4, -0.6)
+    axis.set_xlim(0, CUT * 1.18)
+    axis.tick_params(length=0)
+    axis.set_title(f"{record['workload']['name']} {record['workload']['title']}, batch {record['batch']}")
+    axis.set_xlabel("step / plain step")

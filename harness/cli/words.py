@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from harness.records import tables
 from harness.records.files import Broken
 
 if TYPE_CHECKING:
@@ -15,13 +16,8 @@ if TYPE_CHECKING:
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), indent: str = "") -> str:
     """Columns aligned by their widest entry; the last is not padded. An entry of several lines becomes one."""
     lines = [[" ".join(text.splitlines()) for text in line] for line in ([header, *rows] if header else rows)]
-    if not lines:
-        return ""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        (indent + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))).rstrip()
-        for line in lines
-    )
+    columns = range(len(lines[0]) if lines else 0)
+    return "\n".join((indent + line).rstrip() for line in tables.aligned(lines, columns))
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -40,18 +36,16 @@ def counts(words: Iterable[str]) -> str:
     return ", ".join(f"{word} {n}" for word, n in found)
 
 
-def first_line(record: store.Record) -> str:
-    """The first line of why a record is as it is."""
-    return (str(record.get("reason") or "no reason given").splitlines() or [""])[0][:200]
+def print_failed(records: Iterable[store.Record]) -> None:
+    """Print which runs failed, and why."""
+    from harness.running import progress
+
+    for one in records:
+        reason = str(one.get("reason") or "no reason given").splitlines()
+        print(f"  {one['id']}  {progress.describe(one['cell'])}: {one['status']}, {reason[0][:200] if reason else ''}")
 
 
-def print_conflicts(conflicts: Sequence[Broken]) -> None:
-    """Print which folders hold a run of another cell than the one that is asked for."""
-    for one in conflicts:
-        print(f"  ! conflict: {one}")
-
-
-def print_broken(broken: Sequence[Broken]) -> None:
-    """Print what could not be used."""
+def print_broken(broken: Iterable[Broken], why: str = "quarantined") -> None:
+    """Print what could not be used; a conflict is a folder that holds a run of another cell than is asked for."""
     for one in broken:
-        print(f"  ! quarantined: {one}")
+        print(f"  ! {why}: {one}")

@@ -5,7 +5,7 @@ does.
 """
 
 from harness.data.canonical import Raw
-from harness.data.catalog import describe, digest_of, load, missing
+from harness.data.catalog import describe, load, missing
 from harness.data.dataset import Dataset, validation_size
 from harness.data.source import Candidate, DatasetError, DatasetMismatch, DatasetMissing, Places, Source, places
 
@@ -19,7 +19,6 @@ __all__ = [
     "Raw",
     "Source",
     "describe",
-    "digest_of",
     "load",
     "missing",
     "places",

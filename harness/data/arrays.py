@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from harness.data.canonical import Array, Raw
+from harness.data.canonical import KEYS, Array, Raw
 from harness.data.source import DatasetError
 
-KEYS = ("x_train", "y_train", "x_test", "y_test")
 _CHANNELS = (1, 3, 4)
 
 
@@ -103,7 +102,7 @@ def _channels_first(x: Array, where: str, layout: str | None) -> Array:
 
 
 def _float32(x: Array, where: str) -> Array:
-    """The same numbers in float32; refuses those that are none, or would become infinite or zero."""
+    """The same numbers in float32; refuses those that are not finite, or would become infinite or zero."""
     _refuse(~np.isfinite(x), x, where, "clean it first: every number must be finite")
     with np.errstate(over="ignore", under="ignore"):
         narrow: Array = x.astype(np.float32)

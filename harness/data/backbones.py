@@ -9,14 +9,23 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from harness.data.source import DOWNLOAD, DatasetError, DatasetMismatch, DatasetMissing, Places, files_stamp, found_at
+from harness.data.source import (
+    DOWNLOAD,
+    DatasetError,
+    DatasetMismatch,
+    DatasetMissing,
+    Places,
+    files_stamp,
+    found_at,
+    kept,
+    kept_at,
+)
 from harness.dp import cache
 from harness.registry import did_you_mean
 
@@ -38,7 +47,7 @@ PATHS = 1 + SCALES * ANGLES + ANGLES**2 * SCALES * (SCALES - 1) // 2
 class Card:
     """What identifies a backbone, and what it expects.
 
-    ``weights`` is the SHA-256 of its tensors in order, empty where there are none. ``side`` is the size of
+    ``weights`` is the SHA-256 of its tensors in order, empty without any. ``side`` is the size of
     picture it was made for, None for any. ``mean`` and ``std`` are of its pixels in 0..1, empty where it takes
     them as they are; then it takes any number of channels, and three otherwise. ``width`` is the number of
     features, None where that depends on the picture.
@@ -51,28 +60,6 @@ class Card:
     std: tuple[float, ...]
     interpolation: str
     width: int | None
-
-
-class Backbone(Protocol):
-    """A public map from one picture to one vector."""
-
-    public_data: str
-
-    def missing(self) -> DatasetMissing | None:
-        """Why it cannot be had here, with what supplies it."""
-        ...
-
-    def card(self) -> Card:
-        """Raises :class:`DatasetMissing` where the weights are needed to know."""
-        ...
-
-    def build(self) -> Network:
-        """Normalised pictures ``[B, C, S, S]`` to features ``[B, ...]``; a module is in eval mode."""
-        ...
-
-    def width(self, shape: Shape) -> int:
-        """The number of features of a picture of this shape."""
-        ...
 
 
 def backbone(name: str, checkpoint: str | None, public: str | None, root: Places) -> Backbone:
@@ -103,6 +90,11 @@ def weights_digest(tensors: Iterable[Tensor]) -> str:
         h.update(f"{t.dtype} {list(t.shape)}".encode())
         h.update(t.numpy().tobytes())
     return h.hexdigest()
+
+
+# Of each backbone, ``missing`` says why it cannot be had here, with what supplies it; ``card`` raises DatasetMissing
+# where the weights are needed to know; ``build`` gives a function of normalised pictures ``[B, C, S, S]`` to features
+# ``[B, ...]``, in eval mode; ``width`` is the number of features of a picture of this shape.
 
 
 class Scattering:
@@ -219,13 +211,11 @@ class Timm:
         return DatasetMissing(f"weights of timm/{self.name}", looked, remedies)
 
     def card(self) -> Card:
-        stamp = f"{self.name}\ntimm {version('timm')}\n{files_stamp([self._present()])}"
-        kept = cache.root() / "backbones" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.json"
-        with suppress(KeyError, TypeError):
-            found = cache.load(kept)
-            return Card(**found | {"mean": tuple(found["mean"]), "std": tuple(found["std"])})
-        card = self._examine()
-        cache.dump(kept, asdict(card))
+        place = kept_at("backbones", f"{self.name}\ntimm {version('timm')}\n{files_stamp([self._present()])}")
+        card = kept(place, Card)
+        if card is None:
+            card = self._examine()
+            cache.dump(place, asdict(card))
         return card
 
     def build(self) -> Network:
@@ -305,6 +295,10 @@ class Timm:
             interpolation=interpolation,
             width=width,
         )
+
+
+Backbone = Scattering | Packaged | Timm
+"""A public map from one picture to one vector."""
 
 
 def _frozen(net: nn.Module) -> nn.Module:

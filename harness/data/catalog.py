@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from harness import registry
-from harness.data.arrays import KEYS
-from harness.data.canonical import Array, Raw, canonical
+from harness.data.canonical import KEYS, Array, Raw, canonical
 from harness.data.dataset import Dataset, Facts
-from harness.data.source import DatasetError, DatasetMismatch, DatasetMissing, Derived, Source, places
+from harness.data.source import (
+    DatasetError,
+    DatasetMismatch,
+    DatasetMissing,
+    Derived,
+    Places,
+    Source,
+    kept,
+    kept_at,
+    places,
+)
 from harness.dp import cache
 
 # Part of every cache key: raise it when reading, ordering or digests change.
 FORMAT = 2
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A spec, resolved: the source, the entry's constants, and whether every option has its default."""
-
-    spec: str
-    name: str
-    source: Source
-    meta: Mapping[str, Any]
-    plain: bool
 
 
 def load(spec: str, root: Path | None = None, *, download: bool | None = None) -> Dataset:
@@ -44,28 +41,12 @@ def load(spec: str, root: Path | None = None, *, download: bool | None = None) -
     :class:`DatasetMismatch` where a file of a known name holds something else, :class:`DatasetError` for
     any other fault of the data, and the registry's errors for a misspelt name or option.
     """
-    opened = _open(spec, root, download)
-    if isinstance(opened, Derived):
-        return opened.load()
-    raw, facts = _content(opened)
-    return _tensors(raw, facts)
+    return _open(spec, places(root, download)).load()
 
 
 def facts(spec: str, root: Path | None = None) -> Facts:
     """What is known of a data set, without loading it where that is constant or in the cache."""
-    opened = _open(spec, root, None)
-    if isinstance(opened, Derived):
-        return opened.facts()
-    known = _constants(opened)
-    if known is not None and known.digest:
-        return known
-    try:
-        remembered = _remembered(_key(opened))
-    except DatasetMissing:
-        if not places(root).download:
-            raise
-        remembered = None  # reading will fetch it
-    return remembered or _content(opened)[1]
+    return _open(spec, places(root)).facts()
 
 
 def describe(spec: str, root: Path | None = None) -> dict[str, Any]:
@@ -73,31 +54,15 @@ def describe(spec: str, root: Path | None = None) -> dict[str, Any]:
     return asdict(facts(spec, root))
 
 
-def digest_of(spec: str, root: Path | None = None) -> str:
-    """The digest that ``load(spec).digest`` will have: a constant, or from the cache, or by loading."""
-    return facts(spec, root).digest
-
-
 def missing(spec: str, root: Path | None = None) -> DatasetMissing | None:
     """The error that loading would raise for want of files; None where they are there or may be downloaded.
 
     Reads no data. Raises the registry's errors for a misspelt name or option.
     """
-    where = places(root)
-    opened = _open(spec, where.root, where.download)
-    if isinstance(opened, Derived):
-        return opened.missing()
-    try:
-        opened.source.stamp()
-    except DatasetMissing as error:
-        return None if where.download and ":" not in spec else error
-    return None
+    return _open(spec, places(root)).missing()
 
 
-# Opening a spec -------------------------------------------------------------------------------------------
-
-
-def _open(spec: str, root: Path | None, download: bool | None) -> _Opened | Derived:
+def _open(spec: str, root: Places) -> _Read | Derived:
     entry, arguments = registry.lookup("dataset", spec)
     function = registry.load(entry)
     changed = {
@@ -107,7 +72,7 @@ def _open(spec: str, root: Path | None, download: bool | None) -> _Opened | Deri
     }
     supplied: dict[str, Any] = dict(arguments)
     if "root" in inspect.signature(function).parameters:
-        supplied["root"] = places(root, download)
+        supplied["root"] = root
     source = function(**supplied)
     if isinstance(source, Derived):
         return source
@@ -115,13 +80,13 @@ def _open(spec: str, root: Path | None, download: bool | None) -> _Opened | Deri
         raise DatasetError(
             f'{entry.where}: data set "{entry.name}" returned {type(source).__name__}; return a harness.data.Source'
         )
-    return _Opened(
-        spec=spec,
-        name=_name(entry.name, supplied.get(entry.argument or ""), changed),
-        source=source,
-        meta=entry.meta,
-        plain=not changed and entry.argument is None,
-    )
+    name = _name(entry.name, supplied.get(entry.argument or ""), changed)
+    constants = None
+    if not changed and entry.argument is None and "shape" in entry.meta:
+        known: dict[str, Any] = {"digest": "", **entry.meta}
+        given = ("digest", "mean", "std", "statistics", "classes", "n_train", "n_test")
+        constants = Facts(name=name, input_shape=known["shape"], **{key: known[key] for key in given})
+    return _Read(name, source, entry.meta, constants, root.download and ":" not in spec)
 
 
 def _name(name: str, path: object, changed: Mapping[str, object]) -> str:
@@ -135,64 +100,99 @@ def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _constants(opened: _Opened) -> Facts | None:
-    """The decorator's constants, where they apply: a known data set with default options."""
-    meta = opened.meta
-    if not opened.plain or "shape" not in meta:
+@dataclass(frozen=True)
+class _Read:
+    """A data set that is read from a source.
+
+    ``constants`` are the facts that the decorator of a known data set gives, where all options have their defaults;
+    their digest may be empty. ``fetched``: what is missing may be downloaded.
+    """
+
+    name: str
+    source: Source
+    meta: Mapping[str, Any]
+    constants: Facts | None
+    fetched: bool
+
+    def load(self) -> Dataset:
+        raw, facts = self._content()
+        return Dataset.of(facts, (getattr(raw, key) for key in KEYS), raw.source)
+
+    def facts(self) -> Facts:
+        if self.constants is not None and self.constants.digest:
+            return self.constants
+        try:
+            remembered = kept(self._place(".json"), Facts)
+        except DatasetMissing:
+            if not self.fetched:
+                raise
+            remembered = None  # reading will fetch it
+        return remembered or self._content()[1]
+
+    def missing(self) -> DatasetMissing | None:
+        try:
+            self.source.stamp()
+        except DatasetMissing as error:
+            return None if self.fetched else error
         return None
-    return Facts(
-        name=opened.name,
-        digest=meta.get("digest", ""),
-        mean=meta["mean"],
-        std=meta["std"],
-        statistics=meta["statistics"],
-        input_shape=meta["shape"],
-        classes=meta["classes"],
-        n_train=meta["n_train"],
-        n_test=meta["n_test"],
-    )
 
+    def _place(self, suffix: str) -> Path:
+        """Changes with the options and with the files' paths, sizes and times. Raises :class:`DatasetMissing`."""
+        return kept_at("datasets", f"{FORMAT}\n{self.name}\n{self.source.stamp()}", suffix)
 
-# Reading --------------------------------------------------------------------------------------------------
-
-
-def _content(opened: _Opened) -> tuple[Raw, Facts]:
-    """Arrays in canonical order and their facts, checked against the constants; uses the cache."""
-    constants = _constants(opened)
-    key = _key(opened) if opened.source.keep else ""
-    remembered = _remembered(key) if key else None
-    if remembered is not None:
-        kept = _kept(key)
-        if kept is not None:
-            raw, facts = _canonical(opened, kept)
-            if facts == remembered and (constants is None or constants.digest in ("", facts.digest)):
+    def _content(self) -> tuple[Raw, Facts]:
+        """Arrays in canonical order and their facts, checked against the constants; uses the cache."""
+        digest = self.constants.digest if self.constants is not None else ""
+        remembered = kept(self._place(".json"), Facts) if self.source.keep else None
+        held = _arrays(self._place(".npz")) if remembered is not None else None
+        if held is not None:
+            raw, facts = self._canonical(held)
+            if facts == remembered and digest in ("", facts.digest):
                 return raw, facts
-    raw, facts = _canonical(opened, opened.source.read())
-    if constants is not None:
-        _check(opened, facts, constants, raw.source)
-    if not (constants is not None and constants.digest) or opened.source.keep:
-        _remember(key or _key(opened), facts, raw if opened.source.keep else None)
-    return raw, facts
+        raw, facts = self._canonical(self.source.read())
+        if self.constants is not None:
+            self._check(facts, self.constants, raw.source)
+        # Best effort: without a writable cache everything works, only slower.
+        if self.source.keep:
+            cache.keep(self._place(".npz"), lambda file: np.savez(file, **vars(raw)))
+        if self.source.keep or not digest:
+            cache.dump(self._place(".json"), asdict(facts))
+        return raw, facts
 
+    def _canonical(self, raw: Raw) -> tuple[Raw, Facts]:
+        if self.source.normalise is not None:
+            mean, std, statistics = self.source.normalise(raw)
+        else:
+            mean, std, statistics = (self.meta[key] for key in ("mean", "std", "statistics"))
+        raw, digest = canonical(raw, mean, std)
+        return raw, Facts(
+            name=self.name,
+            digest=digest,
+            mean=mean,
+            std=std,
+            statistics=statistics,
+            input_shape=tuple(raw.x_train.shape[1:]),
+            classes=raw.classes,
+            n_train=len(raw.x_train),
+            n_test=len(raw.x_test),
+            tokens=None if any(mean) or any(one != 1 for one in std) else _tokens(raw.x_train, raw.x_test),
+        )
 
-def _canonical(opened: _Opened, raw: Raw) -> tuple[Raw, Facts]:
-    if opened.source.normalise is not None:
-        mean, std, statistics = opened.source.normalise(raw)
-    else:
-        mean, std, statistics = (opened.meta[key] for key in ("mean", "std", "statistics"))
-    raw, digest = canonical(raw, mean, std)
-    return raw, Facts(
-        name=opened.name,
-        digest=digest,
-        mean=mean,
-        std=std,
-        statistics=statistics,
-        input_shape=tuple(raw.x_train.shape[1:]),
-        classes=raw.classes,
-        n_train=len(raw.x_train),
-        n_test=len(raw.x_test),
-        tokens=None if any(mean) or any(one != 1 for one in std) else _tokens(raw.x_train, raw.x_test),
-    )
+    def _check(self, facts: Facts, constants: Facts, source: str) -> None:
+        wrong = [
+            f"{field} is {getattr(facts, field)}, not {getattr(constants, field)}"
+            for field in ("input_shape", "n_train", "n_test", "classes")
+            if getattr(facts, field) != getattr(constants, field)
+        ]
+        if not wrong and constants.digest and facts.digest != constants.digest:
+            wrong = [f"digest is {facts.digest}, not {constants.digest}: some pixel or label differs"]
+        if wrong:
+            files = ", ".join(line.split("|")[0] for line in self.source.stamp().splitlines())
+            raise DatasetMismatch(
+                f'data set "{self.name}", read from {source}, is not the published one: {"; ".join(wrong)}. '
+                f"It is here: {files}. Replace it by the published data, or train on it as your own "
+                'with "npz:PATH".'
+            )
 
 
 def _tokens(*inputs: Array) -> int | None:
@@ -203,79 +203,8 @@ def _tokens(*inputs: Array) -> int | None:
     return highest + 1 if 1 <= highest < 2**31 else None
 
 
-def _check(opened: _Opened, facts: Facts, constants: Facts, source: str) -> None:
-    wrong = [
-        f"{field} is {getattr(facts, field)}, not {getattr(constants, field)}"
-        for field in ("input_shape", "n_train", "n_test", "classes")
-        if getattr(facts, field) != getattr(constants, field)
-    ]
-    if not wrong and constants.digest and facts.digest != constants.digest:
-        wrong = [f"digest is {facts.digest}, not {constants.digest}: some pixel or label differs"]
-    if wrong:
-        raise DatasetMismatch(
-            f'data set "{opened.name}", read from {source}, is not the published one: {"; ".join(wrong)}. '
-            f"It is here: {_where(opened)}. Replace it by the published data, or train on it as your own "
-            'with "npz:PATH".'
-        )
-
-
-def _where(opened: _Opened) -> str:
-    return ", ".join(line.split("|")[0] for line in opened.source.stamp().splitlines())
-
-
-def _tensors(raw: Raw, facts: Facts) -> Dataset:
-    import torch
-
-    return Dataset(
-        name=facts.name,
-        classes=facts.classes,
-        x_train=torch.from_numpy(raw.x_train),
-        y_train=torch.from_numpy(raw.y_train),
-        x_test=torch.from_numpy(raw.x_test),
-        y_test=torch.from_numpy(raw.y_test),
-        mean=facts.mean,
-        std=facts.std,
-        digest=facts.digest,
-        source=raw.source,
-        statistics=facts.statistics,
-        public_data=facts.public_data,
-        tokens=facts.tokens,
-    )
-
-
-# The cache ------------------------------------------------------------------------------------------------
-
-
-def _key(opened: _Opened) -> str:
-    """Changes with the options and with the files' paths, sizes and times. Raises :class:`DatasetMissing`."""
-    text = f"{FORMAT}\n{opened.name}\n{opened.source.stamp()}"
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _cache_file(key: str, suffix: str) -> Path:
-    return cache.root() / "datasets" / f"{key}{suffix}"
-
-
-def _remembered(key: str) -> Facts | None:
-    return read_facts(_cache_file(key, ".json"))
-
-
-def read_facts(file: Path) -> Facts | None:
-    """Facts kept as JSON; None where the file is absent or damaged, to be made again."""
-    try:
-        found = cache.load(file)
-        for field in ("mean", "std", "input_shape", "sources"):
-            found[field] = tuple(found[field])
-        facts = Facts(**found)
-        counts = (*facts.input_shape, facts.classes, facts.n_train, facts.n_test)
-        sound = isinstance(facts.digest, str) and all(type(count) is int for count in counts)
-        return facts if sound else None
-    except (KeyError, TypeError):
-        return None
-
-
-def _kept(key: str) -> Raw | None:
-    held = cache.read(_cache_file(key, ".npz"))
+def _arrays(place: Path) -> Raw | None:
+    held = cache.read(place)
     if held is None:
         return None
     try:
@@ -284,15 +213,3 @@ def _kept(key: str) -> Raw | None:
             return Raw(x_train, y_train, x_test, y_test, str(file["source"]), int(file["classes"]))
     except Exception:  # damaged, in whatever way: it is made again
         return None
-
-
-def _remember(key: str, facts: Facts, raw: Raw | None) -> None:
-    """Best effort: without a writable cache everything works, only slower."""
-
-    def arrays(file: IO[bytes]) -> None:
-        assert raw is not None
-        np.savez(file, **vars(raw))
-
-    if raw is not None:
-        cache.keep(_cache_file(key, ".npz"), arrays)
-    cache.dump(_cache_file(key, ".json"), asdict(facts))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:  # digests and descriptions are answered without importing torch
+from harness.data.canonical import KEYS, Array
+
+# Digests and descriptions are answered without importing torch.
+if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
@@ -67,6 +71,16 @@ class Dataset:
     tokens: int | None = None
     dtype: torch.dtype | None = None
 
+    @classmethod
+    def of(cls, facts: Facts, arrays: Iterable[Array], source: str) -> Dataset:
+        """The data set of ``x_train y_train x_test y_test``, which stay where they are in memory."""
+        import torch
+
+        x_train, y_train, x_test, y_test = map(torch.from_numpy, arrays)
+        names = ("mean", "std", "digest", "statistics", "public_data", "tokens")
+        shared: dict[str, Any] = {name: getattr(facts, name) for name in names}
+        return cls(facts.name, facts.classes, x_train, y_train, x_test, y_test, source=source, **shared)
+
     @property
     def n_train(self) -> int:
         """Number of training examples."""
@@ -84,14 +98,8 @@ class Dataset:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
         """The same data on ``device``. :meth:`batch` then returns ``dtype``; images stay uint8 in memory."""
-        return replace(
-            self,
-            x_train=self.x_train.to(device),
-            y_train=self.y_train.to(device),
-            x_test=self.x_test.to(device),
-            y_test=self.y_test.to(device),
-            dtype=dtype or self.dtype,
-        )
+        moved: dict[str, Any] = {key: getattr(self, key).to(device) for key in KEYS}
+        return replace(self, **moved, dtype=dtype or self.dtype)
 
     def batch(self, indices: Tensor | slice, split: Split = "train") -> tuple[Tensor, Tensor]:
         """Normalised inputs ``[B, ...]`` and labels ``[B]`` of the examples ``indices``; B may be 0.

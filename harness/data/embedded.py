@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 
 import numpy as np
@@ -110,17 +108,6 @@ def mnist1d(n: int = 5000) -> Source:
     return Source(read, stamp, keep=True)
 
 
-@contextmanager
-def _numpy_seed(seed: int) -> Iterator[None]:
-    """The generator draws from NumPy's global stream; leave that stream as it was found."""
-    before = np.random.get_state()  # noqa: NPY002
-    np.random.seed(seed)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(before)  # noqa: NPY002
-
-
 def mnist1d_signals(n: int, seed: int) -> tuple[Array, Array]:
     """``n`` raw signals (float64 ``[n, 40]``) and labels, in the generator's shuffled order.
 
@@ -129,11 +116,16 @@ def mnist1d_signals(n: int, seed: int) -> tuple[Array, Array]:
     from mnist1d import get_dataset_args, get_templates, transform
 
     settings, templates = get_dataset_args(), get_templates()
-    with _numpy_seed(seed):
+    # The generator draws from NumPy's global stream, which is left as it was found.
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
         xs = [
             transform(template, templates["t"], settings)[0]
             for template in templates["x"]
             for _ in range(n // len(templates["x"]))
         ]
         order = np.random.permutation(n)  # noqa: NPY002
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
     return np.stack(xs)[order], np.repeat(templates["y"], n // 10)[order].astype(np.int64)

@@ -7,9 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -104,19 +105,14 @@ def _done(folder: Path, sizes: Mapping[Split, int], width: int) -> dict[Split, i
     return found
 
 
-@contextmanager
-def _alone(folder: Path, what: str) -> Iterator[None]:
+def _alone(folder: Path, what: str) -> AbstractContextManager[Any]:
     """Hold the folder's lock; the death of its holder frees it."""
     lock = FileLock(folder / "lock", thread_local=False)
     try:
-        lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout:
         print(f"{what}: another process computes it; waiting", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 @contextmanager

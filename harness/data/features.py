@@ -111,32 +111,14 @@ class Features:
 
     def load(self) -> Dataset:
         """The rows, computed first where they are not kept."""
-        import torch
-
         facts = self.facts()
         folder = cache.root() / "features" / facts.digest
         sizes: dict[Split, int] = {"train": facts.n_train, "test": facts.n_test}
         if not finished(folder, sizes, facts.input_shape[0]):
             folder = cache.usable(folder)
         fill(folder, sizes, facts.input_shape[0], lambda: self._rows(folder), facts.name)
-
-        def tensor(name: str) -> Tensor:
-            return torch.from_numpy(mapped(folder / f"{name}.npy"))
-
-        return Dataset(
-            name=facts.name,
-            classes=facts.classes,
-            x_train=tensor("train"),
-            y_train=tensor("train-labels"),
-            x_test=tensor("test"),
-            y_test=tensor("test-labels"),
-            mean=facts.mean,
-            std=facts.std,
-            digest=facts.digest,
-            source=f"{self.name} features in {folder.name}",
-            statistics=facts.statistics,
-            public_data=facts.public_data,
-        )
+        arrays = (mapped(folder / f"{name}.npy") for name in ("train", "train-labels", "test", "test-labels"))
+        return Dataset.of(facts, arrays, f"{self.name} features in {folder.name}")
 
     def _title(self, pictures: str) -> str:
         """The canonical name; of a path only its stem, as a record does not depend on folders."""
@@ -159,8 +141,9 @@ class Features:
                 f"{pictures.source}: its pictures have changed (digest {pictures.digest}, not {planned}); plan the "
                 "suite again: runs on other pictures are other runs"
             )
-        for name, labels in (("train", pictures.labels("train")), ("test", pictures.labels("test"))):
-            cache.write_whole(folder / f"{name}-labels.npy", partial(np.save, arr=labels))
+        splits: tuple[Split, Split] = ("train", "test")
+        for split in splits:
+            cache.write_whole(folder / f"{split}-labels.npy", partial(np.save, arr=pictures.labels(split)))
         compute = extractor(self.backbone.build(), card.mean, card.std, self.norm)
         side = self.size or card.side
 

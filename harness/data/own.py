@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
-NOTES = frozenset({".txt", ".md", ".csv", ".json", ".xml", ".yaml", ".yml"})  # beside pictures, and none
+NOTES = frozenset({".txt", ".md", ".csv", ".json", ".xml", ".yaml", ".yml"})  # allowed beside pictures, and passed over
 SYSTEM = frozenset({"thumbs.db", "desktop.ini", "__macosx"})  # what other systems leave behind
 # What is public about any picture: its pixels lie in 0..1.
 DEFAULT_IMAGE = ((0.5,), (0.25,), "default for images: mean 0.5, deviation 0.25")
@@ -41,9 +43,9 @@ def npz(
     relative path is looked for in the working directory, then in the data root. ``layout`` says where the channels of
     four axes are, for shapes that do not tell.
     """
-    candidates = [_npz_at(place, layout) for place in found_at(path, root)]
+    candidates = [Candidate(".npz", (file,), partial(read_npz, file, layout)) for file in found_at(path, root)]
     found = first_of(f"npz:{path}", candidates, [f'write the path of an existing .npz, as in "npz:{path}"'])
-    return Source(found.read, found.stamp, _Statistics(mean, std))
+    return Source(found.read, found.stamp, _statistics(mean=mean, std=std))
 
 
 @dataset("imagefolder")
@@ -66,7 +68,7 @@ def imagefolder(
     return Source(
         read=lambda: _read_folder(picture_folder(path, root), size, channels),
         stamp=lambda: files_stamp([picture_folder(path, root) / part for part in ("train", "test")]),
-        normalise=_Statistics(mean, std),
+        normalise=_statistics(mean=mean, std=std),
     )
 
 
@@ -83,33 +85,29 @@ def picture_folder(path: str, root: Places) -> Path:
     )
 
 
-def _npz_at(file: Path, layout: str | None) -> Candidate:
-    return Candidate(".npz", (file,), lambda: read_npz(file, layout))
+def _statistics(**texts: str | None) -> Callable[[Raw], Statistics]:
+    """Checks the texts of ``mean`` and ``std`` at once; what it returns gives one number per channel."""
+    given = {key: _numbers(key, text) for key, text in texts.items() if text is not None}
+    if min(given.get("std", (1.0,))) <= 0:
+        raise DatasetError(f"std={texts['std']}: deviations are above 0")
 
-
-class _Statistics:
-    """Checks ``mean`` and ``std`` texts at once; called with the arrays it gives one number per channel."""
-
-    def __init__(self, mean: str | None, std: str | None) -> None:
-        self.mean, self.std = _numbers("mean", mean), _numbers("std", std)
-        if self.std is not None and min(self.std) <= 0:
-            raise DatasetError(f"std={std}: deviations are above 0")
-
-    def __call__(self, raw: Raw) -> Statistics:
-        mean: tuple[float, ...]
-        std: tuple[float, ...]
+    def statistics(raw: Raw) -> Statistics:
         mean, std, words = DEFAULT_IMAGE if raw.x_train.dtype == np.uint8 else DEFAULT_OTHER
-        if self.mean is not None or self.std is not None:
-            words = "given in the spec"
-        mean, std = self.mean or mean, self.std or std
+        found: dict[str, tuple[float, ...]] = {"mean": mean, "std": std, **given}
+        channels = raw.x_train.shape[1]
         # Features [N, D] have no channels: one number serves all, unless each feature has its own.
-        width = raw.x_train.shape[1] if raw.x_train.ndim > 2 else max(len(mean), len(std))
-        return _spread("mean", mean, raw, width), _spread("std", std, raw, width), words
+        width = channels if raw.x_train.ndim > 2 else max(map(len, found.values()))
+        for key, numbers in found.items():
+            if len(numbers) not in (1, channels):
+                count = len(numbers)
+                raise DatasetError(f"{key} has {count} numbers for {channels} channels; write one, or {channels}")
+            found[key] = numbers * width if len(numbers) == 1 else numbers
+        return found["mean"], found["std"], "given in the spec" if given else words
+
+    return statistics
 
 
-def _numbers(key: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
+def _numbers(key: str, text: str) -> tuple[float, ...]:
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -117,13 +115,6 @@ def _numbers(key: str, text: str | None) -> tuple[float, ...] | None:
     if not numbers or not all(map(math.isfinite, numbers)):
         raise DatasetError(f'{key}={text}: write one number or one per channel, as in "{key}=0.49,0.48,0.45"')
     return numbers
-
-
-def _spread(key: str, numbers: tuple[float, ...], raw: Raw, width: int) -> tuple[float, ...]:
-    channels = raw.x_train.shape[1]
-    if len(numbers) not in (1, channels):
-        raise DatasetError(f"{key} has {len(numbers)} numbers for {channels} channels; write one, or {channels}")
-    return numbers * width if len(numbers) == 1 else numbers
 
 
 def class_names(folder: Path) -> list[str]:
@@ -191,27 +182,22 @@ def labelled_files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
 
 def _read_folder(folder: Path, size: int | None, channels: int) -> Raw:
     classes = class_names(folder)
-    x_train, y_train, first = _read_split(folder / "train", classes, size, channels)
-    x_test, y_test, other = _read_split(folder / "test", classes, size, channels)
-    _same_size(first, x_train[0], other, x_test[0])
+    images: list[list[Array]] = []
+    labels: list[Array] = []
+    first: tuple[Path, Array] | None = None
+    for split in ("train", "test"):
+        files = labelled_files(folder / split, classes)
+        images.append([_read_image(file, size, channels) for file, _ in files])
+        labels.append(np.array([label for _, label in files], dtype=np.int64))
+        for (file, _), image in zip(files, images[-1], strict=True):
+            one, its = first = first or (file, image)
+            if image.shape != its.shape:
+                raise DatasetError(
+                    f"{one} is {its.shape[2]}x{its.shape[1]} and {file} is {image.shape[2]}x{image.shape[1]}; "
+                    'all pictures must have one size, or write "?size=32" to resize them'
+                )
     source = f"image folder {folder.name}" + (f", resized to {size}x{size}" if size else "")
-    return Raw(np.stack(x_train), y_train, np.stack(x_test), y_test, source, len(classes))
-
-
-def _read_split(folder: Path, classes: list[str], size: int | None, channels: int) -> tuple[list[Array], Array, Path]:
-    files = labelled_files(folder, classes)
-    images = [_read_image(file, size, channels) for file, _ in files]
-    for (file, _), image in zip(files, images, strict=True):
-        _same_size(files[0][0], images[0], file, image)
-    return images, np.array([label for _, label in files], dtype=np.int64), files[0][0]
-
-
-def _same_size(one: Path, image: Array, other: Path, its: Array) -> None:
-    if image.shape != its.shape:
-        raise DatasetError(
-            f"{one} is {image.shape[2]}x{image.shape[1]} and {other} is {its.shape[2]}x{its.shape[1]}; "
-            'all pictures must have one size, or write "?size=32" to resize them'
-        )
+    return Raw(np.stack(images[0]), labels[0], np.stack(images[1]), labels[1], source, len(classes))
 
 
 def _read_image(file: Path, size: int | None, channels: int) -> Array:
@@ -249,7 +235,7 @@ def open_picture(file: Path, mode: Literal["RGB", "L"]) -> Picture:
 
 
 def _eight_bits(file: Path, opened: Any, picture: Picture) -> Picture:
-    """Grey of 12 or 16 bits as 8 bits. Refuses numbers whose white nobody can tell."""
+    """Grey of 12 or 16 bits as 8 bits. Refuses numbers for which the value of white is unknown."""
     from PIL import Image
 
     tags = getattr(opened, "tag_v2", {})  # of a TIFF

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from harness.data import catalog
 from harness.data.canonical import Array
 from harness.data.dataset import Facts, Split
 from harness.data.own import class_names, labelled_files, open_picture, picture_folder
-from harness.data.source import DatasetError, DatasetMissing, Places, files_stamp
+from harness.data.source import DatasetError, DatasetMissing, Places, files_stamp, kept, kept_at
 from harness.dp import cache
 from harness.provenance.measure import cores
 
@@ -29,24 +29,8 @@ FORMAT = 2
 # Part of the digest of a folder, which covers the files: raise it when the same files give other pixels.
 DECODING = "pixels 2"
 
-
-class Pictures(Protocol):
-    """Pictures in canonical order, to be read a few at a time."""
-
-    source: str
-    digest: str
-
-    def labels(self, split: Split) -> Array:
-        """int64 ``[N]``."""
-        ...
-
-    def read(self, split: Split, start: int, stop: int, side: int | None, mode: str) -> Tensor:
-        """The pictures ``start`` to ``stop``, float32 ``[B, C, side, side]`` in 0..1; None: as they are.
-
-        The shorter side of a picture becomes ``side`` (``mode`` "bilinear" or "bicubic", with antialiasing),
-        and the middle of the longer side is taken.
-        """
-        ...
+# The files of each split with their classes, in order of content hashes.
+Files = dict[Split, list[tuple[str, int]]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +50,11 @@ def base(spec: str, root: Places) -> Base:
     entry = registry.resolve("dataset", spec)
     path = registry.split_name(spec)[1]
     if entry.name == "imagefolder" and path is not None:
-        return _folder(path, root)
+        return Base(
+            facts=lambda: _known(picture_folder(path, root)),
+            open=lambda: _Folder(picture_folder(path, root)),
+            missing=lambda: _absent(path, root),
+        )
     return Base(
         facts=lambda: _checked(catalog.facts(spec, root.root), spec),
         open=lambda: _Held(spec, root),
@@ -75,7 +63,10 @@ def base(spec: str, root: Places) -> Base:
 
 
 def resized(x: Tensor, side: int | None, mode: str) -> Tensor:
-    """``[B, C, H, W]`` to ``[B, C, side, side]``: the shorter side becomes ``side``, then the middle is taken."""
+    """``[B, C, H, W]`` to ``[B, C, side, side]``: the shorter side becomes ``side``, then the middle is taken.
+
+    ``mode`` is "bilinear" or "bicubic", with antialiasing. Without a ``side`` they stay as they are.
+    """
     from torch.nn.functional import interpolate
 
     height, width = x.shape[-2:]
@@ -100,7 +91,7 @@ def _checked(facts: Facts, spec: str) -> Facts:
 
 
 class _Held:
-    """A data set that is loaded whole."""
+    """A data set that is loaded whole: ``labels`` are int64 ``[N]``, ``read`` gives some pictures as `resized` does."""
 
     def __init__(self, spec: str, root: Places) -> None:
         import torch
@@ -122,26 +113,12 @@ class _Held:
 # From a folder --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The files of both splits with their classes, each split in order of content hashes."""
-
-    train: list[tuple[str, int]]
-    test: list[tuple[str, int]]
-
-
-def _folder(path: str, root: Places) -> Base:
-    def missing() -> DatasetMissing | None:
-        try:
-            picture_folder(path, root)
-        except DatasetMissing as error:
-            return error
-        return None
-
-    def facts() -> Facts:
-        return _known(picture_folder(path, root))
-
-    return Base(facts, lambda: _Folder(picture_folder(path, root)), missing)
+def _absent(path: str, root: Places) -> DatasetMissing | None:
+    try:
+        picture_folder(path, root)
+    except DatasetMissing as error:
+        return error
+    return None
 
 
 class _Folder:
@@ -154,7 +131,7 @@ class _Folder:
         self._folder, self.digest = folder, facts.digest
 
     def labels(self, split: Split) -> Array:
-        return np.array([label for _, label in getattr(self._files, split)], dtype=np.int64)
+        return np.array([label for _, label in self._files[split]], dtype=np.int64)
 
     def read(self, split: Split, start: int, stop: int, side: int | None, mode: str) -> Tensor:
         import torch
@@ -163,7 +140,7 @@ class _Folder:
             pixels = np.array(open_picture(self._folder / name, "RGB"), dtype=np.uint8)
             return resized(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255, side, mode)
 
-        names = [name for name, _ in getattr(self._files, split)[start:stop]]
+        names = [name for name, _ in self._files[split][start:stop]]
         with ThreadPoolExecutor(cores()) as pool:
             return torch.cat(list(pool.map(one, names)))
 
@@ -171,7 +148,7 @@ class _Folder:
 def _known(folder: Path) -> Facts:
     """Facts of a folder: every file is read once, then again only when the folder has changed."""
     place = _kept(folder)
-    known = catalog.read_facts(place)
+    known = kept(place, Facts)
     if known is None:
         known = _hashed(folder)[0]
         cache.dump(place, asdict(known))
@@ -179,24 +156,22 @@ def _known(folder: Path) -> Facts:
 
 
 def _kept(folder: Path) -> Path:
-    stamp = f"{FORMAT}\n{files_stamp([folder / 'train', folder / 'test'])}"
-    return cache.root() / "folders" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.json"
+    return kept_at("folders", f"{FORMAT}\n{files_stamp([folder / 'train', folder / 'test'])}")
 
 
-def _hashed(folder: Path) -> tuple[Facts, _Files]:
+def _hashed(folder: Path) -> tuple[Facts, Files]:
     """Read every file. The order and the digest depend on the bytes and classes of files, not on their names."""
     classes = class_names(folder)
-    splits: list[list[tuple[str, int]]] = []
+    files: Files = {"train": [], "test": []}
     total = hashlib.sha256(DECODING.encode())
-    for part in ("train", "test"):
-        listed = labelled_files(folder / part, classes)
+    for split, found in files.items():
+        listed = labelled_files(folder / split, classes)
         with ThreadPoolExecutor(cores()) as pool:
             hashes = list(pool.map(_hash, listed))
         order = sorted(range(len(listed)), key=hashes.__getitem__)
-        total.update(json.dumps([part, len(classes), len(order)]).encode())
+        total.update(json.dumps([split, len(classes), len(order)]).encode())
         total.update(b"".join(hashes[i] for i in order))
-        splits.append([(str(listed[i][0].relative_to(folder)), listed[i][1]) for i in order])
-    files = _Files(*splits)
+        found += [(str(listed[i][0].relative_to(folder)), listed[i][1]) for i in order]
     facts = Facts(
         name=f"imagefolder:{folder.name}",
         digest=total.hexdigest()[:16],
@@ -205,8 +180,8 @@ def _hashed(folder: Path) -> tuple[Facts, _Files]:
         statistics="none",
         input_shape=(3, 0, 0),
         classes=len(classes),
-        n_train=len(files.train),
-        n_test=len(files.test),
+        n_train=len(files["train"]),
+        n_test=len(files["test"]),
     )
     return facts, files
 
@@ -218,3 +193,7 @@ def _hash(labelled: tuple[Path, int]) -> bytes:
         h = hashlib.file_digest(opened, "sha256")
     h.update(label.to_bytes(8, "little"))
     return h.digest()
+
+
+Pictures = _Held | _Folder
+"""Pictures in canonical order, to be read a few at a time as float32 ``[B, C, side, side]`` in 0..1."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from harness.data.canonical import Raw
 from harness.data.dataset import Dataset, Facts
@@ -14,6 +18,8 @@ from harness.dp import cache
 
 DOWNLOAD = "EPSBENCH_DOWNLOAD"
 DATA = "EPSBENCH_DATA"
+
+T = TypeVar("T")
 
 
 class DatasetError(ValueError):
@@ -55,7 +61,7 @@ def places(root: Path | None = None, download: bool | None = None) -> Places:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with its ``~`` replaced, or as it is where nobody knows that home."""
+    """A path with its ``~`` replaced, or as it is where that home is unknown."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -111,6 +117,19 @@ class Candidate:
         return next((file for file in self.files if not file.exists()), None)
 
 
+def kept_at(folder: str, stamp: str, suffix: str = ".json") -> Path:
+    """The file of the cache in which what has this stamp is kept."""
+    return cache.root() / folder / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}{suffix}"
+
+
+def kept(file: Path, kind: type[T]) -> T | None:
+    """A dataclass kept as JSON; None where the file is absent or damaged, to be made again."""
+    try:
+        return msgspec.convert(cache.load(file), kind)
+    except msgspec.ValidationError:
+        return None
+
+
 def files_stamp(files: Iterable[Path]) -> str:
     """Absolute path, size and times of each file; of a folder its name, and the same of all that is in it.
 
@@ -144,29 +163,18 @@ def first_of(
 ) -> Source:
     """The first candidate that exists, else what ``fetch`` brings; else :class:`DatasetMissing`."""
 
-    def look() -> Candidate | None:
-        return next((c for c in candidates if c.missing() is None), None)
-
-    def missing(reason: str = "") -> DatasetMissing:
+    def find(fetch: Callable[[], None] | None = None) -> Candidate:
+        found = next((c for c in candidates if c.missing() is None), None)
+        if found is not None:
+            return found
         looked = [f"{c.missing()} ({c.what}): not there" for c in candidates]
-        return DatasetMissing(name, [*looked, reason] if reason else looked, remedies)
+        if fetch is None:
+            raise DatasetMissing(name, looked, remedies)
+        try:
+            fetch()
+        except (OSError, RuntimeError, ImportError) as error:
+            looked.append(f"the download: {type(error).__name__}: {error}")
+            raise DatasetMissing(name, looked, remedies) from error
+        return find()
 
-    def find() -> Candidate:
-        found = look()
-        if found is None and fetch is not None:
-            try:
-                fetch()
-            except (OSError, RuntimeError, ImportError) as error:
-                raise missing(f"the download: {type(error).__name__}: {error}") from error
-            found = look()
-        if found is None:
-            raise missing()
-        return found
-
-    def stamp() -> str:
-        found = look()
-        if found is None:
-            raise missing()
-        return files_stamp(found.files)
-
-    return Source(read=lambda: find().read(), stamp=stamp)
+    return Source(read=lambda: find(fetch).read(), stamp=lambda: files_stamp(find().files))

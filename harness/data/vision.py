@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,18 +131,6 @@ def svhn(root: Places) -> Source:
     return _torchvision("svhn", root, "SVHN", files, classes=10)
 
 
-def _npz(name: str, root: Places) -> Candidate:
-    file = root.root / f"{name}.npz"
-    return Candidate("x_train y_train x_test y_test, as Keras has them", (file,), lambda: read_npz(file))
-
-
-def _remedies(name: str, root: Places) -> list[str]:
-    return [
-        f"{DOWNLOAD}=1 in the environment: torchvision downloads it into {root.root}",
-        f"put {name}.npz (x_train y_train x_test y_test) into {root.root}, or set {DATA} to the folder that has it",
-    ]
-
-
 def _parts(class_name: str, root: Places, download: bool) -> list[tuple[Array, Array]]:
     """``(images, labels)`` of train and test from torchvision, which checks the published checksums."""
     from torchvision import datasets
@@ -164,25 +152,33 @@ def _torchvision(name: str, root: Places, class_name: str, files: tuple[Path, ..
             x, x_test = x.transpose(0, 3, 1, 2), x_test.transpose(0, 3, 1, 2)
         return Raw(x, y, x_test, y_test, f"torchvision {class_name}", classes)
 
-    candidates = [_npz(name, root), Candidate(f"torchvision {class_name}", files, read)]
-    return first_of(name, candidates, _remedies(name, root), _fetch(root, class_name))
+    return _first(name, root, class_name, [Candidate(f"torchvision {class_name}", files, read)])
 
 
-def _idx(name: str, root: Places, folders: list[Path], class_name: str, remedies: list[str] | None = None) -> Source:
+def _idx(name: str, root: Places, folders: list[Path], class_name: str, remedies: Sequence[str] = ()) -> Source:
     def at(folder: Path, suffix: str) -> Candidate:
         files = tuple(folder / f"{file}{suffix}" for file in IDX_FILES)
         return Candidate("IDX", files, lambda: read_idx_folder(files, f"IDX files {IDX_FILES[0]}{suffix} ..."))
 
-    candidates = [_npz(name, root), *(at(folder, suffix) for folder in folders for suffix in ("", ".gz"))]
-    return first_of(name, candidates, [*(remedies or []), *_remedies(name, root)], _fetch(root, class_name))
+    return _first(
+        name, root, class_name, [at(folder, suffix) for folder in folders for suffix in ("", ".gz")], remedies
+    )
 
 
-def _fetch(root: Places, class_name: str) -> Callable[[], None] | None:
-    if not root.download:
-        return None
+def _first(
+    name: str, root: Places, class_name: str, candidates: list[Candidate], remedies: Sequence[str] = ()
+) -> Source:
+    """A ``.npz`` in the data root, else the first candidate, else what torchvision downloads where that is allowed."""
+    file = root.root / f"{name}.npz"
+    npz = Candidate("x_train y_train x_test y_test, as Keras has them", (file,), lambda: read_npz(file))
+    remedies = [
+        *remedies,
+        f"{DOWNLOAD}=1 in the environment: torchvision downloads it into {root.root}",
+        f"put {name}.npz (x_train y_train x_test y_test) into {root.root}, or set {DATA} to the folder that has it",
+    ]
 
     def fetch() -> None:
         root.root.mkdir(parents=True, exist_ok=True)
         _parts(class_name, root, download=True)
 
-    return fetch
+    return first_of(name, [npz, *candidates], remedies, fetch if root.download else None)

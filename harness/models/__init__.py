@@ -2,8 +2,6 @@
 
 from harness.models.catalog import build
 from harness.models.check import CrossExampleLayer, check
-from harness.models.convert import to_groupnorm
-from harness.models.headed import Headed
-from harness.models.layers import WSConv2d
+from harness.models.layers import Headed, WSConv2d, to_groupnorm
 
 __all__ = ["CrossExampleLayer", "Headed", "WSConv2d", "build", "check", "to_groupnorm"]

@@ -11,9 +11,7 @@ from torch.nn.parameter import is_lazy
 from harness.dp.engines.memory import FORGET, changed, remembered
 from harness.dp.engines.weights import held, restored
 from harness.models import mixing, reading
-from harness.models.passes import REMEDY, WHOLE, CrossExampleLayer, called, kind, seeded
-
-__all__ = ["REMEDY", "CrossExampleLayer", "check"]
+from harness.models.passes import REMEDY, CrossExampleLayer, called, kind, seeded
 
 
 def check(
@@ -39,7 +37,7 @@ def check(
     for path, module in model.named_modules():
         reason, remedy = _known(module)
         if reason:
-            raise CrossExampleLayer(path or WHOLE, type(module).__name__, reason, remedy)
+            raise CrossExampleLayer(model, path, reason, remedy)
     _real(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
@@ -56,8 +54,7 @@ def check(
             x, many = draws[0](mixing.PROBE), mixing.large(model, draws[0])
             # First of all: what is kept of an infinite example would hide all that comes after it.
             if found := remembered(model, x, called, many):
-                owner = model.get_submodule(found.path)
-                raise CrossExampleLayer(found.path or WHOLE, type(owner).__name__, str(found), FORGET)
+                raise CrossExampleLayer(model, found.path, str(found), FORGET)
             how = changed(model, x, called, many)
             for draw in draws:
                 mixing.probe(model, classes, draw)
@@ -65,7 +62,7 @@ def check(
         reading.probe(model, draws[0](1), {name: t for name, t in values.items() if name in trained})
         # Last: the others say more precisely what a model does, where they see it.
         if how:
-            raise CrossExampleLayer(WHOLE, type(model).__name__, how, FORGET)
+            raise CrossExampleLayer(model, "", how, FORGET)
 
 
 def _shaken(model: nn.Module) -> dict[str, Tensor]:

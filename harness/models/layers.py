@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
@@ -20,6 +22,15 @@ def images(model: str, shape: tuple[int, ...], at_least: int) -> tuple[int, int,
             + ('Use "mlp" or "logistic".' if len(shape) != 2 else 'Use "cnn1d", "mlp" or "logistic".')
         )
     return shape[0], shape[1], shape[2]
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers of "8,16,32"; empty where one of them is not a whole number above 0."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        return []
+    return found if min(found) > 0 else []
 
 
 class WSConv2d(nn.Module):
@@ -64,3 +75,75 @@ def lecun_(weight: Tensor) -> None:
     # .8796 is the deviation of a standard normal cut at +-2.
     deviation = math.sqrt(1.0 / weight[0].numel()) / 0.87962566103423978
     nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+
+
+def to_groupnorm(model: nn.Module, groups: int = 16) -> nn.Module:
+    """A copy of ``model`` with a GroupNorm for each BatchNorm; the argument is left as it is.
+
+    Scale, shift and epsilon are copied, running statistics are dropped (they are functions of the data).
+    The number of groups is the largest divisor of the channels up to ``groups``. A BatchNorm with its own
+    activation (timm) becomes the GroupNorm followed by that activation. Raises ``ValueError`` for a lazy
+    module not yet initialised.
+    """
+    if groups < 1:
+        raise ValueError(f"groups={groups}: write 1 or more")
+    if isinstance(model, _BatchNorm):
+        return _replacement(model, groups, "model")
+    result = copy.deepcopy(model)
+    # A module used in two places stays one module.
+    made: dict[int, nn.Module] = {}
+    for path, module in list(result.named_modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, _BatchNorm):
+                where = f"{path}.{name}" if path else name
+                new = made.setdefault(id(child), _replacement(child, groups, where))
+                setattr(module, name, new)
+    return result
+
+
+def _replacement(norm: _BatchNorm, groups: int, where: str) -> nn.Module:
+    if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
+        raise ValueError(f"{where}: {type(norm).__name__} has no size yet; run the model once, then convert it")
+    channels = norm.num_features
+    count = max(g for g in range(1, min(groups, channels) + 1) if channels % g == 0)
+    new = nn.GroupNorm(count, channels, eps=norm.eps, affine=norm.affine)
+    if norm.affine:
+        with torch.no_grad():
+            for old, fresh in ((norm.weight, new.weight), (norm.bias, new.bias)):
+                fresh.data = old.detach().clone()
+                fresh.requires_grad_(old.requires_grad)
+    new.train(norm.training)
+    after = list(norm.children())
+    return nn.Sequential(new, *after) if after else new
+
+
+class Headed(nn.Module):
+    """A network and, on its outputs [B, width], a linear layer of zeros with `classes` outputs.
+
+    With `frozen` the network is taken as it is and only the head is trained. A head that starts at zero makes the first
+    outputs, and so the first gradient of the head, the same for every seed.
+    """
+
+    def __init__(self, body: nn.Module, input_shape: tuple[int, ...], classes: int, frozen: bool) -> None:
+        super().__init__()
+        some = next(body.parameters())
+        with torch.no_grad():
+            probe = torch.zeros(1, *input_shape, dtype=some.dtype, device=some.device)
+            width = body.eval()(probe).shape[-1]
+        self.frozen = frozen
+        self.body = body.requires_grad_(not frozen)
+        self.head = nn.Linear(width, classes, dtype=some.dtype, device=some.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def train(self, mode: bool = True) -> Headed:
+        """As for any module, but that a frozen network stays in evaluation mode: its outputs are features."""
+        super().train(mode)
+        if self.frozen:
+            self.body.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores [B, classes]."""
+        scores: Tensor = self.head(self.body(x))
+        return scores

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.dp.engines.draws import SEEDS, Loaded
 from harness.dp.engines.separable import DRAWS, mixed
 from harness.dp.loss import Batch
-from harness.models.passes import REMEDY, WHOLE, CrossExampleLayer, Pass, called, forward, kind, same, seeded
+from harness.models.passes import REMEDY, CrossExampleLayer, Pass, called, forward, kind, same, seeded
 
 # Five examples: few, and unlikely to be the length of another leading dimension.
 PROBE = 5
@@ -97,11 +97,12 @@ def probe(model: nn.Module, classes: int | None, draw: Draw) -> None:
     deterministic = same(base.output, forward(model, x, seed=1).output)
     if not deterministic and not same(base.output, forward(model, x).output):
         raise CrossExampleLayer(
-            WHOLE, type(model).__name__,
+            model,
+            "",
             "gives another output for the same examples in a second pass: it keeps something of the first, or draws"
             " random numbers that torch.manual_seed does not seed",
             "A step may depend on its own examples alone; draw by torch.rand.",
-        )  # fmt: skip
+        )
     for others in draw.others():
         _changed(model, base, x, others)
     if base.drew:
@@ -136,11 +137,12 @@ def _separable(model: nn.Module, x: Tensor, many: Tensor) -> None:
             name = mixed(values, leaves, Batch(batch, batch.new_zeros(len(batch))), ROUGH, size, draws)
             if name:
                 raise CrossExampleLayer(
-                    WHOLE, type(model).__name__,
+                    model,
+                    "",
                     f'mixes examples in its backward pass: the gradient of "{name}" in a batch is not the sum of its'
                     " examples' own",
                     "Let no hook and no straight-through estimator look along the batch.",
-                )  # fmt: skip
+                )
 
 
 def _chance(model: nn.Module, x: Tensor, others: Tensor) -> None:
@@ -157,7 +159,7 @@ def _chance(model: nn.Module, x: Tensor, others: Tensor) -> None:
                 return
         else:
             return
-    raise CrossExampleLayer(WHOLE, type(model).__name__, *BY_CHANCE)
+    raise CrossExampleLayer(model, "", *BY_CHANCE)
 
 
 @contextmanager
@@ -216,8 +218,8 @@ def _same_state(before: dict[str, Tensor], after: dict[str, Tensor], model: nn.M
         if name in after and not torch.equal(tensor, after[name]):
             path, _, last = name.rpartition(".")
             raise CrossExampleLayer(
-                path or WHOLE,
-                type(model.get_submodule(path)).__name__,
+                model,
+                path,
                 f'changes "{last}" in every pass, and the number of passes depends on the size of the batch',
                 "Compute it from the parameters, or do not update it in training.",
             )
@@ -228,8 +230,8 @@ def _same_buffers(a: Pass, b: Pass, model: nn.Module) -> None:
         if not same(buffer, b.buffers[name]):
             path, _, last = name.rpartition(".")
             raise CrossExampleLayer(
-                path or WHOLE,
-                type(model.get_submodule(path)).__name__,
+                model,
+                path,
                 f'writes the data into its buffer "{last}", which is published without noise',
                 "Remove the buffer, or do not update it in training.",
             )
@@ -241,10 +243,10 @@ def culprit(model: nn.Module, x: Tensor, changed: Tensor, what: str, ahead: int 
     a, b = forward(model, x, record=True), forward(model, changed, record=True)
     drawn = forward(model, x, seed=1, record=True)
     stayed = min(len(x) - ahead, len(changed))
-    for (path, module, ours), (_, _, theirs), (*_, again) in zip(a.modules, b.modules, drawn.modules, strict=False):
+    for (path, _, ours), (_, _, theirs), (*_, again) in zip(a.modules, b.modules, drawn.modules, strict=False):
         for one, other, redrawn in zip(ours, theirs, again, strict=False):
             batch_first = one.ndim > 0 and len(one) == len(x) and other.ndim > 0 and len(other) == len(changed)
             if batch_first and not same(one[-stayed:], other[-stayed:]):
                 why = (reason, REMEDY) if same(one, redrawn) else UNEVEN
-                return CrossExampleLayer(path or WHOLE, type(module).__name__, *why)
-    return CrossExampleLayer(WHOLE, type(model).__name__, reason)
+                return CrossExampleLayer(model, path, *why)
+    return CrossExampleLayer(model, "", reason)

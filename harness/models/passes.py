@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +18,17 @@ REMEDY = (
     'for timm "timm:NAME?norm_layer=groupnorm" or "timm:NAME?groupnorm=true", '
     "else harness.models.to_groupnorm(model)."
 )
-WHOLE = "(the model)"
 ROUNDING = 1e-5  # relative to the largest number: a reduction may be cut differently for another batch size
 FAILURES = (RuntimeError, ValueError, AssertionError, TypeError, IndexError)  # what a forward pass may raise
+Recorded = tuple[str, nn.Module, list[Tensor]]  # a module with its path and its outputs
 
 
 class CrossExampleLayer(ValueError):
     """A network whose output for one example depends on others. ``path`` and ``layer`` name the module."""
 
-    def __init__(self, path: str, layer: str, reason: str, remedy: str = REMEDY) -> None:
-        self.path, self.layer, self.reason, self.remedy = path, layer, reason, remedy
-        super().__init__(f'module "{path}" ({layer}) {reason}. {remedy}')
+    def __init__(self, model: nn.Module, path: str, reason: str, remedy: str = REMEDY) -> None:
+        self.path, self.layer = path or "(the model)", type(model.get_submodule(path)).__name__
+        super().__init__(f'module "{self.path}" ({self.layer}) {reason}. {remedy}')
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Pass:
     output: Tensor
     buffers: dict[str, Tensor]
     drew: bool
-    modules: list[tuple[str, nn.Module, list[Tensor]]]
+    modules: list[Recorded]
 
 
 def kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -92,9 +93,9 @@ def _hint(error: BaseException) -> str:
 def forward(model: nn.Module, x: Tensor, seed: int = 0, record: bool = False) -> Pass:
     """Run ``model``, always from the same buffers and random numbers; ``record`` keeps modules' outputs."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    modules: list[tuple[str, nn.Module, list[Tensor]]] = []
+    modules: list[Recorded] = []
     named = [m for m in model.named_modules() if not isinstance(m[1], torch.jit.ScriptModule)]
-    handles = [m.register_forward_hook(_recorder(modules, path)) for path, m in named if record]
+    handles = [m.register_forward_hook(partial(_record, modules, path)) for path, m in named if record]
     try:
         with seeded(x.device, seed), torch.no_grad():
             draws = generators(x.device)
@@ -111,11 +112,8 @@ def forward(model: nn.Module, x: Tensor, seed: int = 0, record: bool = False) ->
     return Pass(output, after, drew, modules)
 
 
-def _recorder(modules: list[tuple[str, nn.Module, list[Tensor]]], path: str) -> Callable[[nn.Module, Any, Any], None]:
-    def record(module: nn.Module, inputs: Any, output: Any) -> None:
-        modules.append((path, module, [t.detach().clone() for t in _tensors(output)]))
-
-    return record
+def _record(modules: list[Recorded], path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    modules.append((path, module, [t.detach().clone() for t in _tensors(output)]))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Logistic regression, multi-layer perceptron and a 1-D convolutional network."""
+"""Logistic regression, a linear head on features, multi-layer perceptron and a 1-D convolutional network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from harness.models.layers import ACTIVATIONS
+from harness.models.layers import ACTIVATIONS, numbers
 from harness.registry import model
 
 
@@ -15,6 +15,15 @@ from harness.registry import model
 def logistic(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """Multinomial logistic regression on the flattened input."""
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), classes))
+
+
+@model("linear-head", paper="arXiv:2205.02973")
+def linear_head(input_shape: tuple[int, ...], classes: int, bias: bool = True) -> nn.Module:
+    """One linear layer on flat features, zero at the start."""
+    linear = nn.Linear(math.prod(input_shape), classes, bias=bias)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    return nn.Sequential(nn.Flatten(), linear)
 
 
 @model("mlp")
@@ -25,11 +34,8 @@ def mlp(
     activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh",
 ) -> nn.Module:
     """Fully connected layers on the flattened input; ``hidden`` lists their widths."""
-    try:
-        widths = [int(width) for width in hidden.split(",")]
-    except ValueError:
-        widths = []
-    if not widths or min(widths) < 1:
+    widths = numbers(hidden)
+    if not widths:
         raise ValueError(f'mlp?hidden={hidden}: write widths joined by commas, as in "hidden=256,256"')
     layers: list[nn.Module] = [nn.Flatten()]
     before = math.prod(input_shape)

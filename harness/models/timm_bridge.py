@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from harness.models.convert import to_groupnorm
-from harness.models.layers import images
+from harness.models.layers import images, to_groupnorm
 from harness.registry import did_you_mean, model
 
 

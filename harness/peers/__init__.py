@@ -38,9 +38,8 @@ book-keeping for PyTorch. It is in no package registry. Its public code gives a 
 one forward pass another gradient, with a relative error of 1.0, and says nothing.
 """
 
-from harness.peers.backpack import BackPack
 from harness.peers.compiled import Privacy, Vmapped
-from harness.peers.hooks import ExpandedWeights, Functorch, Ghost, Hooks
+from harness.peers.hooks import BackPack, ExpandedWeights, Functorch, Ghost, Hooks
 from harness.peers.peer import Peer
 
 __all__ = ["PEERS", "Peer"]

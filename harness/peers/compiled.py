@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -119,7 +118,6 @@ def example_loss(model: nn.Module, names: tuple[str, ...]) -> Callable[..., Any]
     return value
 
 
-@dataclass(frozen=True)
 class Vmapped(Jax, GradientPeer):
     """`jax.jit(jax.vmap(jax.value_and_grad(loss)))`: per-example gradients by vectorisation, as XLA compiles it.
 
@@ -144,7 +142,6 @@ class Vmapped(Jax, GradientPeer):
         return grads, losses
 
 
-@dataclass(frozen=True)
 class Privacy(Jax):
     """`jax_privacy.clipping.clipped_grad`: norms, clipping and sum in one compiled function (Balle et al. 2022).
 

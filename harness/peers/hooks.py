@@ -1,20 +1,22 @@
-"""The engines of Opacus: per-example gradients by hooks, functorch and expanded weights, and its ghost clipping."""
+"""The engines of Opacus and of BackPACK, which mark a copy of the model with per-example gradients or their norms.
+
+Of Opacus: hooks, functorch and expanded weights, and its ghost clipping. Of BackPACK: its extension `BatchGrad`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harness.dp.clip import Clip, State
 from harness.dp.engines.engine import Clipped, trainable
 from harness.dp.loss import Batch, Loss
 from harness.dp.tree import Layout, Tree
-from harness.peers.double import double
-from harness.peers.peer import GradientPeer, Peer, tied
+from harness.peers.peer import MarkingPeer, Peer, double, tied
 
 EXPANDED = {
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.RNN, nn.LSTM, nn.GRU, nn.GroupNorm),
@@ -46,10 +48,6 @@ class OpacusPeer(Peer):
     IMPORTS: ClassVar[str] = "opacus"
     INSTALL: ClassVar[str] = "opacus"
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Opacus's module around `module`, a copy that is ours to change."""
-        raise NotImplementedError
-
 
 def no_hooks(layer: nn.Module) -> str | None:
     """Where Opacus's hooks do not work."""
@@ -80,10 +78,10 @@ def padded(layer: nn.Module) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Hooks(OpacusPeer, GradientPeer):
+class Hooks(OpacusPeer, MarkingPeer):
     """`GradSampleModule`: hooks on each layer compute its per-example gradients from its input and output gradient."""
 
+    MARK: ClassVar[str] = "grad_sample"
     FUNCTORCH: ClassVar[bool] = False
 
     def objection(self, layer: nn.Module) -> str | None:
@@ -94,24 +92,13 @@ class Hooks(OpacusPeer, GradientPeer):
 
         return GradSampleModule(with_its_own_layers(module), loss_reduction="sum", force_functorch=self.FUNCTORCH)
 
-    def rows(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        with double(type(self), self.wrap, model, w) as (module, parameters):
-            losses = loss.per_example(module(batch.x), batch.y)
-            losses.sum().backward()
-            found = {name: p.grad_sample for name, p in parameters.items()}
-            for p in parameters.values():
-                p.grad_sample = None
-        return {name: g for name, g in found.items() if g is not None}, losses.detach()
 
-
-@dataclass(frozen=True)
 class Functorch(Hooks):
     """The same hooks, with `torch.func` through each layer instead of Opacus's formulas."""
 
     FUNCTORCH: ClassVar[bool] = True
 
 
-@dataclass(frozen=True)
 class ExpandedWeights(Hooks):
     """`GradSampleModuleExpandedWeights`: PyTorch's own per-example gradients, by parameters that know the batch."""
 
@@ -128,7 +115,6 @@ class ExpandedWeights(Hooks):
         return GradSampleModuleExpandedWeights(module, loss_reduction="sum")
 
 
-@dataclass(frozen=True)
 class Ghost(OpacusPeer):
     """`GradSampleModuleFastGradientClipping`: norms by hooks, then a second backward pass of the reweighted loss.
 
@@ -155,7 +141,7 @@ class Ghost(OpacusPeer):
         self, loss: Loss, clip: Clip, groups: Mapping[str, int], model: nn.Module, w: Tree, batch: Batch, state: State
     ) -> Clipped:
         module: Any
-        with double(type(self), self.wrap, model, w) as (module, parameters):
+        with double(self, model, w) as (module, parameters):
             losses = loss.per_example(module(batch.x), batch.y)
             for p in parameters.values():  # one that no layer uses keeps this norm
                 p._norm_sample = losses.new_zeros(len(batch))
@@ -176,3 +162,50 @@ class Ghost(OpacusPeer):
                 few = Batch(batch.x[good], batch.y[good])
                 flat = self.clipped_sum(loss, clip, groups, model, w, few, state).total.flat
         return Clipped(w.with_flat(flat), norms, weights, losses.detach())
+
+
+KNOWN = {
+    *(nn.Linear, nn.Embedding, nn.RNN, nn.LSTM, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+}
+
+
+class BackPack(MarkingPeer):
+    """`backpack(BatchGrad())` around the backward pass of a copy of the model that `extend` prepared.
+
+    Dangel, Kunstner and Hennig, BackPACK: Packing more into backprop, arXiv:1912.10985.
+    """
+
+    PACKAGE: ClassVar[str] = "backpack-for-pytorch"
+    IMPORTS: ClassVar[str] = "backpack"
+    INSTALL: ClassVar[str] = "epsbench[peers]"
+    MARK: ClassVar[str] = "grad_batch"
+
+    def refuses(self, loss: Loss, clip: Clip, model: nn.Module) -> str | None:
+        if tied(model):
+            return "the model has tied parameters, which BackPACK counts once"
+        return super().refuses(loss, clip, model)
+
+    def objection(self, layer: nn.Module) -> str | None:
+        if type(layer) not in KNOWN:
+            return "is not a layer that BatchGrad knows: it would go without per-example gradients, silently"
+        if getattr(layer, "padding_mode", "zeros") != "zeros" or isinstance(getattr(layer, "padding", 0), str):
+            return "has a padding that BatchGrad takes for another: it gives another gradient, silently"
+        if isinstance(layer, nn.RNNBase) and (layer.num_layers > 1 or layer.bidirectional or not layer.bias):
+            return "is more than the one layer with biases, in one direction, that BatchGrad serves"
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+            return "has a padding entry, which BatchGrad refuses"
+        if isinstance(layer, nn.Embedding) and layer.weight.dtype is not torch.float32:
+            return "is not in float32, and BatchGrad's rule for embeddings is"
+        return None
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        from backpack import extend
+
+        return extend(module)
+
+    def recording(self) -> AbstractContextManager[Any]:
+        from backpack import backpack
+        from backpack.extensions import BatchGrad
+
+        return backpack(BatchGrad())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,7 +38,6 @@ class PeerNoise(Library, Gaussian):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
 class Opacus(PeerNoise):
     """`DPOptimizer.add_noise`: `torch.normal` with this deviation, added to the summed gradient."""
 
@@ -53,7 +53,6 @@ class Opacus(PeerNoise):
         return value + drawn
 
 
-@dataclass(frozen=True)
 class OpacusSecure(Opacus):
     """The same with `secure_mode=True`: the sum of four draws, halved (Holohan and Braghin, arXiv:2107.10138)."""
 
@@ -61,7 +60,6 @@ class OpacusSecure(Opacus):
     SECURE: ClassVar[bool] = True
 
 
-@dataclass(frozen=True)
 class JaxPrivacy(PeerNoise):
     """`jax_privacy.noise_addition.gaussian_privatizer`, compiled, as training steps are."""
 
@@ -73,13 +71,10 @@ class JaxPrivacy(PeerNoise):
         import jax
 
         words = np.array(divmod(seed, 2**32), np.uint32)
-        double = value.dtype is torch.float64
-        with jax.enable_x64(double):
-            drawn = _privatized(self.COMPILED)(value.numpy(), words, deviation)
-            return torch.from_numpy(np.array(drawn))
+        with jax.enable_x64(value.dtype is torch.float64):
+            return torch.from_numpy(np.array(_privatized(self.COMPILED)(value.numpy(), words, deviation)))
 
 
-@dataclass(frozen=True)
 class JaxPrivacyEager(JaxPrivacy):
     """The same, operation by operation."""
 
@@ -87,24 +82,19 @@ class JaxPrivacyEager(JaxPrivacy):
     COMPILED: ClassVar[bool] = False
 
 
-_compiled: dict[bool, Callable[..., Any]] = {}
-
-
+@cache
 def _privatized(compiled: bool) -> Callable[..., Any]:
     """A sum with noise of a deviation, by JAX Privacy; `words` are those of a key."""
-    if compiled not in _compiled:
-        import jax
-        from jax_privacy.noise_addition import gaussian_privatizer
+    import jax
+    from jax_privacy.noise_addition import gaussian_privatizer
 
-        def noised(value: Any, words: Any, deviation: Any) -> Any:
-            privatizer = gaussian_privatizer(stddev=deviation, prng_key=jax.random.wrap_key_data(words))
-            return privatizer.update(value, privatizer.init(value))[0]
+    def noised(value: Any, words: Any, deviation: Any) -> Any:
+        privatizer = gaussian_privatizer(stddev=deviation, prng_key=jax.random.wrap_key_data(words))
+        return privatizer.update(value, privatizer.init(value))[0]
 
-        _compiled[compiled] = jax.jit(noised, static_argnums=2) if compiled else noised
-    return _compiled[compiled]
+    return jax.jit(noised, static_argnums=2) if compiled else noised
 
 
-@dataclass(frozen=True)
 class TensorFlowPrivacy(PeerNoise):
     """`GaussianSumQuery.get_noised_result` (0.9.0) by TensorFlow: the package pins an accountant that we cannot use."""
 
@@ -120,7 +110,6 @@ class TensorFlowPrivacy(PeerNoise):
         return torch.from_numpy((v + tf.cast(drawn, v.dtype)).numpy())
 
 
-@dataclass(frozen=True)
 class NumPy(PeerNoise):
     """Noise drawn in float64 and rounded to the sum's type before it is added, as by hand."""
 

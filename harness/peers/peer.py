@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +21,7 @@ from harness.dp.engines.rows import squared_norms
 from harness.dp.engines.survey import untouched
 from harness.dp.engines.vmap import chunk_within, refusal
 from harness.dp.loss import Batch, Loss
-from harness.dp.release import Bounded, Relation
+from harness.dp.release import Bounded
 from harness.dp.tree import Tree
 
 TRIED = 3  # examples of a model's first batch whose norms are compared with the loop's
@@ -77,22 +79,13 @@ class Peer(Library, PerExample):
         return None
 
     def bounded(
-        self,
-        loss: Loss,
-        clip: Clip,
-        model: nn.Module,
-        w: Tree,
-        batch: Batch,
-        state: State,
-        sigma: float,
-        relation: Relation,
-        step: int = 0,
+        self, loss: Loss, clip: Clip, model: nn.Module, w: Tree, batch: Batch, *rest: Any, **more: Any
     ) -> Bounded:
         trusted = _trusted.setdefault(model, set())
         if type(self) in trusted or not len(batch):
-            return super().bounded(loss, clip, model, w, batch, state, sigma, relation, step)
+            return super().bounded(loss, clip, model, w, batch, *rest, **more)
         try:
-            found = super().bounded(loss, clip, model, w, batch, state, sigma, relation, step)
+            found = super().bounded(loss, clip, model, w, batch, *rest, **more)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -102,6 +95,10 @@ class Peer(Library, PerExample):
             self.compare(loss, clip, model, w, batch, found.observed.norms[:TRIED])
         trusted.add(type(self))
         return found
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """`module`, a copy that is ours to change, as the library wants it."""
+        raise NotImplementedError
 
     def __str__(self) -> str:
         return f"{self.PACKAGE} {self.version()} ({type(self).__name__})"
@@ -152,3 +149,65 @@ class GradientPeer(Peer):
             for name, t in w.items()
         ]
         return Clipped(w.with_flat(torch.cat([p.reshape(-1) for p in parts])), norms, weights, losses)
+
+
+# Copies that a library may hook, wrap and mark in place of the model itself ---------------------------------
+
+
+# The wrapped copy of a model, and its trained parameters under the names that they have in the model. Whatever a
+# library adds to a parameter is not in its type.
+Double = tuple[nn.Module, Mapping[str, Any]]
+_doubles: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Double]] = WeakKeyDictionary()
+
+
+def structure(model: nn.Module) -> nn.Module:
+    """A copy of `model` that shares its buffers and the memory of its parameters."""
+    shared = {id(b): b for b in model.buffers()}
+    own = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, {**shared, **own})
+
+
+@contextmanager
+def double(peer: Peer, model: nn.Module, w: Tree) -> Iterator[Double]:
+    """The double of `model` that a peer wrapped, a copy with `w` for its parameters and no gradients.
+
+    Made once for each kind of peer, for each dtype, device and set of modes and trained parameters; it lives as
+    long as the model. A failure inside throws it away, for nobody knows what it left half-done.
+    """
+    modes = tuple(m.training for m in model.modules())
+    made, key = _doubles.setdefault(model, {}), (type(peer), w.layout, w.flat.dtype, w.flat.device, modes)
+    if key not in made:
+        module = structure(model)
+        wrapped = peer.wrap(module)
+        names = dict(module.named_parameters())
+        made[key] = wrapped, {name: names[name] for name in w.names}
+    found = made[key]
+    try:
+        for name, p in found[1].items():
+            p.data, p.grad = w[name], None
+        yield found
+    except BaseException:
+        made.pop(key, None)
+        raise
+    for p in found[1].values():
+        p.grad = None
+
+
+class MarkingPeer(GradientPeer):
+    """A library that leaves every example's gradient at the parameters of a copy of the model, as an attribute."""
+
+    MARK: ClassVar[str]
+
+    def recording(self) -> AbstractContextManager[Any]:
+        """What stands around the forward and the backward pass."""
+        return nullcontext()
+
+    def rows(self, loss: Loss, model: nn.Module, w: Tree, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        with double(self, model, w) as (module, parameters):
+            with self.recording():
+                losses = loss.per_example(module(batch.x), batch.y)
+                losses.sum().backward()
+            found = {name: getattr(p, self.MARK, None) for name, p in parameters.items()}
+            for p in parameters.values():
+                setattr(p, self.MARK, None)
+        return {name: g for name, g in found.items() if g is not None}, losses.detach()

@@ -113,6 +113,7 @@ def layer_norm(m: nn.LayerNorm, read: Read, x: Array) -> Array:
 
 RULES |= {
     nn.Identity: lambda m, read, x: x,
+    nn.Flatten: lambda m, read, x: x.reshape(*x.shape[: m.start_dim], -1, *x.shape[m.end_dim % x.ndim + 1 :]),
     nn.Sequential: lambda m, read, x: reduce(lambda y, child: run(child, read, y), m, x),
     nn.Linear: lambda m, read, x: affine(x, read(m.weight), read(m.bias)),
     nn.Tanh: lambda m, read, x: jnp.tanh(x),
@@ -120,12 +121,6 @@ RULES |= {
     nn.SiLU: lambda m, read, x: jax.nn.silu(x),
     nn.GELU: lambda m, read, x: jax.nn.gelu(x, approximate=m.approximate == "tanh"),
 }
-
-
-@twin_of(nn.Flatten)
-def flatten(m: nn.Flatten, read: Read, x: Array) -> Array:
-    end = m.end_dim % x.ndim + 1
-    return x.reshape(*x.shape[: m.start_dim], -1, *x.shape[end:])
 
 
 @twin_of(nn.MaxPool2d)
@@ -204,6 +199,7 @@ def standardised_convolution(m: WSConv2d, read: Read, x: Array) -> Array:
 
 RULES |= {
     resnet.WideBlock: lambda m, read, x: run(m.skip, read, x) + run(m.branch, read, x),
+    sequence.Mean: lambda m, read, x: x.mean(1),
     resnet.ProjectedBlock: lambda m, read, x: jax.nn.relu(run(m.skip, read, x) + run(m.branch, read, x)),
 }
 
@@ -239,11 +235,6 @@ def encoder_layer(m: sequence.EncoderLayer, read: Read, x: Array) -> Array:
 def embedded(m: sequence.Embedded, read: Read, x: Array) -> Array:
     numbers = jnp.clip(x.astype(jnp.int32), 0, m.tokens.num_embeddings - 1)
     return run(m.tokens, read, numbers) + run(m.positions, read, jnp.arange(x.shape[1]))
-
-
-@twin_of(sequence.Mean)
-def mean(m: sequence.Mean, read: Read, x: Array) -> Array:
-    return x.mean(1)
 
 
 @twin_of(sequence.Recurrent)

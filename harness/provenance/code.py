@@ -25,8 +25,6 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["IGNORED", "closure", "code_hash", "hashes"]
-
 # Decorators hand their function back unchanged, so the registry takes no part in any number.
 IGNORED: frozenset[str] = frozenset({"harness.registry"})
 # Packages whose imports are followed, besides those that the starting modules belong to.
@@ -71,9 +69,7 @@ def closure(
     ``LookupError`` where a starting module has no source.
     """
     graph = _Graph(_roots(roots), frozenset(skip))
-    starts: list[tuple[Path, str]] = []
-    for one in modules:
-        starts.append((one.resolve(), graph.name_of(one)) if isinstance(one, Path) else (graph.start(one), one))
+    starts = [(one, graph.name_of(one)) if isinstance(one, Path) else (graph.start(one), one) for one in modules]
     graph.followed = FOLLOWED | {module.split(".")[0] for _, module in starts if module}
     for file, module in starts:
         graph.visit(file.resolve(), module)
@@ -109,7 +105,7 @@ class _Graph:
         self._theirs: dict[str, Path | None] = {}
 
     def start(self, module: str) -> Path:
-        """The file of a starting module; one that a user named is found among the imported modules."""
+        """The file of a starting module; a module of the user's is found among those that are imported."""
         file = self.file(module)
         if file is None:
             loaded = getattr(sys.modules.get(module), "__file__", None)
@@ -138,7 +134,7 @@ class _Graph:
         return self._files[module]
 
     def theirs(self, top: str) -> Path | None:
-        """The folder that holds a module or package of the user's; None for one that is installed, or not found."""
+        """The folder that holds a module or package of the user's; None where it is installed, or not found."""
         if top not in self._theirs:
             try:
                 spec = None if top in self.followed else importlib.util.find_spec(top)
@@ -307,7 +303,7 @@ def _normal(node: object) -> str:
         fields = []
         for name, value in sorted(ast.iter_fields(node)):
             if name == "body" and isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                value = value[1:] if value and _is_docstring(value[0]) else value
+                value = value if ast.get_docstring(node, clean=False) is None else value[1:]
             if value is None or value == [] or name in ("type_comment", "kind", "type_ignores"):
                 continue
             fields.append(f"{name}={_normal(value)}")
@@ -325,7 +321,3 @@ def _names_inside(node: object) -> list[str] | None:
     if isinstance(node, ast.Import) and all(a.asname and a.name.split(".")[0] in FOLLOWED for a in node.names):
         return [f"module as {alias.asname}" for alias in node.names]
     return None
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -26,7 +26,6 @@ import psutil
 MIB = 1024 * 1024
 PACKAGES = ("torch", "torchvision", "opacus", "dp-accounting", "numpy", "scipy", "timm", "mlflow-skinny")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_CBWR", "KMP_AFFINITY")
-_RESET_PEAK = "5"  # proc(5): writing 5 to clear_refs resets VmHWM to the current resident set
 
 
 def cores() -> int:
@@ -101,18 +100,16 @@ def peak_memory_mib(device: str | Any = "cpu") -> float:
     return peak / MIB if sys.platform == "darwin" else peak / 1024
 
 
-def reset_peak_memory(device: str | Any = "cpu") -> bool:
-    """Start the peak anew at the current use; False where the system cannot (it is then since the start)."""
+def reset_peak_memory(device: str | Any = "cpu") -> None:
+    """Start the peak anew at the current use; where the system cannot, it stays that since the start."""
     if str(device).startswith("cuda"):
         import torch
 
         torch.cuda.reset_peak_memory_stats(str(device))
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
-    except OSError:
-        return False
-    return True
+        return
+    # proc(5): writing 5 to clear_refs resets VmHWM to the current resident set.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident_mib(pid: int) -> float | None:
@@ -159,22 +156,17 @@ def device_info(spec: str = "cpu", threads: int = 1) -> dict[str, Any]:
 
 
 @functools.cache
-def _commit() -> tuple[str | None, bool | None]:
-    here = Path(__file__).resolve()
-    if not _output("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name):
-        return None, None
-    commit = _output("git", "-C", str(here.parent), "rev-parse", "HEAD")
-    changed = _output("git", "-C", str(here.parent.parent), "status", "--porcelain", "--untracked-files=no")
-    return commit, None if changed is None else bool(changed)
-
-
-def git_state() -> dict[str, Any]:
+def _checkout() -> dict[str, Any]:
     """{"commit": 40 hex digits or None, "dirty": bool or None} of the checkout that this package runs from.
 
     None for an installed copy: a repository that merely surrounds the virtual environment is not our source.
     """
-    commit, dirty = _commit()
-    return {"commit": commit, "dirty": dirty}
+    here = Path(__file__).resolve()
+    if not _output("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name):
+        return {"commit": None, "dirty": None}
+    commit = _output("git", "-C", str(here.parent), "rev-parse", "HEAD")
+    changed = _output("git", "-C", str(here.parent.parent), "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
 
 
 def environment() -> dict[str, Any]:
@@ -192,7 +184,7 @@ def environment() -> dict[str, Any]:
         "memory_mib": psutil.virtual_memory().total // MIB,
         "variables": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
         **_torch_settings(),
-        **git_state(),
+        **_checkout(),
     }
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from harness.records.shelf import Item, Shelf, attempt
 
-__all__ = ["FOLDER", "SCHEMA", "identity", "latest", "load", "write"]
-
 SCHEMA = 1
 FOLDER = "audits"
 _IDENTITY = (

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
-__all__ = ["Cell", "canonical_json"]
-
 _NOTHING = object()
 
 

@@ -13,9 +13,8 @@ from typing import Any
 
 from harness import registry
 from harness.provenance import code as codehash
-from harness.records.shelf import Found, Item, Shelf, fits
-
-__all__ = ["FOLDER", "SCHEMA", "failing", "identity", "kept", "latest", "load", "outcome", "stale", "write"]
+from harness.records.files import Records
+from harness.records.shelf import Item, Shelf, fits
 
 SCHEMA = 1
 FOLDER = "checks"
@@ -80,16 +79,16 @@ def kept(check: Item, known: Iterable[Item]) -> Item | None:
     return next((one for one in known if said(one) == said(check)), None)
 
 
-def latest(checks: Iterable[Item]) -> Found:
+def latest(checks: Iterable[Item]) -> Records:
     """The check of each method that counts, and its repetitions, in the order of their names, each with ``"stale"``.
 
-    It is one of today's code; where there is none, one of the code that was last checked. Of those a failure stands,
+    Checks of today's code count, or those of the code that was checked last. Of these a failure stands,
     until the code changes; then the most repetitions, for a few seeds do not undo many; then the last.
     """
     groups: dict[tuple[str, bool], list[Item]] = {}
     for check in sorted(checks, key=lambda one: (datetime.fromisoformat(one["started"]), one["path"])):
         groups.setdefault((check["method"], check["repeat"] is not None), []).append(check)
-    found = Found()
+    found = Records()
     for _, group in sorted(groups.items()):
         of_last = [one for one in group if one["code"]["hash"] == group[-1]["code"]["hash"]]
         same = [one for one in group if not stale(one)] or of_last

@@ -1,9 +1,10 @@
-"""A record as MLflow is to hold it: what goes out of it, as flat parameters, metrics and tags."""
+"""A record and its trace as MLflow is to hold them: flat parameters, metrics and tags, and points."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.records import public, store
-from harness.records.trace import Point, finite, read_points
+from harness.records.files import content
 
 _LONGEST = 5000  # characters of a parameter or tag; MLflow's limit is 6000
 
@@ -59,11 +60,6 @@ class Finished:
         shown = public.points(self.record, [point.values for point in found])
         return [Point(point.step, 0.0, values) for point, values in zip(found, shown, strict=False)]
 
-    @property
-    def key(self) -> str:
-        """The place of its folder, as `key_of` gives it."""
-        return key_of(self.run_dir)
-
 
 def key_of(run_dir: Path) -> str:
     """The place of a run's folder under results/: "<suite>/<id>"."""
@@ -72,26 +68,24 @@ def key_of(run_dir: Path) -> str:
 
 def parameters(cell: Mapping[str, Any]) -> dict[str, str]:
     """A cell as flat MLflow parameters: `method.lr`, `parts.clip`, `task.dataset`, ..., `seed`."""
-    method = cell.get("method") or {}
-    flat = {"method": method.get("name"), "method.label": method.get("label")}
-    flat |= {f"method.{key}": value for key, value in (method.get("parameters") or {}).items()}
-    flat |= {f"parts.{key}": _call(part) for key, part in (method.get("parts") or {}).items()}
-    for section in ("task", "privacy", "schedule", "numerics"):
-        flat |= {f"{section}.{key}": value for key, value in (cell.get(section) or {}).items()}
-    if flat.get("privacy.epsilon", 0) is None:
-        flat["privacy.epsilon"] = "inf"
-    flat["seed"] = cell.get("seed")
+    method = cell["method"]
+    parts = {name: _call(part) for name, part in method["parts"].items()}
+    privacy = cell["privacy"] | ({"epsilon": "inf"} if cell["privacy"]["epsilon"] is None else {})
+    sections = {"method": method["parameters"], "parts": parts, "privacy": privacy}
+    sections |= {name: cell[name] for name in ("task", "schedule", "numerics")}
+    flat = {"method": method["name"], "method.label": method["label"], "seed": cell["seed"]}
+    flat |= {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     return {cleaned(key): _text(value) for key, value in flat.items() if value is not None}
 
 
 def final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """The record's finite numbers, named `final/...` so that they stand apart from the trace."""
-    privacy = record.get("privacy") or {}
-    flat: dict[str, Any] = dict(record.get("metrics") or {})
-    flat |= {"epsilon": privacy.get("epsilon"), "noise_multiplier": privacy.get("noise_multiplier")}
-    flat |= {f"epsilon_{name}": value for name, value in (privacy.get("spent") or {}).items()}
-    flat |= {f"planned_epsilon_{name}": value for name, value in (privacy.get("planned") or {}).items()}
-    for key, value in ((record.get("measured") or {}) | public.diagnostics(record)).items():
+    privacy = record["privacy"]
+    flat: dict[str, Any] = dict(record["metrics"])
+    flat |= {"epsilon": privacy["epsilon"], "noise_multiplier": privacy["noise_multiplier"]}
+    flat |= {f"epsilon_{name}": value for name, value in privacy["spent"].items()}
+    flat |= {f"planned_epsilon_{name}": value for name, value in privacy["planned"].items()}
+    for key, value in (record["measured"] | public.diagnostics(record)).items():
         flat[key] = value.get("median") if isinstance(value, dict) else value
     return {cleaned(f"final/{key}"): float(value) for key, value in flat.items() if finite(value)}
 
@@ -99,41 +93,35 @@ def final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
 def tags(finished: Finished) -> dict[str, str]:
     """The tags of a finished run, all but `epsbench.record`, which is written last."""
     record = finished.record
-    cell, card = record.get("cell") or {}, record.get("card") or {}
-    found = identity(finished.run_dir, cell) | {
-        "epsbench.group": record.get("group"),
-        "epsbench.status": record.get("status"),
-        "epsbench.reason": record.get("reason"),
-        "epsbench.device": (record.get("device") or {}).get("name"),
-        "epsbench.code": (record.get("code") or {}).get("hash"),
-        "epsbench.paper": card.get("paper"),
-        "epsbench.family": card.get("family"),
-        "mlflow.note.content": card.get("summary"),
+    found = identity(finished.run_dir, record["cell"]) | {
+        "epsbench.group": record["group"],
+        "epsbench.status": record["status"],
+        "epsbench.reason": record["reason"],
+        "epsbench.device": record["device"]["name"],
+        "epsbench.code": record["code"]["hash"],
+        "epsbench.paper": record["card"]["paper"],
+        "epsbench.family": record["card"]["family"],
+        "mlflow.note.content": record["card"]["summary"],
     }
     return {key: _text(value) for key, value in found.items() if value is not None}
 
 
 def identity(run_dir: Path, cell: Mapping[str, Any]) -> dict[str, Any]:
-    """The tags that say whose run this is, as far as its cell is known."""
-    found = {
+    """The tags that say whose run this is."""
+    epsilon = cell["privacy"]["epsilon"]
+    title = [
+        cell["method"]["label"] or cell["method"]["name"],
+        cell["task"]["name"],
+        "" if epsilon is None else f"epsilon {epsilon}",
+        f"seed {cell['seed']}",
+    ]
+    return {
         "epsbench.run": run_dir.name,
         "epsbench.id": run_dir.name.partition(".")[0],
         "epsbench.suite": run_dir.parent.name,
-        "mlflow.runName": _title(run_dir, cell),
+        "epsbench.seed": _text(cell["seed"]),
+        "mlflow.runName": ", ".join(filter(None, title)),
     }
-    return found | ({"epsbench.seed": _text(cell["seed"])} if "seed" in cell else {})
-
-
-def _title(run_dir: Path, cell: Mapping[str, Any]) -> str:
-    method, task, privacy = (cell.get(key) or {} for key in ("method", "task", "privacy"))
-    epsilon = privacy.get("epsilon")
-    parts = [
-        method.get("label") or method.get("name"),
-        task.get("name"),
-        None if epsilon is None else f"epsilon {epsilon}",
-        f"seed {cell['seed']}" if "seed" in cell else None,
-    ]
-    return ", ".join(str(part) for part in parts if part) or run_dir.name
 
 
 def _call(part: Any) -> Any:
@@ -154,8 +142,55 @@ def _text(value: Any) -> str:
 
 
 def milliseconds(moment: Any, otherwise: float) -> int:
-    """An ISO 8601 moment, or seconds since 1970 where there is none, in MLflow's unit. A day begins in UTC."""
+    """A moment in ISO 8601, or `otherwise` (seconds since 1970), in milliseconds. A day begins in UTC."""
     if not isinstance(moment, str):
         return int(otherwise * 1000)
     found = datetime.fromisoformat(moment)
     return int((found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of a trace: its step, seconds of training so far, and its finite numbers."""
+
+    step: int
+    seconds: float
+    values: dict[str, float]
+
+
+def read_points(trace: Path, offset: int = 0) -> tuple[list[Point], int]:
+    """The points after byte `offset`, and the offset after the last complete line.
+
+    A last line without its newline is still being written and is left for the next call; a line that is not
+    a point (torn by a kill, then appended to) is passed over. A file that has become shorter is read from the
+    start. Raises OSError where it cannot be read or is not a plain file.
+    """
+    try:
+        data = content(trace)
+    except FileNotFoundError:
+        return [], 0
+    if len(data) < offset:
+        offset = 0
+    data = data[offset:]
+    end = data.rfind(b"\n") + 1
+    return [point for line in data[:end].splitlines() if (point := _point(line))], offset + end
+
+
+def _point(line: bytes) -> Point | None:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict) or not finite(fields.get("step")):
+        return None
+    values = {key: float(value) for key, value in fields.items() if key not in ("step", "seconds") and finite(value)}
+    seconds = fields.get("seconds")
+    return Point(int(fields["step"]), float(seconds) if seconds is not None and finite(seconds) else 0.0, values)
+
+
+def finite(value: Any) -> bool:
+    """Whether this is a number that a float can hold, and no truth value."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return False

@@ -7,19 +7,17 @@ difference would be free of it. So noise, sampling and path are those of an atte
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.records.cell import Cell
-from harness.records.private import opened
+import msgspec
 
-__all__ = ["Draw", "OtherCell", "begin", "begun", "stranger"]
+from harness.records.cell import Cell
+from harness.records.files import opened
 
 NOTE = "draw.json"
 CHECKPOINT = "checkpoint"
@@ -30,8 +28,7 @@ class OtherCell(Exception):
     """The folder holds the half-done run of another cell, which is not to be touched."""
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(msgspec.Struct, frozen=True):
     """What the seeds of a run are derived from besides its cell: the number of the attempt, and a hash of its code.
 
     And `setting`, a hash of what else decides its sums to the bit: device, threads, engine, microbatch, libraries,
@@ -44,15 +41,15 @@ class Draw:
 
     def to_json(self) -> dict[str, Any]:
         """As a record's ``randomness`` holds it."""
-        return dataclasses.asdict(self)
+        return msgspec.structs.asdict(self)
 
 
 def begin(folder: Path, cell: Cell, code: str, setting: str = "") -> tuple[Draw, int]:
-    """The draw of the run in `folder`, and the how many-th session of it this is; notes both before anything is drawn.
+    """The draw of the run in `folder`, and the number of this session of it; notes both before anything is drawn.
 
-    The draw is the one that the run began with, else the folder's number and the rest. What other code or another
-    setting has begun, or what does not say what it drew, is forgotten with its trace: half of a run by one and half by
-    another is a run of neither. Raises OtherCell where it is of another cell.
+    A run goes on with the draw that it began with; a new one draws by the folder's number, `code` and `setting`. What
+    other code or another setting has begun, or what does not say what it drew, is forgotten with its trace: half of a
+    run by one and half by another is a run of neither. Raises OtherCell where it is of another cell.
 
     That a run was begun is noted at once and not with its first checkpoint: whether it came to one is a matter of
     time, and what its next session draws would tell.
@@ -60,8 +57,8 @@ def begin(folder: Path, cell: Cell, code: str, setting: str = "") -> tuple[Draw,
     if reason := stranger(folder, cell):
         raise OtherCell(f"{folder}: {reason}")
     before = begun(folder)
-    if before is not None and (before["draw"].code, before["draw"].setting) == (code, setting):
-        draw, session = before["draw"], before["sessions"] + 1
+    if before is not None and (before.code, before.setting) == (code, setting):
+        draw, session = Draw(before.attempt, code, setting), before.sessions + 1
     else:
         shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
         (folder / TRACE).unlink(missing_ok=True)
@@ -76,26 +73,28 @@ def begin(folder: Path, cell: Cell, code: str, setting: str = "") -> tuple[Draw,
     return draw, session
 
 
-def begun(folder: Path) -> dict[str, Any] | None:
-    """``cell`` (its digest), ``draw``, ``sessions`` of the half-done run in `folder`; None without a readable note."""
+class Note(Draw, frozen=True, kw_only=True):
+    """What is noted of a half-done run: its draw, the digest of its cell, and how many sessions it has had."""
+
+    cell: str
+    sessions: int
+
+
+def begun(folder: Path) -> Note | None:
+    """The note of the half-done run in `folder`; None without a readable one."""
     try:
-        note = json.loads((folder / CHECKPOINT / NOTE).read_bytes())
-        cell, attempt, code, setting = (note[name] for name in ("cell", "attempt", "code", "setting"))
-        sessions = note["sessions"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return msgspec.json.decode((folder / CHECKPOINT / NOTE).read_bytes(), type=Note)
+    except (OSError, ValueError, RecursionError):
         return None
-    if not type(attempt) is type(sessions) is int or not all(isinstance(one, str) for one in (cell, code, setting)):
-        return None
-    return {"cell": cell, "draw": Draw(attempt, code, setting), "sessions": sessions}
 
 
 def stranger(folder: Path, cell: Cell) -> str:
     """Why the half-done run in `folder` is not one of `cell`; empty where it is, or where none is begun."""
     before = begun(folder)
-    if before is None or before["cell"] == cell.digest:
+    if before is None or before.cell == cell.digest:
         return ""
     return (
-        f"holds the half-done run of another cell with the same id ({before['cell'][:16]}..., the one asked for is "
+        f"holds the half-done run of another cell with the same id ({before.cell[:16]}..., the one asked for is "
         f"{cell.digest[:16]}...): move one of the two to another results folder"
     )
 

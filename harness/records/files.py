@@ -1,4 +1,4 @@
-"""Files of results: written once or in one step, durably; strict JSON."""
+"""Files of results: written once or in one step, durably; strict JSON. The lock of a run's folder."""
 
 from __future__ import annotations
 
@@ -10,28 +10,16 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
-__all__ = [
-    "MOST_BYTES",
-    "AlreadyWritten",
-    "Broken",
-    "StoreError",
-    "Unwritable",
-    "content",
-    "discard",
-    "dumps",
-    "replace_file",
-    "sweep",
-    "temporary",
-    "write_durably",
-    "write_once",
-]
+from filelock import FileLock, Timeout
 
 MOST_BYTES = 64 * 2**20
 """The largest record: its ledger is run-length encoded, and thousands of them are read at once."""
+_LOCK = ".lock"
 
 
 class StoreError(Exception):
@@ -65,6 +53,14 @@ class Broken:
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+class Records(list[dict[str, Any]]):
+    """What a folder holds, each with its ``"path"``. ``broken`` is the quarantine: the files that could not be used."""
+
+    def __init__(self, records: Iterable[dict[str, Any]] = (), broken: Iterable[Broken] = ()) -> None:
+        super().__init__(records)
+        self.broken = list(broken)
+
+
 def dumps(value: object) -> str:
     """Strict JSON with sorted keys, one space of indentation and a final newline.
 
@@ -84,11 +80,15 @@ def _finite(value: object) -> object:
 
 
 def write_once(path: Path, data: bytes) -> None:
-    """Create `path` with `data`, durably and in one step. Raises AlreadyWritten where it exists, Unwritable where the
-    file system refuses.
+    """Create `path` and its folder, durably and in one step. Raises AlreadyWritten where it exists, Unwritable where
+    the file system refuses.
 
     After a power cut there is either the whole file or none.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unwritable(path.parent, error) from error
     fresh, linking = temporary(path), False
     try:
         write_durably(fresh, data)
@@ -157,6 +157,17 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def listed(folder: Path, broken: list[Broken]) -> list[str]:
+    """What is in a folder and not hidden, in order; a folder that cannot be listed is added to `broken`."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        broken.append(Broken(folder, f"cannot be read: {error.strerror}"))
+        return []
+
+
 def content(path: Path) -> bytes:
     """The bytes of a plain file, no more than make it too large for a record. Raises OSError, also for all else.
 
@@ -166,3 +177,68 @@ def content(path: Path) -> bytes:
         raise OSError(errno.EINVAL, "not a plain file", str(path))
     with path.open("rb") as file:
         return file.read(MOST_BYTES + 1)
+
+
+def content_of(path: Path, broken: list[Broken]) -> bytes | None:
+    """The same, or None. A file that cannot be read is added to `broken`; a missing file is not."""
+    try:
+        return content(path)
+    except OSError as error:
+        if path.is_symlink() or not isinstance(error, FileNotFoundError):
+            broken.append(Broken(path, f"cannot be read: {error.strerror}"))
+        return None
+
+
+def opened(path: Path, mode: str = "wb", **options: Any) -> IO[Any]:
+    """Open a file to write it, as :func:`open` does, readable and writable by its owner alone (mode 0600).
+
+    For what no accountant has charged for. Also where there is a file of this name already, left by a killed run or an
+    older version.
+    """
+    file = open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600), **options)  # noqa: SIM115
+    os.fchmod(file.fileno(), 0o600)
+    return file
+
+
+def lock(folder: Path) -> FileLock | None:
+    """Take the lock of a run's folder, made if need be; None where another process has it.
+
+    What is returned holds the lock until :func:`unlock` or the death of the process, however it comes. Raises
+    Unwritable where no lock can be made.
+    """
+    path, gone = folder / _LOCK, 0
+    held = FileLock(path, blocking=False, thread_local=False)
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.acquire()
+            return held
+        except Timeout:
+            # Its last holder may have removed the file between our open and our lock.
+            if path.exists():
+                return None
+        except OSError as error:
+            # A merge that came to nothing removes the folder that it had made for its lock.
+            gone += isinstance(error, FileNotFoundError)
+            if not isinstance(error, FileNotFoundError) or gone == 100:
+                raise Unwritable(folder, error) from error
+
+
+def unlock(folder: Path, held: FileLock) -> None:
+    """Remove the lock file, then let go of it: who opened it meanwhile sees that it is gone."""
+    (folder / _LOCK).unlink(missing_ok=True)
+    held.release()
+
+
+def locked(folder: Path) -> bool:
+    """Whether some process holds the lock of this folder."""
+    if not (folder / _LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / _LOCK, blocking=False, thread_local=False):
+            return False
+    except FileNotFoundError:
+        return False
+    except (Timeout, PermissionError):
+        # Somebody else's file is there for as long as their run is.
+        return True

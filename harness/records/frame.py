@@ -15,13 +15,11 @@ from harness.records.schema import columns
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["COLUMNS", "load_results"]
-
 _Value = Callable[[Any], Any]
 
 
 def _field(name: str, kind: str = "") -> _Value:
-    """Looks up a dotted name; None where there is none, or a thing that a column of this kind cannot hold."""
+    """Looks up a dotted name; None where it is missing, or has a value that a column of this kind cannot hold."""
 
     def value(record: Any) -> Any:
         for key in name.split("."):
@@ -54,7 +52,7 @@ _HELD: Mapping[str, _Value] = {
 
 
 def _target(record: Any) -> float:
-    """The target epsilon; infinite where there is none."""
+    """The target epsilon; infinite without a target."""
     value = record["cell"]["privacy"].get("epsilon")
     return math.inf if value is None else float(value)
 
@@ -114,12 +112,12 @@ def load_results(folder: str | Path = "results") -> pandas.DataFrame:
     if (place / store.RECORD).is_file():
         raise ValueError(f"{folder}: is the folder of one run; name the results folder, or that of a suite in it")
     records = store.load(*(store.suite_of(place) or (place,)))
-    told = [{**record, "diagnostics": public.diagnostics(record)} for record in records]
+    shown = [{**record, "diagnostics": public.diagnostics(record)} for record in records]
     for one in records.broken:
         warnings.warn(f"quarantined: {one}", stacklevel=3)
     table = {}
     for name, (kind, value) in COLUMNS.items():
-        values = [value(record) for record in told]
+        values = [value(record) for record in shown]
         if kind.startswith("datetime64"):
             moments = pd.to_datetime(pd.Series(values, dtype="object"), utc=True, format="ISO8601", errors="coerce")
             table[name] = moments.dt.as_unit("us")

@@ -9,13 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.records import draw, origin, public
+from harness.records import draw, files, origin, public
 from harness.records.cell import Cell
-from harness.records.files import Broken, StoreError, Unwritable, content, discard, temporary, write_durably, write_once
-from harness.records.lock import lock, unlock
 from harness.records.store import RECORD, Record, cell_of, mismatch, parse_at, record_files, stranger
-
-__all__ = ["MergeResult", "merge"]
 
 # What a merge takes along, before the record itself.
 _COPIED = ("trace.jsonl", "env.json", "error.txt")
@@ -33,13 +29,11 @@ class MergeResult:
 
     added: list[str] = field(default_factory=list)
     same: list[str] = field(default_factory=list)
-    conflicts: list[Broken] = field(default_factory=list)
-    refused: list[Broken] = field(default_factory=list)
+    conflicts: list[files.Broken] = field(default_factory=list)
+    refused: list[files.Broken] = field(default_factory=list)
 
 
-def merge(
-    sources: Sequence[Path], into: Path, vet: Vet | None = None, called: Mapping[Path, str] | None = None
-) -> MergeResult:
+def merge(sources: Sequence[Path], into: Path, vet: Vet, called: Mapping[Path, str]) -> MergeResult:
     """Add the records of other results folders to `into`, each with its origin. Never overwrites.
 
     `vet` is asked of each record that would be added; `called` are the names of sources by which origins know them.
@@ -51,60 +45,58 @@ def merge(
     result = MergeResult()
     for source in sources:
         if not source.is_dir():
-            raise StoreError(f"{source}: no such folder; name a results folder, which holds <suite>/<id>/{RECORD}")
+            raise files.StoreError(
+                f"{source}: no such folder; name a results folder, which holds <suite>/<id>/{RECORD}"
+            )
         if into.exists() and source.samefile(into):
-            raise StoreError(f"{source}: cannot be merged into itself; name another folder")
-        files = [path for path in record_files(source, None, result.refused) if os.path.lexists(path)]
-        if not files and not result.refused:
-            raise StoreError(f"{source}: holds no <suite>/<id>/{RECORD}; name the folder above the suites")
-        name = (called or {}).get(source) or source.resolve().name
-        for path in files:
+            raise files.StoreError(f"{source}: cannot be merged into itself; name another folder")
+        found = [path for path in record_files(source, None, result.refused) if os.path.lexists(path)]
+        if not found and not result.refused:
+            raise files.StoreError(f"{source}: holds no <suite>/<id>/{RECORD}; name the folder above the suites")
+        name = called.get(source) or source.resolve().name
+        for path in found:
             _merge_one(path, into, result, vet, name)
     return result
 
 
-def _merge_one(path: Path, into: Path, result: MergeResult, vet: Vet | None, source: str) -> None:
-    try:
-        data = content(path)
-    except OSError as error:
-        result.refused.append(Broken(path, f"cannot be read: {error.strerror}"))
+def _merge_one(path: Path, into: Path, result: MergeResult, vet: Vet, source: str) -> None:
+    data = files.content_of(path, result.refused)
+    if data is None:
         return
     record, reason = parse_at(path.absolute(), data)
-    if record is not None:
-        reason = mismatch(record)
-    if reason:
-        result.refused.append(Broken(path, reason))
+    if record is None or (reason := mismatch(record)):
+        result.refused.append(files.Broken(path, reason))
         return
     where = f"{path.parent.parent.name}/{path.parent.name}"
     target = into / where
     if os.path.lexists(target) and not target.is_dir():
-        result.conflicts.append(Broken(path, f"{target} is no folder, and is kept"))
+        result.conflicts.append(files.Broken(path, f"{target} is no folder, and is kept"))
         return
-    if reason := _taken(cell_of(record), into) if record is not None else "":
-        result.conflicts.append(Broken(path, reason))
+    if reason := _taken(cell_of(record), into):
+        result.conflicts.append(files.Broken(path, reason))
         return
-    held = lock(target)
+    held = files.lock(target)
     if held is None:
-        result.conflicts.append(Broken(path, f"{target} is running now; merge again when it is done"))
+        result.conflicts.append(files.Broken(path, f"{target} is running now; merge again when it is done"))
         return
     try:
         if os.path.lexists(target / RECORD):
             difference = _difference(target / RECORD, data)
             if difference:
-                result.conflicts.append(Broken(path, difference))
+                result.conflicts.append(files.Broken(path, difference))
             else:
                 result.same.append(where)
             return
-        assert record is not None
-        reason, unknown = vet(record) if vet else ("", ("nothing of it was computed again",))
+        reason, unknown = vet(record)
         if reason:
-            result.refused.append(Broken(path, reason))
+            result.refused.append(files.Broken(path, reason))
             return
         _add(path.parent, target, data, origin.write(data, source, unknown), result.refused)
         result.added.append(where)
     finally:
-        unlock(target, held)
-        with contextlib.suppress(OSError):  # one that was made for the lock alone would look like a run half done
+        files.unlock(target, held)
+        # A folder that was made for the lock alone would look like a run half done.
+        with contextlib.suppress(OSError):
             target.rmdir()
 
 
@@ -113,7 +105,7 @@ def _taken(cell: Cell, results: Path) -> str:
     for folder in sorted((results / cell.suite).glob(f"{cell.id}*")):
         record = None
         with contextlib.suppress(OSError):
-            record, _ = parse_at((folder / RECORD).absolute(), content(folder / RECORD))
+            record, _ = parse_at((folder / RECORD).absolute(), files.content(folder / RECORD))
         reason = stranger(record, cell) if record is not None else draw.stranger(folder, cell)
         if reason:
             return f"{folder} {reason}"
@@ -123,7 +115,7 @@ def _taken(cell: Cell, results: Path) -> str:
 def _difference(there: Path, data: bytes) -> str:
     """Why the record that is there is not these bytes; empty where it is, or they differ by what is private alone."""
     try:
-        found = content(there)
+        found = files.content(there)
     except OSError as error:
         return f"{there} is there already, cannot be read ({error.strerror}), and is kept"
     if found == data:
@@ -137,7 +129,7 @@ def _difference(there: Path, data: bytes) -> str:
     return f"differs from {there}, which is kept"
 
 
-def _add(source: Path, target: Path, data: bytes, note: bytes, refused: list[Broken]) -> None:
+def _add(source: Path, target: Path, data: bytes, note: bytes, refused: list[files.Broken]) -> None:
     """Put a record, its origin and its side files into a locked folder without one, all or nothing.
 
     A half-done run in it is superseded: this record is what it would have become. What takes room is written before
@@ -145,17 +137,14 @@ def _add(source: Path, target: Path, data: bytes, note: bytes, refused: list[Bro
     that begins anew.
     """
     staged: dict[str, Path] = {}
-    aside = temporary(target / "superseded")
+    aside = files.temporary(target / "superseded")
     placed: list[Path] = []
     moved: list[str] = []
     try:
-        for side in _COPIED:
-            content = _side(source / side, refused)
+        for side, content in [*((side, _side(source / side, refused)) for side in _COPIED), (origin.FILE, note)]:
             if content is not None:
-                staged[side] = temporary(target / side)
-                write_durably(staged[side], content)
-        staged[origin.FILE] = temporary(target / origin.FILE)
-        write_durably(staged[origin.FILE], note)
+                staged[side] = files.temporary(target / side)
+                files.write_durably(staged[side], content)
         aside.mkdir()
         for name in ("checkpoint", *_COPIED, origin.FILE):  # without its checkpoint first: a trace alone is begun again
             if os.path.lexists(target / name):
@@ -164,30 +153,30 @@ def _add(source: Path, target: Path, data: bytes, note: bytes, refused: list[Bro
         for side, file in staged.items():
             file.rename(target / side)
             placed.append(target / side)
-        write_once(target / RECORD, data)
+        files.write_once(target / RECORD, data)
     except BaseException as error:
         for path in placed:
-            discard(path)
+            files.discard(path)
         for name in reversed(moved):
             (aside / name).rename(target / name)
         if isinstance(error, OSError):
-            raise Unwritable(target, error) from error
+            raise files.Unwritable(target, error) from error
         raise
     finally:
         for file in staged.values():
-            discard(file)
-        discard(aside)
+            files.discard(file)
+        files.discard(aside)
 
 
-def _side(path: Path, refused: list[Broken]) -> bytes | None:
-    """The bytes of a side file, None where there is none or it is not to be taken along."""
+def _side(path: Path, refused: list[files.Broken]) -> bytes | None:
+    """The bytes of a side file; None where it is missing or is not to be taken along."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            refused.append(Broken(path, "not a plain file; left behind"))
+            refused.append(files.Broken(path, "not a plain file; left behind"))
             return None
         return path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
-        refused.append(Broken(path, f"cannot be read: {error.strerror}; left behind"))
+        refused.append(files.Broken(path, f"cannot be read: {error.strerror}; left behind"))
         return None

@@ -23,28 +23,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.records import store
-from harness.records.description import (
-    Finished,
-    cleaned,
-    final_metrics,
-    identity,
-    key_of,
-    milliseconds,
-    parameters,
-    tags,
-)
-from harness.records.files import StoreError
-from harness.records.trace import Point, read_points
+from harness.records import description, store
+from harness.records.description import Point, read_points
+from harness.records.files import StoreError, dumps, replace_file
 
 Say = Callable[[str], None]
 
 REMEDY = "`epsbench track --rebuild` adds what is missing"
 
-# MLflow retries an unreachable server for minutes unless it is told otherwise. What the user has set stands.
+# MLflow retries an unreachable server for minutes by default. What the user has set stands.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -107,17 +98,7 @@ class _Index:
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         held = {"uri": _shown(self.uri), "store": self._store(), "records": self.records}
-        fresh = self.path.with_suffix(f".{os.getpid()}.tmp")
-        fresh.write_text(json.dumps(held, indent=1, sort_keys=True), encoding="utf-8")
-        fresh.replace(self.path)
-
-
-@dataclass
-class _Run:
-    """An MLflow run of the store, as far as it is known here."""
-
-    run_id: str
-    record: str | None  # digest of the record it holds in full; None while unfinished
+        replace_file(self.path, dumps(held).encode())
 
 
 class _Projection:
@@ -137,14 +118,15 @@ class _Projection:
         self._say = say
         self._artifacts = True
         self._experiments: dict[str, str] = {}
-        self._runs: dict[str, list[_Run]] = {}  # by "<suite>/<id>"
+        # By "<suite>/<id>": run ids, each with the digest of the record that the run holds in full, or None.
+        self._runs: dict[str, dict[str, str | None]] = {}
         if self._local:
             self._local.parent.mkdir(parents=True, exist_ok=True)
 
-    def runs(self, run_dir: Path) -> list[_Run]:
+    def runs(self, run_dir: Path) -> dict[str, str | None]:
         """The runs that the store has for this directory, newest first."""
         self._experiment(run_dir.parent.name)
-        return self._runs.setdefault(key_of(run_dir), [])
+        return self._runs.setdefault(description.key_of(run_dir), {})
 
     def _experiment(self, suite: str) -> str:
         if suite not in self._experiments:
@@ -166,101 +148,101 @@ class _Projection:
             for run in page:
                 found = run.data.tags
                 if "epsbench.run" in found:
-                    known = self._runs.setdefault(f"{suite}/{found['epsbench.run']}", [])
-                    known.append(_Run(run.info.run_id, found.get("epsbench.record")))
+                    known = self._runs.setdefault(f"{suite}/{found['epsbench.run']}", {})
+                    known[run.info.run_id] = found.get("epsbench.record")
             token = page.token
             if not token:
                 return
 
-    def create(self, run_dir: Path, cell: Mapping[str, Any], start: int) -> _Run:
+    def create(self, run_dir: Path, cell: Mapping[str, Any], start: int) -> str:
         """A new, running, empty run."""
-        known, named = self.runs(run_dir), identity(run_dir, cell)
+        known, named = self.runs(run_dir), description.identity(run_dir, cell)
         made = self._client.create_run(
             self._experiment(run_dir.parent.name),
             start_time=start,
             tags=named | {"epsbench.status": "running"},
             run_name=named["mlflow.runName"],
         )
-        known.insert(0, run := _Run(made.info.run_id, None))
-        if described := parameters(cell):
-            self._log(run, params=described)
+        run: str = made.info.run_id
+        known[run] = None
+        self._log(run, params=description.parameters(cell))
         return run
 
-    def resume(self, run: _Run) -> set[int]:
+    def resume(self, run: str) -> set[int]:
         """Opens an unfinished run again; returns the steps that are in it."""
-        held = self._client.get_run(run.run_id)
+        held = self._client.get_run(run)
         if held.info.status != "RUNNING":
-            self._client.update_run(run.run_id, status="RUNNING")
+            self._client.update_run(run, status="RUNNING")
         live = [key for key in held.data.metrics if not key.startswith("final/")]
-        return {point.step for key in live for point in self._client.get_metric_history(run.run_id, key)}
+        return {point.step for key in live for point in self._client.get_metric_history(run, key)}
 
-    def log_points(self, run: _Run, points: Sequence[Point], start: float) -> None:
+    def log_points(self, run: str, points: Sequence[Point], start: float) -> None:
         """Trace points; `start` is when training began, in seconds since 1970."""
         metric = self._entities.Metric
         self._log(
             run,
             metrics=[
-                metric(cleaned(key), value, int((start + point.seconds) * 1000), point.step)
+                metric(description.cleaned(key), value, int((start + point.seconds) * 1000), point.step)
                 for point in points
                 for key, value in point.values.items()
             ],
         )
 
-    def _finish(self, run: _Run, finished: Finished, params: Mapping[str, str]) -> None:
+    def _finish(self, run: str, finished: description.Finished) -> None:
         """What the record adds to the trace. The tag `epsbench.record` comes last; superseded runs go."""
         record = finished.record
-        end = milliseconds(record.get("finished") or record.get("started"), time.time())
-        step = int((record["cell"].get("schedule") or {}).get("steps") or 0)
+        end = description.milliseconds(record["finished"] or record["started"], time.time())
+        step = record["cell"]["schedule"]["steps"]
         metric = self._entities.Metric
-        metrics = [metric(key, value, end, step) for key, value in final_metrics(record).items()]
-        self._log(run, metrics=metrics, params=params, tags=tags(finished))
+        metrics = [metric(key, value, end, step) for key, value in description.final_metrics(record).items()]
+        self._log(run, metrics=metrics, tags=description.tags(finished))
         self._attach(run, store.RECORD, finished.data)
         with contextlib.suppress(FileNotFoundError):
             self._attach(run, "env.json", (finished.run_dir / "env.json").read_bytes())
         done = record["status"] in ("ok", "skipped")
-        self._client.set_terminated(run.run_id, "FINISHED" if done else "FAILED", end)
-        self._client.set_tag(run.run_id, "epsbench.record", finished.digest)
-        run.record = finished.digest
+        self._client.set_terminated(run, "FINISHED" if done else "FAILED", end)
+        self._client.set_tag(run, "epsbench.record", finished.digest)
+        self.runs(finished.run_dir)[run] = finished.digest
         self.keep_only(run, finished.run_dir)
 
-    def complete(self, run: _Run, finished: Finished) -> None:
+    def complete(self, run: str, finished: description.Finished) -> None:
         """Ends a run that was logged live, its trace being in already."""
-        held = self._client.get_run(run.run_id).data.params
-        wanted = parameters(finished.record["cell"])
-        if any(wanted.get(key) != value for key, value in held.items()):
-            self.project(finished)  # it was opened with other parameters, and MLflow lets none be changed
+        if self._client.get_run(run).data.params == description.parameters(finished.record["cell"]):
+            self._finish(run, finished)
         else:
-            self._finish(run, finished, {key: wanted[key] for key in wanted.keys() - held.keys()})
+            # It was opened with other parameters, and MLflow lets none be changed.
+            self.project(finished)
 
-    def keep_only(self, run: _Run | None, run_dir: Path) -> None:
+    def keep_only(self, run: str | None, run_dir: Path) -> None:
         """Deletes (as MLflow deletes: restorable) all other runs of this directory."""
-        for other in [other for other in self.runs(run_dir) if other is not run]:
-            self._client.delete_run(other.run_id)
-            self.runs(run_dir).remove(other)
+        known = self.runs(run_dir)
+        for other in [one for one in known if one != run]:
+            self._client.delete_run(other)
+            del known[other]
 
-    def abandon(self, run: _Run) -> None:
+    def abandon(self, run: str) -> None:
         """Marks a run whose training was interrupted; it can be resumed."""
-        self._client.set_tag(run.run_id, "epsbench.status", "interrupted")
-        self._client.set_terminated(run.run_id, "KILLED")
+        self._client.set_tag(run, "epsbench.status", "interrupted")
+        self._client.set_terminated(run, "KILLED")
 
-    def project(self, finished: Finished) -> bool:
+    def project(self, finished: description.Finished) -> bool:
         """Brings one record into the store from its files alone. False where it is there already."""
         known = self.runs(finished.run_dir)
-        if there := next((run for run in known if run.record == finished.digest), None):
+        if there := next((run for run, digest in known.items() if digest == finished.digest), None):
             self.keep_only(there, finished.run_dir)
             return False
         self.keep_only(None, finished.run_dir)
-        start = milliseconds(finished.record.get("started"), time.time())
+        start = description.milliseconds(finished.record["started"], time.time())
         run = self.create(finished.run_dir, finished.record["cell"], start)
         self.log_points(run, _new(finished.points(), set()), start / 1000)
-        self._finish(run, finished, {})
+        self._finish(run, finished)
         return True
 
-    def _attach(self, run: _Run, name: str, data: bytes) -> None:
+    def _attach(self, run: str, name: str, data: bytes) -> None:
         if not self._artifacts:
             return
         try:
-            self._client.log_text(run.run_id, data.decode(errors="replace"), name)
+            self._client.log_text(run, data.decode(errors="replace"), name)
         except Exception as error:
             if self._local:
                 raise
@@ -269,16 +251,15 @@ class _Projection:
 
     def _log(
         self,
-        run: _Run,
+        run: str,
         metrics: Sequence[Any] = (),
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        param, tag = self._entities.Param, self._entities.RunTag
-        rows = [param(key, value) for key, value in (params or {}).items()]
-        marks = [tag(key, value) for key, value in (tags or {}).items()]
+        rows = [self._entities.Param(key, value) for key, value in (params or {}).items()]
+        marks = [self._entities.RunTag(key, value) for key, value in (tags or {}).items()]
         while metrics or rows or marks:
-            self._client.log_batch(run.run_id, metrics=metrics[:_BATCH], params=rows[:50], tags=marks[:50])
+            self._client.log_batch(run, metrics=metrics[:_BATCH], params=rows[:50], tags=marks[:50])
             metrics, rows, marks = metrics[_BATCH:], rows[50:], marks[50:]
 
 
@@ -298,10 +279,6 @@ def _line(error: BaseException) -> str:
     return _shown(f"{type(error).__name__}: {text}" if text else type(error).__name__)[:240]
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 @dataclass
 class _Watch:
     """A run that is followed while it trains."""
@@ -312,7 +289,7 @@ class _Watch:
     steps: set[int] = field(default_factory=set)
     start: float | None = None
     opened: float = field(default_factory=time.time)
-    run: _Run | None = None
+    run: str | None = None
 
 
 class Tracker:
@@ -338,7 +315,7 @@ class Tracker:
         self.uri = resolve_uri(uri, root)
         self._private = private
         self._root = root
-        self._say = say or _to_stderr
+        self._say = say or partial(print, file=sys.stderr)
         self._interval = interval
         self._lock = threading.Lock()
         self._watches: dict[Path, _Watch] = {}
@@ -349,8 +326,8 @@ class Tracker:
     def watch(self, run_dir: Path, cell: Mapping[str, Any] | None = None) -> None:
         """Follows the run in `run_dir` (results/<suite>/<id>) until its record.json is there and is tracked.
 
-        `cell` is the record's "cell", as far as it is known. Of a directory that already holds a record, the
-        record is projected.
+        `cell` is what the record's "cell" will be. Of a directory that already holds a record, the record is projected,
+        and `cell` is not needed.
         """
         if self.off or self._stop.is_set():
             return
@@ -398,7 +375,7 @@ class Tracker:
         """One look at one run; True when there is nothing more to do for it."""
         recorded = (watch.run_dir / store.RECORD).exists()  # asked first, so that the trace is whole
         try:
-            finished = Finished.read(watch.run_dir, self._private) if recorded else None
+            finished = description.Finished.read(watch.run_dir, self._private) if recorded else None
         except StoreError as error:
             self._say(f"MLflow leaves out a record: {_line(error)}")
             return True
@@ -411,13 +388,13 @@ class Tracker:
             elif last_time and watch.run:
                 into.abandon(watch.run)
         if finished:
-            index.records[finished.key] = finished.digest
+            index.records[description.key_of(finished.run_dir)] = finished.digest
         return finished is not None
 
     def _live(self, into: _Projection, watch: _Watch, whole: bool) -> None:
         """Logs what is new in the trace; `whole` reads it from its start, so that nothing is missing."""
         if watch.run is None:
-            unfinished = [run for run in into.runs(watch.run_dir) if run.record is None]
+            unfinished = [run for run, digest in into.runs(watch.run_dir).items() if digest is None]
             if unfinished:
                 watch.run, watch.steps = unfinished[0], into.resume(unfinished[0])
             else:
@@ -440,8 +417,10 @@ def pending(
     """The run directories whose record is not known to be tracked as it is to go out; imports no MLflow, contacts
     nobody."""
     known = _Index(resolve_uri(uri, root), root).records
-    found = Finished.load(Path(results_dir).resolve(), suites, private)
-    return [finished.run_dir for finished in found if known.get(finished.key) != finished.digest]
+    found = description.Finished.load(Path(results_dir).resolve(), suites, private)
+    return [
+        finished.run_dir for finished in found if known.get(description.key_of(finished.run_dir)) != finished.digest
+    ]
 
 
 def rebuild(
@@ -462,10 +441,10 @@ def rebuild(
     found = resolve_uri(uri, root)
     added = 0
     try:
-        into, index = _Projection(found, root, say or _to_stderr), _Index(found, root)
-        for finished in Finished.load(Path(results_dir).resolve(), suites, private):
+        into, index = _Projection(found, root, say or partial(print, file=sys.stderr)), _Index(found, root)
+        for finished in description.Finished.load(Path(results_dir).resolve(), suites, private):
             added += into.project(finished)
-            index.records[finished.key] = finished.digest
+            index.records[description.key_of(finished.run_dir)] = finished.digest
         index.save()
     except Exception as error:
         raise TrackingError(f"the tracking store {_shown(found)} failed: {_line(error)}") from error

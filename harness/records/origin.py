@@ -11,57 +11,62 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-__all__ = ["FILE", "arrival", "of", "words", "write"]
+import msgspec
 
 FILE = "origin.json"
-LOST = {"source": "somewhere: its origin.json cannot be read", "merged": "", "record": "", "unknown": []}
+
+
+class Origin(TypedDict):
+    """What a record was merged from and when, the SHA-256 of its bytes then, and what could not be computed again."""
+
+    source: str
+    merged: str
+    record: str
+    unknown: list[str]
+
+
+LOST: Origin = {"source": "somewhere: its origin.json cannot be read", "merged": "", "record": "", "unknown": []}
 
 
 def write(data: bytes, source: str, unknown: tuple[str, ...]) -> bytes:
     """The text of ``origin.json`` for the bytes of a record."""
-    found = {
-        "source": source, "merged": datetime.now(UTC).isoformat(timespec="microseconds"),
-        "record": hashlib.sha256(data).hexdigest(), "unknown": list(unknown),
-    }  # fmt: skip
+    found: Origin = {
+        "source": source,
+        "merged": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "record": hashlib.sha256(data).hexdigest(),
+        "unknown": list(unknown),
+    }
     return (json.dumps(found, indent=1, sort_keys=True) + "\n").encode()
 
 
-def of(folder: Path, data: bytes) -> tuple[dict[str, Any] | None, str]:
+def of(folder: Path, data: bytes) -> tuple[Origin | None, str]:
     """What ``origin.json`` says of the record with these bytes, None where it was made here; and what is wrong with it.
 
     A damaged one does not make a stranger's record one of ours.
     """
     try:
-        text = (folder / FILE).read_bytes()
+        one = msgspec.json.decode((folder / FILE).read_bytes(), type=Origin)
+        datetime.fromisoformat(one["merged"])
     except (FileNotFoundError, NotADirectoryError):
         return None, ""
-    except OSError:
-        return dict(LOST), ""
-    try:
-        found = json.loads(text)
-        kinds = {"source": str, "merged": str, "record": str, "unknown": list}
-        if not all(isinstance(found[key], kind) for key, kind in kinds.items()):
-            return dict(LOST), ""
-        datetime.fromisoformat(found["merged"])
-        one = {key: found[key] for key in kinds} | {"unknown": [str(text) for text in found["unknown"]]}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return dict(LOST), ""
+    except (OSError, ValueError, RecursionError):
+        return LOST, ""
     if one["record"] != hashlib.sha256(data).hexdigest():
         return one, f"was changed after it was merged from {one['source']}: merge it again"
     return one, ""
 
 
-def arrival(origin: dict[str, Any] | None) -> float:
-    """When a record came here, in seconds: minus infinity where it was made here, infinity where nobody knows."""
+def arrival(origin: Origin | None) -> float:
+    """When a record came here, in seconds: minus infinity where it was made here, infinity where that is not known."""
     if origin is None:
         return float("-inf")
     return datetime.fromisoformat(origin["merged"]).timestamp() if origin["merged"] else float("inf")
 
 
-def words(origin: dict[str, Any] | None) -> list[str]:
-    """What to say of a record from elsewhere, a line each; nothing of one that was made here."""
+def words(origin: Origin | None) -> list[str]:
+    """What to say of a record from elsewhere, a line each; nothing of a record that was made here."""
     if origin is None:
         return []
     date = origin["merged"][:10]

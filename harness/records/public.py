@@ -17,77 +17,64 @@ from harness.records.field import Came, Private
 from harness.records.record import FAILED, Measured, Stage
 from harness.records.schema import names
 
-__all__ = ["LEFT_OUT", "SWITCH", "diagnostics", "points", "privately_judged", "trace", "view"]
-
 SWITCH = "--with-private-diagnostics"
 """What has commands show and pass on what is private: for benchmarks on public data."""
 LEFT_OUT = f"losses, speeds, memory and times are private and left out; for benchmarks on public data: {SWITCH}"
 """What commands say that leave it out."""
 
-DIAGNOSTICS = "diagnostics"
 MEASURED = names(Measured, Private)
 """Keys of `measured` that are public; what else records of version 1 have there is private. A session ends when
 somebody stops it, or with a status that is public."""
 STAGE = names(Stage, (Private, Came))
-"""The same of a stage, whatever comes of it."""
+"""Public keys of a stage that was perhaps not begun."""
 BEGUN = names(Stage, Private)
-"""The same of a stage that was begun."""
+"""Public keys of a stage that was begun."""
 TRACE = ("stage", "step", "epsilon")
-"""The same of a log point."""
+"""Public keys of a log point."""
 SCORES = ("accuracy",)
-"""The same, where it was not judged with private examples."""
+"""More of them, where it was not judged with private examples."""
 
 FOLLOWS = ("ok", "diverged", "over_budget")
 """Statuses that follow from what was released. How far another run came is a matter of time, of memory, or of an audit
 that looks at private examples."""
-UNTOLD: Mapping[str, Any] = {
-    "ledger": [],
-    "spent": {},
-    "accountant": None,
-    "epsilon": None,
-    "sensitivity": None,
-    "claimed": None,
-}
-"""What the privacy of a run of another status says where nothing is reported of how far it came."""
+_NULL = ("accountant", "epsilon", "sensitivity", "claimed")
+NOT_REPORTED: Mapping[str, Any] = {"ledger": [], "spent": {}, **dict.fromkeys(_NULL)}
+"""What the privacy of a run of another status says, since nothing is reported of how far it came."""
 HIDDEN = "what ended this run may tell of private data, and is left out"
 _PROBED = ("InfoNCE", "Rotations")  # losses that records of schema 1 do not say to be judged by private labels
 
-Told = Mapping[str, Any]
+
+def diagnostics(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is private of a record, wherever records of its version have it. Any key may be absent, or of any type."""
+    values = (record.get(key) for key in ("measured", "diagnostics"))
+    measured, own = (value if isinstance(value, dict) else {} for value in values)
+    return {k: v for k, v in measured.items() if k not in MEASURED} | own
 
 
-def diagnostics(record: Told) -> dict[str, Any]:
-    """What is private of a record, wherever records of its version have it. Any key may be absent."""
-    measured = _map(record.get("measured"))
-    return {k: v for k, v in measured.items() if k not in MEASURED} | dict(_map(record.get(DIAGNOSTICS)))
-
-
-def view(record: Told) -> dict[str, Any]:
+def view(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record without what is private: a valid record, of which this is the same again.
 
     Of its times the day is left on which it was started. A run that failed, or that was ended by what an engine found
     out on private examples, tells neither why nor how far it came.
     """
-    found = {**record, DIAGNOSTICS: {}, "started": _day(record.get("started")), "finished": None}
-    if isinstance(measured := record.get("measured"), dict):
-        found["measured"] = _only(measured, MEASURED)
-    if isinstance(stages := record.get("stages"), list):
-        keys = BEGUN if record.get("status") in FOLLOWS else STAGE
-        found["stages"] = [_only(_map(one), keys) for one in stages]
-    if private := privately_judged(record):
-        found["privacy"] = {**_map(record.get("privacy")), "privately_judged": private}
+    follows, private = record["status"] in FOLLOWS, privately_judged(record)
+    found = {**record, "diagnostics": {}, "started": record["started"] and record["started"][:10], "finished": None}
+    found["measured"] = _only(record["measured"], MEASURED if follows else ("jobs",))
+    if "stages" in record:
+        found["stages"] = [_only(one, BEGUN if follows else STAGE) for one in record["stages"]]
+    if private:
+        found["privacy"] = {**record["privacy"], "privately_judged": private}
     if len(_stages(record)) in private:
         found["metrics"] = {}
-    if record.get("status") not in FOLLOWS:
-        told = _map(found.get("privacy"))
-        found["privacy"] = {key: UNTOLD.get(key, value) for key, value in told.items()}
-        found["measured"] = _only(_map(found.get("measured")), ("jobs",))
-    began = _map(record.get("privacy")).get("noise_multiplier") is not None
-    if record.get("status") in FAILED or (record.get("status") == "skipped" and began):
+    if not follows:
+        found["privacy"] = {key: NOT_REPORTED.get(key, value) for key, value in found["privacy"].items()}
+    began = record["privacy"]["noise_multiplier"] is not None
+    if record["status"] in FAILED or (record["status"] == "skipped" and began):
         found["reason"] = HIDDEN
     return found
 
 
-def trace(record: Told, data: bytes) -> bytes | None:
+def trace(record: Mapping[str, Any], data: bytes) -> bytes | None:
     """What may be published of a record's trace, one JSON object a line; None where none of it may.
 
     Raises ValueError where a line is not JSON.
@@ -97,42 +84,33 @@ def trace(record: Told, data: bytes) -> bytes | None:
     return "".join(json.dumps(one) + "\n" for one in found).encode() if found else None
 
 
-def points(record: Told, log: Iterable[Told]) -> list[dict[str, Any]]:
-    """The same of log points that are read already."""
-    if record.get("status") not in FOLLOWS:
+def points(record: Mapping[str, Any], log: Iterable[Any]) -> list[dict[str, Any]]:
+    """What may be published of log points that are read already; what is not an object becomes an empty one."""
+    if record["status"] not in FOLLOWS:
         return []
     private = privately_judged(record)
-    told = [_map(one) for one in log]
-    return [_only(one, TRACE if one.get("stage", 1) in private else (*TRACE, *SCORES)) for one in told]
+    objects = [one if isinstance(one, dict) else {} for one in log]
+    return [_only(one, TRACE if one.get("stage", 1) in private else (*TRACE, *SCORES)) for one in objects]
 
 
-def privately_judged(record: Told) -> list[int]:
+def privately_judged(record: Mapping[str, Any]) -> list[int]:
     """The stages, from 1, whose accuracy and loss count private examples, or follow labels of private ones.
 
     Those that the record names and those that its cell shows, whichever a record leaves out.
     """
-    told = _map(record.get("privacy")).get("privately_judged")
-    held_out = _map(_map(record.get("cell")).get("task")).get("evaluate") == "validation"
-    losses = [_map(_map(_map(one).get("parts")).get("loss")).get("type") for one in _stages(record)]
-    public = "task" in _map(_map(record.get("cell")).get("then"))
-    private = losses[:1] if public else losses
+    cell = record["cell"]
+    held_out = cell["task"]["evaluate"] == "validation"
+    losses = [one["parts"].get("loss", {}).get("type") for one in _stages(record)]
+    private = losses[:1] if "task" in cell.get("then", {}) else losses
     shown = {number for number, loss in enumerate(private, 1) if held_out or loss in _PROBED}
-    return sorted(shown.union(told if isinstance(told, list) else ()))
+    return sorted(shown.union(record["privacy"].get("privately_judged", ())))
 
 
-def _stages(record: Told) -> list[Any]:
+def _stages(record: Mapping[str, Any]) -> list[Any]:
     """The methods of the stages of a record, one or two."""
-    cell = _map(record.get("cell"))
-    return [cell.get("method"), *([cell["then"]] if cell.get("then") else [])]
+    cell = record["cell"]
+    return [cell["method"], cell["then"]] if "then" in cell else [cell["method"]]
 
 
-def _day(moment: Any) -> Any:
-    return moment[:10] if isinstance(moment, str) else moment
-
-
-def _only(told: Told, keys: Iterable[str]) -> dict[str, Any]:
-    return {key: value for key, value in told.items() if key in keys}
-
-
-def _map(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _only(found: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if key in keys}

@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import msgspec
 from msgspec import Struct, UnsetType
 
+from harness.records import record as definition
 from harness.records.field import Column
+from harness.records.files import MOST_BYTES
 from harness.records.record import READ, SCHEMA, Quartiles, Record
-
-__all__ = ["blank", "columns", "decode", "fault", "names", "schema", "unknown"]
 
 DEEPEST = 64
 """Levels that a record may have: not every reader could follow more."""
@@ -34,6 +34,18 @@ def decode(data: bytes | str) -> Any:
     return msgspec.json.decode(data)
 
 
+def parsed(data: bytes, fault: Callable[[Any], str | None]) -> tuple[Any, str]:
+    """The value in a file; or None and the reason: it is not JSON, or what `fault` says of it."""
+    if len(data) > MOST_BYTES:
+        return None, f"larger than {MOST_BYTES // 2**20} MiB"
+    try:
+        value = decode(data)
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON: {error}"
+    reason = fault(value)
+    return (None, reason) if reason else (value, "")
+
+
 def fault(record: object) -> str | None:
     """What makes a JSON value no valid record, with the field; None where nothing does."""
     if not isinstance(record, dict):
@@ -41,7 +53,7 @@ def fault(record: object) -> str | None:
     version = record.get("schema")
     if type(version) is not int or version not in READ:
         newer = type(version) is int and version > SCHEMA
-        return f"schema {_short(version)}, this version reads {' and '.join(map(str, READ))}" + (
+        return f"schema {repr(version)[:60]}, this version reads {' and '.join(map(str, READ))}" + (
             "; update epsbench" if newer else ""
         )
     if reason := unreadable(record):
@@ -51,11 +63,6 @@ def fault(record: object) -> str | None:
     except msgspec.ValidationError as error:
         return _said(str(error))
     return None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def unreadable(value: object) -> str | None:
@@ -82,17 +89,13 @@ def unreadable(value: object) -> str | None:
     return f"it is nested more than {DEEPEST} deep"
 
 
-def unknown(record: Mapping[str, Any]) -> str | None:
-    """The first key of a valid record, with its place, that no version of a record has; None where there is none.
+def unknown(value: Any, kind: Any = Record, place: str = "") -> str | None:
+    """The first key of a valid record, with its place, that no version of a record has, or None.
 
     What is under an object that may hold other keys is not looked at.
     """
-    return _foreign(record, Record, "")
-
-
-def _foreign(value: Any, kind: Any, place: str) -> str | None:
     if get_origin(kind) is list and isinstance(value, list):
-        each = (_foreign(one, get_args(kind)[0], f"{place}{i}.") for i, one in enumerate(value, 1))
+        each = (unknown(one, get_args(kind)[0], f"{place}{i}.") for i, one in enumerate(value, 1))
         return next(filter(None, each), None)
     if not (isinstance(kind, type) and issubclass(kind, Struct) and isinstance(value, dict)):
         return None
@@ -101,7 +104,7 @@ def _foreign(value: Any, kind: Any, place: str) -> str | None:
         if key not in inside:
             if not kind.open:  # type: ignore[attr-defined]
                 return f"{place}{key}"
-        elif found := _foreign(one, inside[key], f"{place}{key}."):
+        elif found := unknown(one, inside[key], f"{place}{key}."):
             return found
     return None
 
@@ -197,7 +200,7 @@ def _said(text: str) -> str:
     if missing := re.fullmatch(r"Object missing required field (\S+)", what):
         place, what = f"{place}.{missing[1]}".strip("."), "is missing"
     elif what.startswith("Invalid enum value") and (choices := _choices(place)):
-        what = f"{what.removeprefix('Invalid enum value ')} is none of {', '.join(map(str, choices))}"
+        what = f"{what.removeprefix('Invalid enum value ')} is not one of {', '.join(map(str, choices))}"
     elif what.startswith("Expected"):
         what = f"e{what[1:]}"
     return f'"{place}": {what}' if place else what
@@ -218,21 +221,21 @@ def schema() -> dict[str, Any]:
     """The JSON Schema of a record, draft 2020-12. What no single field can say is under ``allOf``."""
     found = msgspec.json.schema(Record)
     defs = found["$defs"]
-    for kind in _kinds(Record):
-        if not kind.open:  # type: ignore[attr-defined]
-            defs[kind.__name__]["additionalProperties"] = False
+    for name, one in defs.items():
+        if not getattr(definition, name).open:
+            one["additionalProperties"] = False
     defs["Claim"] |= {
         "if": {"properties": {"failed": {"minItems": 1}}},
         "then": {"properties": {"epsilon": {"type": "null"}}},
     }
     ok = {"properties": {"status": {"const": "ok"}}}
     text, judged = {"type": "string"}, {"properties": {"privately_judged": {"maxItems": 0}}}
-    told = {"relation": text, "sampling": text, "ledger": {"minItems": 1}}
+    known = {"relation": text, "sampling": text, "ledger": {"minItems": 1}}
     ended = {
         "reason": {"type": "null"},
         "weights_sha256": text,
         "code": {"properties": {"hash": text}},
-        "privacy": {"properties": told},
+        "privacy": {"properties": known},
     }
     defs["Record"]["allOf"] = [
         {"if": ok, "then": {"properties": ended}, "else": {"properties": {"reason": {"type": "string"}}}},
@@ -242,19 +245,6 @@ def schema() -> dict[str, Any]:
         },
     ]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
-
-
-def _kinds(kind: type[Struct]) -> set[type[Struct]]:
-    """The classes of which a record of this class is made."""
-    found, todo = set(), [kind]
-    while todo:
-        one = todo.pop()
-        if get_origin(one) is not None:
-            todo += [inside for inside in get_args(one) if inside is not ...]
-        elif isinstance(one, type) and issubclass(one, Struct) and one not in found:
-            found.add(one)
-            todo += get_type_hints(one, include_extras=True).values()
-    return found
 
 
 if __name__ == "__main__":

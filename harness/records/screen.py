@@ -13,8 +13,6 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["clean", "plain", "raw"]
-
 _OBEYED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))  # control, format, half a pair, separators of lines and paragraphs
 
 

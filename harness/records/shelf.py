@@ -1,37 +1,27 @@
 """A folder of evidence: write-once files of one kind, ``<id>.json``, then ``<id>.2.json`` and so on for the same id.
 
-Each file is validated when it is written and again when it is read. One that holds nothing valid is not skipped in
+Each file is validated when it is written and again when it is read. A file that holds nothing valid is not skipped in
 silence: it stays, and comes back in ``Found.broken`` with the reason.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness.records.cell import canonical_json
-from harness.records.files import MOST_BYTES, Broken, StoreError, Unwritable, dumps, write_once
-from harness.records.schema import decode, unreadable
-
-__all__ = ["Found", "Item", "Shelf", "attempt"]
+from harness.records.files import Broken, Records, StoreError, content_of, dumps, listed, write_once
+from harness.records.schema import parsed, unreadable
 
 _NAME = re.compile(r"([0-9a-f]{12})(?:\.([1-9][0-9]{0,2}))?\.json")
 
 Item = dict[str, Any]
-
-
-class Found(list[Item]):
-    """What a folder holds, each with its ``"path"``; ``broken`` are the files that hold nothing valid."""
-
-    def __init__(self, items: Iterable[Item] = (), broken: Iterable[Broken] = ()) -> None:
-        super().__init__(items)
-        self.broken = list(broken)
 
 
 def attempt(item: Mapping[str, Any]) -> int:
@@ -42,10 +32,10 @@ def attempt(item: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Shelf:
-    """One kind of files: what they are called, their fields, and what an id is made of.
+    """One kind of files: what they are called, the types of their fields, and what an id is made of.
 
-    `flaw` gives what else makes an item none, or None. Every item has ``schema``, ``kind``, ``id``, ``code.hash`` and
-    ``started`` besides `fields`.
+    `flaw` says what else is wrong with an item; None where nothing is. Every item has ``schema``, ``kind``, ``id``,
+    ``code.hash`` and ``started`` besides `fields`.
     """
 
     kind: str
@@ -58,68 +48,38 @@ class Shelf:
         """12 hex digits of the SHA-256 over what `named` says of an item."""
         return hashlib.sha256(canonical_json(self.named(item)).encode()).hexdigest()[:12]
 
-    def attempts(self, folder: Path, key: str) -> list[Path]:
-        """The files in `folder` of this id that are there, oldest first, and then the next one's."""
-        found = [folder / f"{key}.json"]
-        while found[-1].exists():
-            found.append(folder / f"{key}.{len(found) + 1}.json")
-        return found
-
     def write(self, folder: Path, item: Item) -> Path:
         """Write `item` as the next file of its id in `folder`, in one step, and return its path.
 
         Nothing is overwritten. Raises `StoreError` where it is not valid or cannot be written.
         """
-        path = self.attempts(folder, str(item.get("id")))[-1]
+        path, number = folder / f"{item.get('id')}.json", 1
+        while path.exists():
+            number += 1
+            path = folder / f"{item.get('id')}.{number}.json"
         data = dumps({key: value for key, value in item.items() if key != "path"}).encode()
-        _, reason = self._parse(data, path.name)
+        _, reason = parsed(data, partial(self._reason, path.name))
         if reason:
             raise StoreError(f"the {self.kind} for {path} is not valid: {reason}")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Unwritable(folder, error) from error
         write_once(path, data)
         return path
 
-    def load(self, folder: Path) -> Found:
-        """All items in `folder`, by name; none where there is no folder."""
-        found = Found()
-        try:
-            names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
-        except (FileNotFoundError, NotADirectoryError):
-            return found
-        except OSError as error:
-            found.broken.append(Broken(folder, f"cannot be read: {error.strerror}"))
-            return found
-        for name in names:
-            path = folder / name
-            try:
-                with path.open("rb") as file:
-                    data = file.read(MOST_BYTES + 1)
-            except OSError as error:
-                found.broken.append(Broken(path, f"cannot be read: {error.strerror}"))
+    def load(self, folder: Path) -> Records:
+        """All items in `folder`, by name; empty where there is no folder."""
+        found = Records()
+        for path in (folder / name for name in listed(folder, found.broken)):
+            data = content_of(path, found.broken)
+            if data is None:
                 continue
-            item, reason = self._parse(data, name)
+            item, reason = parsed(data, partial(self._reason, path.name))
             if item is None:
                 found.broken.append(Broken(path, reason))
             else:
                 found.append(item | {"path": str(path)})
         return found
 
-    def _parse(self, data: bytes, name: str) -> tuple[Item | None, str]:
-        """The item, or None and the reason why the bytes hold none."""
-        if len(data) > MOST_BYTES:
-            return None, f"larger than {MOST_BYTES // 2**20} MiB"
-        try:
-            item = decode(data)
-        except (ValueError, RecursionError) as error:
-            return None, f"not JSON: {error}"
-        reason = self._reason(item, name)
-        return (None, reason) if reason else (item, "")
-
-    def _reason(self, item: Any, name: str) -> str | None:
-        """What makes a parsed file no valid item; None where nothing does."""
+    def _reason(self, name: str, item: Any) -> str | None:
+        """What makes the content of a file of this name no valid item; None where nothing does."""
         if not isinstance(item, dict):
             return "not a JSON object"
         if item.get("schema") != self.schema or item.get("kind") != self.kind:

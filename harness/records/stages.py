@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FACTS = (
-    "method", "parameters", "parts", "trains", "data", "public", "batch", "steps", "epochs", "sampling", "relation",
-    "sensitivity", "sensitivity_note", "examples_per_second", "train_seconds", "engine", "microbatch", "train_loss",
-    "clipped_fraction", "non_finite", "spent", "accountant", "epsilon",
-)  # fmt: skip
+from harness.records.record import Stage
+from harness.records.schema import names
+
+FACTS = ("parameters", "parts", *(name for name in names(Stage) if name != "diagnostics"))
 
 
 def stage_facts(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -43,10 +42,13 @@ def _asked(method: Mapping[str, Any], schedule: Mapping[str, Any], task: Mapping
     batch, steps, n = schedule.get("batch"), schedule.get("steps"), task.get("n_train")
     counts = [value for value in (batch, steps, n) if type(value) is int and 0 < value < 2**53]
     return dict.fromkeys(FACTS) | {
-        "method": method.get("name"), "parameters": method.get("parameters"), "parts": method.get("parts"),
-        "data": task.get("dataset"), "batch": batch, "steps": steps,
+        **{key: method.get(key) for key in ("parameters", "parts")},
+        "method": method.get("name"),
+        "data": task.get("dataset"),
+        "batch": batch,
+        "steps": steps,
         "epochs": counts[0] * counts[1] / counts[2] if len(counts) == 3 else None,
-    }  # fmt: skip
+    }
 
 
 def _recover(first: dict[str, Any], last: dict[str, Any], record: Mapping[str, Any]) -> None:
@@ -60,7 +62,8 @@ def _recover(first: dict[str, Any], last: dict[str, Any], record: Mapping[str, A
         last["sensitivity"] = privacy.get("sensitivity")
         samplers = [_map(one["parts"]).get("sampler") for one in (first, last)]
         if samplers[0] is not None and samplers[0] == samplers[1] and first["batch"] == last["batch"]:
-            last["sampling"] = first["sampling"]  # one distribution on one data set
+            # One distribution on one data set.
+            last["sampling"] = first["sampling"]
 
 
 def _map(value: Any) -> Mapping[str, Any]:

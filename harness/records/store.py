@@ -30,29 +30,9 @@ from typing import Any
 
 from harness.records import origin
 from harness.records.cell import Cell, canonical_json
-from harness.records.files import MOST_BYTES, Broken, StoreError, Unwritable, content, dumps, write_once
+from harness.records.files import Broken, Records, StoreError, content, content_of, dumps, listed, write_once
 from harness.records.record import FINAL
-from harness.records.schema import decode, fault
-
-__all__ = [
-    "Folder",
-    "Records",
-    "attempt_of",
-    "cell_of",
-    "crowded",
-    "current",
-    "encode",
-    "load",
-    "mismatch",
-    "parse_at",
-    "read",
-    "record_files",
-    "stale",
-    "stranger",
-    "suite_of",
-    "write_record",
-    "written",
-]
+from harness.records.schema import fault, parsed
 
 RECORD = "record.json"
 
@@ -61,14 +41,6 @@ _ATTEMPT = re.compile(r"([0-9a-f]{12})(?:\.([1-9][0-9]{0,8}))?")
 Record = dict[str, Any]
 COMPUTED = ("path", "origin", "stale")
 """Keys that a record gains when it is loaded, and that are never written."""
-
-
-class Records(list[Record]):
-    """Records, each with its ``"path"``; ``broken`` is the quarantine: the files that could not be used."""
-
-    def __init__(self, records: Iterable[Record] = (), broken: Iterable[Broken] = ()) -> None:
-        super().__init__(records)
-        self.broken = list(broken)
 
 
 # Writing --------------------------------------------------------------------------------------------------
@@ -100,10 +72,6 @@ def write_record(folder: Path, record: Record) -> Path:
     data = encode(record, folder.name)
     if record["suite"] != folder.parent.name:
         raise StoreError(f"{folder}: the record is of the suite {record['suite']!r}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Unwritable(folder, error) from error
     write_once(folder / RECORD, data)
     return folder / RECORD
 
@@ -112,15 +80,8 @@ def write_record(folder: Path, record: Record) -> Path:
 
 
 def _parse(data: bytes, folder: str) -> tuple[Record | None, str]:
-    """The record, or None and the reason why the bytes hold none."""
-    if len(data) > MOST_BYTES:
-        return None, f"larger than {MOST_BYTES // 2**20} MiB"
-    try:
-        record = decode(data)
-    except (ValueError, RecursionError) as error:
-        return None, f"not JSON: {error}"
-    reason = fault(record) or _misplaced(record, folder)
-    return (None, reason) if reason else (record, "")
+    """The record; or None and the reason why the bytes are not a valid one."""
+    return parsed(data, lambda record: fault(record) or _misplaced(record, folder))
 
 
 def _misplaced(record: Record, folder: str) -> str:
@@ -132,7 +93,7 @@ def _misplaced(record: Record, folder: str) -> str:
 
 
 def parse_at(path: Path, data: bytes) -> tuple[Record | None, str]:
-    """The record that these bytes are at ``<suite>/<id>/record.json``, or None and the reason why they are none."""
+    """The record at ``<suite>/<id>/record.json`` with these bytes; or None and the reason why it is not valid."""
     record, reason = _parse(data, path.parent.name)
     if record is not None and record["suite"] != path.parent.parent.name:
         return None, f"its suite {record['suite']!r} is not that of its folder"
@@ -167,12 +128,9 @@ def load(results: Path, suite: str | None = None) -> Records:
     """
     found = Records()
     for path in record_files(results, suite, found.broken):
-        try:
-            data = content(path)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) and not path.is_symlink():
-                continue  # a run that has no record yet
-            found.broken.append(Broken(path, f"cannot be read: {error.strerror}"))
+        data = content_of(path, found.broken)
+        # A run has no record yet where there is no file.
+        if data is None:
             continue
         record, reason = _parse_here(path, data)
         if record is None:
@@ -199,28 +157,14 @@ def record_files(results: Path, suite: str | None, broken: list[Broken]) -> Iter
 
 
 def _folders(path: Path, broken: list[Broken]) -> list[str]:
-    try:
-        with os.scandir(path) as entries:
-            return sorted(e.name for e in entries if not e.name.startswith(".") and _is_folder(e))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        broken.append(Broken(path, f"cannot be read: {error.strerror}"))
-        return []
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # links in a circle
-        return False
+    return [name for name in listed(path, broken) if os.path.isdir(path / name)]
 
 
 # Which record counts --------------------------------------------------------------------------------------
 
 
 def cell_of(record: Record) -> Cell:
-    """The cell of a record, on the device that it ran on. Raises ValueError where its parts are none of a cell's."""
+    """The cell of a record, on the device that it ran on. Raises ValueError where they are not the parts of a cell."""
     device = record["device"]
     return Cell.from_canonical(
         record["cell"],
@@ -247,6 +191,19 @@ def stranger(record: Record, cell: Cell) -> str:
         f"holds a run of another cell with the same id ({there.digest[:16]}..., the one asked for is "
         f"{cell.digest[:16]}...): move one of the two to another results folder"
     )
+
+
+def mismatch(record: Record) -> str:
+    """Why a record's id or group is not that of its cell; empty where both are."""
+    try:
+        cell = cell_of(record)
+        actual = {"id": cell.id, "group": cell.group}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return f"its cell cannot be read: {type(error).__name__}: {error}"
+    for name, value in actual.items():
+        if record[name] != value:
+            return f"its {name} {record[name]!r} is not that of its cell, which is {value!r}"
+    return ""
 
 
 def attempt_of(record: Record) -> int:
@@ -293,7 +250,7 @@ def _rank(record: Record, old: bool) -> tuple[float, bool, bool, int]:
 
 
 def crowded(records: Iterable[Record]) -> list[Broken]:
-    """The records that share their id, in one suite, with a record of another cell: none of them can be told apart."""
+    """The records that share their id, in one suite, with a record of another cell: nothing tells them apart."""
     families: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         families.setdefault((record["suite"], record["id"]), []).append(record)
@@ -335,7 +292,7 @@ class Folder:
         return self.results / self.suite / (self.id if number == 1 else f"{self.id}.{number}")
 
     def latest(self) -> int:
-        """Number of the newest attempt that has a folder; 0 where there is none."""
+        """Number of the newest attempt that has a folder; 0 without one."""
         number = 0
         while os.path.lexists(self.attempt(number + 1)):
             number += 1
@@ -347,19 +304,3 @@ class Folder:
         if os.path.lexists(self.attempt(number) / RECORD):  # good or damaged: no record is written over another
             number += 1
         return self.attempt(number)
-
-
-# Merging --------------------------------------------------------------------------------------------------
-
-
-def mismatch(record: Record) -> str:
-    """Why a record's id or group is not that of its cell; empty where both are."""
-    try:
-        cell = cell_of(record)
-        actual = {"id": cell.id, "group": cell.group}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        return f"its cell cannot be read: {type(error).__name__}: {error}"
-    for name, value in actual.items():
-        if record[name] != value:
-            return f"its {name} {record[name]!r} is not that of its cell, which is {value!r}"
-    return ""

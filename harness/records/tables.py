@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-__all__ = ["aligned", "inserted", "markdown"]
 
-
-def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table. Cells are written as they are."""
-    return [f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *rows)]
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "---") -> list[str]:
+    """The lines of a Markdown table; `rule` aligns its columns. Cells are written as they are."""
+    return [f"| {' | '.join(line)} |" for line in (titles, [rule] * len(titles), *rows)]
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:

@@ -41,6 +41,7 @@ from harness.registry.registry import (
     check_options,
     dataset,
     files,
+    in_file,
     index,
     installed,
     load,
@@ -54,6 +55,6 @@ from harness.registry.source import KINDS, Entry
 __all__ = [
     "GROUP", "KINDS", "BrokenEntry", "DuplicateName", "Entry", "LoadError", "OptionError", "Parameter", "Registry",
     "RegistryError", "SpecError", "UnknownName", "add_file", "bind", "broken", "check_options", "dataset",
-    "did_you_mean", "files", "index", "installed", "load", "lookup", "method", "model", "parse_spec", "resolve",
-    "show", "split_name",
+    "did_you_mean", "files", "in_file", "index", "installed", "load", "lookup", "method", "model", "parse_spec",
+    "resolve", "show", "split_name",
 ]  # fmt: skip

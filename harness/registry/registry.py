@@ -97,6 +97,11 @@ class Registry:
             self._index = None
         return file
 
+    def in_file(self, kind: str, path: str | Path) -> list[Entry]:
+        """What one file registers of a kind; the file is added. Raises :class:`RegistryError`."""
+        file = self.add_file(path)
+        return [one for one in self.index(kind).values() if one.file.resolve() == file]
+
     def files(self) -> tuple[Path, ...]:
         """The files added by the user, in order."""
         return tuple(self._files)
@@ -298,7 +303,7 @@ def bind(entry: Entry, options: Mapping[str, object]) -> dict[str, object]:
 
 _HERE = Registry()
 # The look-ups in the registry of this installation.
-add_file, files, index, broken = _HERE.add_file, _HERE.files, _HERE.index, _HERE.broken
+add_file, in_file, files, index, broken = _HERE.add_file, _HERE.in_file, _HERE.files, _HERE.index, _HERE.broken
 resolve, lookup, load = _HERE.resolve, _HERE.lookup, _HERE.load
 
 

@@ -22,11 +22,7 @@ SUPPLIED: Mapping[str, frozenset[str]] = {
 # The supplied parameter that takes the text after the colon of "npz:PATH" and "timm:NAME".
 ARGUMENT: Mapping[str, str] = {"dataset": "path", "model": "name"}
 # Keys of a [[method]] table of a suite, so no hyper-parameter may have such a name.
-RESERVED: Mapping[str, frozenset[str]] = {
-    "method": frozenset({"name", "label", "tasks", "epsilon", "on", "train", "then"}),
-    "dataset": frozenset(),
-    "model": frozenset(),
-}
+RESERVED = frozenset({"name", "label", "tasks", "epsilon", "on", "train", "then"})
 NAME = re.compile(r"[a-z0-9]+(?:[-._][a-z0-9]+)*")
 
 
@@ -76,12 +72,7 @@ class BrokenSource:
 
 
 class _Malformed(Exception):
-    """A declaration that the index cannot use: line and reason."""
-
-    def __init__(self, line: int, reason: str) -> None:
-        super().__init__(reason)
-        self.line = line
-        self.reason = reason
+    """A declaration that the index cannot use; its arguments are the line and the reason."""
 
 
 def _aliases(tree: ast.Module) -> dict[str, str]:
@@ -153,7 +144,7 @@ def _parameters(kind: str, function: ast.FunctionDef, constants: Mapping[str, ob
     for arg, default in pairs:
         if arg.arg in SUPPLIED[kind]:
             continue
-        if arg.arg in RESERVED[kind]:
+        if kind == "method" and arg.arg in RESERVED:
             raise _Malformed(arg.lineno, f"parameter {arg.arg} has the name of a key of [[method]]; choose another")
         type_text = _annotation(arg)
         if default is None:
@@ -226,7 +217,7 @@ def read(file: Path, module: str, kind: str) -> tuple[list[Entry], list[BrokenSo
                     raise _Malformed(node.lineno, f'write @{found}("name", ...), not @{found}')
                 entries.append(_entry(found, decorator, node, tree, file, module))
             except _Malformed as error:
-                bad.append(BrokenSource(found, _declared(decorator, node.name), file, error.line, error.reason))
+                bad.append(BrokenSource(found, _declared(decorator, node.name), file, *error.args))
     return entries, bad
 
 

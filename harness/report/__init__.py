@@ -21,7 +21,7 @@ from harness.report import export, text
 from harness.report.model.fields import RecordLike, canonical, record_path
 from harness.report.model.tables import Board, board
 
-__all__ = ["Board", "Report", "board", "build", "overview", "top_rows"]
+__all__ = ["Board", "Report", "board", "build", "overview"]
 
 FILES = (
     "leaderboard.md",
@@ -54,11 +54,6 @@ class Report:
     def index(self) -> Path:
         """The page to open."""
         return self.folder / "index.html"
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """Every file of the report."""
-        return tuple(self.folder / name for name in FILES)
 
 
 def build(
@@ -128,20 +123,19 @@ def build(
     from harness.report.page import html, pages
     from harness.report.page import payload as rows
 
-    places, known = html.Links(model, results, folder), rows.audits(found)
-    conformant = checked.checks(checks)
-    others = (*tables, *places.rows.values(), *places.methods.values())
-    if _current(folder) == digest and all((folder / name).is_file() for name in others):
+    content = rows.Content(
+        model, audits=rows.audits(found), checked=checked.checks(checks), sources=sources, results=results, here=folder
+    )
+    if _current(folder) == digest and all((folder / name).is_file() for name in (*tables, *content.below)):
         return Report(folder, False, top)
     drawings = figures.draw(model)
-    below = pages.run_pages(model, places, known, sources, conformant)
-    below |= pages.cards(model, places, sources, known, conformant)
+    below = pages.run_pages(content) | pages.cards(content)
     files = {
         "leaderboard.md": text.markdown(model),
         "leaderboard.csv": text.table_csv(model),
         "published.csv": text.published_csv(model),
         **drawings,
-        "index.html": html.page(model, places, digest=digest, known=known, checked=conformant),
+        "index.html": html.page(content, digest),
     }
     _replace(folder, tables | below)
     for name in FILES:  # the page is last: it holds the digest, so a report cut short is never taken for a whole one
@@ -165,16 +159,14 @@ def overview(reports: Path, results: Path | None = None) -> Path | None:
     return path
 
 
-def top_rows(records: Iterable[RecordLike], n: int = 5) -> str:
-    """The first `n` rows of every table as text for a terminal, without writing anything."""
-    return text.top_rows(board("", "", records), n)
-
-
 def _digest(inputs: Any) -> str:
     """Digest of all that a report depends on: the inputs, the files that read them, the libraries that draw."""
     digest = hashlib.sha256(canonical(inputs).encode("ascii"))
     mine = [p for p in _HERE.rglob("*") if p.suffix in (".py", ".html", ".css", ".js")]
-    for path in (*sorted(mine), *(_HERE.parent / "records" / name for name in ("public.py", "stages.py"))):
+    for path in (
+        *sorted(mine),
+        *(_HERE.parent / "records" / name for name in ("public.py", "stages.py", "drawing.py")),
+    ):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     digest.update(" ".join(version(name) for name in ("matplotlib", "jinja2", "scipy")).encode())
     return digest.hexdigest()[:32]
@@ -193,13 +185,10 @@ def _traced(record: dict[str, Any], results: Path) -> dict[str, Any]:
 
 
 def _points(lines: list[bytes]) -> list[dict[str, Any]]:
-    try:
-        found = json.loads(b"[" + b",".join(lines) + b"]")
-    except (ValueError, RecursionError):  # some line is damaged: the others are kept
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError, RecursionError):
-                found.append(json.loads(line))
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):  # a damaged line; the others are kept
+            found.append(json.loads(line))
     return [
         {key: one[key] for key in POINT if isinstance(one.get(key, ""), int | float | None)}
         for one in found

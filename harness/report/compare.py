@@ -20,9 +20,19 @@ from typing import Any
 
 from harness.report import text
 from harness.report.model.fields import RecordLike, natural
-from harness.report.model.pairs import METRICS, CompareError, Metric, Pairing, named, order_of, partner, series, where
+from harness.report.model.pairs import (
+    METRICS,
+    CompareError,
+    Key,
+    Metric,
+    Pairing,
+    named,
+    order_of,
+    partner,
+    series,
+    where,
+)
 from harness.report.model.rows import examples
-from harness.report.model.runs import Setting
 from harness.report.model.statistics import LEVEL, Interval, mean_interval, rounding
 from harness.report.model.words import bounds, by_status, epsilon, percent, tally
 
@@ -36,7 +46,7 @@ BY = ("setting", "method", "task", "epsilon", "suite", "all")
 class Line:
     """One line of a comparison: `names` says of what. Means are over `seeds`; `incomplete` pairings lack a seed."""
 
-    names: tuple[tuple[str, str | float], ...]
+    names: Mapping[str, str | float]
     pairings: int
     incomplete: int
     a: Interval | None
@@ -48,11 +58,6 @@ class Line:
     busy: int
     statuses: tuple[Mapping[str, int], Mapping[str, int]]
     verdict: str
-
-    @property
-    def regression(self) -> bool:
-        """Whether this line alone makes the comparison fail."""
-        return self.verdict in ("worse", "fails")
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Comparison:
     @property
     def regressions(self) -> int:
         """How many lines are worse beyond the threshold, or fail where A finished."""
-        return sum(line.regression for line in self.lines)
+        return sum(line.verdict in ("worse", "fails") for line in self.lines)
 
     def terminal(self) -> str:
         """The table and what to know about it, for a terminal."""
@@ -79,7 +84,7 @@ class Comparison:
     def markdown(self) -> str:
         """The same as a page of GitHub-flavoured Markdown."""
         escape = text.escape
-        grid = text.grid(_titles(self), ([escape(cell) for cell in line] for line in _cells(self)))
+        grid = text.grid(_titles(self), _cells(self))
         notes = [f"- {escape(note)}" for note in _notes(self)]
         return "\n".join([f"# {escape(self.b)} against {escape(self.a)}", "", *grid, *notes, ""])
 
@@ -94,44 +99,35 @@ class Comparison:
         }  # fmt: skip
 
 
-def methods(
-    records: Iterable[RecordLike], a: str, b: str, metric: str = "accuracy", by: str = "setting", threshold: float = 0.0
-) -> Comparison:
+def methods(records: Iterable[RecordLike], a: str, b: str, **how: Any) -> Comparison:
     """Compare two methods of one results folder, within each suite on each task and epsilon.
 
     A method is named by its label, its title in the tables, its name or its group (12 hex digits). One that has no
-    privacy target is compared with the other at every epsilon. Raises CompareError where a name matches nothing, or
+    privacy target is compared with the other at every epsilon. `how` are the metric (``accuracy`` by default), ``by``,
+    which is one of `BY`, and the ``threshold`` (0 by default). Raises CompareError where a name matches nothing, or
     several rows of one setting.
     """
     found = series(records)
     one, other = named(found, a), named(found, b)
     pairings = []
-    used_a, used_b = set[tuple[str, Setting]](), set[tuple[str, Setting]]()
-    for suite, setting in sorted(one.keys() | other.keys(), key=order_of):
-        key_a, key_b = partner(one, suite, setting), partner(other, suite, setting)
-        if key_a is not None and key_b is not None:
-            pairings.append(Pairing(suite, setting, "", one[key_a], other[key_b]))
-            used_a.add(key_a)
-            used_b.add(key_b)
+    used: tuple[set[Key], set[Key]] = set(), set()
+    for key in sorted(one.keys() | other.keys(), key=order_of):
+        keys = partner(one, *key), partner(other, *key)
+        if keys[0] is not None and keys[1] is not None:
+            pairings.append(Pairing(*key, "", one[keys[0]], other[keys[1]]))
+            used[0].add(keys[0])
+            used[1].add(keys[1])
     if not pairings:
         raise CompareError(f"{a} and {b} have no task and epsilon in common, so there is nothing to pair.")
-    only_a, only_b = (
-        tuple(where(*key) for key in sorted(side.keys() - used, key=order_of))
-        for side, used in ((one, used_a), (other, used_b))
-    )
-    return _comparison(a, b, metric, by, threshold, pairings, (only_a, only_b))
+    alone = [sorted(side.keys() - its, key=order_of) for side, its in zip((one, other), used, strict=True)]
+    return _comparison(a, b, pairings, [tuple(where(*key) for key in keys) for keys in alone], **how)
 
 
-def folders(
-    before: Iterable[RecordLike],
-    after: Iterable[RecordLike],
-    a: str,
-    b: str,
-    metric: str = "accuracy",
-    by: str = "setting",
-    threshold: float = 0.0,
-) -> Comparison:
-    """Compare the same cells in two results folders, called `a` and `b`. Raises CompareError where none is in both."""
+def folders(before: Iterable[RecordLike], after: Iterable[RecordLike], a: str, b: str, **how: Any) -> Comparison:
+    """Compare the same cells in two results folders, called `a` and `b`; `how` as in `methods`.
+
+    Raises CompareError where none is in both.
+    """
     sides = [
         {(suite, row.first.group): (setting, side) for (suite, setting), rows in found.items() for row, side in rows}
         for found in map(series, (before, after))
@@ -149,49 +145,36 @@ def folders(
         raise CompareError(
             f"{a} and {b} have no cell in common: pairs are runs of one suite that are equal but for the code."
         )
-    only_a, only_b = (
+    alone = [
         tuple(f"{one[key][1].title}, {where(key[0], one[key][0])}" for key in sorted(one.keys() - other, key=order))
         for one, other in ((sides[0], sides[1].keys()), (sides[1], sides[0].keys()))
-    )
-    return _comparison(a, b, metric, by, threshold, pairings, (only_a, only_b))
+    ]
+    return _comparison(a, b, pairings, alone, **how)
 
 
 def _comparison(
-    a: str,
-    b: str,
-    metric: str,
-    by: str,
-    threshold: float,
-    pairings: Sequence[Pairing],
-    missing: tuple[tuple[str, ...], tuple[str, ...]],
-) -> Comparison:
-    if metric not in METRICS:
-        raise CompareError(f"{metric}: no such metric; there are {', '.join(METRICS)}.")
-    if by not in BY:
-        raise CompareError(f"{by}: lines cannot be by that; there are {', '.join(BY)}.")
+    a: str, b: str, pairings: Sequence[Pairing], alone: Sequence[tuple[str, ...]], metric: str = "accuracy",
+    by: str = "setting", threshold: float = 0.0,
+) -> Comparison:  # fmt: skip
     if not 0 <= threshold < math.inf:
         raise CompareError(f"{threshold}: no threshold; write a fraction of 0 or more, such as 0.01.")
     groups: dict[Any, list[Pairing]] = defaultdict(list)
     for index, one in enumerate(pairings):
-        groups[index if by == "setting" else _names(one, by)].append(one)
+        groups[index if by == "setting" else tuple(_names(one, by).values())].append(one)
     lines = tuple(_line(_names(ones[0], by), ones, METRICS[metric], threshold) for ones in groups.values())
-    return Comparison(a, b, METRICS[metric], by, threshold, lines, missing)
+    return Comparison(a, b, METRICS[metric], by, threshold, lines, (alone[0], alone[1]))
 
 
-def _names(one: Pairing, by: str) -> tuple[tuple[str, str | float], ...]:
-    task = one.setting.task + ("" if one.setting.split == "test" else f" ({one.setting.split})")
-    every: dict[str, str | float] = {
-        "suite": one.suite, "method": one.method, "task": task, "epsilon": one.setting.epsilon,
-    }  # fmt: skip
+def _names(one: Pairing, by: str) -> dict[str, str | float]:
     if by == "all":
-        return (("lines", "all"),)
-    wanted = tuple(every) if by == "setting" else (by,)
-    return tuple((name, every[name]) for name in wanted if every[name] != "")
+        return {"lines": "all"}
+    task = one.setting.task + ("" if one.setting.split == "test" else f" ({one.setting.split})")
+    every: dict[str, str | float]
+    every = {"suite": one.suite, "method": one.method, "task": task, "epsilon": one.setting.epsilon}
+    return {name: value for name, value in every.items() if by in (name, "setting") and value != ""}
 
 
-def _line(
-    names: tuple[tuple[str, str | float], ...], pairings: Sequence[Pairing], metric: Metric, threshold: float
-) -> Line:
+def _line(names: Mapping[str, str | float], pairings: Sequence[Pairing], metric: Metric, threshold: float) -> Line:
     every = [(one, one.pairs(metric)) for one in pairings]
     seeds = _fullest([pairs for _, pairs in every])
     paired = [(one, pairs) for one, pairs in every if pairs.keys() >= set(seeds)]
@@ -203,23 +186,15 @@ def _line(
     difference = mean_interval(means[2], 2 * least)
     busy = sum(one.a.finished[seed].busy or one.b.finished[seed].busy for one, pairs in every for seed in pairs)
     broken = sum(len(one.a.finished.keys() & one.b.failed) for one in pairings)
-    return Line(
-        names=names,
-        pairings=len(pairings),
-        incomplete=len(every) - len(paired),
-        a=a,
-        b=b,
-        difference=difference,
-        seeds=tuple(seeds),
-        unpaired=(
-            sum(len(one.a.finished.keys() - pairs.keys()) for one, pairs in every),
-            sum(len(one.b.finished.keys() - pairs.keys()) for one, pairs in every),
-        ),
-        broken=broken,
-        busy=busy if metric.timed else 0,
-        statuses=(tally(r for one in pairings for r in one.a.runs), tally(r for one in pairings for r in one.b.runs)),
-        verdict=_verdict(difference, metric.better, threshold, broken),
+    alone = (
+        sum(len(one.a.finished.keys() - pairs.keys()) for one, pairs in every),
+        sum(len(one.b.finished.keys() - pairs.keys()) for one, pairs in every),
     )
+    statuses = tally(r for one in pairings for r in one.a.runs), tally(r for one in pairings for r in one.b.runs)
+    return Line(
+        names, len(pairings), len(every) - len(paired), a, b, difference, tuple(seeds), alone, broken,
+        busy if metric.timed else 0, statuses, _verdict(difference, metric.better, threshold, broken),
+    )  # fmt: skip
 
 
 def _fullest(every: Sequence[Mapping[int, object]]) -> list[int]:
@@ -243,15 +218,24 @@ def _verdict(difference: Interval | None, better: int, threshold: float, broken:
 
 def _titles(comparison: Comparison) -> list[str]:
     unit = "%" if comparison.metric.relative else "points"
-    names = [name for name, _ in comparison.lines[0].names]
-    return [*names, "A", "B", f"change, {unit}", "95 % interval", "pairs", "runs of A", "runs of B", "verdict"]
+    return [
+        *comparison.lines[0].names,
+        "A",
+        "B",
+        f"change, {unit}",
+        "95 % interval",
+        "pairs",
+        "runs of A",
+        "runs of B",
+        "verdict",
+    ]
 
 
 def _cells(comparison: Comparison) -> list[list[str]]:
     metric = comparison.metric
     return [
         [
-            *(epsilon(value) if isinstance(value, float) else value for _, value in line.names),
+            *(epsilon(value) if isinstance(value, float) else value for value in line.names.values()),
             *(metric.shown(one.mean if one else None) for one in (line.a, line.b)),
             percent(line.difference.mean if line.difference else None, signed=True),
             bounds(line.difference, signed=True) or "–", str(len(line.seeds)), *map(by_status, line.statuses),
@@ -269,8 +253,7 @@ def _notes(comparison: Comparison) -> list[str]:
         + ("B / A − 1 in percent" if metric.relative else "B − A in percentage points")
         + f", paired by seed; {'more' if metric.better > 0 else 'less'} is better."
     ]
-    single = sum(line.verdict == "one seed" for line in lines)
-    if single:
+    if single := sum(line.verdict == "one seed" for line in lines):
         notes.append(
             f"{single} of {len(lines)} lines have one paired seed: there is no interval, so nothing is decided."
         )
@@ -306,7 +289,7 @@ def _json(line: Line) -> dict[str, Any]:
     def interval(value: Interval | None) -> dict[str, Any] | None:
         return None if value is None else {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
 
-    names = {name: None if value == math.inf else value for name, value in line.names}
+    names = {name: None if value == math.inf else value for name, value in line.names.items()}
     return {
         **names, "pairings": line.pairings, "incomplete": line.incomplete, "a": interval(line.a), "b": interval(line.b),
         "change": interval(line.difference), "seeds": list(line.seeds),

@@ -14,9 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from harness.report import text
-from harness.report.model.rows import BASELINE
-from harness.report.model.tables import Board, RankedTable, TableRow, heading, place, statement, timing
-from harness.report.model.words import count, epsilon, interval
+from harness.report.model.tables import Board, RankedTable, heading, statement
 
 __all__ = ["UNITS", "files", "tex"]
 
@@ -36,6 +34,9 @@ UNITS: Mapping[str, str] = {
 }  # fmt: skip
 """Unit of each column of numbers; every other column is text."""
 
+TEX = ("rank", "method", "accuracy", "difference", "spent", "sigma", "rate", "memory")
+"""The columns of a table in LaTeX; the number of seeds is beside them."""
+
 _Row = Mapping[str, text.Field]
 
 
@@ -44,14 +45,18 @@ def files(board: Board) -> dict[str, str]:
     found: dict[str, str] = {}
     for table in board.tables:
         name = _name(table, found)
-        rows = [text.csv_row(table, entry) for entry in table.every]
+        notes = [*table.unranked, *table.notes]
         facts = {
             "suite": board.suite, "table": heading(table), "statement": statement(table),
-            "search": table.search, "notes": [*table.unranked, *table.notes],
+            "search": table.search, "notes": notes,
         }  # fmt: skip
-        found |= _forms(
-            name, "\n".join(text.markdown_table(table)), text.csv_text(rows), _tex_table(table, name), facts, rows
-        )
+        search = "Hyper-parameter search, not a result: " if table.search else ""
+        caption = f"{search}{heading(table)} ({', '.join(statement(table))}). {text.LEGEND}"
+        titles = [*text.titles(table, TEX), "seeds"]
+        lines = [[*map(text.cells(e).__getitem__, TEX), str(len(e.row.scores))] for e in table.every]
+        latex = _tex(titles, lines, "llrrrrrrr", caption, name, notes)
+        rows = [text.csv_row(table, entry) for entry in table.every]
+        found |= _forms(name, "\n".join(text.markdown_table(table)), text.csv_text(rows), latex, facts, rows)
     return found | (_published(board) if board.published else {})
 
 
@@ -81,7 +86,7 @@ def _published(board: Board) -> dict[str, str]:
     titles = ("method", "task", "ε", "metric", "published", "measured", "verdict", "source")
     cells = [text.verdict_cells(v)[: len(titles)] for v in board.published]
     markdown = ["## Published and measured", "", text.VERDICTS, ""]
-    markdown += text.grid(titles, ([text.escape(cell) for cell in line] for line in cells))
+    markdown += text.grid(titles, cells)
     caption = f"Published and measured values, {board.suite}."
     latex = _tex(titles, cells, "lllllllp{4cm}", caption, "published", [text.VERDICTS])
     facts = {"suite": board.suite, "table": "published and measured", "notes": [text.VERDICTS]}
@@ -98,18 +103,16 @@ def _json(facts: Mapping[str, Any], rows: Sequence[_Row]) -> str:
         {"name": name, "type": "number", "unit": UNITS[name]} if name in UNITS else {"name": name, "type": "text"}
         for name in (rows[0] if rows else ())
     ]
-    known = [{name: _plain(value) for name, value in row.items() if _known(value)} for row in rows]
-    return (
-        json.dumps({**facts, "columns": columns, "rows": known}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    known = [
+        {name: None if value in (math.inf, -math.inf) else value for name, value in row.items() if _known(value)}
+        for row in rows
+    ]
+    shown = {**facts, "columns": columns, "rows": known}
+    return json.dumps(shown, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _known(value: text.Field) -> bool:
-    return value is not None and value != "" and not (isinstance(value, float) and math.isnan(value))
-
-
-def _plain(value: text.Field) -> text.Field:
-    return None if isinstance(value, float) and math.isinf(value) else value
+    return value not in (None, "") and not (isinstance(value, float) and math.isnan(value))
 
 
 # LaTeX ----------------------------------------------------------------------------------------------------
@@ -133,35 +136,6 @@ def tex(words: str) -> str:
         for c in " ".join(words.split())
     )
     return re.sub(r"(?<=-)-", "{}-", "".join(one if one != "--" else "\0" for one in shown)).replace("\0", "--")
-
-
-def _tex_table(table: RankedTable, name: str) -> str:
-    baseline = table.baseline.title if table.baseline else BASELINE
-    titles = (
-        "rank",
-        "method",
-        "accuracy, %",
-        f"Δ {baseline}, points",
-        "ε spent",
-        "σ",
-        "examples/s",
-        "peak MiB",
-        "seeds",
-    )
-    search = "Hyper-parameter search, not a result: " if table.search else ""
-    caption = f"{search}{heading(table)} ({', '.join(statement(table))}). {text.LEGEND}"
-    notes = [*table.unranked, *table.notes]
-    return _tex(titles, map(_tex_row, table.every), "llrrrrrrr", caption, name, notes)
-
-
-def _tex_row(entry: TableRow) -> list[str]:
-    row = entry.row
-    return [
-        "reference" if entry.reference else place(entry), row.marked, interval(row.accuracy),
-        text.difference(entry), epsilon(row.epsilon),
-        text.sigma(row.shared("sigma")), timing(entry, "rate", count(row.rate)), count(row.peak_memory),
-        str(len(row.scores)),
-    ]  # fmt: skip
 
 
 def _tex(

@@ -1,20 +1,21 @@
 """The figures of a report: their data, which the page draws too (`plot`), and SVG files for documents.
 
-The files are deterministic: matplotlib's defaults (no user settings), fixed ids, no date, sorted input. Text stays
-text, the background is transparent, and the two neutral colours are mid-tones that read on white and on black.
+The files are those of `harness.records.drawing`, from sorted input: equal records give equal bytes.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from harness.records.drawing import INK, grid, styled, svg
 from harness.report.model.fields import natural
 from harness.report.model.rows import BASELINE, REFERENCE, Row
 from harness.report.model.statistics import Interval, mean_interval, rounding
@@ -23,48 +24,31 @@ from harness.report.model.words import BUSY, device_text, epsilon
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-INK, LINE = "#6b7680", "#9aa4ad"
+Handles = dict[str, Any]
+Looks = Mapping[str, Mapping[str, Any]]
 #: Okabe and Ito's colours that keep their contrast on white and on black; the first is the baseline's.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SERIES = 12
 PANELS = 6
 """How many panels a file has at most. The page shows more, and the curves of every row on its own page."""
-_STYLE: dict[str, Any] = {
-    "svg.hashsalt": "epsbench",
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": LINE,
-    "grid.alpha": 0.3,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
+
+
+Points = Sequence[tuple[float, Interval]]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel's data: (epsilon, interval) points for each series, and the references' intervals."""
+    """One panel's data: (epsilon, interval) points for each series, and the intervals of references, which have none.
+
+    `split` is what an accuracy was measured on, empty where the points are those of training.
+    """
 
     title: str
-    split: str
-    series: Mapping[str, Sequence[tuple[float, Interval]]]
-    references: Mapping[str, Interval]
+    series: Mapping[str, Points]
+    references: Mapping[str, Interval] = field(default_factory=dict)
+    split: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +86,7 @@ def accuracy_data(board: Board) -> list[Panel]:
         }
         if points or references or infinite:
             title = task if len(kinds) < 2 else f"{task} ({kind})"
-            panels.append(Panel(title, split, dict(_some(points)), dict(_some({**infinite, **references}))))
+            panels.append(Panel(title, _some(points), _some({**infinite, **references}), split))
     return panels
 
 
@@ -143,7 +127,7 @@ def _bars(board: Board, measure: Callable[[Row], float | None], timed: bool) -> 
         base, spoilt = chosen.get(REFERENCE, (None, False))
         values = {t: value / (base or 1) for t, (value, _) in ordered}
         busy = frozenset(t for t, (_, one) in chosen.items() if one or (base is not None and spoilt))
-        panels.append(Bars(title, bool(base), dict(_some(values)), engines, busy))
+        panels.append(Bars(title, bool(base), _some(values), engines, busy))
     return panels
 
 
@@ -168,8 +152,9 @@ def pareto_data(board: Board) -> list[tuple[str, list[TradeOff]]]:
 
     panels = []
     for title, rows in _by_device(board, known):
+        # Epsilon to three significant figures: calibration ends within its tolerance, not at the target.
         points = [
-            (r.title, r.accuracy.mean if r.accuracy else 0.0, _rounded(r.epsilon or 0.0), r.train_seconds or 0.0)
+            (r.title, r.accuracy.mean if r.accuracy else 0.0, float(f"{r.epsilon or 0:.3g}"), r.train_seconds or 0.0)
             for r in rows
         ]
         quiet = [i for i, row in enumerate(rows) if not row.busy]
@@ -189,25 +174,12 @@ def _front(costs: Sequence[tuple[float, float, float]]) -> set[int]:
     return set(front)
 
 
-def _rounded(value: float) -> float:
-    """Epsilon to three significant figures: calibration ends within its tolerance, not at the target."""
-    return value if math.isinf(value) else float(f"{value:.3g}")
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What the traces of one setting say: for each series (epsilon spent, interval over seeds) at every log point."""
-
-    title: str
-    series: Mapping[str, Sequence[tuple[float, Interval]]]
-
-
-def curves_data(board: Board, what: str = "accuracy") -> list[Curves]:
-    """Training curves over epsilon spent, for every setting with a finite epsilon.
+def curves_data(board: Board, what: str = "accuracy") -> list[Panel]:
+    """Training curves over epsilon spent, at every log point, for every setting with a finite epsilon.
 
     `what` is ``accuracy`` or ``clipped``, the share of clipped contributions, which is computed from private data.
     """
-    panels: list[Curves] = []
+    panels: list[Panel] = []
     for table in board.results or board.tables:
         series = {}
         for entry in table.entries:
@@ -226,36 +198,27 @@ def curves_data(board: Board, what: str = "accuracy") -> list[Curves]:
             if points:
                 series[entry.row.title] = points
         if series and len(panels) < PANELS:
-            panels.append(Curves(heading(table), dict(_some(series))))
+            panels.append(Panel(heading(table), _some(series)))
     return panels
 
 
 def draw(board: Board) -> dict[str, str]:
     """File name -> SVG text of every figure."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    panels, speed, memory = (
-        accuracy_data(board)[:PANELS],
-        throughput_data(board)[:PANELS],
-        memory_data(board)[:PANELS],
-    )
-    pareto, curves, clipped = pareto_data(board)[:PANELS], curves_data(board), curves_data(board, "clipped")
-    names = {n for p in panels for n in (*p.series, *p.references)}
-    names |= {n for b in (*speed, *memory) for n in b.values} | {n for c in (*curves, *clipped) for n in c.series}
-    names |= {c.title for _, choices in pareto for c in choices}
+    panels, curves, clipped = accuracy_data(board)[:PANELS], curves_data(board), curves_data(board, "clipped")
+    speed, memory = throughput_data(board)[:PANELS], memory_data(board)[:PANELS]
+    pareto = pareto_data(board)[:PANELS]
+    names = {n for p in (*panels, *curves, *clipped) for n in (*p.series, *p.references)}
+    names |= {n for b in (*speed, *memory) for n in b.values} | {c.title for _, choices in pareto for c in choices}
     looks = _looks(sorted(names, key=_first))
-    with matplotlib.rc_context(), warnings.catch_warnings():
+    with warnings.catch_warnings(), styled():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
         return {
-            "accuracy-vs-epsilon.svg": _svg(_accuracy(Figure, panels, looks)),
-            "throughput.svg": _svg(_relative(Figure, speed, looks, "examples/s", "{:,.3g}")),
-            "memory.svg": _svg(_relative(Figure, memory, looks, "peak memory", "{:,.0f} MiB")),
-            "pareto.svg": _svg(_pareto(Figure, pareto, looks)),
-            "training-curves.svg": _svg(_curves(Figure, curves, looks, "accuracy, %")),
-            "clipped-fraction.svg": _svg(_curves(Figure, clipped, looks, "clipped, % (not private to publish)")),
+            "accuracy-vs-epsilon.svg": _figure(panels, looks, _accuracy),
+            "throughput.svg": _bars_figure(speed, looks, "examples/s", "{:,.3g}"),
+            "memory.svg": _bars_figure(memory, looks, "peak memory", "{:,.0f} MiB"),
+            "pareto.svg": _figure(pareto, looks, _pareto, named=SERIES),
+            "training-curves.svg": _figure(curves, looks, partial(_curves, "accuracy, %")),
+            "clipped-fraction.svg": _figure(clipped, looks, partial(_curves, "clipped, % (not private to publish)")),
         }
 
 
@@ -270,8 +233,8 @@ def _first(label: str) -> tuple[Any, ...]:
     return (label == REFERENCE, label != BASELINE, natural(label))
 
 
-def _some(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return list(values.items())[:SERIES]
+def _some(values: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(islice(values.items(), SERIES))
 
 
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -288,130 +251,106 @@ def _short(text: str, limit: int = 40) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _grid(figure: type[Figure], panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    columns = min(max(panels, 1), 3)
-    lines = math.ceil(max(panels, 1) / columns)
-    fig = figure(figsize=(max(width * columns, 4.6), height * lines), facecolor="none")
-    axes = [fig.add_subplot(lines, columns, i + 1, facecolor="none") for i in range(panels)]
+def _figure(
+    panels: Sequence[Any], looks: Looks, draw: Callable[..., Handles], height: float = 3.1, named: int | None = None
+) -> str:
+    """The SVG text of the panels, and a legend of what `draw` returns by series, of so many at most."""
+    fig, axes = grid(len(panels), height, least=4.6)
     if not panels:
         fig.text(0.5, 0.5, "no finished run yet", ha="center", va="center")
-    return fig, axes
-
-
-def _accuracy(figure: type[Figure], panels: Sequence[Panel], looks: Mapping[str, Any]) -> Figure:
-    fig, axes = _grid(figure, len(panels), 3.7, 3.1)
-    handles: dict[str, Any] = {}
+    handles: Handles = {}
     for axis, panel in zip(axes, panels, strict=True):
-        epsilons = sorted({e for points in panel.series.values() for e, _ in points})
-        for name, points in panel.series.items():
-            look, x = looks[name], [e for e, _ in points]
-            if len(points) == 1 and len(panel.series) > 1:  # lone points would lie on each other
-                x[0] *= 1 + 0.02 * (list(panel.series).index(name) - len(panel.series) / 2)
-            means = [100 * i.mean for _, i in points]
-            (handles[name],) = axis.plot(x, means, markersize=4.5, linewidth=1.5, label=_short(name), **look)
-            banded = [(e, i) for e, i in points if i.low is not None and i.high is not None]
-            low, high = [100 * (i.low or 0) for _, i in banded], [100 * (i.high or 0) for _, i in banded]
-            if len(banded) > 1:
-                axis.fill_between([e for e, _ in banded], low, high, color=look["color"], alpha=0.13, linewidth=0)
-            elif banded:
-                axis.vlines(x, low, high, color=look["color"], linewidth=1.2)
-        for name, value in panel.references.items():
-            handles[name] = axis.axhline(
-                100 * value.mean, color=looks[name]["color"], linestyle="--", linewidth=1.2, label=_short(name)
-            )
-        if epsilons:
-            axis.set_xscale("log")
-            axis.set_xticks(epsilons, labels=[epsilon(e) for e in epsilons])
-            axis.set_xticks([], minor=True)
-            axis.margins(x=0.08 if len(epsilons) > 1 else 0.5)
-        else:
-            axis.set_xticks([])
-        axis.grid(True, axis="y")
-        axis.tick_params(length=0)
-        _named(axis, panel.title, "target ε", f"{_short(panel.split)} accuracy, %")
-    return _explained(fig, handles)
-
-
-def _pareto(figure: type[Figure], panels: Sequence[tuple[str, Sequence[TradeOff]]], looks: Mapping[str, Any]) -> Figure:
-    fig, axes = _grid(figure, len(panels), 3.7, 3.1)
-    handles: dict[str, Any] = {}
-    for axis, (title, choices) in zip(axes, panels, strict=True):
-        for c in sorted(choices, key=lambda c: (c.epsilon, c.title)):
-            look = looks[c.title]
-            (handles[c.title],) = axis.plot(
-                [c.seconds], [100 * c.accuracy], linestyle="", marker=look["marker"] or "*", markersize=5,
-                color=look["color"], markerfacecolor=look["color"] if c.front else "none", label=_short(c.title),
-            )  # fmt: skip
-            if c.front:
-                axis.annotate(
-                    f"ε = {epsilon(c.epsilon)}", (c.seconds, 100 * c.accuracy), (4, 4),
-                    textcoords="offset points", fontsize=6.5,
-                )  # fmt: skip
-        axis.set_xscale("log")
-        axis.grid(True)
+        handles |= draw(axis, panel, looks)
         axis.tick_params(length=0, which="both")
-        busy = "\nhollow too: timed on a busy machine" if any(c.busy for c in choices) else ""
-        _named(axis, title, "training, s; filled: on the front" + busy, "accuracy, %")
-    return _explained(fig, handles, SERIES)
-
-
-def _curves(figure: type[Figure], panels: Sequence[Curves], looks: Mapping[str, Any], title: str) -> Figure:
-    fig, axes = _grid(figure, len(panels), 3.7, 3.1)
-    handles: dict[str, Any] = {}
-    for axis, panel in zip(axes, panels, strict=True):
-        for name, points in panel.series.items():
-            look = {**looks[name], "marker": ""}
-            (handles[name],) = axis.plot(
-                [e for e, _ in points], [100 * i.mean for _, i in points], linewidth=1.3, label=_short(name), **look
-            )
-        axis.grid(True, axis="y")
-        axis.tick_params(length=0)
-        _named(axis, panel.title, "ε spent, by RDP", title)
-    return _explained(fig, handles)
-
-
-def _relative(
-    figure: type[Figure], panels: Sequence[Bars], looks: Mapping[str, Any], what: str, absolute: str
-) -> Figure:
-    tallest = max((len(p.values) for p in panels), default=4)
-    fig, axes = _grid(figure, len(panels), 3.7, 0.9 + 0.27 * max(tallest, 3))
-    for axis, panel in zip(axes, panels, strict=True):
-        names, values = list(panel.values), list(panel.values.values())
-        bars = axis.barh(range(len(names)), values, height=0.62, color=[looks[n]["color"] for n in names], alpha=0.85)
-        texts = [
-            (f"{v:.2f}×" if panel.relative else absolute.format(v)) + BUSY * (n in panel.busy)
-            for n, v in panel.values.items()
-        ]
-        axis.bar_label(bars, texts, padding=3, fontsize=8)
-        axis.set_yticks(range(len(names)), labels=[_short(n, 28) for n in names])
-        axis.set_ylim(tallest - 0.4, -0.6)
-        axis.margins(x=0.16)
-        axis.set_xlim(left=0)
-        if panel.relative:
-            axis.axvline(1.0, color=INK, linestyle="--", linewidth=1)
-        axis.grid(True, axis="x")
-        axis.set_axisbelow(True)
-        axis.tick_params(length=0)
-        busy = f"\n{BUSY} timed on a busy machine" if panel.busy else ""
-        _named(axis, panel.title, what + (", relative to non-private" if panel.relative else "") + busy)
-    return fig
-
-
-def _named(axis: Axes, title: str, x: str, y: str = "") -> None:
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    axis.set_title(_short(title))
-
-
-def _explained(fig: Figure, handles: Mapping[str, Any], most: int | None = None) -> Figure:
-    """`fig` with a legend of its series, of `most` of them at most."""
-    lines = [handles[name] for name in sorted(handles, key=_first)[:most]]
-    if lines:
+    if lines := [handles[name] for name in sorted(handles, key=_first)[:named]]:
         fig.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 5), fontsize=8.5)
-    return fig
+    return svg(fig)
 
 
-def _svg(fig: Figure) -> str:
-    out = io.BytesIO()
-    fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return out.getvalue().decode("utf-8")
+def _accuracy(axis: Axes, panel: Panel, looks: Looks) -> Handles:
+    handles: Handles = {}
+    epsilons = sorted({e for points in panel.series.values() for e, _ in points})
+    for number, (name, points) in enumerate(panel.series.items()):
+        look, x = looks[name], [e for e, _ in points]
+        # Lone points would lie on each other.
+        if len(points) == 1 and len(panel.series) > 1:
+            x[0] *= 1 + 0.02 * (number - len(panel.series) / 2)
+        means = [100 * i.mean for _, i in points]
+        (handles[name],) = axis.plot(x, means, markersize=4.5, linewidth=1.5, label=_short(name), **look)
+        banded = [(e, i) for e, i in points if i.low is not None and i.high is not None]
+        low, high = [100 * (i.low or 0) for _, i in banded], [100 * (i.high or 0) for _, i in banded]
+        if len(banded) > 1:
+            axis.fill_between([e for e, _ in banded], low, high, color=look["color"], alpha=0.13, linewidth=0)
+        elif banded:
+            axis.vlines(x, low, high, color=look["color"], linewidth=1.2)
+    for name, value in panel.references.items():
+        handles[name] = axis.axhline(
+            100 * value.mean, color=looks[name]["color"], linestyle="--", linewidth=1.2, label=_short(name)
+        )
+    if not epsilons:
+        axis.set_xticks([])
+    else:
+        axis.set_xscale("log")
+        axis.set_xticks(epsilons, labels=[epsilon(e) for e in epsilons])
+        axis.set_xticks([], minor=True)
+        axis.margins(x=0.08 if len(epsilons) > 1 else 0.5)
+    axis.grid(True, axis="y")
+    axis.set(title=_short(panel.title), xlabel="target ε", ylabel=f"{_short(panel.split)} accuracy, %")
+    return handles
+
+
+def _pareto(axis: Axes, panel: tuple[str, Sequence[TradeOff]], looks: Looks) -> Handles:
+    handles: Handles = {}
+    title, choices = panel
+    for c in sorted(choices, key=lambda c: (c.epsilon, c.title)):
+        look, place = looks[c.title], (c.seconds, 100 * c.accuracy)
+        (handles[c.title],) = axis.plot(
+            *place, linestyle="", marker=look["marker"] or "*", markersize=5, color=look["color"],
+            markerfacecolor=look["color"] if c.front else "none", label=_short(c.title),
+        )  # fmt: skip
+        if c.front:
+            axis.annotate(f"ε = {epsilon(c.epsilon)}", place, (4, 4), textcoords="offset points", fontsize=6.5)
+    axis.set_xscale("log")
+    axis.grid(True)
+    busy = "\nhollow too: timed on a busy machine" if any(c.busy for c in choices) else ""
+    axis.set(title=_short(title), xlabel="training, s; filled: on the front" + busy, ylabel="accuracy, %")
+    return handles
+
+
+def _curves(what: str, axis: Axes, panel: Panel, looks: Looks) -> Handles:
+    handles: Handles = {}
+    for name, points in panel.series.items():
+        look = {**looks[name], "marker": ""}
+        means = [100 * i.mean for _, i in points]
+        (handles[name],) = axis.plot([e for e, _ in points], means, linewidth=1.3, label=_short(name), **look)
+    axis.grid(True, axis="y")
+    axis.set(title=_short(panel.title), xlabel="ε spent, by RDP", ylabel=what)
+    return handles
+
+
+def _bars_figure(panels: Sequence[Bars], looks: Looks, what: str, absolute: str) -> str:
+    rows = max((len(panel.values) for panel in panels), default=4)
+    draw = partial(_relative, what, absolute, rows)
+    return _figure(panels, looks, draw, 0.9 + 0.27 * max(rows, 3))
+
+
+def _relative(what: str, absolute: str, rows: int, axis: Axes, panel: Bars, looks: Looks) -> Handles:
+    names, values = list(panel.values), list(panel.values.values())
+    bars = axis.barh(range(len(names)), values, height=0.62, color=[looks[n]["color"] for n in names], alpha=0.85)
+    texts = [
+        (f"{v:.2f}×" if panel.relative else absolute.format(v)) + BUSY * (n in panel.busy)
+        for n, v in panel.values.items()
+    ]
+    axis.bar_label(bars, texts, padding=3, fontsize=8)
+    axis.set_yticks(range(len(names)), labels=[_short(n, 28) for n in names])
+    axis.set_ylim(rows - 0.4, -0.6)
+    axis.margins(x=0.16)
+    axis.set_xlim(left=0)
+    if panel.relative:
+        axis.axvline(1.0, color=INK, linestyle="--", linewidth=1)
+    axis.grid(True, axis="x")
+    axis.set_axisbelow(True)
+    busy = f"\n{BUSY} timed on a busy machine" if panel.busy else ""
+    relative = ", relative to non-private" if panel.relative else ""
+    axis.set(title=_short(panel.title), xlabel=what + relative + busy)
+    return {}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,8 @@ def _method(name: str) -> dict[str, Any] | None:
 @cache
 def _classes() -> dict[str, list[list[str]]]:
     """Class name -> [what, text] pairs: the class itself, then its documented methods and properties."""
-    found: dict[str, list[list[str]]] = {}
-    for path in sorted(_PARTS.rglob("*.py")):
-        found = _documented(path) | found
-    return found
+    found = (_documented(path).items() for path in sorted(_PARTS.rglob("*.py"), reverse=True))
+    return dict(chain.from_iterable(found))
 
 
 def _documented(path: Path) -> dict[str, list[list[str]]]:
@@ -77,5 +75,4 @@ def _documented(path: Path) -> dict[str, list[list[str]]]:
 
 
 def _doc(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
-    text = ast.get_docstring(node) or ""
-    return inspect.cleandoc(text)
+    return ast.get_docstring(node) or ""

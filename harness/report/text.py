@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from harness.records import tables
 from harness.report.model.fields import listing
@@ -38,21 +39,20 @@ LEGEND = "± is half of a 95 % t-interval over seeds; differences are paired by 
 
 def markdown(board: Board) -> str:
     """The leaderboard as GitHub-flavoured Markdown."""
-    out = [f"# {escape(board.suite)}", ""]
-    if board.question:
-        out += [escape(board.question), ""]
-    out += [f"- **{name}**: {escape(text)}" for name, text in board.facts]
-    data = "Data: [leaderboard.csv](leaderboard.csv)"
-    data += ", [published.csv](published.csv)." if board.published else "."
-    out += ["", f"Full page: [index.html](index.html). {data}", ""]
-    out += [f"{LEGEND} A record is `results/{escape(board.suite)}/ID/record.json`; `epsbench show ID` prints it.", ""]
-    out += ["![Accuracy against epsilon](accuracy-vs-epsilon.svg)", "", "![Throughput](throughput.svg)", ""]
-    for table in board.tables:
-        out += markdown_table(table)
-    out += ["## How ranks are made", "", RULE, ""]
+    name = escape(board.suite)
+    published = ", [published.csv](published.csv)" if board.published else ""
+    out = [
+        f"# {name}", "", *([escape(board.question), ""] if board.question else []),
+        *(f"- **{fact}**: {escape(text)}" for fact, text in board.facts), "",
+        f"Full page: [index.html](index.html). Data: [leaderboard.csv](leaderboard.csv){published}.", "",
+        f"{LEGEND} A record is `results/{name}/ID/record.json`; `epsbench show ID` prints it.", "",
+        "![Accuracy against epsilon](accuracy-vs-epsilon.svg)", "", "![Throughput](throughput.svg)", "",
+        *chain.from_iterable(map(markdown_table, board.tables)),
+        "## How ranks are made", "", RULE, "",
+    ]  # fmt: skip
     if board.published:
         out += ["## Published and measured", "", VERDICTS, ""]
-        out += grid(VERDICT_COLUMNS, ([escape(cell) for cell in verdict_cells(v)] for v in board.published))
+        out += grid(VERDICT_COLUMNS, map(verdict_cells, board.published))
     if board.tuning:
         out += ["## How hyper-parameters were chosen", ""]
         out += [*(f"- **{escape(name)}**: {escape(text)}" for name, text in board.tuning), ""]
@@ -62,13 +62,11 @@ def markdown(board: Board) -> str:
 def markdown_table(table: RankedTable) -> list[str]:
     search = " (validation split: a hyper-parameter search, not a result)" if table.search else ""
     out = [f"## {escape(heading(table))}{search}", "", escape(" · ".join(statement(table))), ""]
-    titles = (
-        "rank", "method", "accuracy, %",
-        f"Δ {escape(table.baseline.title) if table.baseline else BASELINE}, points",
-        "ε spent", "ε RDP", "ε claimed", "σ", "examples/s", "vs non-private", "vs dp-sgd", "peak MiB",
-        "train s", "seeds", "runs", "records",
-    )  # fmt: skip
-    out += grid(titles, map(_markdown_row, table.every))
+    lines = [[escape(cell) for cell in cells(entry).values()] for entry in table.every]
+    for line in lines:
+        if line[0].rstrip("=") == "1":
+            line[1] = f"**{line[1]}**"
+    out += [*tables.markdown([escape(title) for title in titles(table, TITLES)], lines), ""]
     failures = [
         f"- {escape(e.row.title)}: {n} × {escape(status)}: {escape(reason)}"
         for e in table.every
@@ -77,34 +75,51 @@ def markdown_table(table: RankedTable) -> list[str]:
     return [*out, *failures, *(f"- {escape(note)}" for note in (*table.unranked, *table.notes)), ""]
 
 
-def _markdown_row(entry: TableRow) -> list[str]:
-    row, rank = entry.row, "reference" if entry.reference else place(entry)
-    name = escape(row.marked)
-    return [
-        rank, f"**{name}**" if rank.rstrip("=") == "1" else name, interval(row.accuracy),
-        escape(difference(entry)),
-        epsilon(row.epsilon), cross_checked(row),
-        epsilon(row.shared("claimed")), sigma(row.shared("sigma")), timing(entry, "rate", count(row.rate)),
-        timing(entry, "reference", ratio(entry.to_reference)),
-        timing(entry, "baseline", ratio(entry.to_baseline)),
-        count(row.peak_memory), timing(entry, "seconds", count(row.train_seconds)), listing(row.seeds),
-        escape(statuses(row)), " ".join(escape(run.id) for run in row.runs),
-    ]  # fmt: skip
+TITLES = {
+    "rank": "rank", "method": "method", "accuracy": "accuracy, %", "difference": "Δ {}, points", "spent": "ε spent",
+    "rdp": "ε RDP", "claimed": "ε claimed", "sigma": "σ", "rate": "examples/s", "reference": "vs non-private",
+    "baseline": "vs dp-sgd", "memory": "peak MiB", "seconds": "train s", "seeds": "seeds", "runs": "runs",
+    "records": "records",
+}  # fmt: skip
+"""The columns of a table of rows, each with its title; that of the difference names the baseline."""
+
+
+def titles(table: RankedTable, columns: Iterable[str]) -> list[str]:
+    """The titles of some of `TITLES`."""
+    return [TITLES[name].format(table.baseline.title if table.baseline else BASELINE) for name in columns]
+
+
+def cells(entry: TableRow) -> dict[str, str]:
+    """What a table shows of a row, by the columns of `TITLES`."""
+    row = entry.row
+    return {
+        "rank": "reference" if entry.reference else place(entry),
+        "method": row.marked,
+        "accuracy": interval(row.accuracy),
+        "difference": difference(entry),
+        "spent": epsilon(row.epsilon),
+        "rdp": cross_checked(row),
+        "claimed": epsilon(row.shared("claimed")),
+        "sigma": measure("noise_multiplier", row.shared("sigma")),
+        "rate": timing(entry, "rate", count(row.rate)),
+        "reference": timing(entry, "reference", ratio(entry.to_reference)),
+        "baseline": timing(entry, "baseline", ratio(entry.to_baseline)),
+        "memory": count(row.peak_memory),
+        "seconds": timing(entry, "seconds", count(row.train_seconds)),
+        "seeds": listing(row.seeds),
+        "runs": statuses(row),
+        "records": " ".join(run.id for run in row.runs),
+    }
 
 
 def grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, and an empty one."""
-    return [*tables.markdown(titles, rows), ""]
+    """The lines of a Markdown table of plain texts, and an empty one."""
+    return [*tables.markdown(titles, ([escape(cell) for cell in row] for row in rows)), ""]
 
 
 def difference(entry: TableRow) -> str:
     """The paired difference to the baseline with its interval, in percentage points."""
     return "baseline" if entry.baseline else gap(entry.place.difference)
-
-
-def sigma(value: float | None) -> str:
-    """A noise multiplier with four significant figures."""
-    return "–" if value is None else f"{value:.4g}"
 
 
 def measure(metric: str, value: float | None, signed: bool = False) -> str:
@@ -208,6 +223,12 @@ def csv_row(table: RankedTable, entry: TableRow) -> dict[str, Field]:
     }  # fmt: skip
 
 
+PUBLISHED = (
+    "method", "label", "task", "measured_task", "epsilon", "metric", "published", "measured_mean", "measured_low",
+    "measured_high", "measured_n", "difference", "verdict", "because", "would_change", "source", "note", "ids",
+)  # fmt: skip
+
+
 def published_csv(board: Board) -> str:
     """Every published value beside its measurement, with full precision; empty where unknown."""
     return csv_text([published_row(v) for v in board.published], PUBLISHED)
@@ -215,20 +236,13 @@ def published_csv(board: Board) -> str:
 
 def published_row(v: PublishedValue) -> dict[str, Field]:
     """All that is known of a published value, by column."""
-    m = v.measured or Interval(math.nan, None, None, 0)
+    m, row = v.measured or Interval(math.nan, None, None, 0), v.row
     fields = (
-        v.method, v.row.title if v.row else "", v.task, v.row.setting.task if v.row else "", v.epsilon,
-        v.metric, v.value, m.mean if m.n else None, m.low, m.high, m.n, v.difference, v.verdict,
-        " and ".join(v.because), v.would_change, v.source, v.note,
-        " ".join(r.id for r in v.row.runs) if v.row else "",
+        v.method, row.title if row else "", v.task, row.setting.task if row else "", v.epsilon, v.metric, v.value,
+        m.mean if m.n else None, m.low, m.high, m.n, v.difference, v.verdict, " and ".join(v.because), v.would_change,
+        v.source, v.note, " ".join(r.id for r in row.runs) if row else "",
     )  # fmt: skip
     return dict(zip(PUBLISHED, fields, strict=True))
-
-
-PUBLISHED = (
-    "method", "label", "task", "measured_task", "epsilon", "metric", "published", "measured_mean", "measured_low",
-    "measured_high", "measured_n", "difference", "verdict", "because", "would_change", "source", "note", "ids",
-)  # fmt: skip
 
 
 # Terminal -------------------------------------------------------------------------------------------------
@@ -253,13 +267,11 @@ def top_rows(board: Board, n: int = 5) -> str:
 
 
 def _line(entry: TableRow) -> list[str]:
-    row = entry.row
-    name = row.marked
-    return [
-        "ref" if entry.reference else place(entry), name if len(name) <= 44 else name[:43] + "…",
-        interval(row.accuracy), difference(entry), epsilon(row.epsilon), timing(entry, "rate", count(row.rate)),
-        timing(entry, "reference", ratio(entry.to_reference)), statuses(row),
-    ]  # fmt: skip
+    shown = cells(entry)
+    shown["rank"] = "ref" if entry.reference else shown["rank"]
+    shown["method"] = shown["method"] if len(shown["method"]) <= 44 else shown["method"][:43] + "…"
+    names = ("rank", "method", "accuracy", "difference", "spent", "rate", "reference", "runs")
+    return [shown[name] for name in names]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import faulthandler
-import importlib
 import io
 import json
 import multiprocessing
@@ -17,19 +16,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from multiprocessing import connection
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from harness import registry
 from harness.provenance import measure
 from harness.records import draw, store
 from harness.records.cell import Cell
-from harness.records.files import Unwritable, dumps, replace_file, sweep
-from harness.records.lock import lock, unlock
-from harness.records.private import opened
+from harness.records.files import Unwritable, content, dumps, lock, opened, replace_file, sweep, unlock
 from harness.records.record import FINAL
 from harness.records.schema import blank, fault
 from harness.running.jobs import device_of, is_cuda, threads_of
@@ -64,12 +62,10 @@ def _locked_child(task: Mapping[str, Any], folder: Path) -> None:
     held = lock(folder)
     if held is None:
         sys.exit(BUSY)
-    if (folder / store.RECORD).exists():
+    over, other = (folder / store.RECORD).exists(), draw.stranger(folder, Cell.from_json(task["cell"]))
+    if over or other:
         unlock(folder, held)
-        sys.exit(ALREADY)
-    if draw.stranger(folder, Cell.from_json(task["cell"])):
-        unlock(folder, held)
-        sys.exit(OTHERS)
+        sys.exit(ALREADY if over else OTHERS)
     sweep(folder)
     _redirect(folder / OUTPUT)
     record = _execute(task, folder)
@@ -94,13 +90,14 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
         for file in cell.method_files:
             registry.add_file(file)
         _limit_threads(threads_of(cell))
-        execute = _resolve(task["target"])
+        execute = resolve_name(task["target"])
         _limit_threads(threads_of(cell))
         _prepare(cell, folder, task["code"])
         record: store.Record = execute(cell, folder, task["suite"], task["jobs"])
         if task["code"]:  # as it was when this process's server loaded it; the files may have changed since
             record["code"] = {**record.get("code", {}), **task["code"]}
-        store.encode(record, folder.name)  # so that one that cannot be written counts as a crash, here
+        # A record that cannot be written counts as a crash.
+        store.encode(record, folder.name)
         return record
     except Exception as error:  # a failed run is a row with a reason, whatever was raised
         if _unwritable(error, folder):
@@ -111,23 +108,8 @@ def _execute(task: Mapping[str, Any], folder: Path) -> store.Record:
         status = "oom" if _is_out_of_memory(error) else "crashed"
         if status == "crashed":  # at the same step it would crash again, and corrected code starts anew
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-        return failure(
-            cell,
-            task["suite"],
-            status,
-            _reason(error, cell.private),
-            folder=folder,
-            started=started,
-            seconds=time.monotonic() - since,
-            jobs=task["jobs"],
-            code=task["code"],
-        )
-
-
-def _resolve(target: str) -> Callable[..., store.Record]:
-    module, _, function = target.partition(":")
-    found: Callable[..., store.Record] = getattr(importlib.import_module(module), function)
-    return found
+        reason = _reason(error, cell.private)
+        return failure(task, folder, status, reason, started, time.monotonic() - since)
 
 
 def _limit_threads(threads: int) -> None:
@@ -243,27 +225,19 @@ def now() -> str:
 
 
 def failure(
-    cell: Cell,
-    suite: str,
-    status: str,
-    reason: str,
-    *,
-    folder: Path,
-    started: str,
-    seconds: float,
-    jobs: int,
-    code: Mapping[str, Any] | None = None,
+    task: Mapping[str, Any], folder: Path, status: str, reason: str, started: str, seconds: float
 ) -> store.Record:
     """A record with what is known of a failed run: its identity, its status and why, where and how long."""
+    cell, code = Cell.from_json(task["cell"]), task["code"] or {}
 
     def made(place: dict[str, Any]) -> store.Record:
         commit = {key: place.pop(key, None) for key in ("commit", "dirty")}
         place.pop("code", None)
         return blank(
-            id=cell.id, group=cell.group, suite=suite, status=status, reason=reason, cell=cell.canonical(),
+            id=cell.id, group=cell.group, suite=task["suite"], status=status, reason=reason, cell=cell.canonical(),
             card=_card(cell.method),
             privacy={key: cell.privacy[key] for key in ("relation", "unit", "delta")} | {"sensitivity": {}},
-            measured={"jobs": jobs}, diagnostics={"wall_seconds": seconds}, code={**(code or {}), **commit},
+            measured={"jobs": task["jobs"]}, diagnostics={"wall_seconds": seconds}, code={**code, **commit},
             device=place.pop("device", None) or {
                 "kind": "cuda" if is_cuda(cell) else "cpu", "spec": device_of(cell), "threads": threads_of(cell),
             },
@@ -277,9 +251,8 @@ def failure(
 
 def _place(folder: Path) -> dict[str, Any]:
     """The env.json that the run wrote when it started; empty where it did not come so far, or where it is no object."""
-    file = folder / "env.json"
     try:
-        found = json.loads(file.read_bytes()) if file.is_file() else {}
+        found = json.loads(content(folder / "env.json"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

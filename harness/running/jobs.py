@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,8 @@ from typing import Any
 from harness.provenance import measure
 from harness.records import draw, store
 from harness.records.cell import Cell
-from harness.records.files import Broken, StoreError, Unwritable
-from harness.records.lock import lock, unlock
+from harness.records.description import read_points
+from harness.records.files import Broken, StoreError, Unwritable, lock, unlock
 from harness.records.record import FAILED
 from harness.running.progress import describe
 
@@ -99,11 +96,11 @@ def select(
 def _conflict(cell: Cell, place: store.Folder, attempts: Iterable[store.Record], asked: Cell) -> Broken | None:
     """What is, or will be, in the folders of a cell and is of another cell with its id; None where nothing is."""
     if asked.digest != cell.digest:
-        other = describe(asked.canonical())
         return Broken(
             place.attempt(1),
-            f"is the folder of two runs: {describe(cell.canonical())} has the same id as {other}; change a "
-            "hyper-parameter of one, or run it into another folder with --results",
+            f"is the folder of two runs: {describe(cell.canonical())} has the same id as "
+            f"{describe(asked.canonical())}; change a hyper-parameter of one, or run it into another folder with "
+            "--results",
         )
     for record in attempts:
         if reason := store.stranger(record, cell):
@@ -113,17 +110,12 @@ def _conflict(cell: Cell, place: store.Folder, attempts: Iterable[store.Record],
     return Broken(newest, reason) if reason else None
 
 
-def slots(cells: Iterable[Cell], jobs: int | None = None) -> int:
+def slots(cells: Sequence[Cell], jobs: int | None = None) -> int:
     """How many runs go on at once at most: `jobs`, else as many as have cores; on GPUs one a device."""
     if jobs is not None:
         return jobs
-    devices: set[str] = set()
-    threads: list[int] = []
-    for cell in cells:
-        if is_cuda(cell):
-            devices.add(device_of(cell))
-        else:
-            threads.append(threads_of(cell))
+    devices = {device_of(cell) for cell in cells if is_cuda(cell)}
+    threads = [threads_of(cell) for cell in cells if not is_cuda(cell)]
     on_cpu = max(1, measure.cores() // min(threads)) if threads else 0
     return max(1, on_cpu + len(devices))
 
@@ -146,22 +138,11 @@ def threads_of(cell: Cell) -> int:
 
 def fraction(job: Job) -> float:
     """How far a run is, from the last line of its trace: 0 to 1."""
-    trace = job.folder / "trace.jsonl"
     try:
-        if not trace.is_file():
-            return 0.0
-        with trace.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().splitlines()
+        points, _ = read_points(job.folder / "trace.jsonl")
     except OSError:
         return 0.0
-    for line in reversed(lines):
-        # Torn by a kill, half written just now, or damaged.
-        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            step = json.loads(line)["step"]
-            if 0 <= step < math.inf:
-                return min(1.0, float(step) / job.cell.schedule["steps"])
-    return 0.0
+    return min(1.0, max(0.0, points[-1].step / job.cell.schedule["steps"])) if points else 0.0
 
 
 def take_over_checkpoint(job: Job, code: Mapping[str, Any] | None) -> None:
@@ -176,16 +157,16 @@ def take_over_checkpoint(job: Job, code: Mapping[str, Any] | None) -> None:
     try:
         record = store.read(before / store.RECORD)
     except (OSError, StoreError):
-        return  # nobody can say what that checkpoint is worth
+        # Without a readable record it is not known what that checkpoint is worth.
+        return
     if record["status"] not in FAILED or store.stale(record, code) or store.stranger(record, job.cell):
         return
-    held = None
-    for _ in range(200):  # another launcher may be at it
-        held = lock(before)
-        if held is not None:
+    # Another launcher may be at it.
+    for _ in range(200):
+        if (held := lock(before)) is not None:
             break
         time.sleep(0.05)
-    if held is None:
+    else:
         return
     # The folder appears under its name in one step, complete: a kill in between leaves nothing that looks
     # half done, and the next launcher clears it away.

@@ -20,27 +20,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
 from harness.provenance import measure
 from harness.records import draw, store
-from harness.records.files import Broken, Unwritable
-from harness.records.lock import lock, locked, unlock
+from harness.records.files import Broken, Unwritable, lock, locked, unlock
 from harness.records.record import FAILED
 from harness.running import child
+from harness.running.child import OUTPUT, SERIAL
 from harness.running.jobs import Codes, Job, device_of, fraction, is_cuda, slots, take_over_checkpoint, threads_of
-from harness.running.process import Running, cause_of_death, kernel_ooms, kill, server
 from harness.running.progress import Lines, Outcome, Progress, Reporter, describe, duration
-
-__all__ = ["Summary", "run"]
 
 TARGET = "harness.running.run:execute"
 PRELOAD = ("harness.running.run",)
@@ -48,6 +47,7 @@ PRELOAD = ("harness.running.run",)
 # after which a forked process may not be able to use one: only for runs on a CPU.
 PRELOAD_ON_CPU = (*PRELOAD, "torch._dynamo")
 
+_STACK = re.compile(r'\s*File "| {4}|Traceback |Thread 0x|Current thread|Extension modules')
 _POLL = 0.25  # seconds between two looks at budgets and memory
 _ELSEWHERE = 1.0  # seconds between two looks at a run of another launcher
 
@@ -85,8 +85,8 @@ def run(
 
     They are started in the order given. `at_once` limits how many run together (default: as cores and
     devices allow). `codes` (by id) is today's code: it is named in the records of runs that cannot say it
-    themselves, and a checkpoint of other code is not continued. `watch` is told the folder and cell of each
-    run that starts. `target` ("module:function") is called in the run's process as ``function(cell, folder,
+    themselves, and a checkpoint of other code is not continued. `watch` is called with the folder and cell of
+    each run that starts. `target` ("module:function") is called in the run's process as ``function(cell, folder,
     suite, at_once) -> record``, `preload` are modules that the server imports for all (default: what a run
     needs).
 
@@ -98,37 +98,43 @@ def run(
     if preload is None:
         alone = len(jobs) == 1 or any(is_cuda(job.cell) for job in jobs)
         preload = PRELOAD if alone else PRELOAD_ON_CPU
-    return _Launcher(jobs, suite, at_once, codes or {}, reporter or Lines(), watch, target, preload).run()
+    return _Launcher(list(jobs), suite, at_once, codes or {}, reporter or Lines(), watch, target, server(preload)).run()
 
 
+@dataclass
+class Running:
+    """A run's process, the task that it was given, and what the launcher knows of it."""
+
+    job: Job
+    process: Any
+    task: Mapping[str, Any]
+    since: float
+    started: str
+    ooms: int | None
+    resident: float = 0.0
+    over: tuple[str, str] | None = None  # status and reason with which the launcher killed it
+
+
+@dataclass
 class _Launcher:
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        suite: str,
-        at_once: int | None,
-        codes: Codes,
-        reporter: Reporter,
-        watch: Callable[[Path, Mapping[str, Any]], None] | None,
-        target: str,
-        preload: Sequence[str],
-    ) -> None:
-        self.queue = list(jobs)
+    queue: list[Job]
+    suite: str
+    limit: int | None
+    codes: Codes
+    reporter: Reporter
+    watch: Callable[[Path, Mapping[str, Any]], None] | None
+    target: str
+    context: Any
+    running: list[Running] = field(default_factory=list)
+    elsewhere: list[Job] = field(default_factory=list)
+    summary: Summary = field(default_factory=Summary)
+    began: float = field(default_factory=time.monotonic)
+    looked: float = 0.0
+    before: float = 0.0
+
+    def __post_init__(self) -> None:
         self.total = len(self.queue)
-        self.suite = suite
-        self.limit = at_once
-        self.slots = min(slots([job.cell for job in jobs], at_once), self.total)
-        self.codes = codes
-        self.reporter = reporter
-        self.watch = watch
-        self.target = target
-        self.context = server(preload)
-        self.running: list[Running] = []
-        self.elsewhere: list[Job] = []
-        self.looked = 0.0
-        self.before = 0.0
-        self.summary = Summary()
-        self.began = time.monotonic()
+        self.slots = min(slots([job.cell for job in self.queue], self.limit), self.total)
 
     def run(self) -> Summary:
         with _signals():
@@ -136,7 +142,9 @@ class _Launcher:
                 while self.queue or self.running or self.elsewhere:
                     self.start_what_fits()
                     self.wait()
-                    self.reap()
+                    for run in [run for run in self.running if run.process.exitcode is not None]:
+                        self.running.remove(run)
+                        self.end(run)
                     self.look_elsewhere()
                     self.reporter.tick(self.progress())
             except KeyboardInterrupt:
@@ -150,7 +158,7 @@ class _Launcher:
     # starting
 
     def start_what_fits(self) -> None:
-        """Start jobs in their order; one that finds no room does not hold up those for another device."""
+        """Start jobs in their order; a job that finds no room does not hold up those for another device."""
         for job in list(self.queue):
             if len(self.running) >= self.slots:
                 return
@@ -185,7 +193,7 @@ class _Launcher:
         process = self.context.Process(target=child.main, args=(json.dumps(task),), daemon=False)
         ooms = kernel_ooms()
         process.start()
-        self.running.append(Running(job, process, time.monotonic(), child.now(), ooms))
+        self.running.append(Running(job, process, task, time.monotonic(), child.now(), ooms))
         if self.watch is not None:
             self.watch(job.folder, job.cell.canonical())
 
@@ -222,11 +230,6 @@ class _Launcher:
             )
         return None
 
-    def reap(self) -> None:
-        for run in [run for run in self.running if run.process.exitcode is not None]:
-            self.running.remove(run)
-            self.end(run)
-
     def end(self, run: Running) -> None:
         path = run.job.folder / store.RECORD
         if run.process.exitcode == child.BUSY:
@@ -245,30 +248,14 @@ class _Launcher:
                 return
             try:
                 if not path.exists():
-                    self.write_failure(run)
-                    child.drop_empty(run.job.folder / child.OUTPUT)
+                    status, reason = run.over or cause_of_death(run)
+                    seconds = time.monotonic() - run.since
+                    record = child.failure(run.task, run.job.folder, status, reason, run.started, seconds)
+                    store.write_record(run.job.folder, record)
+                    child.drop_empty(run.job.folder / OUTPUT)
             finally:
                 unlock(run.job.folder, held)
         self.add_read(run.job, elsewhere=run.process.exitcode == child.ALREADY)
-
-    def write_failure(self, run: Running) -> None:
-        status, reason = run.over or cause_of_death(run)
-        cell, code = run.job.cell, self.codes.get(run.job.cell.id)
-        seconds = time.monotonic() - run.since
-        store.write_record(
-            run.job.folder,
-            child.failure(
-                cell,
-                self.suite,
-                status,
-                reason,
-                folder=run.job.folder,
-                started=run.started,
-                jobs=self.slots,
-                seconds=seconds,
-                code=code,
-            ),
-        )
 
     def add_read(self, job: Job, elsewhere: bool) -> None:
         """Take the record that is in the job's folder for its end, whoever wrote it, if it is of its cell."""
@@ -284,7 +271,7 @@ class _Launcher:
         self.reporter.say(f"conflict: {self.summary.conflicts[-1]}")
 
     def look_elsewhere(self) -> None:
-        """See whether the runs of other launchers are over; one that died without a record is run here."""
+        """See whether the runs of other launchers are over; a run that died without a record is run here."""
         if time.monotonic() - self.looked < _ELSEWHERE:
             return
         self.looked = time.monotonic()
@@ -307,7 +294,7 @@ class _Launcher:
             kill(run.process)
         for run in list(self.running):
             run.process.join(10)
-            # One that was quicker than the kill is over; the others are half done, whatever ended them.
+            # A run that was quicker than the kill is over; the others are half done, whatever ended them.
             if (run.job.folder / store.RECORD).exists():
                 self.running.remove(run)
                 self.end(run)
@@ -332,3 +319,70 @@ def _signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def server(preload: Sequence[str]) -> Any:
+    """A forkserver whose modules start no threads on import: forking a threaded process is unsafe."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    before = {name: os.environ.get(name) for name in SERIAL}
+    os.environ.update(SERIAL)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return context
+
+
+def kill(process: Any) -> None:
+    """End a run and whatever it started; checkpoints are written so that this never harms them."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # gone, or so young that it leads no group yet
+        process.kill()
+
+
+def kernel_ooms() -> int | None:
+    """How many processes the kernel has killed for want of memory; None where that is not known."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+
+def cause_of_death(run: Running) -> tuple[str, str]:
+    """Status and reason of a process that ended without a record and that the launcher did not kill."""
+    code = run.process.exitcode
+    tail = _tail(run.job.folder / OUTPUT)
+    if code == -signal.SIGKILL:
+        ooms = kernel_ooms()
+        memory = f"it was last seen with {run.resident:.0f} MiB of resident memory"
+        if ooms is not None and run.ooms is not None and ooms > run.ooms:
+            return "oom", (
+                "killed by SIGKILL while the kernel reported processes killed for want of memory; "
+                f"{memory}: lower `microbatch`, or run fewer at once with --jobs"
+            )
+        return "crashed", (
+            f"killed by SIGKILL, which the launcher did not send; {memory}, and the kernel did "
+            "not report that it ran out of memory"
+        )
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return "crashed", f"killed by {signal.Signals(-code).name}{tail}"
+        return "crashed", f"killed by signal {-code}{tail}"
+    return "crashed", f"ended with exit code {code} and without a record{tail}"
+
+
+def _tail(path: Path) -> str:
+    """The last lines that a run printed, without stacks: those are in the file, and name places here."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    said = [line.strip() for line in lines if line.strip() and not _STACK.match(line)]
+    return f"; its last output was: {' / '.join(said[-3:])[-500:]} (all of it is in {OUTPUT})" if said else ""

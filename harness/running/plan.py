@@ -64,10 +64,10 @@ def code_of(cell: Cell) -> dict[str, Any]:
     rooms = {module for part in every for module in modules(part)} | {"harness.running.train", "harness.running.seeds"}
     if cell.then:
         named.add(("method", cell.then["name"]))
-        rooms.add("harness.models.headed")
+        rooms.add("harness.models.layers")
     starts = sorted(rooms) + sorted({Path(registry.resolve(kind, name).file) for kind, name in named})
-    # Neither a clock nor the registry nor the mode of a file decides a number.
-    files = codehash.closure(starts, skip={"harness.provenance.measure", "harness.registry", "harness.records.private"})
+    # Neither a clock nor the registry nor how a file is written decides a number.
+    files = codehash.closure(starts, skip={"harness.provenance.measure", "harness.registry", "harness.records.files"})
     return {"hash": codehash.code_hash(files), "files": codehash.hashes(files)}
 
 

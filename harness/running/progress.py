@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from harness.records import public, screen, store
 
@@ -53,26 +53,6 @@ class Progress:
         return f"{rate:.1f} runs/min" + (f", {duration(left)} left" if self.done < self.total else "")
 
 
-class Reporter(Protocol):
-    """Tells the user how it goes."""
-
-    def say(self, text: str) -> None:
-        """One line."""
-        ...
-
-    def finished(self, outcome: Outcome, progress: Progress) -> None:
-        """A run is over."""
-        ...
-
-    def tick(self, progress: Progress) -> None:
-        """Called every quarter of a second."""
-        ...
-
-    def close(self) -> None:
-        """Nothing more comes."""
-        ...
-
-
 class Lines:
     """Plain lines, for logs: one a finished run, and one a minute while none finishes."""
 
@@ -92,7 +72,7 @@ class Lines:
         self.say(f"[{progress.finished:>{width}}/{progress.total}] {result_line(outcome)}{pace}")
 
     def tick(self, progress: Progress) -> None:
-        """Once a minute of silence, say what is running."""
+        """Called every quarter of a second: once a minute of silence, say what is running."""
         if time.monotonic() - self._quiet_since >= 60:
             self.say(
                 f"  {progress.done:.1f} of {progress.total} runs, {progress.pace or 'no rate yet'}; "
@@ -149,13 +129,14 @@ class Bar:
         self._bar.stop()
 
 
+Reporter = Lines | Bar
+
+
 def describe(cell: Mapping[str, Any]) -> str:
     """A cell in a few words: method, task, epsilon, seed."""
-    method, task, privacy = (cell.get(key) or {} for key in ("method", "task", "privacy"))
-    epsilon = privacy.get("epsilon")
-    names = (method.get("label") or method.get("name") or "?", task.get("name", "?"))
-    name, place = (" ".join(str(one).splitlines()) for one in names)
-    return f"{name}  {place}  eps={'inf' if epsilon is None else format(epsilon, 'g')}  seed={cell.get('seed', '?')}"
+    method, epsilon = cell["method"], cell["privacy"]["epsilon"]
+    name, place = (" ".join(one.splitlines()) for one in (method["label"] or method["name"], cell["task"]["name"]))
+    return f"{name}  {place}  eps={'inf' if epsilon is None else format(epsilon, 'g')}  seed={cell['seed']}"
 
 
 def result_line(outcome: Outcome) -> str:

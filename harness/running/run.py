@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from harness.dp.tree import Layout, Tree
 from harness.provenance import measure
 from harness.records.cell import Cell
 from harness.records.draw import begin
-from harness.records.private import opened
+from harness.records.files import opened
 from harness.records.schema import blank
 from harness.running.plan import Target, bounds, code_of, methods_of, noise_multiplier, stages_of
 from harness.running.seeds import Seeds
@@ -121,11 +122,6 @@ def _load(task: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dat
     return (loaded.validation_split() if task["evaluate"] == "validation" else loaded).to(device, dtype)
 
 
-def _schedule(lengths: dict[str, int], save_seconds: float) -> Schedule:
-    steps = lengths["steps"]
-    return Schedule(steps, lengths["batch"], max(1, steps // LOG_POINTS), save_seconds)
-
-
 def kept(leg: _Leg, progress: Progress) -> Tree:
     """The weights that a stage is judged by."""
     return leg.method.path.kept(progress.w, progress.parts.path)
@@ -146,7 +142,7 @@ class _Session:
     def __init__(self, cell: Cell, out: Path, save_seconds: float) -> None:
         facts = cell.canonical()
         numerics = facts["numerics"]
-        self.cell, self.task, self.out = cell, facts["task"], out
+        self.cell, self.task = cell, facts["task"]
         self.threads = int(cell.device.get("threads") or 1)
         torch.set_num_threads(self.threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(numerics["tf32"])
@@ -161,7 +157,11 @@ class _Session:
         model = models.build(self.task["model"], data.input_shape, data.classes, seeds.init, data.tokens)
         self.model = model.to(self.device, dtype)
         methods, then = methods_of(cell), cell.then
-        schedules = [_schedule(one, save_seconds) for one in (cell.schedule, then.get("schedule")) if one]
+        schedules = [
+            Schedule(one["steps"], one["batch"], max(1, one["steps"] // LOG_POINTS), save_seconds)
+            for one in (cell.schedule, then.get("schedule"))
+            if one
+        ]
         self.legs = [_Leg(cell.method, methods[0], self.data, schedules[0], seeds)]
         if then:
             public = _load(then["task"], self.device, dtype) if "task" in then else None
@@ -171,7 +171,7 @@ class _Session:
                     public is not None, then["trains"],
                 )
             )  # fmt: skip
-        self.method, self.schedule = methods[0], schedules[0]
+        self.method = methods[0]
         self.checkpoint = out / "checkpoint" / "checkpoint.safetensors"
         self.trace = out / "trace.jsonl"
         self.peak = 0.0
@@ -224,7 +224,9 @@ class _Session:
             if self.checkpoint.exists()
             else begun(self.legs[0], self.model)
         )
-        _truncate(self.trace, self.progress.trace)
+        # What a killed session logged after its last checkpoint will be logged again.
+        if self.trace.exists():
+            os.truncate(self.trace, self.progress.trace)
         measure.reset_peak_memory(self.device)
         status, reason = "ok", None
         try:
@@ -232,8 +234,8 @@ class _Session:
             spent = self.private_ledger(self.progress)
             if spent != planned:
                 raise RuntimeError(f"the ledger differs from the plan: {spent} is not {planned}")
-            weights = kept(self.legs[-1], self.progress)
             judged = self.legs[-1]
+            weights = kept(judged, self.progress)
             record["metrics"] = self.scores(judged, weights) | {"examples": judged.data.n_test}
             record["weights_sha256"] = digest(weights)
         except Unserved as error:
@@ -246,12 +248,18 @@ class _Session:
         record["privacy"] |= bounds("spent", ledger, self.target, m)
         record["privacy"]["claimed"] = self.claim(sigma, self.progress)
         record["privacy"]["ledger"] = ledger.to_json()
-        record["measured"] |= self.measured(done)
-        record["diagnostics"] |= self.diagnosed(done)
+        # Engine and speed are the first stage's, which the cell's method trains; the rest is of the whole run.
+        record["measured"] |= {
+            "engine": done[0].engine or None, "kernels": kernels(),
+            "warmup_steps": max(leg.schedule.untimed for leg in self.legs), "sessions": self.sessions,
+        }  # fmt: skip
+        record["diagnostics"] |= speed(done[0]) | {
+            "train_seconds": sum(self.progress.seconds), "peak_memory_mib": self.peak or None,
+        }  # fmt: skip
         if self.cell.then:
             record |= self.staged(done)
         else:
-            record["privacy"]["sensitivity"] = _finite_all(self.progress.sensitivity)
+            record["privacy"]["sensitivity"] = self.progress.sensitivity
             record["diagnostics"] |= diagnostics(m, self.progress)
         over = excess(self.target, record["privacy"])
         return ("over_budget", over) if over else (status, reason)
@@ -300,7 +308,8 @@ class _Session:
                     ledger=Ledger() if leg.public else self.progress.ledger, sensitivity={}, loss=None, engine="",
                     microbatch=0,
                 )  # fmt: skip
-            train(leg.method, self.model, leg.data, sigma, leg.schedule, leg.seeds, self.progress, self.log, self.save)
+            save = partial(write_checkpoint, self.checkpoint)
+            train(leg.method, self.model, leg.data, sigma, leg.schedule, leg.seeds, self.progress, self.log, save)
             if number + 1 < len(self.legs):
                 write_checkpoint(self.finished(number), self.progress)
 
@@ -340,7 +349,7 @@ class _Session:
         stages = [leg.facts() for leg in self.legs]
         for one, leg, p in zip(stages, self.legs, done, strict=False):
             one |= {
-                "sensitivity": None if leg.public else _finite_all(p.sensitivity),
+                "sensitivity": None if leg.public else p.sensitivity,
                 **({} if leg.public else noted(leg)), "engine": p.engine or None,
                 "diagnostics": speed(p) | {"train_seconds": sum(p.seconds)} | diagnostics(leg.method, p),
                 **bounds("spent", self.private_ledger(p), self.target, self.method),
@@ -381,31 +390,13 @@ class _Session:
             raise Diverged("outputs are not finite")
         return {name: _finite(value) for name, value in found.items()}
 
-    def save(self, progress: Progress) -> None:
-        """Write the checkpoint."""
-        write_checkpoint(self.checkpoint, progress)
-
     def claim(self, sigma: float, progress: Progress) -> dict[str, Any] | None:
         """What the path claims beyond the ledger, under assumptions; None if it claims nothing."""
         if self.target.delta is None or self.cell.then:  # claims are of one method's analysis
             return None
-        n, batch, steps = self.data.n_train, self.schedule.batch, self.schedule.steps
+        n, batch, steps = self.data.n_train, self.cell.schedule["batch"], self.cell.schedule["steps"]
         claim = self.method.path.claim(Run(self.method, sigma, n, batch, steps, self.target.delta), progress.parts.path)
         return claim.to_json() if claim else None
-
-    def measured(self, done: Sequence[Progress]) -> dict[str, Any]:
-        """What was used, whatever the data are. The engine is the first stage's, which the cell's method trains."""
-        return {
-            "engine": done[0].engine or None, "kernels": kernels(),
-            "warmup_steps": max(leg.schedule.untimed for leg in self.legs), "sessions": self.sessions,
-        }  # fmt: skip
-
-    def diagnosed(self, done: Sequence[Progress]) -> dict[str, Any]:
-        """Speed and memory, which depend on the batches that were drawn. Speed is the first stage's, the rest that of
-        the whole run."""
-        return speed(done[0]) | {
-            "train_seconds": sum(self.progress.seconds), "peak_memory_mib": self.peak or None,
-        }  # fmt: skip
 
 
 def excess(target: Target, privacy: dict[str, Any]) -> str | None:
@@ -475,13 +466,3 @@ def digest(w: Tree) -> str:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _finite_all(values: dict[str, float]) -> dict[str, float | None]:
-    return {key: _finite(value) for key, value in values.items()}
-
-
-def _truncate(trace: Path, size: int) -> None:
-    """Forget log points that a killed session wrote after its last checkpoint: they will be written again."""
-    if trace.exists() and trace.stat().st_size != size:
-        os.truncate(trace, size)

@@ -14,8 +14,6 @@ import hashlib
 
 from harness.records.cell import Cell, canonical_json
 
-__all__ = ["Seeds", "derive"]
-
 
 def derive(role: str, *axes: object) -> int:
     """A seed in [0, 2**256) for a role and the axes it depends on (JSON values, in this order)."""

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +25,7 @@ from harness.dp.random import Stream
 from harness.dp.release import Observed, Release
 from harness.dp.tree import Layout, Tree
 from harness.provenance.measure import Clock
-from harness.records.private import opened
+from harness.records.files import opened
 
 
 class Parts(NamedTuple):
@@ -327,17 +327,11 @@ class OneSplit:
 def write_checkpoint(file: Path, p: Progress) -> None:
     """Write `p` atomically: a kill at any moment leaves the old file or the new one."""
     tensors: dict[str, Tensor] = {}
-    head = {
-        "step": p.step,
+    head = {one.name: getattr(p, one.name) for one in fields(p)}
+    head |= {
         "w": _pack(p.w, tensors),
         "parts": [_pack(part, tensors) for part in p.parts],
         "ledger": p.ledger.to_json(),
-        "sensitivity": p.sensitivity,
-        "loss": p.loss,
-        **{
-            name: getattr(p, name)
-            for name in ("stage", "seconds", "sizes", "seen", "clipped", "non_finite", "trace", "engine", "microbatch")
-        },
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
@@ -355,9 +349,7 @@ def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> Progress:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
     w = _unpack(head.pop("w"), tensors)
     parts = Parts(*(_unpack(part, tensors) for part in head.pop("parts")))
-    ledger = Ledger.from_json(head.pop("ledger"))
-    sensitivity = {name: float(value) for name, value in head.pop("sensitivity").items()}
-    return Progress(head.pop("step"), w, parts, head.pop("stage"), ledger, sensitivity, **head)
+    return Progress(w=w, parts=parts, ledger=Ledger.from_json(head.pop("ledger")), **head)
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -16,7 +16,6 @@ Modules, in the order in which a file goes through them::
     files       Python files of the user's
     tasks       [[task]]
     methods     [[method]], variants, labels
-    published   [[published]]
     reading     all tables of a suite, and its reduced profile
     values      what a suite is once it is read
 
@@ -60,6 +59,6 @@ def load(
     return SuiteReader(source(path, own.problems), str(path), own).suite(reduced, thorough)
 
 
-def parse(text: str, file: str = "suite.toml", *, names: Registry | None = None, reduced: bool = False) -> Suite:
+def parse(text: str, file: str = "suite.toml", *, reduced: bool = False) -> Suite:
     """Read the text of a suite; ``file`` is the name that errors give. Raises :class:`SuiteError`."""
-    return SuiteReader(text, file, Files.admit((), names or registry.installed())).suite(reduced, thorough=False)
+    return SuiteReader(text, file, Files.admit((), registry.installed())).suite(reduced, thorough=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from harness.registry import RegistryError
-from harness.suite import methods, published, tables
+from harness.registry import RegistryError, did_you_mean
+from harness.suite import methods, tables
 from harness.suite.expand import Suite
 from harness.suite.files import Files
 from harness.suite.tasks import scheduled
@@ -14,6 +14,8 @@ from harness.suite.toml.lines import KeyPath
 from harness.suite.toml.reader import Reader
 from harness.suite.values import ScheduledTask, Variant
 
+# Of published values: those that every record has; a loss of one's own may have others.
+METRICS = ("accuracy", "loss", "examples_per_second", "train_seconds", "wall_seconds", "peak_memory_mib")
 REDUCED = " (reduced)"  # what the names of a reduced profile's tasks end in
 
 
@@ -59,13 +61,13 @@ class SuiteReader(Reader):
         if variants is not None:
             known["method"] = [name for table in given.values() for name in (table.name, table.label) if name]
             known["method"] += [one.label for one in variants if one.changes or one.then]
-        published.check(self, rows, known)
+        self._published(rows, known)
         aims, aims_of_few = (privacy and privacy.epsilon) or (), (reduced and reduced.epsilon) or ()
         if self.valid("privacy", "reduced"):
             methods.targets(self, given, aims, aims_of_few if small else ())
             # Where one changes a target for a run, the published values need not be changed too.
             if thorough:
-                published.targets(self, rows, dict.fromkeys((*aims, *aims_of_few)))
+                self._published_targets(rows, dict.fromkeys((*aims, *aims_of_few)))
         self.stop()
         assert header and privacy and chosen is not None and variants is not None
         seeds = header.seeds
@@ -105,6 +107,28 @@ class SuiteReader(Reader):
         if not found:
             self.bad(("reduced", "epsilon"), "[reduced] epsilon: no method is for these targets; take others.")
         return found
+
+    def _published(self, rows: Mapping[int, tables.PublishedTable], known: Mapping[str, Collection[str]]) -> None:
+        """Report misspelt metrics, and rows that name what is not among the ``known`` values of a key."""
+        for index, row in rows.items():
+            for key, names in known.items():
+                value = getattr(row, key)
+                if value not in names:
+                    there = ", ".join(dict.fromkeys(names))
+                    text = f'[[published]] {key} "{value}" is not in this suite; it has {there}.'
+                    self.bad(("published", index, key), text, did_you_mean(value, names))
+            near = did_you_mean(row.metric, METRICS)
+            if near is not None and row.metric not in METRICS:
+                text = f'[[published]] metric "{row.metric}": no run has a value of this name.'
+                self.bad(("published", index, "metric"), text, near)
+
+    def _published_targets(self, rows: Mapping[int, tables.PublishedTable], known: Collection[float]) -> None:
+        """Report rows at a target which the suite does not have."""
+        for index, row in rows.items():
+            if row.epsilon is not None and row.epsilon not in known:
+                there = ", ".join(f"{one:g}" for one in known)
+                text = f"[[published]] epsilon {row.epsilon:g} is no target of this suite; [privacy] has {there}."
+                self.bad(("published", index, "epsilon"), text)
 
     def _numerics(self, devices: Mapping[int, tables.DeviceTable]) -> None:
         """Report devices whose runs would be those of another one."""

@@ -122,6 +122,7 @@ def known(kind: str, options: bool = True) -> AfterValidator:
 
 
 Size = Annotated[int, Field(ge=1, lt=2**53)]
+Steps = Annotated[Size | None, AfterValidator(_one_length)]
 Positive = Annotated[float, Field(gt=0, le=1e15)]
 Text = Annotated[str, Field(min_length=1)]
 Line = Annotated[str, Field(min_length=1), AfterValidator(_line)]
@@ -160,8 +161,7 @@ class TrainTable(TomlTable):
 
     batch: Batch | None = None
     epochs: Positive | None = None
-    steps: Size | None = None
-    _length = field_validator("steps")(_one_length)
+    steps: Steps = None
 
 
 class TaskTable(TomlTable):
@@ -173,8 +173,7 @@ class TaskTable(TomlTable):
     name: Line | None = None
     batch: Batch | None = None
     epochs: Positive | None = None
-    steps: Size | None = None
-    _length = field_validator("steps")(_one_length)
+    steps: Steps = None
 
 
 class ThenTable(TomlTable):
@@ -186,11 +185,10 @@ class ThenTable(TomlTable):
 
     method: Annotated[Text, known("method")]
     epochs: Positive | None = None
-    steps: Size | None = None
+    steps: Steps = None
     batch: Batch | None = None
     trains: Literal["head", "all"] = "head"
     dataset: Dataset | None = None
-    _length = field_validator("steps")(_one_length)
 
     @model_validator(mode="after")
     def _has_length(self) -> ThenTable:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness import cli
-from harness.bench import figure, plan, session, table
+from harness.bench import plan, session, table
 from harness.bench.race import interleave, race, turns
 from harness.bench.trial import trial
 from harness.provenance.measure import Clock
@@ -284,6 +284,6 @@ def test_the_table_says_what_the_records_say() -> None:
 
 def test_the_figure_is_the_same_for_the_same_records() -> None:
     records = [record(bookkeeping=0.0022, loop=0.1), record("w2", vmap=0.003)]
-    first = figure.draw(records)
-    assert first == figure.draw(copy.deepcopy(records))
+    first = table.draw(records)
+    assert first == table.draw(copy.deepcopy(records))
     assert "<dc:date>" not in first and "50 ▸" in first

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness import cli, suite
-from harness.cli import parser, selecting
+from harness.cli import selecting
 from harness.records import store
 from tests.support import ROOT
 from tests.support.records import record_of
@@ -85,7 +85,7 @@ def test_ls_and_help_import_nothing_heavy(arguments: list[str], home: Path) -> N
 
 
 def test_every_command_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in parser.known():
+    for verb in cli.known():
         with pytest.raises(SystemExit) as end:
             cli.main([verb, "--help"])
         text = capsys.readouterr().out

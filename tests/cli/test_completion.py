@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from harness import cli
-from harness.cli import parser
 
 BASH = shutil.which("bash")
 
@@ -36,7 +35,7 @@ def test_bash_completes_commands_suites_and_methods(tmp_path: Path, capsys: pyte
         return set(done.stdout.split())
 
     assert completed("ru") == {"run"}
-    assert completed("") >= set(parser.known())
+    assert completed("") >= set(cli.known())
     assert completed("run", "--re") == {"--reduced", "--results", "--retry", "--report", "--reports"}
     assert completed("run", "co") == {"suites/core.toml"}
     assert completed("plan", "m") == {"mine.toml"}
@@ -48,4 +47,4 @@ def test_bash_completes_commands_suites_and_methods(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])
 def test_other_shells_have_a_script_too(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = script(shell, capsys)
-    assert all(word in text for word in ("epsbench", "*.toml", "dp-sgd", *parser.known()))
+    assert all(word in text for word in ("epsbench", "*.toml", "dp-sgd", *cli.known()))

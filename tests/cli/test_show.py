@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness import cli
-from harness.cli import parser, selecting
+from harness.cli import selecting
 from harness.cli.commands import check as check_command
 from harness.records import screen
 from harness.records.cell import Cell
@@ -71,7 +71,7 @@ def test_the_command_that_repeats_a_run_names_its_files(home: Path, capsys: pyte
     Path("suites/other-name.toml").write_text(SUITE.format(name="core") + '[reduced]\nwhy = "x"\n')
     assert selecting.suite_file("core") == (Path("suites/other-name.toml"), False)
     assert selecting.suite_file("core-reduced") == (Path("suites/other-name.toml"), True)
-    options = parser.build_parser().parse_args(["run", "a b.toml", "--reduced", "--method", "m.py", "--results", "r"])
+    options = cli.build_parser().parse_args(["run", "a b.toml", "--reduced", "--method", "m.py", "--results", "r"])
     assert selecting.again(options, "plan") == "epsbench plan 'a b.toml' --reduced --method m.py --results r"
 
 

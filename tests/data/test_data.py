@@ -79,7 +79,7 @@ def test_known_data_has_its_digest_and_constants(name: str) -> None:
         pytest.skip(f"{name} is not here; {absent.remedies[0]}")
     d = data.load(name)
     facts = data.describe(name)
-    assert d.digest == data.digest_of(name) == DIGESTS[name]
+    assert d.digest == data.describe(name)["digest"] == DIGESTS[name]
     assert (d.n_train, d.n_test, d.input_shape, d.classes) == tuple(
         facts[key] for key in ("n_train", "n_test", "input_shape", "classes")
     )
@@ -137,7 +137,7 @@ def test_damaged_cache_is_made_again(tmp_path: Path) -> None:
 def test_names_and_digests_do_not_need_torch() -> None:
     code = (
         "import sys, harness.data as d\n"
-        "assert d.digest_of('mnist-5k') and d.describe('cifar10')['n_train'] == 50000\n"
+        "assert d.describe('mnist-5k')['digest'] and d.describe('cifar10')['n_train'] == 50000\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -294,7 +294,7 @@ def test_missing_data_names_places_and_commands(nowhere: Path, name: str) -> Non
         assert str(nowhere.parent / "share" / "datasets" / "fashion-mnist") in text
     assert isinstance(data.missing(name), DatasetMissing)
     if name in DIGESTS:  # a run can be named where it cannot be run
-        assert data.digest_of(name) == DIGESTS[name]
+        assert data.describe(name)["digest"] == DIGESTS[name]
 
 
 def test_downloads_only_when_asked(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:

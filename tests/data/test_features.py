@@ -125,15 +125,15 @@ def test_a_network_that_mixes_examples_is_refused() -> None:
 def test_digest_covers_pictures_network_and_transform(tmp_path: Path) -> None:
     made = content()
     spec = SCATTERED.format(save(tmp_path / "a.npz", **made))
-    digest = data.digest_of(spec)
-    others = [data.digest_of(spec + more) for more in ("&size=10", "&size=12", "&norm=1", "&norm=2.5")]
-    others.append(data.digest_of(spec.replace("scattering", LITE0)))
-    others.append(data.digest_of(spec.replace("scattering", LITE0) + "&size=64"))
+    digest = data.describe(spec)["digest"]
+    others = [data.describe(spec + more)["digest"] for more in ("&size=10", "&size=12", "&norm=1", "&norm=2.5")]
+    others.append(data.describe(spec.replace("scattering", LITE0))["digest"])
+    others.append(data.describe(spec.replace("scattering", LITE0) + "&size=64")["digest"])
     order = np.random.default_rng(1).permutation(20)
     moved = save(tmp_path / "b.npz", **made | {"x_train": made["x_train"][order], "y_train": made["y_train"][order]})
-    assert data.digest_of(SCATTERED.format(moved)) == digest
+    assert data.describe(SCATTERED.format(moved))["digest"] == digest
     made["x_test"] = made["x_test"] ^ 1
-    others.append(data.digest_of(SCATTERED.format(save(tmp_path / "b.npz", **made))))
+    others.append(data.describe(SCATTERED.format(save(tmp_path / "b.npz", **made)))["digest"])
     assert len({digest, *others}) == 1 + len(others)
     assert data.load(spec).digest == digest
     facts = data.describe(spec.replace("scattering", LITE0) + "&norm=20&size=64")
@@ -416,11 +416,11 @@ def test_a_checkpoint_of_a_timm_architecture(tmp_path: Path) -> None:
     torch.testing.assert_close(d.x_train, bounded(wanted, "unit"), rtol=1e-4, atol=1e-5)
     assert d.public_data == "pictures of cats" and str(tmp_path) not in d.name + d.source and "=net" in d.name
     checkpoint(weights, 1)
-    assert data.digest_of(spec) != d.digest
+    assert data.describe(spec)["digest"] != d.digest
     state = checkpoint(weights, 0)
     body = {key: t for key, t in state.items() if not key.startswith("classifier.")}
     save_file(body, weights)
-    assert data.digest_of(spec) == d.digest  # the classifier is no part of it
+    assert data.describe(spec)["digest"] == d.digest  # the classifier is no part of it
     save_file(body | {"classifier.more": torch.zeros(2), "extra": torch.zeros(2)}, weights)
     with pytest.raises(DatasetMismatch, match="extra, which the network lacks"):
         data.describe(spec)
@@ -470,7 +470,7 @@ def test_a_folder_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(DatasetError, match="size=64"):
         data.describe(spec)
     spec += "&size=8"
-    monkeypatch.setattr("harness.data.own._read_split", None)  # the reader that holds all pictures
+    monkeypatch.setattr("harness.data.own._read_folder", None)  # the reader that holds all pictures
     d = data.load(spec)
     assert (d.n_train, d.n_test, d.classes, d.input_shape) == (24, 8, 2, (3 * 81 * 4,))
     assert d.y_train.bincount().tolist() == [12, 12] and d.name == "features:imagefolder:f?backbone=scattering&size=8"
@@ -484,11 +484,11 @@ def test_a_folder_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     one.rename(one.with_name("other.png"))
     assert data.load(spec).digest == d.digest
     monkeypatch.setattr(pictures, "_hash", None)
-    assert data.digest_of(spec) == d.digest  # remembered: no file is read
+    assert data.describe(spec)["digest"] == d.digest  # remembered: no file is read
     monkeypatch.undo()
     one.with_name("other.png").rename(tmp_path / "f" / "train" / "ant" / "other.png")
     monkeypatch.setenv("EPSBENCH_CACHE", str(tmp_path / "cache"))
-    assert data.digest_of(spec) != d.digest
+    assert data.describe(spec)["digest"] != d.digest
 
 
 def test_resizing_keeps_the_middle_and_the_range() -> None:

@@ -147,7 +147,7 @@ def test_what_is_documented_as_passed_over_changes_nothing(tmp_path: Path) -> No
     for name in ("train/a/._0.png", "train/a/Thumbs.db", "test/.DS_Store", "train/b/readme.txt", "train/labels.csv"):
         (root / name).write_bytes(b"\x00junk")
     after = data.load(f"imagefolder:{root}")
-    assert after.digest == before.digest == data.digest_of(f"imagefolder:{root}") and after.classes == 2
+    assert after.digest == before.digest == data.describe(f"imagefolder:{root}")["digest"] and after.classes == 2
 
 
 def test_the_stamp_sees_through_links_and_every_folder(tmp_path: Path) -> None:
@@ -158,17 +158,17 @@ def test_the_stamp_sees_through_links_and_every_folder(tmp_path: Path) -> None:
         for name in "ab":
             (linked / part / name).symlink_to(store / part / name)
     spec = f"imagefolder:{linked}"
-    first = data.digest_of(spec)
+    first = data.describe(spec)["digest"]
     assert first == data.load(spec).digest == data.load(f"imagefolder:{store}").digest
     features = f"features:{spec}?backbone=scattering&size=8"
-    of_first = data.digest_of(features)
+    of_first = data.describe(features)["digest"]
     Image.fromarray(COLOUR[:6]).save(store / "train/a/0.png")
-    second = data.digest_of(spec)
-    assert second == data.load(spec).digest != first and data.digest_of(features) != of_first
+    second = data.describe(spec)["digest"]
+    assert second == data.load(spec).digest != first and data.describe(features)["digest"] != of_first
     (store / "train/c").mkdir()
     (linked / "train/c").symlink_to(store / "train/c")
     with pytest.raises(DatasetError, match="train/c: no pictures"):
-        data.digest_of(spec)
+        data.describe(spec)["digest"]
 
 
 # Arrays ---------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_channels_are_never_guessed(tmp_path: Path, shape: tuple[int, ...], dtyp
     as_is, turned = (shape[1:], (shape[3], *shape[1:3]))
     assert data.load(f"{spec}?layout=nchw").input_shape == as_is
     last = data.load(f"{spec}?layout=nhwc")
-    assert last.input_shape == turned and last.digest == data.digest_of(f"{spec}?layout=nhwc")
+    assert last.input_shape == turned and last.digest == data.describe(f"{spec}?layout=nhwc")["digest"]
     if plain is None:
         with pytest.raises(DatasetError, match=r"x_train has shape .*\?layout=nchw.*\?layout=nhwc"):
             data.load(spec)
@@ -302,11 +302,11 @@ def test_a_run_trains_on_the_data_that_it_was_planned_on(tmp_path: Path, evaluat
 def test_a_digest_that_is_kept_is_not_believed_by_a_run(tmp_path: Path) -> None:
     """Whatever a cache says of a file, the digest of what is trained on is worked out from it."""
     spec = archive(tmp_path / "a.npz", X)
-    right = data.digest_of(spec)
+    right = data.describe(spec)["digest"]
     (kept,) = (tmp_path / "cache" / "datasets").glob("*.json")
     kept.write_text(kept.read_text().replace(right, "0" * 16))
     [cell] = suite.parse(SUITE.format(spec, "test")).cells()
     assert cell.task["digest"] == "0" * 16
     with pytest.raises(DatasetMismatch, match=right):
         run.execute(cell, tmp_path / "run", "s")
-    assert data.digest_of(spec) == right  # so that planning again helps
+    assert data.describe(spec)["digest"] == right  # so that planning again helps

@@ -23,15 +23,16 @@ from harness.dp.release import Observed
 from harness.records import draw, store
 from harness.records.cell import Cell
 from harness.records.files import StoreError
-from harness.records.merge import merge
-from harness.report import board, recipe
+from harness.report import board
 from harness.report.model import runs as read
+from harness.report.model.words import recipe
 from harness.running import child, jobs, launch
 from harness.running import run as running
 from harness.running.seeds import Seeds
 from harness.running.train import Schedule, Streams, start, train
 from harness.verify.exchange import bundle as pack
 from tests.support import ROOT
+from tests.support.records import merge
 
 SUITE = """
 [suite]
@@ -84,11 +85,8 @@ def test_two_attempts_share_no_noise_and_a_repeated_one_has_the_same_bits(
     assert second["randomness"] == {"attempt": 2, "code": a, "setting": setting, "dropout_bits": 256}
     # What repeats it is the attempt that it was, in a folder where it has no record yet.
     (run,) = read.read([second])
-    words = recipe.commands(run, "draws.toml")[-1].split()
-    assert (
-        words[words.index("--attempt") + 1] == "2"
-        and "--attempt" not in recipe.commands(read.read([first])[0], "a.toml")[-1]
-    )
+    words = recipe(run, "draws.toml")[-1].split()
+    assert words[words.index("--attempt") + 1] == "2" and "--attempt" not in recipe(read.read([first])[0], "a.toml")[-1]
     (job,) = jobs.select([cell()], tmp_path / "again", "draws", attempt=2).todo
     assert job.folder.name == f"{id}.2"
     assert weights(job.folder, a, monkeypatch)["weights_sha256"] == found[2]
@@ -180,8 +178,8 @@ def test_a_run_goes_on_with_what_it_began_with_or_begins_anew(tmp_path: Path, mo
             with pytest.raises(Stop):
                 weights(folder, a, monkeypatch, save_seconds=0.0)
         begun = draw.begun(folder)
-        assert begun is not None and begun["cell"] == cell().digest
-        assert (begun["draw"].attempt, begun["draw"].code) == (1, a)
+        assert begun is not None and begun.cell == cell().digest
+        assert (begun.attempt, begun.code) == (1, a)
         for file in (folder / "checkpoint").iterdir():
             assert file.stat().st_mode & 0o077 == 0, file
 

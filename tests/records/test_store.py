@@ -13,11 +13,9 @@ from typing import Any
 import pytest
 
 from harness.records import store
-from harness.records.files import AlreadyWritten, StoreError, dumps
-from harness.records.lock import lock, locked, unlock
-from harness.records.merge import merge
+from harness.records.files import AlreadyWritten, StoreError, dumps, lock, locked, unlock
 from harness.records.record import SCHEMA
-from tests.support.records import make_cell, make_record, put
+from tests.support.records import make_cell, make_record, merge, put
 
 
 def _race(folder: str, accuracy: float, start: float, won: str) -> None:

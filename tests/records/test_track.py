@@ -246,7 +246,9 @@ def test_the_record_wins_over_what_was_announced(tmp_path: Path) -> None:
     run_dir = tmp_path / "results" / "core" / FIRST
     run_dir.mkdir(parents=True)
     with followed(uri, tmp_path, []) as tracker:
-        tracker.watch(run_dir, {"seed": 7, "method": {"name": "dp-sgd", "parameters": {"lr": 9.0}}})
+        announced = record_of(FIRST, 7)["cell"]
+        announced["method"]["parameters"]["lr"] = 9.0
+        tracker.watch(run_dir, announced)
         until(lambda: FIRST in content(uri))
         write_run(tmp_path / "results", FIRST)
     assert content(uri)[FIRST]["params"]["method.lr"] == "0.5"

@@ -152,11 +152,12 @@ def test_thousands_of_records_stay_a_page_of_rows(browser: Any, tmp_path: Path) 
     """What bounds the time is that at most a page of rows is in the document, whatever is asked of the table."""
     from harness.report import board
     from harness.report.page import html
+    from harness.report.page.payload import Content
 
     path = tmp_path / "index.html"
     model = board("scale", "", report_scale.records(4 * MANY))
     assert len(model.rows) >= MANY
-    path.write_text(html.page(model), encoding="utf-8")
+    path.write_text(html.page(Content(model)), encoding="utf-8")
     with Visit(browser, path) as page:
         size = "document.querySelectorAll('#board *').length"
         first = page.evaluate(size)

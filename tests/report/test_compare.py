@@ -41,7 +41,7 @@ def test_a_line_is_the_paired_t_interval_of_scipy(pairs: Any, metric: str, thres
     a, b = ([x + SCALE[metric] for x in side] for side in zip(*pairs, strict=True))
     records = [*measured("dp-sgd", a, metric), *measured("dp-adam", b, metric)]
     order.shuffle(records)
-    made = compare.methods(records, "dp-sgd", "dp-adam", metric, threshold=threshold)
+    made = compare.methods(records, "dp-sgd", "dp-adam", metric=metric, threshold=threshold)
     (line,) = made.lines
     changes = [y - x if metric == "accuracy" else y / x - 1 for x, y in pairs_of(a, b)]
     assert line.difference is not None and line.difference.mean == pytest.approx(math.fsum(changes) / len(changes))
@@ -100,7 +100,7 @@ def test_what_cannot_be_paired_is_counted() -> None:
         assert expected in said, said
     elsewhere = measured("dp-adam", [2.0, 2.0], "examples_per_second", device="Another CPU")
     (line,) = compare.methods(
-        [*seeds("dp-sgd", [0.8, 0.8]), *elsewhere], "dp-sgd", "dp-adam", "examples_per_second"
+        [*seeds("dp-sgd", [0.8, 0.8]), *elsewhere], "dp-sgd", "dp-adam", metric="examples_per_second"
     ).lines
     assert (line.verdict, line.unpaired) == ("no pairs", (2, 2))  # a speed on another machine says nothing
     free = seeds("non-private", [0.9, 0.92], epsilon=None)

@@ -19,13 +19,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness.report import board, build, figures, overview, sources, text, top_rows
+from harness.report import FILES, board, build, figures, overview, sources, text
 from harness.report.model.fields import visible
 from harness.report.model.statistics import Entrant, counted_on, mean_interval, paired_interval, rank
 from harness.report.model.tables import RankedTable, place
 from harness.report.model.words import epsilon
 from harness.report.page import drawings, html, plot
 from harness.report.page import pages as below
+from harness.report.page.payload import Content
 from tests.support import ROOT
 from tests.support.report import (
     EVIL,
@@ -305,7 +306,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     )
     assert first.written
     assert files(first.folder) == files(there / "reports" / "core")
-    assert {p.name for p in first.paths} <= files(first.folder).keys()
+    assert set(FILES) <= files(first.folder).keys()
 
     page = first.index.stat()
     again = build("core", QUESTION, list(reversed(fixture_records())), tmp_path / "here" / "reports", **options)
@@ -528,8 +529,8 @@ def test_curves_and_the_time_to_an_accuracy_by_hand() -> None:
     assert [i.mean for _, i in clipped.series["dp-adam"]] == pytest.approx([0.1, 0.2, 0.3])
     by_name = {r["title"]: r["reach"] for r in lines(model)}
     assert by_name == {"dp-sgd": 3.0, "dp-adam": "inf"}  # 99 % of .91: reached after 3 s by both seeds
-    assert "not private to publish" in html.page(model) and "not private to publish" in pages(model)["runs"]
-    assert "not private to publish" not in html.page(make([record()])), "no curve, no warning"
+    assert "not private to publish" in html.page(Content(model)) and "not private to publish" in pages(model)["runs"]
+    assert "not private to publish" not in html.page(Content(make([record()]))), "no curve, no warning"
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 3)] * 3), max_size=12))
@@ -602,7 +603,7 @@ def test_a_card_says_what_the_source_says() -> None:
         one["cell"]["method"]["parts"]["clip"] = {"type": "PSAC", "clip": 1.0, "r": 0.2}
         one["card"]["paper"] = "arXiv:2212.00328"
     model = make(records)
-    cards = below.cards(model, html.Links(model), found)
+    cards = below.cards(Content(model, sources=found))
     card = cards["methods/dp-psac.html"]
     assert "sensitivity C." in card and found["parts"]["PSAC"][0][1].split("\n")[0].replace("/", "/") in card
     assert 'class="own"' in card and "eprint = {2212.00328}" in card
@@ -644,7 +645,7 @@ def test_a_larger_folder_makes_more_data_and_no_more_markup() -> None:
 
     def tags(n: int) -> int:
         page = Texts()
-        page.feed(html.page(board("scale", "", report_scale.records(n))))
+        page.feed(html.page(Content(board("scale", "", report_scale.records(n)))))
         return len(page.tags)
 
     assert tags(960) < 2 * tags(240) and tags(960) < 12_000
@@ -653,5 +654,5 @@ def test_a_larger_folder_makes_more_data_and_no_more_markup() -> None:
 @pytest.mark.parametrize("records", [[], [{}], [{"status": "crashed"}], [record(accuracy=None)]])
 def test_a_report_of_next_to_nothing(records: list[dict[str, Any]], tmp_path: Path) -> None:
     report = build("core", "", records, tmp_path / "reports", private=True)
-    assert all(path.stat().st_size or path.suffix == ".csv" for path in report.paths)
-    assert top_rows(records) == report.top
+    assert all((report.folder / name).stat().st_size or name.endswith(".csv") for name in FILES)
+    assert text.top_rows(board("", "", records)) == report.top

@@ -15,7 +15,7 @@ import harness
 from harness import cli, report
 from harness.cli.commands import plan as plan_command
 from harness.cli.commands import status as status_command
-from harness.report import export, figures, recipe, text
+from harness.report import export, figures, text
 from harness.report.model import runs as read
 from harness.report.model import tables, words
 from harness.report.page import html, pages
@@ -35,7 +35,7 @@ def loaded(record: dict[str, Any], load: float) -> dict[str, Any]:
 
 def cards(records: list[dict[str, Any]]) -> str:
     model = make(records)
-    return "".join(pages.cards(model, html.Links(model)).values())
+    return "".join(pages.cards(rows.Content(model)).values())
 
 
 # ------------------------------------------------------------ intervals
@@ -52,11 +52,11 @@ def test_an_interval_reads_the_same_in_every_file(mine: list[float], base: list[
     accuracy, gap = " ".join(line["accuracy"][4:]), " ".join(line["difference"][4:])
     assert accuracy == words.interval(entry.row.accuracy) and accuracy.endswith(f"± {around}")
     assert gap == words.gap(entry.place.difference)
-    page = "".join(pages.run_pages(model, html.Links(model)).values())
+    page = "".join(pages.run_pages(rows.Content(model)).values())
     leaderboard, exported = text.markdown(model), "".join(export.files(model).values())
     for said in (accuracy, gap):
         assert said in page and text.escape(said) in leaderboard and export.tex(said) in exported
-    assert html._glance(entry)["half"] == f"± {around}"
+    assert f"<small>± {around}</small>" in html.page(rows.Content(model))
 
 
 def test_the_leaderboard_shows_the_intervals_it_is_given(browser: Any, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_no_bound_and_an_infinite_one_have_two_names(tmp_path: Path, capsys: pyt
     for each in (one, none):
         put(tmp_path / "results", each)
     model = tables.board("core", "", [one])
-    page = "".join(pages.run_pages(model, html.Links(model)).values())
+    page = "".join(pages.run_pages(rows.Content(model)).values())
     markdown = text.markdown(model)
     said = "gdp does not apply, pld 2.9, rdp does not apply"
     assert (
@@ -125,7 +125,7 @@ def test_a_row_is_timed_by_its_quiet_runs_and_marked_without(tmp_path: Path) -> 
     }  # fmt: skip
     assert r"1,000\dag{}" in "".join(export.files(model).values())
     assert "1,000†" in text.top_rows(model)
-    page = "".join(pages.run_pages(model, html.Links(model)).values())
+    page = "".join(pages.run_pages(rows.Content(model)).values())
     assert "9.0 on 2 cores in use †: other work ran on the machine" in page and "1.0 on 2 cores in use<" in page
 
 
@@ -213,19 +213,19 @@ def test_the_command_is_the_same_on_a_page_and_from_show() -> None:
     (run,) = read.read([one])
     again = f"--only {run.id} --results again --no-track"
     checkout = f"git checkout {run.commit}"
-    assert recipe.commands(run, "suites/a b.toml", True) == [
+    assert words.recipe(run, "suites/a b.toml", True) == [
         checkout, f"epsbench run 'suites/a b.toml' --reduced {again}",
     ]  # fmt: skip
     note = "    # with the files of your own that it was run from"
-    assert recipe.commands(run, "/home/me/a.toml") == [checkout, f"epsbench run a.toml {again}{note}"]
-    assert recipe.commands(run, "", installed=False)[1] == f"epsbench run SUITE.toml {again} --method mine.py{note}"
+    assert words.recipe(run, "/home/me/a.toml") == [checkout, f"epsbench run a.toml {again}{note}"]
+    assert words.recipe(run, "", installed=False)[1] == f"epsbench run SUITE.toml {again} --method mine.py{note}"
     model = make([one], file="elsewhere/a.toml")
     known = {"methods": {"dp-sgd": {"installed": True}}}
     for said, method in ((known, ""), (None, ""), ({"methods": {}}, " --method mine.py")):
-        (page,) = pages.run_pages(model, html.Links(model), sources=said).values()
+        (page,) = pages.run_pages(rows.Content(model, sources=said)).values()
         assert f"{checkout}\nepsbench run elsewhere/a.toml {again}{method}" in page
     one["code"] |= {"commit": None}
-    assert len(recipe.commands(read.read([one])[0], "a.toml")) == 1
+    assert len(words.recipe(read.read([one])[0], "a.toml")) == 1
 
 
 def test_a_suite_without_rows_is_listed_with_the_reason(tmp_path: Path) -> None:

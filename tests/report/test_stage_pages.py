@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from harness.cli.commands import plan as plan_command
 from harness.report import figures
-from harness.report.page import drawings, stage_table
+from harness.report.page import drawings
+from harness.report.page import pages as below
 from tests.report.test_report import make, record
 from tests.support.records import put
 from tests.support.report import ADDED, MIXED, ODD, pages, staged
@@ -35,8 +36,8 @@ def earlier(seed: int = 0) -> dict[str, Any]:
 
 def table(one: dict[str, Any]) -> list[dict[str, str]]:
     (row,) = make([one]).rows
-    heads = [name for name, _ in stage_table.HEADS]
-    return [dict(zip(heads, line, strict=True)) for line in stage_table.lines(row)]
+    heads = [name for name, _ in below.HEADS]
+    return [dict(zip(heads, line, strict=True)) for line in below.stage_lines(row)]
 
 
 def test_a_line_for_each_stage_with_its_own_facts() -> None:
@@ -50,7 +51,7 @@ def test_a_line_for_each_stage_with_its_own_facts() -> None:
     assert ">Schedule<" not in page, "one schedule would be that of one stage"
     plain = pages(make([record()]))["runs"]
     assert "Examples/s of stage 1" not in plain and ">Stages<" not in plain and ">Schedule<" in plain
-    assert stage_table.lines(make([record()]).rows[0]) == []
+    assert below.stage_lines(make([record()]).rows[0]) == []
 
 
 def test_public_data_are_protected_by_nothing_and_cost_nothing() -> None:
@@ -69,13 +70,13 @@ def test_public_data_are_protected_by_nothing_and_cost_nothing() -> None:
 
 def test_an_earlier_record_shows_no_number_that_mixes_stages() -> None:
     first, second = table(earlier())
-    unknown = stage_table.UNKNOWN
+    unknown = below.UNKNOWN
     assert first["Sensitivity"] == first["Examples/s"] == second["Examples/s"] == second["Training, s"] == unknown
     assert first["Sampling"] == "Poisson, q = 0.064" and second["Sampling"] == unknown and first["Engine"] == unknown
     assert second["Sensitivity"] == "grad 0.25" and second["Engine"] == "BookKeeping" and second["Steps"] == "60"
     model = make([earlier(), *[record("dp-sgd", 0.7)]])
     row = next(row for row in model.rows if row.first.stages)
-    assert row.rate is None and row.first.engine == "" and row.first.clipped is None
+    assert row.rate is None and row.first.engine == ""
     shown = re.sub(r'<pre class="record">.*?</pre>', "", pages(model)["runs"], flags=re.S)
     assert unknown in shown and "4,568" not in shown
     assert str(MIXED) not in pages(model)["html"] and str(MIXED) not in pages(model)["csv"]

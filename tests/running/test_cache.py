@@ -84,7 +84,7 @@ def test_spoilt_facts_and_arrays_of_data_are_made_again(
     wanted = data.load("mnist1d?n=100")
     for file in list((tmp_path / "datasets").iterdir()):
         SPOILT[how](file)
-    assert data.digest_of("mnist1d?n=100") == data.load("mnist1d?n=100").digest == wanted.digest
+    assert data.describe("mnist1d?n=100")["digest"] == data.load("mnist1d?n=100").digest == wanted.digest
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file", "unknown home", "no home"])

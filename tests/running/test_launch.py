@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from harness.records import store
-from harness.records.lock import lock, unlock
+from harness.records.files import lock, unlock
 from harness.running import jobs, progress
 from tests.support.launching import STEPS, Place, make_cell
 

@@ -30,14 +30,12 @@ from hypothesis import strategies as st
 
 from harness import cli, report, suite
 from harness.records import description, store
-from harness.records.files import MOST_BYTES, Unwritable, dumps, replace_file, sweep
-from harness.records.lock import lock, unlock
-from harness.records.merge import merge
-from harness.running import child, jobs, launch, process, progress
+from harness.records.files import MOST_BYTES, Unwritable, dumps, lock, replace_file, sweep, unlock
+from harness.running import child, jobs, launch, progress
 from tests.support import ROOT
 from tests.support.launching import Place
 from tests.support.launching import make_cell as make_fake
-from tests.support.records import make_cell, make_record, put
+from tests.support.records import make_cell, make_record, merge, put
 
 REAL = min((ROOT / "results" / "fashion").glob("*/record.json"))  # a record that a run wrote
 SUITE = ROOT / "suites" / "smoke.toml"
@@ -229,9 +227,9 @@ def test_side_files_of_any_content_end_no_launch(tmp_path_factory: pytest.TempPa
     for name in ("env.json", "trace.jsonl", "output.txt"):
         (folder / name).write_bytes(data + b"\n")
     assert 0 <= jobs.fraction(jobs.Job(make_cell(), folder)) <= 1
-    assert isinstance(process._tail(folder / "output.txt"), str)
-    made = child.failure(make_cell(), "core", "crashed", "killed", folder=folder, started="2026-01-01T00:00:00+00:00",
-                          seconds=1.0, jobs=1)  # fmt: skip
+    assert isinstance(launch._tail(folder / "output.txt"), str)
+    task = {"cell": make_cell().to_json(), "suite": "core", "jobs": 1, "code": None}
+    made = child.failure(task, folder, "crashed", "killed", "2026-01-01T00:00:00+00:00", 1.0)
     assert store.read(store.write_record(folder, made))["status"] == "crashed"
     progress.result_line(progress.Outcome(jobs.Job(make_cell(), folder), made))
 
@@ -702,7 +700,7 @@ def test_kill_9_at_seven_moments_of_a_run_ends_in_the_same_bits(
     from harness.running import run  # noqa: F401 (loaded once, for all processes)
 
     (cell,) = suite.parse(TINY).cells()
-    monkeypatch.setattr(child, "_resolve", lambda target: run_and_save_always)
+    monkeypatch.setattr(child, "resolve_name", lambda target: run_and_save_always)
 
     def begun(results: Path) -> tuple[int, Path]:
         folder = results / "tiny" / cell.id
@@ -760,7 +758,7 @@ def test_stopping_records_what_finished_and_nothing_of_what_was_killed(tmp_path:
     put(tmp_path, make_record(0))
     dead = SimpleNamespace(pid=2**22 + 1, exitcode=-9, join=lambda seconds: None, kill=lambda: None)
     launcher: Any = launch._Launcher.__new__(launch._Launcher)
-    launcher.running = [process.Running(job, dead, 0.0, "2026-01-01T00:00:00", None) for job in both]
+    launcher.running = [launch.Running(job, dead, {}, 0.0, "2026-01-01T00:00:00", None) for job in both]
     launcher.summary, launcher.total, launcher.began, launcher.before = launch.Summary(), 2, 0.0, 0.0
     launcher.reporter, launcher.codes, launcher.suite, launcher.slots = (
         progress.Lines(lambda text: None),

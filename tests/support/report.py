@@ -186,7 +186,11 @@ def hostile(name: str) -> list[dict[str, Any]]:
 
 def lines(model: Board, audits: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """The rows of the page's JSON, each as a mapping."""
-    shown = html.page(model, known=rows.audits(audits or [])).partition(below.DATA)[2].partition("</script>")[0]
+    shown = (
+        html.page(rows.Content(model, audits=rows.audits(audits or [])))
+        .partition(below.DATA)[2]
+        .partition("</script>")[0]
+    )
     assert not re.search(r"[<>&\u2028]", shown), "nothing in the data can be markup"
     data = json.loads(shown)
     return [dict(zip(data["fields"], row, strict=True)) | {"at": data["tables"][row[0]]} for row in data["rows"]]
@@ -263,10 +267,10 @@ PUBLISHED: list[dict[str, Any]] = [
 
 def pages(model: Board, audits: list[dict[str, Any]] | None = None) -> dict[str, str]:
     """Everything but the figures' files; the rows' pages and the methods' cards each as one text."""
-    places, known = html.Links(model), rows.audits(audits or [])
-    return {"html": html.page(model, places, known=known),
-            "runs": "\n".join(below.run_pages(model, places, known).values()),
-            "cards": "\n".join(below.cards(model, places, known=known).values()),
+    content = rows.Content(model, audits=rows.audits(audits or []))
+    return {"html": html.page(content),
+            "runs": "\n".join(below.run_pages(content).values()),
+            "cards": "\n".join(below.cards(content).values()),
             "md": text.markdown(model), "csv": text.table_csv(model),
             "published": text.published_csv(model), "txt": text.top_rows(model)}  # fmt: skip
 

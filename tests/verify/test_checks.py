@@ -320,13 +320,13 @@ def test_the_manual_names_every_check():
 def shown(*found, method="dp-sgd"):
     """Mark of the rows, and the pages of rows and cards, of a board of one method."""
     model = make(seeds(method, [0.7, 0.8, 0.9]))
-    places, known = html.Links(model), checked.checks(found)
-    page = html.page(model, places, checked=known)
+    content = rows.Content(model, checked=checked.checks(found))
+    page = html.page(content)
     data = json.loads(page.partition(below.DATA)[2].partition("</script>")[0])
     (row,) = data["rows"]
     return row[data["fields"].index("checked")], {
-        "runs": "".join(below.run_pages(model, places, checked=known).values()),
-        "cards": "".join(below.cards(model, places, checked=known).values()),
+        "runs": "".join(below.run_pages(content).values()),
+        "cards": "".join(below.cards(content).values()),
     }
 
 

@@ -15,8 +15,7 @@ from harness.suite import SuiteError, kind_of
 from harness.verify.claims import accounts
 from harness.verify.claims import command as claims
 from harness.verify.claims.accounts import Sampled
-from harness.verify.claims.finding import AGREES, ASSUMES, OVERSTATES, UNDERSTATES, Figure, Finding, judge
-from harness.verify.claims.kinds import PublishedClaim
+from harness.verify.claims.kinds import AGREES, ASSUMES, OVERSTATES, UNDERSTATES, Figure, Finding, PublishedClaim, judge
 from tests.support import ROOT
 
 # Printed values, of an earlier computation with dp-accounting 0.4.4 and (1.285 below) of the authors' own classes.

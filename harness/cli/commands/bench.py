@@ -45,17 +45,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure what is asked for, print the table, and write it with its figure beside the records; the exit code."""
-    from harness.bench import plan, session, table
-    from harness.bench.compare import compare
+    from harness.bench import engines, plan, session, table
     from harness.provenance import measure
 
     need_device(options.device)
     chosen = plan.load(options.suite)
     threads = options.threads or measure.cores()
     items = _items(options, chosen)
-    names = _engines(options, chosen)
+    for name in options.engines or ():
+        if reason := engines.unknown(name):
+            options.error(reason + hint(name, engines.names()))
     if options.explain:
-        from harness.bench.explain import explained
+        from harness.bench.steps import explained
 
         for workload, batch in items:
             print(f"{workload.name} {workload.title}, batch {batch}")
@@ -73,14 +74,15 @@ def run(options: argparse.Namespace) -> int:
             records = [r for r in session.read(out) if not narrowed or (r["workload"]["name"], r["batch"]) in asked]
         else:
             settings = session.Settings(
-                tuple(names), options.rounds or chosen.bench.rounds, options.seconds or chosen.bench.seconds,
+                tuple(dict.fromkeys(options.engines or chosen.bench.engines)),
+                options.rounds or chosen.bench.rounds, options.seconds or chosen.bench.seconds,
                 options.device, threads, options.compiled, out,
             )  # fmt: skip
             records = session.run(items, settings, options.fresh)
         text = table.markdown(records)
         print(text, end="")
         _write(out, session.read(out))
-        lines, worse = compare(records, then, options.threshold) if then else ([], False)
+        lines, worse = table.compare(records, then, options.threshold) if then else ([], False)
     except ValueError as error:
         options.error(str(error))
     print("\n".join(["", *lines]) if lines else "", end="\n" if lines else "")
@@ -102,22 +104,13 @@ def _items(options: Any, chosen: Any) -> list[tuple[Any, int]]:
     return items
 
 
-def _engines(options: Any, chosen: Any) -> list[str]:
-    from harness.bench import engines
-
-    for name in options.engines or ():
-        if reason := engines.unknown(name):
-            options.error(reason + hint(name, engines.names()))
-    return list(dict.fromkeys(options.engines or chosen.bench.engines))
-
-
 def _write(out: Path, records: Sequence[Any]) -> None:
     """Table and figure of all records of a folder, beside them."""
-    from harness.bench import figure, table
+    from harness.bench import table
     from harness.records.files import replace_file
 
     replace_file(out / "table.md", table.markdown(records).encode())
-    replace_file(out / "figure.svg", figure.draw(records).encode())
+    replace_file(out / "figure.svg", table.draw(records).encode())
     print(f"wrote {out}/table.md and {out}/figure.svg", file=sys.stderr)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.cli.arguments import method_option, positive, reduced_option, results_option
+from harness.cli.arguments import options, positive
 from harness.cli.errors import FAILED, OK, UserError
 from harness.cli.selecting import add_files, find, load
 from harness.cli.words import print_broken, table
@@ -27,9 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tables", action="store_true", help="then print the tables of all recorded checks")
     parser.add_argument("--docs", type=Path, metavar="FILE",
                        help="write them into that text too, which has the markers of docs/verification.md")  # fmt: skip
-    results_option(parser)
-    reduced_option(parser)
-    method_option(parser)
+    options(parser, "--results", "--reduced", "--method")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,13 +37,9 @@ def run(options: argparse.Namespace) -> int:
     if options.docs and not options.tables:
         raise UserError(f"--docs {options.docs}: it is for --tables.")
     subjects = [s for s in options.subjects if Path(s).name != "__init__.py"] or options.subjects
-    codes = [OK]
-    for subject in subjects:
-        alone = len(subjects) == 1
-        codes.append(_checked(argparse.Namespace(**vars(options), subject=subject, alone=alone)))
-    if options.tables:
-        codes.append(_check_tables(options))
-    return max(codes)
+    alone = len(subjects) == 1
+    codes = [_checked(argparse.Namespace(**vars(options), subject=one, alone=alone)) for one in subjects]
+    return max([*codes, _check_tables(options) if options.tables else OK])
 
 
 def _check_tables(options: argparse.Namespace) -> int:
@@ -60,30 +54,31 @@ def _check_tables(options: argparse.Namespace) -> int:
     return OK
 
 
+def _check_suite(options: argparse.Namespace) -> int:
+    if options.repeat:
+        raise UserError(f"--repeat: {options.subject} is a suite; it is for methods.")
+    from harness.suite import kind_of
+
+    file = find(options.subject)
+    kind = kind_of(file)
+    if kind == "claims":
+        from harness.verify.claims import command as claims
+
+        what = f"{len(claims.load(file).claims)} claims for epsbench claims"
+    elif kind == "throughput":
+        from harness.bench import plan
+
+        what = f"{len(plan.load(file).workloads)} workloads for epsbench bench"
+    else:
+        cells = load(options, thorough=True).cells()
+        what = f"{len(cells)} runs of {len({c.group for c in cells})} settings"
+    print(f"{file}: {what}; nothing is wrong.")
+    return OK
+
+
 def _checked(options: argparse.Namespace) -> int:
     if options.subject.endswith(".toml") or _is_suite(options.subject):
-        if options.repeat:
-            raise UserError(f"--repeat: {options.subject} is a suite; it is for methods.")
-        from harness.suite import kind_of
-
-        file = find(options.subject)
-        kind = kind_of(file)
-        if kind == "claims":
-            from harness.verify.claims import command as claims
-
-            held = claims.load(file)
-            print(f"{file}: {len(held.claims)} claims for epsbench claims; nothing is wrong.")
-            return OK
-        if kind == "throughput":
-            from harness.bench import plan
-
-            timed = plan.load(file)
-            print(f"{file}: {len(timed.workloads)} workloads for epsbench bench; nothing is wrong.")
-            return OK
-        suite = load(options, thorough=True)
-        cells = suite.cells()
-        print(f"{suite.file}: {len(cells)} runs of {len({c.group for c in cells})} settings; nothing is wrong.")
-        return OK
+        return _check_suite(options)
     if options.reduced:
         raise UserError(f"--reduced: {options.subject} is a method; it is for suites.")
     add_files(options.method)

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cli.arguments import results_option
+from harness.cli.arguments import options
 from harness.cli.errors import FAILED, OK, UserError
 from harness.cli.selecting import results_in
 from harness.cli.words import print_broken
@@ -42,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", metavar="NAME", help="only the records of this suite")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison as JSON")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write it as a page of Markdown")
-    results_option(parser)
+    options(parser, "--results")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
 
 from harness.cli.errors import OK
 
@@ -58,10 +57,7 @@ def run(options: argparse.Namespace) -> int:
     return OK
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """The arguments of a parser, and of those of its commands."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for one in action.choices.values():
-                yield from _actions(one)
-        yield action
+    commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return parser._actions + [one for a in commands for below in a.choices.values() for one in _actions(below)]

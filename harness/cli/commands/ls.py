@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.cli.arguments import method_option
+from harness.cli.arguments import options
 from harness.cli.errors import OK
 from harness.cli.selecting import add_files
 from harness.cli.words import table
@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what", nargs="?", choices=(*KINDS, "suites", "parts"), metavar="methods|datasets|models|suites|parts"
     )
-    method_option(parser)
+    options(parser, "--method")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -66,11 +66,11 @@ def _ls_parts() -> int:
 
 
 def _ls_entries(entries: Sequence[Any], detail: bool) -> None:
-    names = [f"{e.name}:{e.argument.upper()}" if e.argument else e.name for e in entries]
     rows = [
-        [name, str(e.meta.get("family") or ""), str(e.meta.get("paper") or ""), e.summary]
-        for name, e in zip(names, entries, strict=True)
-    ]
+        [f"{e.name}:{e.argument.upper()}" if e.argument else e.name,
+         str(e.meta.get("family") or ""), str(e.meta.get("paper") or ""), e.summary]
+        for e in entries
+    ]  # fmt: skip
     used = [i for i in range(4) if any(row[i] for row in rows)]
     lines = table([[row[i] for i in used] for row in rows], indent="  ").splitlines()
     for entry, line in zip(entries, lines, strict=True):

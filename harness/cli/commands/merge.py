@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.cli.arguments import method_option, results_option
+from harness.cli.arguments import options
 from harness.cli.codes import codes_of_records
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files
@@ -25,8 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "sources", nargs="+", metavar="DIR|BUNDLE", type=Path,
         help="folders that hold <suite>/<id>/record.json, or bundles",
     )  # fmt: skip
-    results_option(parser)
-    method_option(parser)
+    options(parser, "--results", "--method")
 
 
 def run(options: argparse.Namespace) -> int:

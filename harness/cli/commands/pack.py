@@ -12,10 +12,10 @@ import re
 import tomllib
 from pathlib import Path
 
-from harness.cli.arguments import private_option, results_option
+from harness.cli.arguments import options
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import find, results_in
-from harness.records.public import LEFT_OUT
+from harness.records.public import LEFT_OUT, SWITCH
 
 PLACE = 80
 
@@ -23,8 +23,7 @@ PLACE = 80
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subject", metavar="SUITE|DIR", help="a suite's name or TOML file, or a results folder")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (default: NAME.zip)")
-    results_option(parser)
-    private_option(parser)
+    options(parser, "--results", SWITCH)
 
 
 def run(options: argparse.Namespace) -> int:

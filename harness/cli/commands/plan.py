@@ -17,7 +17,7 @@ from harness.cli.codes import codes_of_cells
 from harness.cli.commands.status import states_of
 from harness.cli.errors import OK
 from harness.cli.selecting import chosen, need_device
-from harness.cli.words import counts, epsilon, number, print_conflicts, table
+from harness.cli.words import counts, epsilon, number, print_broken, table
 
 if TYPE_CHECKING:
     from harness.records.cell import Cell
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         ])  # fmt: skip
     names = ["id", "method", "task", "eps", "seed", "batch", "steps", "sigma", *accountants, "state"]
     print(table(rows, names))
-    print_conflicts(selection.conflicts)
+    print_broken(selection.conflicts, "conflict")
     print(f"\n{len(cells)} runs of suite {suite.name}: {counts(states.values())}")
     at_once = jobs.slots(cells)
     print(_time_left([job.cell for job in selection.todo], options.results, at_once))

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.cli.arguments import method_option, private_option, reduced_option, reports_option, results_option
+from harness.cli.arguments import options, suite_option
 from harness.cli.codes import codes_of_cells
 from harness.cli.errors import OK, UserError
 from harness.cli.selecting import again, load, need_suite, suite_file
 from harness.cli.words import print_broken
 from harness.records.files import Broken
-from harness.records.public import LEFT_OUT
+from harness.records.public import LEFT_OUT, SWITCH
 
 if TYPE_CHECKING:
     from harness.records import store
@@ -28,12 +28,8 @@ PLACE = 100
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
-    reduced_option(parser)
-    results_option(parser)
-    reports_option(parser)
-    private_option(parser)
-    method_option(parser)
+    suite_option(parser, "?")
+    options(parser, "--reduced", "--results", "--reports", SWITCH, "--method")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -18,12 +18,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.cli.arguments import positive, private_option, reports_option, suite_options
+from harness.cli.arguments import options, positive, suite_options
 from harness.cli.codes import codes_of_cells
 from harness.cli.commands.report import write_report
 from harness.cli.errors import FAILED, INTERRUPTED, OK
 from harness.cli.selecting import again, chosen, need_device
-from harness.cli.words import counts, first_line, print_broken, print_conflicts
+from harness.cli.words import counts, print_broken, print_failed
+from harness.records.public import SWITCH
 
 if TYPE_CHECKING:
     from harness.records.cell import Cell
@@ -46,8 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="write the leaderboard at the end and print its top")
     parser.add_argument("--no-track", action="store_true", help="do not send anything to MLflow")
-    reports_option(parser)
-    private_option(parser)
+    options(parser, "--reports", SWITCH)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -88,23 +88,21 @@ def _print_selection(
 ) -> None:
     from harness.provenance import measure
 
-    parts = [f"{len(selection.done)} are done"]
-    if selection.stale:
-        fate = "and run again" if options.stale else "and kept (--stale runs them again)"
-        parts.append(f"{len(selection.stale)} are stale {fate}")
-    if selection.failed:
-        fate = "and run again" if options.retry else "(--retry runs them again)"
-        parts.append(f"{len(selection.failed)} failed {fate}")
-    todo = len(selection.todo)
-    parts.append(f"{todo} to run, {min(at_once, todo)} at once" if todo else "nothing to run")
-    print(f"suite {suite.name}: {len(cells)} runs; {'; '.join(parts)}", flush=True)
+    stale, failed, todo = len(selection.stale), len(selection.failed), len(selection.todo)
+    parts = [
+        f"{len(selection.done)} are done",
+        f"{stale} are stale and {'run again' if options.stale else 'kept (--stale runs them again)'}" if stale else "",
+        f"{failed} failed {'and run again' if options.retry else '(--retry runs them again)'}" if failed else "",
+        f"{todo} to run, {min(at_once, todo)} at once" if todo else "nothing to run",
+    ]
+    print(f"suite {suite.name}: {len(cells)} runs; {'; '.join(filter(None, parts))}", flush=True)
     if selection.stale and not options.stale:
         for record in selection.stale[:10]:
             print(f"  stale: {record['id']}, made by code {record['code'].get('hash')}")
         if len(selection.stale) > 10:
             print(f"  and {len(selection.stale) - 10} more: {again(options, 'plan')}")
     print_broken(selection.broken)
-    print_conflicts(selection.conflicts)
+    print_broken(selection.conflicts, "conflict")
     threads = max((int(job.cell.device.get("threads") or 1) for job in selection.todo), default=1)
     if options.jobs and options.jobs * threads > measure.cores():
         print(f"  {options.jobs} runs of {threads} threads share {measure.cores()} cores: their throughput will suffer")
@@ -131,15 +129,14 @@ def _end(
     summary: launch.Summary,
 ) -> int:
     """Say how it stands now, write the report where asked, and give the exit code."""
-    from harness.running import jobs, progress
+    from harness.running import jobs
 
     now = jobs.select(cells, options.results, suite.name, codes=codes)
     if summary.outcomes:
         ends = counts(outcome.record["status"] for outcome in summary.outcomes)
         place = options.results / suite.name
         print(f"{len(summary.outcomes)} runs finished: {ends}; records are in {place}")
-    for record in now.failed:
-        print(f"  {record['id']}  {progress.describe(record['cell'])}: {record['status']}, {first_line(record)}")
+    print_failed(now.failed)
     if options.report:
         write_report(options, suite, codes)
     return FAILED if now.failed or now.conflicts or summary.conflicts else OK

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.cli.arguments import results_option
+from harness.cli.arguments import options
 from harness.cli.errors import OK, UserError
 from harness.cli.selecting import suite_file
 from harness.cli.words import epsilon, number, table
@@ -30,11 +30,12 @@ ROWS = frozenset({"jobs", "sessions", "examples_per_second", "train_seconds", "w
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", metavar="ID", help="the first digits of a run's id; id.2 names its second attempt")
     parser.add_argument("--json", action="store_true", help="print the record as it is")
-    results_option(parser)
+    options(parser, "--results")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print one record; the exit code."""
+    from harness import registry
     from harness.records import origin, public, store
     from harness.records.field import Private
     from harness.records.record import Diagnostics, Measured
@@ -116,13 +117,15 @@ def run(options: argparse.Namespace) -> int:
     for other in others:
         print(f"  another attempt: {other['path']}: {other['status']}")
     print("\nto make it again:")
-    for line in _recipe(record):
+    file, reduced = suite_file(record["suite"])
+    entry = registry.index("method").get(method["name"])
+    for line in words.recipe(seen, str(file or ""), reduced, entry is not None and bool(entry.module)):
         print(f"  {line}")
     return OK
 
 
 def _stage_rows(nth: int, stage: Mapping[str, Any], given: Mapping[str, Any]) -> list[list[str]]:
-    """The lines of one stage of `harness.records.stages.told`; what its record lacks is shown as not recorded."""
+    """The lines of one stage of `stage_facts`; what its record lacks is shown as not recorded."""
     own = {name: value for name, value in (stage["parameters"] or {}).items() if name not in given}
     public = stage["public"]
     unknown = "not recorded" if stage["non_finite"] is None else "-"  # an older record, or a stage not begun
@@ -218,14 +221,3 @@ def _one_record(results: Path, wanted: str) -> tuple[store.Record, list[store.Re
             raise UserError(f"{wanted}: no such attempt; there are {len(found)}.")
         chosen = numbered[0]
     return chosen, [record for record in found if record["path"] != chosen["path"]]
-
-
-def _recipe(record: store.Record) -> list[str]:
-    """The commands that repeat a run, into a folder where it has no record yet."""
-    from harness import registry
-    from harness.report import recipe
-    from harness.report.model import runs as read
-
-    file, reduced = suite_file(record["suite"])
-    method = registry.index("method").get(record["cell"]["method"]["name"])
-    return recipe.commands(read.read([record])[0], str(file or ""), reduced, method is not None and bool(method.module))

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cli.arguments import method_option, reduced_option, results_option
+from harness.cli.arguments import options, suite_option
 from harness.cli.codes import codes_of_cells, codes_of_records
 from harness.cli.errors import FAILED, OK
 from harness.cli.selecting import add_files, again, load, need_suite, suite_file
-from harness.cli.words import counts, first_line, print_broken, print_conflicts, table
-from harness.records.lock import locked
+from harness.cli.words import counts, print_broken, print_failed, table
+from harness.records.files import locked
 from harness.records.record import FAILED as FAILURES
 
 if TYPE_CHECKING:
@@ -28,16 +28,14 @@ PLACE = 50
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", nargs="?", metavar="SUITE", help="a TOML file, or its name under suites/")
-    reduced_option(parser)
-    results_option(parser)
-    method_option(parser)
+    suite_option(parser, "?")
+    options(parser, "--reduced", "--results", "--method")
 
 
 def run(options: argparse.Namespace) -> int:
     """Count the runs of one suite, or of all that have records; the exit code."""
     from harness.records import store
-    from harness.running import jobs, progress
+    from harness.running import jobs
 
     need_suite(options)
     if options.suite is None:
@@ -65,14 +63,13 @@ def run(options: argparse.Namespace) -> int:
         if words:
             rows.append([state, str(len(words)), counts(filter(None, words)), advice.get(state, "")])
     print(table(rows, indent="  "))
-    for record in selection.failed:
-        print(f"  {record['id']}  {progress.describe(record['cell'])}: {record['status']}, {first_line(record)}")
+    print_failed(selection.failed)
     known = {cell.id for cell in cells}
     extra = {record["id"] for record in store.load(options.results, suite.name)} - known
     if extra:
         print(f"  {len(extra)} more have records but are not in the suite as it is today")
     print_broken(selection.broken)
-    print_conflicts(selection.conflicts)
+    print_broken(selection.conflicts, "conflict")
     return FAILED if selection.failed or selection.conflicts else OK
 
 
@@ -92,11 +89,8 @@ def _status_of_all(results: Path, suite: str | None = None) -> int:
          f"{len(old[name])} stale" + (f", {lost[name]} whose code is unknown" if lost[name] else "")]
         for name, ones in suites.items()
     ]  # fmt: skip
-    print(
-        table(rows, ["suite", "runs", "", "code"])
-        if rows
-        else f"{results}: holds no records; epsbench run SUITE makes some"
-    )
+    none = f"{results}: holds no records; epsbench run SUITE makes some"
+    print(table(rows, ["suite", "runs", "", "code"]) if rows else none)
     for name, ids in old.items():
         if ids:
             more = f" and {len(ids) - 10} more; epsbench plan {name} lists all" if len(ids) > 10 else ""
@@ -108,9 +102,9 @@ def _status_of_all(results: Path, suite: str | None = None) -> int:
 def states_of(cells: Iterable[Cell], selection: jobs.Selection) -> dict[str, str]:
     """The state of each cell in words, by id."""
     states = dict.fromkeys((cell.id for cell in cells), "conflict")  # unless one of the following holds
-    states |= {record["id"]: f"done, {record['status']}" for record in selection.done}
-    states |= {record["id"]: f"stale, {record['status']}" for record in selection.stale}
-    states |= {record["id"]: f"failed, {record['status']}" for record in selection.failed}
+    ended = {"done": selection.done, "stale": selection.stale, "failed": selection.failed}
+    for state, records in ended.items():
+        states |= {record["id"]: f"{state}, {record['status']}" for record in records}
     for job in selection.todo:
         if not job.folder.exists():
             states[job.cell.id] = "missing"

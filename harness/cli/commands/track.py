@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 
-from harness.cli.arguments import private_option, results_option
+from harness.cli.arguments import options
 from harness.cli.errors import OK, UserError
+from harness.records.public import SWITCH
 
 PLACE = 110
 
@@ -18,8 +19,7 @@ PLACE = 110
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rebuild", action="store_true", help="ask the store itself, not the list of what was sent")
     parser.add_argument("--uri", help="the tracking store (default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
-    results_option(parser)
-    private_option(parser)
+    options(parser, "--results", SWITCH)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -87,12 +87,9 @@ def of_row(known: Mapping[str, Checked], row: Row) -> Mark:
 
 
 def _checked(one: Mapping[str, Any]) -> Checked:
-    lines = [line for line in one["lines"] if line["applies"]]
-    failed = _failures(one)
+    apply, failed = sum(line["applies"] for line in one["lines"]), _failures(one)
     kinds = {slot: part["type"] for slot, part in one["parts"].items() if isinstance(part, dict) and "type" in part}
-    return Checked(
-        one["method"], kinds, len(lines) - len(failed), len(lines), failed, one["stale"], one["started"][:10]
-    )
+    return Checked(one["method"], kinds, apply - len(failed), apply, failed, one["stale"], one["started"][:10])
 
 
 def _failures(one: Mapping[str, Any]) -> list[tuple[str, str]]:

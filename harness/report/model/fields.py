@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Self
 
 RecordLike = Mapping[str, Any]
 
@@ -84,6 +85,9 @@ class Fields:
         value = self.number(name)
         return None if value is None else int(value)
 
+    def true(self, name: str) -> bool:
+        return self.any(name) is True
+
     def mapping(self, name: str) -> Mapping[str, Any]:
         value = self.any(name)
         return value if isinstance(value, dict) else {}
@@ -97,9 +101,31 @@ class Fields:
         read = {visible(str(k)): math.inf if v is None else number(v) for k, v in self.mapping(name).items()}
         return {k: v for k, v in read.items() if v is not None}
 
+    def pairs(self, name: str) -> tuple[tuple[str, str], ...]:
+        return pairs(self.mapping(name))
 
-def pairs(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((visible(str(k)), scalar(v)) for k, v in values.items()))
+    def parts(self, name: str) -> tuple[tuple[str, str], ...]:
+        """A method's parts, each as it would be written."""
+        return pairs(self.mapping(name), part_text)
+
+
+def at(read: Callable[..., Any], *arguments: Any) -> Any:
+    """A field of a `FromFields` that is ``read(fields, *arguments)``."""
+    return dataclasses.field(metadata={"read": lambda f: read(f, *arguments)})
+
+
+class FromFields:
+    """A data class whose fields say, by `at`, where in a record they are."""
+
+    @classmethod
+    def of(cls, f: Fields, **known: Any) -> Self:
+        """What is not `known` already is read from `f`."""
+        fields = (one for one in dataclasses.fields(cls) if one.name not in known)  # type: ignore[arg-type]
+        return cls(**known, **{one.name: one.metadata["read"](f) for one in fields})
+
+
+def pairs(values: Mapping[str, Any], shown: Callable[[Any], str] = scalar) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((visible(str(k)), shown(v)) for k, v in values.items()))
 
 
 def part_text(value: Any) -> str:

@@ -93,7 +93,8 @@ class Pairing:
         return found
 
 
-Series = dict[tuple[str, Setting], list[tuple[Row, Side]]]
+Key = tuple[str, Setting]
+Series = dict[Key, list[tuple[Row, Side]]]
 
 
 def series(records: Iterable[RecordLike]) -> Series:
@@ -112,7 +113,7 @@ def series(records: Iterable[RecordLike]) -> Series:
     return found
 
 
-def named(found: Series, name: str) -> dict[tuple[str, Setting], Side]:
+def named(found: Series, name: str) -> dict[Key, Side]:
     """What a user's name means, by suite and setting."""
     tests: tuple[Callable[[Row], bool], ...] = (
         lambda row: row.label == name, lambda row: row.title == name, lambda row: row.first.method == name,
@@ -134,7 +135,7 @@ def named(found: Series, name: str) -> dict[tuple[str, Setting], Side]:
     raise CompareError(f"{name}: no record is of such a method; there are {', '.join(known) or 'none'}.")
 
 
-def partner(side: Mapping[tuple[str, Setting], Side], suite: str, setting: Setting) -> tuple[str, Setting] | None:
+def partner(side: Mapping[Key, Side], suite: str, setting: Setting) -> Key | None:
     """The setting of a side that stands beside this one: the same, else the one without a privacy target."""
     if (suite, setting) in side:
         return suite, setting
@@ -145,7 +146,7 @@ def partner(side: Mapping[tuple[str, Setting], Side], suite: str, setting: Setti
     return None
 
 
-def order_of(key: tuple[str, Setting]) -> tuple[Any, ...]:
+def order_of(key: Key) -> tuple[Any, ...]:
     """The order of suites and settings in a table."""
     suite, s = key
     return natural(suite), natural(s.task), s.split, s.epsilon, s.digest, s.delta or 0.0, s.relation, s.unit

@@ -64,10 +64,12 @@ def verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> li
     known = PublishedValue(
         method, task, target, metric, value, text("source"), text("note"), None, None, "not comparable", None
     )
-    there = [row for row in rows if task in _names(row)]
+    names = [(r.setting.task, r.setting.task.removesuffix(REDUCED_TASK), r.first.dataset) for r in rows]
+    there = [row for row, called in zip(rows, names, strict=True) if task in called]
     plain = [r for r in there if r.first.method == method and not r.first.changes]  # with its own parts
     there = [r for r in there if r.label == method] or plain
-    here = [row for row in there if row.setting.split == "test" and _same_target(row.setting.epsilon, target)]
+    tested = [row for row in there if row.setting.split == "test"]
+    here = [row for row in tested if math.isclose(row.setting.epsilon, target, rel_tol=1e-9)]
     out = []
     for row in here:
         measured = mean_interval(
@@ -81,17 +83,8 @@ def verdicts(claim: Mapping[str, Any], rows: Sequence[Row], reduced: bool) -> li
         reasons, remedies = zip(*why, strict=True) if why else ((), ())
         made = replace(known, row=row, measured=measured, verdict=verdict, difference=measured.mean - value)
         out.append(replace(made, because=reasons, remedies=remedies))
-    reason, remedy = _absent(known, there, here, reduced)
+    reason, remedy = _absent(known, there, tested, here, reduced)
     return out or [replace(known, because=(reason,), remedies=(remedy,))]
-
-
-def _names(row: Row) -> tuple[str, str, str]:
-    """What a published value may call a row's task."""
-    return row.setting.task, row.setting.task.removesuffix(REDUCED_TASK), row.first.dataset
-
-
-def _same_target(a: float, b: float) -> bool:
-    return a == b or math.isclose(a, b, rel_tol=1e-9)
 
 
 def _obstacles(row: Row, metric: str, measured: Interval, accountant: str, reduced: bool) -> list[tuple[str, str]]:
@@ -117,9 +110,11 @@ def _obstacles(row: Row, metric: str, measured: Interval, accountant: str, reduc
 _REDUCED = ("this is a reduced profile", "running the whole suite")
 
 
-def _absent(claim: PublishedValue, there: Sequence[Row], here: Sequence[Row], reduced: bool) -> tuple[str, str]:
-    """Why nothing stands beside a published value, and what would help: `there` are its rows, `here` those at its
-    epsilon."""
+def _absent(
+    claim: PublishedValue, there: Sequence[Row], tested: Sequence[Row], here: Sequence[Row], reduced: bool
+) -> tuple[str, str]:
+    """Why nothing stands beside a published value, and what would help: `there` are its rows, `tested` those on the
+    test split, `here` those of them at its epsilon."""
     if claim.value is None:
         return "no value is given", "a published value"
     if reduced:
@@ -131,10 +126,10 @@ def _absent(claim: PublishedValue, there: Sequence[Row], here: Sequence[Row], re
         ended = by_status(tally(r for row in here for r in row.runs))
         name = claim.metric.replace("_", " ")
         return f"no run gave its {name} ({ended})", f"runs that give its {name}"
-    tested = sorted({row.setting.epsilon for row in there if row.setting.split == "test"})
     if not tested:
         return "only a validation split was evaluated", f"runs {at} on the test split"
-    return f"no run {at}, only at {', '.join(map(epsilon, tested))}", f"runs {at}"
+    others = sorted({row.setting.epsilon for row in tested})
+    return f"no run {at}, only at {', '.join(map(epsilon, others))}", f"runs {at}"
 
 
 def _amount(metric: str, value: float) -> str:

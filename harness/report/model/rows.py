@@ -176,11 +176,8 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     rows = []
     for places in groups.values():
         homeless = places.pop("", [])
-        if not places:
-            places[""] = []
-        first = min(places)
-        for fingerprint in sorted(places):
-            members = places[fingerprint] + (homeless if fingerprint == first else [])
+        places[min(places, default="")] += homeless
+        for _, members in sorted(places.items()):
             device = max((r.device for r in members), key=lambda d: (d.fingerprint, d.kind, d.name))
             rows.append(Row(tuple(sorted(members, key=lambda r: (r.seed is None, r.seed or 0, r.order))), device))
     return _told_apart(rows)
@@ -192,9 +189,7 @@ def _told_apart(rows: list[Row]) -> list[Row]:
     for i, row in enumerate(rows):
         twins[row.setting, row.label].append(i)
     out = list(rows)
-    for indices in twins.values():
-        if len(indices) < 2:
-            continue
+    for indices in (indices for indices in twins.values() if len(indices) > 1):
         traits = [
             {
                 "batch": f"batch {row.first.batch}",

@@ -33,7 +33,21 @@ class Drawing:
 
 def of(board: Board) -> list[Drawing]:
     """Every figure that has something to show."""
-    found = [_accuracy(board), _pareto(board), _curves(board), _clipped(board), _cost(board)]
+    found = [
+        _accuracy(board),
+        _pareto(board),
+        _over_epsilon(
+            board, "curves", "accuracy", "Training curves",
+            "Accuracy at the log points over the epsilon spent until then, by RDP; mean over seeds. "
+            "Of two stages, the last. For information: nothing is chosen by it.", "training-curves.svg",
+        ),
+        _over_epsilon(
+            board, "clipped", "clipped", "Clipped fraction",
+            "Share of contributions with a weight below 1 since the last log point, over the epsilon spent until then. "
+            "Of two stages, the last.", "clipped-fraction.svg", PRIVATE,
+        ),
+        _cost(board),
+    ]  # fmt: skip
     return [d for d in found if d.panels]
 
 
@@ -41,13 +55,10 @@ def _panels(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(title, html) for title, html in found if html][:CROWDED]
 
 
-def _says(value: Interval) -> str:
-    return f"{percent(value.mean)} % {bounds(value)}, n = {value.n}".replace(" ,", ",")
-
-
 def _dot(x: float, value: Interval, says: str) -> Dot:
     low, high = (None if v is None else 100 * v for v in (value.low, value.high))
-    return Dot(x, 100 * value.mean, f"{says}: {_says(value)}", low, high)
+    around = f" {bounds(value)}" if bounds(value) else ""
+    return Dot(x, 100 * value.mean, f"{says}: {percent(value.mean)} %{around}, n = {value.n}", low, high)
 
 
 def _looks(names: Iterable[str]) -> dict[str, int]:
@@ -102,31 +113,16 @@ def _pareto(board: Board) -> Drawing:
     )  # fmt: skip
 
 
-def _curves(board: Board) -> Drawing:
-    text = (
-        "Accuracy at the log points over the epsilon spent until then, by RDP; mean over seeds. "
-        "Of two stages, the last. For information: nothing is chosen by it."
-    )
-    panels = _over_epsilon(board, "accuracy")
-    return Drawing("curves", "Training curves", text, panels, ["training-curves.svg"])
-
-
-def _clipped(board: Board) -> Drawing:
-    text = (
-        "Share of contributions with a weight below 1 since the last log point, over the epsilon spent until then. "
-        "Of two stages, the last."
-    )
-    panels = _over_epsilon(board, "clipped")
-    return Drawing("clipped", "Clipped fraction", text, panels, ["clipped-fraction.svg"], PRIVATE)
-
-
-def _over_epsilon(board: Board, what: str) -> list[tuple[str, str]]:
+def _over_epsilon(
+    board: Board, name: str, what: str, title: str, caption: str, file: str, warning: str = ""
+) -> Drawing:
     panels = curves_data(board, what)
     looks = _looks(n for p in panels for n in p.series)
     x, y = Axis("ε spent, by RDP"), Axis(f"{what}, %")
-    return _panels(
+    drawn = _panels(
         (p.title, chart(_dots(p.series), x, y, f"{y.title} over epsilon spent, {p.title}", looks=looks)) for p in panels
     )
+    return Drawing(name, title, caption, drawn, [file], warning)
 
 
 def of_row(row: Row) -> list[Drawing]:

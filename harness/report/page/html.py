@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
-import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
-from harness.report.model.checked import Checked
 from harness.report.model.fields import natural
-from harness.report.model.rows import Row
 from harness.report.model.statistics import RULE
 from harness.report.model.tables import Board, RankedTable, TableRow
 from harness.report.model.words import epsilon, half, percent
 from harness.report.page import drawings
-from harness.report.page.payload import COLUMNS, FIELDS, Audit, Heading, dumps, payload
+from harness.report.page.payload import COLUMNS, FIELDS, Content, Heading, dumps, payload
 from harness.report.text import VERDICTS, measure, measured, outcome
 
 if TYPE_CHECKING:
@@ -46,8 +43,16 @@ def environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.globals["shell"] = _shell
-    made.globals["address"] = address
+    made.globals |= {
+        "shell": _shell,
+        "address": address,
+        "epsilon": epsilon,
+        "percent": percent,
+        "half": half,
+        "measure": measure,
+        "measured": measured,
+        "outcome": outcome,
+    }
     made.filters["doc"] = paragraphs
     return made
 
@@ -79,55 +84,26 @@ def address(text: str) -> str:
     return text if re.match(r"https?://[^\s\"'<>]+$", text) else ""
 
 
-class Links:
-    """Where each row and each method has its page, and where records are. Names are unique, whatever the ids are.
-
-    `prefix` is the way from the suite's folder to the results.
-    """
-
-    def __init__(self, board: Board, results: Path = Path("results"), here: Path = Path("reports/x")) -> None:
-        self.prefix = quote(Path(os.path.relpath(results, here)).as_posix())
-        self.rows: dict[int, str] = {}
-        self.methods: dict[str, str] = {}
-        taken: Counter[str] = Counter()
-        for row in board.rows:
-            self.rows[id(row)] = f"runs/{_unique(row.first.group, taken)}.html"
-        taken = Counter()
-        for name in sorted({row.first.method for row in board.rows}):
-            self.methods[name] = f"methods/{_unique(name, taken)}.html"
-
-    def record(self, path: str, name: str = "record.json") -> str:
-        """From a page below the suite's folder to a file of the run whose record is at `path`; empty if unknown."""
-        folder = path.rpartition("/")[0]
-        return f"../{self.prefix}/{quote(f'{folder}/{name}'.encode('utf-8', 'replace'))}" if folder else ""
-
-
-def _unique(text: str, taken: Counter[str]) -> str:
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-").lower()[:80] or "x"
-    taken[name] += 1
-    return name if taken[name] == 1 else f"{name}.{taken[name]}"
-
-
-def page(
-    board: Board, places: Links | None = None, *, digest: str = "", known: Sequence[Audit] = (),
-    checked: Mapping[str, Checked] | None = None,
-) -> str:  # fmt: skip
-    """The page of a suite. `digest` is kept in the head; `known` are audits, `checked` the checks by method."""
-    places = places or Links(board)
-    data = payload(board, places.rows, known, checked)
-    return environment().get_template("page.html").render(
-        board=board,
-        digest=digest,
-        data=dumps(data),
-        rule=RULE,
-        verdict_rule=VERDICTS,
-        columns=columns(data),
-        overviews=_overviews(board),
-        drawings=drawings.of(board),
-        verdicts=[_verdict(v, places) for v in board.published],
-        methods=[(name, places.methods[name]) for name in sorted(places.methods, key=natural)],
-        failed=sum(r.status != "ok" for r in board.runs),
-    )  # fmt: skip
+def page(content: Content, digest: str = "") -> str:
+    """The page of a suite. `digest` is kept in the head."""
+    board, data = content.board, payload(content)
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            board=board,
+            content=content,
+            digest=digest,
+            data=dumps(data),
+            rule=RULE,
+            verdict_rule=VERDICTS,
+            columns=columns(data),
+            overviews=_overviews(board),
+            drawings=drawings.of(board),
+            methods=sorted(content.methods.items(), key=lambda method: natural(method[0])),
+            failed=sum(r.status != "ok" for r in board.runs),
+        )
+    )
 
 
 def columns(data: Mapping[str, Any]) -> list[Heading]:
@@ -160,42 +136,13 @@ def _overviews(board: Board) -> list[dict[str, Any]]:
             (title, [cells.get(i) for i in range(len(tables))])
             for title, cells in sorted(grid.items(), key=lambda g: natural(g[0]))
         ]
-        lines.sort(key=lambda line: -_mean(e.row.accuracy.mean for e in line[1] if e and e.row.accuracy))
+        known = {title: [e.row.accuracy.mean for e in line if e and e.row.accuracy] for title, line in lines}
+        lines.sort(key=lambda line: -fmean(known[line[0]]) if known[line[0]] else 1.0)
         heads = [epsilon(t.setting.epsilon) for t in tables]
         out.append({
             "title": ", ".join([task, f"{split} split", *([kind] if len(kinds) > 1 else [])]),
             "epsilons": [(e, "#?" + urlencode({"task": task, "epsilon": e})) for e in heads],
-            "lines": [(title, [_glance(e) for e in entries]) for title, entries in lines],
-            "references": [(t, _glance(e)) for t, e in sorted(references.items())],
+            "lines": lines,
+            "references": sorted(references.items()),
         })  # fmt: skip
     return out
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = list(values)
-    return math.fsum(known) / len(known) if known else -1.0
-
-
-def _glance(entry: TableRow | None) -> dict[str, Any]:
-    accuracy = entry.row.accuracy if entry else None
-    if entry is None or accuracy is None:
-        return {"text": "" if entry is None else "–", "half": "", "best": False}
-    return {"text": percent(accuracy.mean), "half": half(accuracy), "best": entry.place.rank == 1}
-
-
-def _verdict(verdict: Any, places: Links) -> dict[str, Any]:
-    row: Row | None = verdict.row
-    run = row.first if row else None
-    setting = [
-        verdict.task, f"ε = {epsilon(verdict.epsilon)}",
-        f"batch {run.batch}, {run.steps} steps" if run and run.batch and run.steps else "",
-    ]  # fmt: skip
-    return {
-        "verdict": verdict,
-        "setting": ", ".join(filter(None, setting)),
-        "published": measure(verdict.metric, verdict.value),
-        "measured": measured(verdict),
-        "outcome": outcome(verdict),
-        "href": places.rows[id(row)] if row else "",
-        "would": verdict.would_change,
-    }

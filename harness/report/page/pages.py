@@ -9,31 +9,20 @@ import shlex
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from harness.records.store import COMPUTED
-from harness.report import recipe
-from harness.report.model.checked import Checked, Mark, mark, of_row
+from harness.report.model import words
+from harness.report.model.checked import mark, of_row
 from harness.report.model.fields import natural, scalar, visible
 from harness.report.model.rows import BASELINE, REDUCED_SUITE, Row, statuses
-from harness.report.model.runs import Run
-from harness.report.model.tables import Board, RankedTable, TableRow, heading, place, statement, timing
-from harness.report.model.words import (
-    BUSY,
-    by_accountant,
-    count,
-    device_text,
-    epsilon,
-    gap,
-    interval,
-    percent,
-    ratio,
-    refusals,
-)
-from harness.report.page import drawings, stage_table
-from harness.report.page.html import MARK, Links, columns, environment, paragraphs
-from harness.report.page.payload import REACH, Audit, audit_of, dumps, exceeds, merged, target
+from harness.report.model.runs import Run, StageFacts
+from harness.report.model.tables import RankedTable, TableRow, heading, place, statement, timing
+from harness.report.page import drawings
+from harness.report.page.html import MARK, columns, environment, paragraphs
+from harness.report.page.payload import FIELDS, REACH, Content, audit_of, dumps, exceeds, merged, target
 from harness.report.text import difference
 
 SLOTS = ("sampler", "loss", "engine", "clip", "noise", "optimizer", "path")
@@ -43,37 +32,35 @@ SPEED = ("Examples/s", "Examples/s of stage 1")
 DATA = '<script type="application/json" id="data">'
 
 
-def run_pages(
-    board: Board, places: Links, known: Sequence[Audit] = (), sources: Mapping[str, Any] | None = None,
-    checked: Mapping[str, Checked] | None = None,
-) -> dict[str, str]:  # fmt: skip
-    """File name -> page of every row. `sources` is what `sources.describe` says of the methods."""
+def run_pages(content: Content) -> dict[str, str]:
+    """File name -> page of every row."""
     found: dict[int, tuple[TableRow, RankedTable]] = {}
-    for table in board.tables:
+    for table in content.board.tables:
         for entry in (*table.references, *table.entries):
             found.setdefault(id(entry.row), (entry, table))
     template = environment().get_template("run.html")
     return {
-        places.rows[id(row)]: template.render(
-            suite=board.suite,
+        content.href(row): template.render(
+            suite=content.board.suite,
             row=row,
             run=row.first,
             where=", ".join([heading(table), *statement(table)]),
-            filter="#?" + urlencode({"task": table.setting.task, "epsilon": epsilon(table.setting.epsilon)}),
-            card=places.methods[row.first.method],
-            numbers=_numbers(entry, table, audit_of(row, known), of_row(checked or {}, row)),
+            filter="#?" + urlencode({"task": table.setting.task, "epsilon": words.epsilon(table.setting.epsilon)}),
+            card=content.methods[row.first.method],
+            numbers=_numbers(entry, table, content),
             drawings=drawings.of_row(row),
-            stages=stage_table.lines(row),
-            stage_heads=stage_table.HEADS,
+            stages=stage_lines(row),
+            stage_heads=HEADS,
             details=_details(row),
-            runs=[_run(run, board, places, sources) for run in row.runs],
+            runs=[_run(run, content) for run in row.runs],
         )
         for row, entry, table in ((e.row, e, t) for e, t in found.values())
     }
 
 
-def _numbers(entry: TableRow, table: RankedTable, audit: Audit | None, check: Mark) -> list[tuple[str, str]]:
+def _numbers(entry: TableRow, table: RankedTable, content: Content) -> list[tuple[str, str]]:
     row, run = entry.row, entry.row.first
+    audit, check = audit_of(row, content.audits), of_row(content.checked, row)
     goal = target(table)
     reach = None if goal is None else row.seconds_to(goal)
     accuracy = row.accuracy
@@ -83,29 +70,29 @@ def _numbers(entry: TableRow, table: RankedTable, audit: Audit | None, check: Ma
         sure = "" if audit.confidence is None else f" at {100 * audit.confidence:g} %"
         above = ": ABOVE THE CLAIM" if exceeds(row, audit) else ""
         how = ", ".join(filter(None, (audit.instrument, audit.task)))
-        audited = f"at least {epsilon(audit.lower)}{sure} ({how}){above}"
+        audited = f"at least {words.epsilon(audit.lower)}{sure} ({how}){above}"
     claim = row.shared("claim") or ""
-    claimed = epsilon(row.shared("claimed")) if row.shared("claimed") is not None else "off" if claim else ""
+    claimed = words.epsilon(row.shared("claimed")) if row.shared("claimed") is not None else "off" if claim else ""
     pairs = [
-        ("Accuracy", interval(accuracy) + n),
+        ("Accuracy", words.interval(accuracy) + n),
         ("Rank", place(entry) + (f" ({entry.place.why})" if entry.place.why else "")),
         ("Δ dp-sgd, points", difference(entry)),
-        ("ε planned", by_accountant(run.planned, run.refused)),
-        ("ε spent", by_accountant(row.spent, row.refused) or epsilon(row.epsilon)),
-        ("Accountants", refusals(row.refused)),
+        ("ε planned", words.by_accountant(run.planned, run.refused)),
+        ("ε spent", words.by_accountant(row.spent, row.refused) or words.epsilon(row.epsilon)),
+        ("Accountants", words.refusals(row.refused)),
         ("ε claimed", f"{claimed} ({claim or 'no assumptions given'})" if claimed else ""),
         ("ε audited", audited),
         ("Conformance", f"{check.text}: {check.words}"),
-        ("ε with tuning", epsilon(row.shared("tuned")) if row.shared("tuned") is not None else ""),
-        (SPEED[bool(run.stages)], timing(entry, "rate", count(row.rate))),
-        ("relative to non-private", timing(entry, "reference", ratio(entry.to_reference))),
-        ("relative to dp-sgd", timing(entry, "baseline", ratio(entry.to_baseline))),
-        ("Peak memory", f"{count(row.peak_memory)} MiB" if row.peak_memory else ""),
+        ("ε with tuning", words.epsilon(row.shared("tuned")) if row.shared("tuned") is not None else ""),
+        (SPEED[bool(run.stages)], timing(entry, "rate", words.count(row.rate))),
+        ("relative to non-private", timing(entry, "reference", words.ratio(entry.to_reference))),
+        ("relative to dp-sgd", timing(entry, "baseline", words.ratio(entry.to_baseline))),
+        ("Peak memory", f"{words.count(row.peak_memory)} MiB" if row.peak_memory else ""),
         ("Training" + ", both stages" * bool(run.stages),
-         timing(entry, "seconds", f"{count(row.train_seconds)} s") if row.train_seconds else ""),
+         timing(entry, "seconds", f"{words.count(row.train_seconds)} s") if row.train_seconds else ""),
         (f"to {100 * REACH:g} % of dp-sgd's accuracy",
-         "" if reach is None else timing(entry, "reach", "never" if math.isinf(reach) else f"{count(reach)} s")),
-        (BUSY, "timed while other work ran on the machine: not to be compared" if entry.doubted else ""),
+         "" if reach is None else timing(entry, "reach", "never" if math.isinf(reach) else f"{words.count(reach)} s")),
+        (words.BUSY, "timed while other work ran on the machine: not to be compared" if entry.doubted else ""),
         ("Runs", ", ".join(
             [statuses(row), *(f"{n} {word}" for n, word in ((row.stale, "stale"), (row.merged, "merged")) if n)]
         )),
@@ -122,44 +109,46 @@ def _details(row: Row) -> list[tuple[str, str]]:
         ("Schedule", f"batch {run.batch}, {run.steps} steps" if run.batch and run.steps else ""),
         ("Engine chosen", row.shared("engine") or ""),
     ]
+    stages = [(f"Stage {i}", f"{one.method}({one.parameters}): {one.parts}") for i, one in enumerate(run.stages, 1)]
     jobs = sorted({r.jobs for r in row.counted if r.jobs})
     pairs = [
         ("Method", ", then ".join(stage.method for stage in run.stages) or run.method),
         ("Family", run.family),
-        *(stage_table.details(run.stages) or only),
+        *(stages or only),
         ("Numerics", run.dtype),
         ("Noise", f"multiplier {run.sigma:.6g}" if run.sigma is not None else ""),
         ("Sampling", row.shared("sampling") or ""),
         ("Public data", row.shared("public_data") or ""),
-        ("Device", device_text(row.device)),
+        ("Device", words.device_text(row.device)),
         ("Runs at a time", ", ".join(map(str, jobs))),
         ("Group", run.group),
     ]
     return [(name, text) for name, text in pairs if text]
 
 
-def _run(run: Run, board: Board, places: Links, sources: Mapping[str, Any] | None) -> dict[str, Any]:
+def _run(run: Run, content: Content) -> dict[str, Any]:
+    board, sources = content.board, content.sources
     reduced = bool(board.reduced) and board.suite.endswith(REDUCED_SUITE)
     installed = sources is None or sources["methods"].get(run.method, {}).get("installed", False)
     facts = [
-        ("Accuracy", f"{percent(run.accuracy)} %" if run.accuracy is not None else ""),
-        ("ε spent", epsilon(run.epsilon) if run.epsilon is not None else ""),
-        ("Training", f"{count(run.train_seconds)} s" if run.train_seconds else ""),
-        (SPEED[bool(run.stages)], count(run.rate) if run.rate else ""),
+        ("Accuracy", f"{words.percent(run.accuracy)} %" if run.accuracy is not None else ""),
+        ("ε spent", words.epsilon(run.epsilon) if run.epsilon is not None else ""),
+        ("Training", f"{words.count(run.train_seconds)} s" if run.train_seconds else ""),
+        (SPEED[bool(run.stages)], words.count(run.rate) if run.rate else ""),
         ("Load average", _load(run)),
         ("Finished", run.finished),
         ("Origin", run.origin),
         ("Code", run.commit[:12] + (" with local changes" if run.dirty else "")),
         ("MLflow", "tags.\"epsbench.id\" = '{}'".format(run.id.replace("'", "\\'"))),
     ]
-    files = [(name, places.record(run.path, name)) for name in ("record.json", "trace.jsonl", "env.json")]
+    files = [(name, content.record(run.path, name)) for name in ("record.json", "trace.jsonl", "env.json")]
     return {
         "run": run,
         "anchor": "run-" + (re.sub(r"[^A-Za-z0-9_-]+", "-", run.id).strip("-") or "x"),
         "title": (f"Seed {run.seed}, " if run.seed is not None else "") + run.id,
         "facts": [(name, text) for name, text in facts if text],
         "commands": "\n".join(
-            (*recipe.commands(run, board.file, reduced, installed), f"epsbench show {shlex.quote(run.id)}")
+            (*words.recipe(run, board.file, reduced, installed), f"epsbench show {shlex.quote(run.id)}")
         ),
         "files": [(name, href) for name, href in files if href],
         "record": _record(run),
@@ -170,7 +159,7 @@ def _load(run: Run) -> str:
     if run.load is None:
         return ""
     cores = f" on {run.cores} core{'s' * (run.cores != 1)} in use" if run.cores else ""
-    return f"{run.load:.1f}{cores}" + (f" {BUSY}: other work ran on the machine" if run.busy else "")
+    return f"{run.load:.1f}{cores}" + (f" {words.BUSY}: other work ran on the machine" if run.busy else "")
 
 
 def _record(run: Run) -> str:
@@ -186,16 +175,64 @@ def _record(run: Run) -> str:
     return "\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in kept.items())
 
 
+# ------------------------------------------------------------ stages
+
+UNKNOWN = "not recorded"
+HEADS = (
+    ("Stage", ""), ("Method", ""), ("Trains", ""), ("Data", ""), ("Batch", "num"), ("Steps", "num"), ("Epochs", "num"),
+    ("Sampling", "prose"), ("Relation", "prose"), ("Sensitivity", "prose"), ("ε spent by its end", "num"),
+    ("Examples/s", "num"), ("Training, s", "num"), ("Engine", ""),
+)  # fmt: skip
+"""The heads of the table, each with its style."""
+_TRAINS = {"head": "the head", "all": "everything"}
+
+
+def stage_lines(row: Row) -> list[list[str]]:
+    """A line for each stage of the row's runs; [] where there is one stage.
+
+    Speeds are medians over the runs that are timed, as in the row; epsilon is the largest over those that count.
+    """
+    return [_stage_line(row, number) for number in range(len(row.first.stages))]
+
+
+def _stage_line(row: Row, number: int) -> list[str]:
+    asked = row.first.stages[number]
+    timed, counted = ([run.stages[number] for run in runs if run.stages] for runs in (row.timed, row.counted))
+    known = next((one for one in counted if one.sampling), asked)
+    without = math.inf if math.isinf(row.setting.epsilon) else None  # privacy that nobody asked for
+    spent = max((one.epsilon for one in counted if one.epsilon is not None), default=without)
+    return [
+        str(number + 1), asked.method, _TRAINS.get(asked.trains, UNKNOWN),
+        (asked.data or UNKNOWN) + (" (public)" if asked.public else ""), _known(asked.batch), _known(asked.steps),
+        UNKNOWN if asked.epochs is None else f"{asked.epochs:.3g}", known.sampling or UNKNOWN,
+        "none: public data" if asked.public else asked.relation or UNKNOWN, _sensitivity(known),
+        UNKNOWN if spent is None else words.epsilon(spent), _middle([one.rate for one in timed], row.busy),
+        _middle([one.seconds for one in timed], row.busy), known.engine or UNKNOWN,
+    ]  # fmt: skip
+
+
+def _known(value: int | None) -> str:
+    return UNKNOWN if value is None else str(value)
+
+
+def _middle(values: Sequence[float | None], busy: bool) -> str:
+    known = [value for value in values if value is not None]
+    return words.count(median(known)) + words.BUSY * busy if known else UNKNOWN
+
+
+def _sensitivity(stage: StageFacts) -> str:
+    if stage.public:
+        return "none: public data"
+    bounds = ", ".join(f"{k} {'∞' if math.isinf(v) else format(v, '.4g')}" for k, v in stage.sensitivity.items())
+    return (bounds or UNKNOWN) + (f" ({stage.note})" if stage.note else "")
+
+
 # ------------------------------------------------------------ method cards
 
 
-def cards(
-    board: Board, places: Links, sources: Mapping[str, Any] | None = None, known: Sequence[Audit] = (),
-    checked: Mapping[str, Checked] | None = None,
-) -> dict[str, str]:  # fmt: skip
-    """File name -> card of every method. `sources` is what `sources.describe` says of them."""
-    checked = checked or {}
-    sources = sources or {}
+def cards(content: Content) -> dict[str, str]:
+    """File name -> card of every method."""
+    board, checked, sources = content.board, content.checked, content.sources or {}
     template = environment().get_template("method.html")
     lines: dict[str, list[dict[str, str]]] = defaultdict(list)
     rows: dict[str, list[Row]] = defaultdict(list)
@@ -203,10 +240,10 @@ def cards(
         rows[row.first.method].append(row)
     for table in board.tables:
         for entry in table.entries:
-            lines[entry.row.first.method].append(_line(entry, table, places))
+            lines[entry.row.first.method].append(_line(entry, table, content))
     plain = {row.first.method: dict(row.first.parts) for row in board.rows if row.first.method == BASELINE}
     out = {}
-    for name, href in places.methods.items():
+    for name, href in content.methods.items():
         described = sources.get("methods", {}).get(name, {})
         run = min((r.first for r in rows[name]), key=lambda r: (bool(r.changes), not r.parts))
         paper = described.get("paper") or run.paper
@@ -222,7 +259,7 @@ def cards(
             parameters=_parameters(described.get("parameters", {}), rows[name]),
             check=checked.get(name),
             mark=mark(checked, name),
-            audits=[_audit(a) for a in known if a.method == name],
+            audits=[a for a in content.audits if a.method == name],
             lines=lines[name],
             summary=", ".join(f"{n} {word}" for word, n in sorted(tally.items())),
             paper=paper,
@@ -279,15 +316,7 @@ def _parameters(schema: Mapping[str, Sequence[str]], rows: Sequence[Row]) -> lis
     ]  # fmt: skip
 
 
-def _audit(audit: Audit) -> dict[str, Any]:
-    return {
-        "task": audit.task or "–", "claimed": epsilon(audit.claimed), "lower": epsilon(audit.lower),
-        "above": audit.lower > audit.claimed, "instrument": audit.instrument,
-        "confidence": "–" if audit.confidence is None else f"{100 * audit.confidence:g} %",
-    }  # fmt: skip
-
-
-def _line(entry: TableRow, table: RankedTable, places: Links) -> dict[str, str]:
+def _line(entry: TableRow, table: RankedTable, content: Content) -> dict[str, str]:
     row, paired = entry.row, entry.place.difference
     if entry.baseline:
         outcome, mark = "baseline", ""
@@ -303,8 +332,9 @@ def _line(entry: TableRow, table: RankedTable, places: Links) -> dict[str, str]:
     return {
         "setting": heading(table) + split, "title": row.title,
         "changes": ", ".join(f"{slot} = {spec}" for slot, spec in row.first.changes),
-        "href": places.rows[id(row)], "rank": place(entry),
-        "accuracy": interval(row.accuracy), "difference": "" if entry.baseline else gap(paired).replace("–", ""),
+        "href": content.href(row), "rank": place(entry),
+        "accuracy": words.interval(row.accuracy),
+        "difference": "" if entry.baseline else words.gap(paired).replace("–", ""),
         "outcome": outcome, "mark": mark,
     }  # fmt: skip
 
@@ -340,9 +370,14 @@ def overview(reports: Path, results: Path | None = None) -> str | None:
     for name in sorted(pages.keys() | measured, key=natural):
         found = _held(pages[name]) if name in pages else None
         if found is None:
-            ours = name in measured or MARK in pages[name].read_text("utf-8", errors="replace")[:2000]
-            if ours:
-                suites.append(_unread(name, name in pages))
+            page = name in pages
+            why = "its report is of another version of epsbench" if page else "it has records and no report"
+            if name in measured or MARK in pages[name].read_text("utf-8", errors="replace")[:2000]:
+                suites.append({
+                    "name": name, "href": f"{quote(name)}/index.html" if page else "", "question": "", "tasks": "",
+                    "settings": "–", "rows": "–",
+                    "why": f"Not in the list: {why}; epsbench report {name} writes one.",
+                })  # fmt: skip
         else:
             payloads[name] = found
             tasks = sorted({scalar(t["task"]) for t in found["tables"]}, key=natural)
@@ -359,19 +394,8 @@ def overview(reports: Path, results: Path | None = None) -> str | None:
     )  # fmt: skip
 
 
-def _unread(name: str, page: bool) -> dict[str, Any]:
-    """The line of a suite without a page that can be read, which says why."""
-    why = "its report is of another version of epsbench" if page else "it has records and no report"
-    return {
-        "name": name, "href": f"{quote(name)}/index.html" if page else "", "question": "", "tasks": "",
-        "settings": "–", "rows": "–", "why": f"Not in the list: {why}; epsbench report {name} writes one.",
-    }  # fmt: skip
-
-
 def _held(page: Path) -> dict[str, Any] | None:
     """The data of a suite's page, None where it holds none of this version."""
-    from harness.report.page.payload import FIELDS
-
     text = page.read_text("utf-8", errors="replace")
     if MARK not in text[:2000] or DATA not in text:
         return None

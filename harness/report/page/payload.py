@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from harness.report.model.checked import Checked, of_row
-from harness.report.model.fields import listing, natural, number, scalar
+from harness.report.model.fields import Fields, listing, natural, scalar
 from harness.report.model.rows import Row, statuses
 from harness.report.model.statistics import Interval
 from harness.report.model.tables import Board, RankedTable, TableRow, heading, statement
@@ -41,11 +45,6 @@ class Heading:
     help: str
     kind: str
     more: bool = False
-
-    @property
-    def heading(self) -> str:
-        """The title, which may break only after "vs"."""
-        return self.title.replace(" ", "\u00a0").replace("-", "\u2011").replace("vs\u00a0", "vs ")
 
 
 COLUMNS = (
@@ -97,18 +96,14 @@ class Audit:
 def audits(found: Iterable[Mapping[str, Any]]) -> list[Audit]:
     """The audits that can be read: ``method``, ``epsilon_claimed`` and ``epsilon_audited`` are needed."""
     out = []
-    for one in found:
-        claimed, lower = number(one.get("epsilon_claimed")), number(one.get("epsilon_audited"))
-        target = number(one.get("epsilon_target"))
-        task = one.get("task")
-        name = task.get("name") if isinstance(task, dict) else task
-        if isinstance(one.get("method"), str) and claimed is not None and lower is not None:
-            out.append(
-                Audit(
-                    scalar(one["method"]), claimed if target is None else target, claimed, lower,
-                    number(one.get("confidence")), scalar(one.get("instrument") or ""), scalar(name or ""),
-                )
-            )  # fmt: skip
+    for f in map(Fields, found):
+        claimed, lower, target = map(f.number, ("epsilon_claimed", "epsilon_audited", "epsilon_target"))
+        if isinstance(f.any("method"), str) and claimed is not None and lower is not None:
+            words = [
+                scalar(one or "") for one in (f.any("method"), f.any("instrument"), f.any("task.name") or f.any("task"))
+            ]
+            target = claimed if target is None else target
+            out.append(Audit(words[0], target, claimed, lower, f.number("confidence"), *words[1:]))
     return sorted(out, key=lambda a: (a.method, a.target, -a.lower, a.instrument, a.task))
 
 
@@ -132,21 +127,63 @@ def exceeds(row: Row, audit: Audit) -> bool:
     return any(p is not None and audit.lower > p for p in promises)
 
 
-def payload(
-    board: Board, hrefs: Mapping[int, str], known: Sequence[Audit] = (), checked: Mapping[str, Checked] | None = None
-) -> dict[str, Any]:
-    """Everything the leaderboard's script needs of one suite. `hrefs` leads from ``id(row)`` to the row's page."""
-    tables, rows = [], []
-    for i, table in enumerate(board.tables):
-        tables.append(_table(board, table))
-        goal = target(table)
-        rows += [_row(i, entry, table, hrefs, known, goal, checked or {}) for entry in table.every]
+class Content:
+    """What the pages of a suite are made of, and where each row and each method has its page, by names of their own.
+
+    `audits` are those that `audits` reads, `checked` are the checks by method, `sources` is what `sources.describe`
+    says of the methods. `prefix` is the way from the suite's folder `here` to the results.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        *,
+        audits: Sequence[Audit] = (),
+        checked: Mapping[str, Checked] | None = None,
+        sources: Mapping[str, Any] | None = None,
+        results: Path = Path("results"),
+        here: Path = Path("reports/x"),
+    ) -> None:
+        self.board, self.audits, self.checked, self.sources = board, audits, checked or {}, sources
+        self.prefix = quote(Path(os.path.relpath(results, here)).as_posix())
+        groups = [row.first.group for row in board.rows]
+        names = sorted({row.first.method for row in board.rows})
+        self._rows = dict(zip(map(id, board.rows), _addresses("runs", groups), strict=True))
+        self.methods = dict(zip(names, _addresses("methods", names), strict=True))
+
+    @property
+    def below(self) -> tuple[str, ...]:
+        """Where the pages below the suite's are."""
+        return (*self._rows.values(), *self.methods.values())
+
+    def href(self, row: Row | None) -> str:
+        """The page of a row, from the suite's folder."""
+        return self._rows[id(row)] if row else ""
+
+    def record(self, path: str, name: str) -> str:
+        """From a page below the suite's folder to a file of the run whose record is at `path`; empty if unknown."""
+        folder = path.rpartition("/")[0]
+        return f"../{self.prefix}/{quote(f'{folder}/{name}'.encode('utf-8', 'replace'))}" if folder else ""
+
+
+def _addresses(folder: str, texts: Iterable[str]) -> Iterator[str]:
+    """A page for each text; one that is named as another already gets a number."""
+    taken: Counter[str] = Counter()
+    for text in texts:
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-").lower()[:80] or "x"
+        taken[name] += 1
+        yield f"{folder}/{name if taken[name] == 1 else f'{name}.{taken[name]}'}.html"
+
+
+def payload(content: Content) -> dict[str, Any]:
+    """Everything the leaderboard's script needs of one suite."""
+    board = content.board
     return {
         "fields": list(FIELDS),
         "question": board.question,
         "left_out": board.left_out,
-        "tables": tables,
-        "rows": rows,
+        "tables": [_table(board, table) for table in board.tables],
+        "rows": [_row(i, entry, table, content) for i, table in enumerate(board.tables) for entry in table.every],
     }
 
 
@@ -192,18 +229,10 @@ def _table(board: Board, table: RankedTable) -> dict[str, Any]:
     }
 
 
-def _row(
-    index: int,
-    entry: TableRow,
-    table: RankedTable,
-    hrefs: Mapping[int, str],
-    known: Sequence[Audit],
-    goal: float | None,
-    checked: Mapping[str, Checked],
-) -> list[Any]:
+def _row(index: int, entry: TableRow, table: RankedTable, content: Content) -> list[Any]:
     row, place, run = entry.row, entry.place, entry.row.first
     role = "reference" if entry.reference else "search" if table.search else "baseline" if entry.baseline else ""
-    audit = audit_of(row, known)
+    audit, goal = audit_of(row, content.audits), target(table)
     values: dict[str, Any] = {
         "table": index,
         "role": role,
@@ -224,7 +253,7 @@ def _row(
         "claimed": _number(row.shared("claimed")),
         "claim": row.shared("claim") or "",
         "audited": audit and [audit.lower, audit.confidence, audit.instrument, audit.task, int(exceeds(row, audit))],
-        "checked": list(of_row(checked, row)),
+        "checked": list(of_row(content.checked, row)),
         "tuned": _number(row.shared("tuned")),
         "rate": _number(row.rate),
         "reference": _number(entry.to_reference),
@@ -238,7 +267,7 @@ def _row(
         "stale": row.stale,
         "merged": row.merged,
         "failures": [list(f) for f in row.failures],
-        "href": hrefs.get(id(row), ""),
+        "href": content.href(row),
         "more": " ".join([*(f"{k}={v}" for k, v in run.parameters), *(r.id for r in row.runs)]),
     }
     return [values[name] for name in FIELDS]

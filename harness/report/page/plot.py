@@ -62,7 +62,10 @@ def chart(
         return ""
     across = _Scale(xs, x.log, _LEFT, WIDTH - _RIGHT)
     up = _Scale(ys, y.log, HEIGHT - _BOTTOM, _TOP)
-    parts = [*_axes(across, up, x, y), *(_level(n, v, up) for n, v in levels.items())]
+    parts = _axes(across, up, x, y)
+    for name, value in levels.items():
+        line = f'<path class="level" d="M{_LEFT} {_n(up.at(value))}H{WIDTH - _RIGHT}">'
+        parts.append(f"{line}<title>{escape(name)}: {value:.4g}</title></path>")
     tags: list[tuple[float, float]] = []
     parts += [_series(name, points, looks[name], across, up, joined, tags) for name, points in series.items()]
     legend = "".join(f'<li class="s{looks[n] % LOOKS}"><i></i>{escape(n)}</li>' for n in series) + "".join(
@@ -143,13 +146,6 @@ def _axes(across: _Scale, up: _Scale, x: Axis, y: Axis) -> list[str]:
     turned = f"translate(11 {_n((_TOP + bottom) / 2)}) rotate(-90)"
     out.append(f'<text class="x title" transform="{turned}">{escape(y.title)}</text>')
     return out
-
-
-def _level(name: str, value: float, up: _Scale) -> str:
-    return (
-        f'<path class="level" d="M{_LEFT} {_n(up.at(value))}H{WIDTH - _RIGHT}">'
-        f"<title>{escape(name)}: {value:.4g}</title></path>"
-    )
 
 
 def _series(

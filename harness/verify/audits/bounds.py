@@ -55,8 +55,7 @@ def upper(k: Any, n: Any, significance: float) -> Floats:
     """The upper confidence limit of Clopper and Pearson (1934) on a rate, `k` of `n` seen; 1 where n is 0."""
     k, n = np.asarray(k), np.asarray(n)
     limit = beta.ppf(1 - significance, k + 1, np.maximum(n - k, 1))
-    found: Floats = np.where(k < n, limit, 1.0)
-    return found
+    return np.where(k < n, limit, 1.0)
 
 
 class Rates(NamedTuple):
@@ -67,8 +66,7 @@ class Rates(NamedTuple):
 
     def apart(self) -> Floats:
         """How far apart two unit normals of these error rates are: what a test of a trade-off is chosen by."""
-        distance: Floats = norm.isf(self.false_positive) - norm.ppf(self.false_negative)
-        return distance
+        return norm.isf(self.false_positive) - norm.ppf(self.false_negative)
 
     def refutes(self, delta: Callable[[float], float]) -> bool:
         """Whether error rates as low as these are impossible where `delta` of epsilon is a privacy profile.
@@ -90,8 +88,7 @@ class Mistakes(NamedTuple):
 
     def apart(self) -> Floats:
         """As for `Rates`: the two normals that a threshold half way between them confuses so often."""
-        distance: Floats = 2 * norm.isf(self.rate)
-        return distance
+        return 2 * norm.isf(self.rate)
 
     def refutes(self, delta: Callable[[float], float]) -> bool:
         """As for `Rates`, at epsilon = 0: a + b >= 1 - delta(0)."""
@@ -122,8 +119,7 @@ def by_rates(found: Limits, delta: float) -> Floats:
     a, b = found
     with np.errstate(divide="ignore", invalid="ignore"):
         both = np.stack([np.log((1 - delta - b) / a), np.log((1 - delta - a) / b)])
-    best: Floats = np.nan_to_num(both, nan=0.0, neginf=0.0).max(0).clip(min=0)
-    return best
+    return np.nan_to_num(both, nan=0.0, neginf=0.0).max(0).clip(min=0)
 
 
 Limits = Rates | Mistakes

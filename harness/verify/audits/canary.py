@@ -70,10 +70,7 @@ class AuditTask:
         """
         if name == OWN:
             x = torch.randn(64, 8, generator=torch.Generator().manual_seed(seed % 2**63))
-            digest = hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16]
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed % 2**63)
-                return cls(name, x, (x.sum(1) > 0).long(), 2, nn.Linear(8, 2), digest, "linear")
+            return cls.linear(name, x, (x.sum(1) > 0).long(), 2, seed)
         dataset, _, model = name.partition("/")
         if not model:
             raise Refused(f'task "{name}": write DATA/MODEL, as in mnist-5k/tanh-cnn-28, or {OWN}')
@@ -82,6 +79,15 @@ class AuditTask:
         shape, classes = loaded.input_shape, loaded.classes
         body = models.build(model, shape, classes, seed % 2**63, loaded.tokens)
         return cls(name, x, y, loaded.classes, body, loaded.digest, model)
+
+    @classmethod
+    def linear(cls, name: str, x: Tensor, y: Tensor, classes: int, seed: int) -> AuditTask:
+        """These examples and a linear model."""
+        digest = hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed % 2**63)
+            layer = nn.Linear(x[0].numel(), classes)
+        return cls(name, x, y, classes, layer if x.ndim == 2 else nn.Sequential(nn.Flatten(), layer), digest, "linear")
 
 
 class Gated(nn.Module):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +67,7 @@ def reach(method: Method, pair: Neighbours, rate: float, model: nn.Module | None
     return observer.expected(at).reach
 
 
-def climbed(method: Method, best: float, pair: Neighbours, rate: float, model: nn.Module | None = None) -> Neighbours:
+def climbed(method: Method, best: float, pair: Neighbours, rate: float, model: nn.Module) -> Neighbours:
     """The pair after a random ascent of its reach: by patterns that crops and flips hardly change, and by any."""
     rng, size = torch.Generator().manual_seed(0), 1.0
     for number in range(CLIMB):
@@ -106,22 +105,14 @@ def ramp(x: Tensor) -> Tensor:
 # Candidates -----------------------------------------------------------------------------------------------
 
 
-class Crowd(NamedTuple):
-    """The examples beside the target."""
-
-    name: str
-    x: Tensor
-    y: Tensor
-
-
-def crowds(task: AuditTask) -> Iterator[Crowd]:
-    """The first few examples of the task, or as many near copies of the first, or of a smooth pattern."""
+def crowds(task: AuditTask) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Named examples beside the target: a few of the task, or as many near copies of its first, or of a ramp."""
     for count in sorted({min(few, len(task.x)) for few in (*FEW, len(task.x))}):
-        yield Crowd("examples", task.x[:count], task.y[:count])
+        yield "examples", task.x[:count], task.y[:count]
         noise = torch.randn(task.x[:count].shape, generator=torch.Generator().manual_seed(count)).to(task.x)
         for name, one in (("near copies", task.x[:1]), ("near copies of a ramp", ramp(task.x[:1]))):
             size = one.square().mean().sqrt()
-            yield Crowd(name, one + NEARBY * size * noise, task.y[:1].expand(count))
+            yield name, one + NEARBY * size * noise, task.y[:1].expand(count)
 
 
 def targets(task: AuditTask) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -139,12 +130,10 @@ def targets(task: AuditTask) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 def candidates(relation: Relation, task: AuditTask) -> Iterator[Neighbours]:
     """Data sets with each target, and without it; or with its negative in its place, under either label."""
-    for crowd in crowds(task):
+    for others, x_others, y_others in crowds(task):
         for name, x, y in targets(task):
-            pair = Neighbours(
-                torch.cat([x, crowd.x]), torch.cat([y, crowd.y]), task.body,
-                story={"others": crowd.name, "target": name},
-            )  # fmt: skip
+            story = {"others": others, "target": name}
+            pair = Neighbours(torch.cat([x, x_others]), torch.cat([y, y_others]), task.body, story=story)
             if relation is Relation.ADD_OR_REMOVE:
                 yield pair
                 continue

@@ -15,19 +15,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from harness import registry
-from harness.dp.account import Ledger
 from harness.dp.method import Method, describe
 from harness.dp.random import Stream
 from harness.records import audits
 from harness.running.seeds import derive
-from harness.running.train import Diverged, Schedule, start, train
 from harness.verify.audits import membership, pair, support
 from harness.verify.audits.bounds import Sample
 from harness.verify.audits.canary import OWN, SCORES, AuditTask, CanaryObserver, Planted, Projections, Refused, plant
@@ -35,7 +32,7 @@ from harness.verify.audits.candidates import strongest
 from harness.verify.audits.membership import MembershipSetting
 from harness.verify.audits.pair import PairSetting
 from harness.verify.audits.support import SupportSetting
-from harness.verify.audits.verdict import AuditSetting, Verdict, bound, claim
+from harness.verify.audits.verdict import AuditSetting, Claim, Verdict, needs_noise, secrets, seeds, trained
 from harness.verify.circumstances import Circumstances, code_of
 
 
@@ -67,62 +64,43 @@ def audit(method: Method, s: CanarySetting, sigma: float | None = None, task: Au
     Raises Refused where the method claims nothing, cannot be trained with canaries, or writes a ledger that is not
     its plan.
     """
-    if not method.noise.private:
-        raise Refused("it trains without noise and claims no epsilon: there is nothing to audit")
+    needs_noise(method)
     if method.loss.coupled:
         raise Refused("the loss of an example depends on the others of its batch: no canary has a gradient of its own")
-    seeds = [derive("audit", describe(method), dataclasses.asdict(s), run) for run in range(s.repeat)]
-    relation = method.sampler.relation
     planted, reach = plant(method, task or s.trained(), torch.ones(s.canaries, dtype=torch.bool))
-    n = planted.n_train
-    batch = max(1, round(s.rate * n))
-    sigma, accountant, price = claim(method, n, batch, s.steps, s.epsilon, s.delta, sigma)
-
-    def plan(multiplier: float) -> Ledger:
-        return method.plan(multiplier, n, batch, s.steps)
-
+    claim = Claim.of(method, s, planted.n_train, sigma)
     scores: dict[str, list[torch.Tensor]] = {name: [] for name in SCORES}
     coins, reaches, engine = [], [], ""
-    for seed in seeds:
+    for seed in seeds("audit", method, s):
         one = dataclasses.replace(planted, coins=Stream(seed, "coins", 0).uniform(planted.count) < 0.5)
-        observed, ledger, engine = overhear(method, one, sigma, Schedule(s.steps, batch, s.steps), seed)
-        if ledger != plan(sigma):
-            raise Refused(f"the run charged {ledger}, its plan says {plan(sigma)}")
+        observed, engine = overhear(claim, one, seed)
         coins.append(one.coins)
-        reaches.append(float(observed.lengths.mean()) * sigma)
+        reaches.append(float(observed.lengths.mean()) * claim.sigma)
         for name, score in SCORES.items():
-            scores[name].append(score(observed, relation))
+            scores[name].append(score(observed, method.sampler.relation))
     sample = Sample({n: torch.cat(v).double().numpy() for n, v in scores.items()}, torch.cat(coins).numpy())
-    bounds = bound(sample, s, plan, price, sigma, method)
     facts = {
         "count": planted.count, "layers": planted.layers, "model": "chain" if planted.chained else "gated",
-        "reach": round(reach, 4),
-        "mean_reach": round(float(np.mean(reaches)), 4), "in": int(sample.inside.sum()), "samples": len(sample),
-        "n": n, "batch": batch, "sampling": method.sampler.distribution(n, batch), "engine": engine,
+        "reach": round(reach, 4), "mean_reach": round(float(np.mean(reaches)), 4), "engine": engine,
     }  # fmt: skip
-    return Verdict(price(sigma), accountant, sigma, bounds, facts)
+    return claim.verdict(claim.bounds(sample, s.level), sample.inside, facts)
 
 
-def overhear(
-    method: Method, planted: Planted, sigma: float, schedule: Schedule, seed: int
-) -> tuple[Projections, Ledger, str]:
-    """One training run as an observer sees it, its ledger, and the engine that worked."""
-    model = planted.model()
+def overhear(claim: Claim, planted: Planted, seed: int) -> tuple[Projections, str]:
+    """One training run as an observer sees it, and the engine that worked."""
+    method, n = claim.method, claim.n
     observer = CanaryObserver(planted, method.loss)
     watched = observer.watched(method)
-    secret = SimpleNamespace(**{role: derive(f"audit {role}", seed) for role in ("sampling", "noise", "path")})
-    progress = start(watched, model, schedule.steps)
-    try:
-        progress = train(watched, model, planted, sigma, schedule, secret, progress)
-    except (ValueError, RuntimeError, NotImplementedError, Diverged) as error:
-        raise Refused(f"it cannot be trained with canaries: {error}") from error
+    progress = trained(
+        watched, planted.model(), planted, claim.sigma, claim.schedule, secrets(seed), where="with canaries"
+    )
     if not observer.values:
         raise Refused("no noised gradient was released")
-    n = planted.n_train
+    claim.check(progress.ledger)
     # The distribution of batches is public.
-    draws = [len(method.sampler.draw(n, schedule.batch, t, 0)) / n for t in range(16)]
+    draws = [len(method.sampler.draw(n, claim.batch, t, 0)) / n for t in range(16)]
     seen = Projections(torch.stack(observer.values), torch.stack(observer.lengths), min(1.0, sum(draws) / 16))
-    return seen, progress.ledger, progress.engine
+    return seen, progress.engine
 
 
 # The record -----------------------------------------------------------------------------------------------
@@ -186,41 +164,23 @@ def outline(subject: AuditedMethod, s: AuditSetting, task: AuditTask) -> dict[st
 
 def found(subject: AuditedMethod, s: AuditSetting, task: AuditTask) -> dict[str, Any]:
     """What an audit adds to its outline: claimed and audited epsilon, or the reason why it has neither."""
+    method = subject.method
     try:
         if isinstance(s, MembershipSetting):
-            return by_members(subject.method, s, task)
-        if isinstance(s, SupportSetting):
-            return by_coins(support.audit(subject.method, s, task=task))
-        if isinstance(s, PairSetting):
-            return by_coins(pair.audit(subject.method, s, strongest, task=task))
-        assert isinstance(s, CanarySetting)
-        return by_coins(audit(subject.method, s, task=task))
+            v = membership.audit(method, s, task)
+        elif isinstance(s, SupportSetting):
+            v = support.audit(method, s, task=task)
+        elif isinstance(s, PairSetting):
+            v = pair.audit(method, s, strongest, task=task)
+        else:
+            assert isinstance(s, CanarySetting)
+            v = audit(method, s, task=task)
     except Refused as error:
         return {"reason": f"not auditable by this instrument: {error}"}
-
-
-def by_coins(v: Verdict) -> dict[str, Any]:
-    """The findings of `audit`, of `pair.audit` or of `support.audit`."""
     return {
         "epsilon_claimed": v.claimed, "accountant": v.accountant, "noise_multiplier": v.sigma,
         "epsilon_audited": v.audited, "strongest": v.instrument, "instruments": v.bounds, "facts": v.planted,
         "flagged": v.refuted,
-    }  # fmt: skip
-
-
-def by_members(method: Method, s: MembershipSetting, task: AuditTask) -> dict[str, Any]:
-    """The findings of `membership.attack`. A method without noise claims nothing, and is attacked all the same."""
-    sigma, claimed, accountant = 0.0, None, None
-    if method.noise.private:
-        n = len(task.x)
-        sigma, accountant, price = claim(method, n, max(1, round(s.rate * n)), s.steps, s.epsilon, s.delta)
-        claimed = price(sigma)
-    attacked = membership.attack(method, s, task, sigma)
-    bound = attacked.bound(s.delta, s.level, s.seed)
-    return {
-        "epsilon_claimed": claimed, "accountant": accountant, "noise_multiplier": sigma or None,
-        "epsilon_audited": bound["epsilon"], "strongest": "one-run", "instruments": {"one-run": bound},
-        "facts": attacked.facts(s.level), "flagged": claimed is not None and bound["epsilon"] > claimed,
     }  # fmt: skip
 
 
@@ -322,9 +282,7 @@ class _Asked:
 def _named(method: str) -> list[tuple[str, registry.Entry]]:
     """Specs and registry entries: of one method, of all in a file, or of all whose names match a pattern."""
     if method.endswith(".py"):
-        registry.add_file(Path(method))
-        here = Path(method).resolve()
-        return [(n, e) for n, e in registry.index("method").items() if Path(e.file).resolve() == here]
+        return [(one.name, one) for one in registry.in_file("method", method)]
     if "*" in method:
         return [(n, e) for n, e in sorted(registry.index("method").items()) if fnmatchcase(n, method)]
     return [(method, registry.lookup("method", method)[0])]

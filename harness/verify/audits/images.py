@@ -40,11 +40,9 @@ class Image(Protocol):
     @property
     def name(self) -> str:
         """In a few words."""
-        ...
 
     def possible(self, y: Array, v: Array, s: Array) -> Mask:
         """Whether each y can have come of its v."""
-        ...
 
 
 def around(x: Array, k: int) -> Iterator[Array]:
@@ -59,8 +57,7 @@ def around(x: Array, k: int) -> Iterator[Array]:
 
 def ulp(x: Array) -> Array:
     """The distance to the next float away from zero."""
-    spacing: Array = np.spacing(np.abs(x))
-    return spacing
+    return np.spacing(np.abs(x))
 
 
 def rounded_once(a: Array, b: Array, dtype: Any) -> Array:
@@ -74,8 +71,7 @@ def rounded_once(a: Array, b: Array, dtype: Any) -> Array:
     error = (a - (total - kept)) + (b - kept)  # exact (Knuth)
     even = total.view(np.int64) & 1 == 0
     odd = np.where((error != 0) & even, np.nextafter(total, np.copysign(np.inf, error)), total)
-    rounded: Array = odd.astype(dtype)
-    return rounded
+    return odd.astype(dtype)
 
 
 def somewhere(close: Mask, y: Array, v: Array, s: Array, found: Any) -> Mask:
@@ -133,8 +129,7 @@ class ScaledSum(Sum):
 
     def scaled(self, s: Array, dtype: Any) -> Array:
         """The factor c of z, as it is computed in a float type."""
-        found: Array = s.astype(dtype) * dtype.type(self.factor)
-        return found
+        return s.astype(dtype) * dtype.type(self.factor)
 
     def reached(self, t: Array, s: Array) -> Mask:
         hit, c = np.zeros(t.shape, bool), self.scaled(s, t.dtype)
@@ -162,8 +157,7 @@ class Fused(ScaledSum):
 
     @staticmethod
     def _near(y: Array, v: Array, c: Array) -> Array:
-        near: Array = ((y.astype(float) - v) / c).astype(y.dtype)
-        return near
+        return ((y.astype(float) - v) / c).astype(y.dtype)
 
     def _tried(self, y: Array, v: Array, c: Array) -> Mask:
         hit = np.zeros(y.shape, bool)
@@ -223,8 +217,7 @@ class Lattice:
         t = y.astype(float) - v
         k = t / step - self.offset
         off = rounding(y, v) + ulp(t.astype(y.dtype)).astype(float) / 2  # the noise may have been rounded, too
-        possible: Mask = np.abs(k - np.rint(k)) <= off / step + self.slack
-        return possible
+        return np.abs(k - np.rint(k)) <= off / step + self.slack
 
 
 @dataclass(frozen=True)
@@ -237,8 +230,7 @@ class End:
     name: ClassVar[str] = "end of the sampler"
 
     def possible(self, y: Array, v: Array, s: Array) -> Mask:
-        inside: Mask = np.abs(y.astype(float) - v) <= ENDS[y.dtype] * s + ulp(y)
-        return inside
+        return np.abs(y.astype(float) - v) <= ENDS[y.dtype] * s + ulp(y)
 
 
 # Which of them hold ---------------------------------------------------------------------------------------
@@ -260,8 +252,7 @@ def shaken(y: Array, rng: np.random.Generator) -> Array:
     word, most = np.dtype(f"i{y.dtype.itemsize}"), np.finfo(y.dtype).nmant - math.log2(MOVED)
     moved = np.rint(2.0 ** rng.uniform(0, most, y.shape)) * rng.choice((-1, 1), y.shape)
     size = np.maximum(np.abs(y).view(word).astype(np.int64) + moved.astype(np.int64), 0)
-    shaken: Array = np.copysign(size.astype(word).view(y.dtype), y)
-    return shaken
+    return np.copysign(size.astype(word).view(y.dtype), y)
 
 
 def held(images: Iterable[Image], known: Known, rng: np.random.Generator) -> list[Image]:

@@ -11,25 +11,22 @@ much less than canaries in gradients do, and says more of what an outsider can f
 from __future__ import annotations
 
 import copy
-import dataclasses
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
-from torch import Tensor, nn
+from torch import Tensor
 
-from harness.dp.method import Method, describe
+from harness.dp.method import Method
 from harness.dp.random import Stream
-from harness.dp.tree import Tree
 from harness.running.seeds import derive
-from harness.running.train import Diverged, Schedule, evaluating, start, train
-from harness.verify.audits.bounds import CHOOSING, Sample, guessed, upper
+from harness.running.train import Schedule, evaluating
+from harness.verify.audits.bounds import CHOOSING, Sample, upper
 from harness.verify.audits.canary import AuditTask, Refused
-from harness.verify.audits.verdict import AuditSetting
+from harness.verify.audits.verdict import ONE_RUN, AuditSetting, Claim, Verdict, by_guesses, secrets, seeds, trained
 
 FALSE_POSITIVES = (0.001, 0.01)  # the rates that true positives are counted at
 ROUNDING = 1e-9  # confidences that differ by less are the same
@@ -94,8 +91,7 @@ class Scored:
         independent of the coins, as the other models are.
         """
         sample = Sample({"LiRA": self.scores[0]}, self.inside[0])
-        epsilon, guesses, right, score = guessed(*sample.split(CHOOSING, seed), delta, level)
-        return {"epsilon": epsilon, "guesses": guesses, "correct": right, "score": score}
+        return by_guesses(*sample.split(CHOOSING, seed), delta, level)
 
     def facts(self, level: float) -> dict[str, Any]:
         """AUC and true positives at few false positives, over all models. Information: no bound on epsilon.
@@ -119,6 +115,16 @@ class Scored:
         }  # fmt: skip
 
 
+def audit(method: Method, s: MembershipSetting, task: AuditTask) -> Verdict:
+    """The findings of an attack. A method without noise claims nothing, and is attacked all the same."""
+    claim = Claim.of(method, s, len(task.x)) if method.noise.private else None
+    scored = attack(method, s, task, claim.sigma if claim else 0.0)
+    bounds, facts = {ONE_RUN: scored.bound(s.delta, s.level, s.seed)}, scored.facts(s.level)
+    if claim is None:
+        return Verdict(bounds, facts)
+    return Verdict(bounds, facts, claim.price(claim.sigma), claim.accountant, claim.sigma)
+
+
 def attack(method: Method, s: MembershipSetting, task: AuditTask, sigma: float) -> Scored:
     """Train `s.repeat` models on random halves of the pool and attack each with the others.
 
@@ -131,10 +137,9 @@ def attack(method: Method, s: MembershipSetting, task: AuditTask, sigma: float) 
     n = len(task.x)
     schedule = Schedule(s.steps, max(1, round(s.rate * n)), s.steps)
     coins, confidences, right = [], [], []
-    for run in range(s.repeat):
-        seed = derive("membership", describe(method), dataclasses.asdict(s), run)
+    for seed in seeds("membership", method, s):
         coins.append(Stream(seed, "coins", 0).uniform(n) < 0.5)
-        outputs = trained(method, task, Pool(task.x, task.y, coins[-1]), sigma, schedule, seed)
+        outputs = outputs_of(method, task, Pool(task.x, task.y, coins[-1]), sigma, schedule, seed)
         if outputs.ndim != 2 or outputs.shape[1] < 2:
             raise Refused(f"outputs {list(outputs.shape)} are not one score for each class")
         confidences.append(confidence(outputs, task.y))
@@ -147,23 +152,14 @@ def attack(method: Method, s: MembershipSetting, task: AuditTask, sigma: float) 
     )  # fmt: skip
 
 
-def trained(method: Method, task: AuditTask, pool: Pool, sigma: float, schedule: Schedule, seed: int) -> Tensor:
+def outputs_of(method: Method, task: AuditTask, pool: Pool, sigma: float, schedule: Schedule, seed: int) -> Tensor:
     """The outputs [n, K] of one model on all of the pool, after training on those that are in."""
     model = copy.deepcopy(task.body)
     if reason := method.engine.accepts(method.loss, method.clip, model):
         raise Refused(reason)
-    secret = SimpleNamespace(**{role: derive(f"membership {role}", seed) for role in ("sampling", "noise", "path")})
-    try:
-        progress = train(method, model, pool, sigma, schedule, secret, start(method, model, schedule.steps))
-    except (ValueError, RuntimeError, NotImplementedError, Diverged) as error:
-        raise Refused(f"it cannot be trained here: {error}") from error
-    return evaluated(model, method.path.kept(progress.w, progress.parts.path), task.x)
-
-
-def evaluated(model: nn.Module, w: Tree, x: Tensor) -> Tensor:
-    """The outputs of a model with weights `w` in evaluation mode."""
-    with evaluating(model, w):
-        return torch.cat([model(part) for part in x.split(1024)])
+    progress = trained(method, model, pool, sigma, schedule, secrets(seed, "membership"), where="here")
+    with evaluating(model, method.path.kept(progress.w, progress.parts.path)):
+        return torch.cat([model(part) for part in task.x.split(1024)])
 
 
 def confidence(outputs: Tensor, y: Tensor) -> Tensor:

@@ -11,28 +11,35 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.dp.account import Ledger
 from harness.dp.loss import Batch
 from harness.dp.method import Method, describe
 from harness.dp.random import Stream
 from harness.dp.release import Relation, Release
 from harness.dp.tree import Tree
 from harness.running.seeds import derive
-from harness.running.train import Diverged, Progress, Schedule, start, train
+from harness.running.train import Progress, Schedule
 from harness.verify.audits.bounds import Sample
 from harness.verify.audits.canary import SCORES, AuditTask, Overheard, Projections, Refused, Watched
-from harness.verify.audits.verdict import RATES, TRADEOFF, AuditSetting, Verdict, bound, claim
+from harness.verify.audits.verdict import (
+    RATES,
+    TRADEOFF,
+    AuditSetting,
+    Claim,
+    Verdict,
+    needs_noise,
+    secrets,
+    seeds,
+    trained,
+)
 
 OWN = "pictures"  # the name of the task below
 TARGET = 0  # its slot: the first, which no cap on a batch leaves out
@@ -58,11 +65,7 @@ class PairSetting(AuditSetting):
         rng = torch.Generator().manual_seed(seed % 2**63)
         y = torch.arange(self.examples or 16) % 4
         x = torch.randn(len(y), 1, 8, 8, generator=rng)
-        digest = hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed % 2**63)
-            body = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-        return AuditTask(self.task, x, y, 4, body, digest, "linear")
+        return AuditTask.linear(self.task, x, y, 4, seed)
 
 
 @dataclass(frozen=True)
@@ -154,17 +157,8 @@ def overheard(
         engine=Watched(method.engine, lambda w, state, step: steps.append(Heard(w, state, step))),
         noise=Overheard(method.noise, lambda public: steps[-1].releases.append(public)),
     )
-    try:
-        begun = start(watched, model, schedule.steps)
-        progress = train(watched, model, side, sigma, schedule, secrets(seed), begun)
-    except (ValueError, RuntimeError, NotImplementedError, Diverged) as error:
-        raise Refused(f"it cannot be trained on the pair: {error}") from error
+    progress = trained(watched, model, side, sigma, schedule, secrets(seed), where="on the pair")
     return steps, progress
-
-
-def secrets(seed: int) -> SimpleNamespace:
-    """The seeds by role of a run that is named by a seed."""
-    return SimpleNamespace(**{r: derive(f"audit {r}", seed) for r in ("sampling", "noise", "path")})
 
 
 # What the observer expects --------------------------------------------------------------------------------
@@ -317,39 +311,25 @@ def audit(
     `s.epsilon`. Raises Refused where the method claims nothing, cannot be trained on a pair, or writes a ledger that is
     not its plan.
     """
-    if not method.noise.private:
-        raise Refused("it trains without noise and claims no epsilon: there is nothing to audit")
+    needs_noise(method)
     pair = find(method, task or s.trained(), s.rate)
-    n = pair.n_train
-    batch = max(1, round(s.rate * n))
-    sigma, accountant, price = claim(method, n, batch, s.steps, s.epsilon, s.delta, sigma)
-
-    def plan(multiplier: float) -> Ledger:
-        return method.plan(multiplier, n, batch, s.steps)
-
-    asked, relation = dataclasses.asdict(s), method.sampler.relation
-    observer = PairObserver(method, pair, sigma, batch, derive("neighbours observer", describe(method), asked))
-    rate, model, schedule = observer.rate(), copy.deepcopy(pair.body), Schedule(s.steps, batch, s.steps)
-    planned = plan(sigma)
+    claim = Claim.of(method, s, pair.n_train, sigma)
+    own = derive("neighbours observer", describe(method), dataclasses.asdict(s))
+    observer = PairObserver(method, pair, claim.sigma, claim.batch, own)
+    rate, model = observer.rate(), copy.deepcopy(pair.body)
     coins, reaches = [], []
     scores: dict[str, list[float]] = {name: [] for name in SCORES}
-    for seed in (derive("neighbours", describe(method), asked, run) for run in range(s.repeat)):
+    for seed in seeds("neighbours", method, s):
         coins.append(bool(Stream(seed, "coins", 0).uniform(1) < 0.5))
-        steps, progress = overheard(method, Neighbour(pair, coins[-1]), model, sigma, schedule, seed)
-        if progress.ledger != planned:
-            raise Refused(f"the run charged {progress.ledger}, its plan says {planned}")
+        steps, progress = overheard(method, Neighbour(pair, coins[-1]), model, claim.sigma, claim.schedule, seed)
+        claim.check(progress.ledger)
         readings = [observer.reading(at) for at in steps]
         values, lengths, reached = torch.tensor(readings, dtype=torch.float64).T[:, :, None]
         observed = Projections(values, lengths, rate)
         for name, score in SCORES.items():
-            scores[name].append(float(score(observed, relation)))
+            scores[name].append(float(score(observed, method.sampler.relation)))
         reaches.append(reached.mean().item())
     sample = Sample({name: np.array(v) for name, v in scores.items()}, np.array(coins))
-    bounds = bound(sample, s, plan, price, sigma, method, (RATES, TRADEOFF))
     first = observer.first.reach if observer.first else 0.0
-    facts = {
-        **pair.story, "reach": round(first, 4), "mean_reach": round(float(np.mean(reaches)), 4),
-        "in": int(sample.inside.sum()), "samples": len(sample), "n": n, "batch": batch,
-        "sampling": method.sampler.distribution(n, batch),
-    }  # fmt: skip
-    return Verdict(price(sigma), accountant, sigma, bounds, facts)
+    facts = {**pair.story, "reach": round(first, 4), "mean_reach": round(float(np.mean(reaches)), 4)}
+    return claim.verdict(claim.bounds(sample, s.level, (RATES, TRADEOFF)), sample.inside, facts)

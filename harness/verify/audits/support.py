@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.dp.account import Ledger
 from harness.dp.engines.draws import fill
 from harness.dp.engines.engine import Engine
 from harness.dp.gaussian import grid
@@ -33,14 +32,14 @@ from harness.dp.random import Stream
 from harness.dp.release import Bounded, Observed, Relation, Release
 from harness.dp.tree import Tree
 from harness.running.seeds import derive
-from harness.running.train import Parts, Schedule, Streams, start, step, wanted
+from harness.running.train import Parts, Streams, start, step, wanted
 from harness.verify.around import AroundNoise
 from harness.verify.audits import pair
 from harness.verify.audits.bounds import MOST, Sample, upper
 from harness.verify.audits.canary import AuditTask, Refused
 from harness.verify.audits.images import End, Image, Known, Mask, around, guesses, held, never_wrong
-from harness.verify.audits.pair import Heard, Neighbour, Neighbours, overheard, secrets
-from harness.verify.audits.verdict import RATES, TRADEOFF, AuditSetting, Verdict, bound, claim
+from harness.verify.audits.pair import Heard, Neighbour, Neighbours, overheard
+from harness.verify.audits.verdict import RATES, TRADEOFF, AuditSetting, Claim, Verdict, needs_noise, secrets, seeds
 
 CERTAINTY = "certainty"
 REHEARSED = 1000  # numbers, at the least, of each sum
@@ -91,10 +90,6 @@ class Worlds(NamedTuple):
     present: Array
     s: Array
 
-    def same(self, other: Worlds) -> bool:
-        """Whether the sums of both are the same to the bit."""
-        return np.array_equal(self.absent, other.absent) and np.array_equal(self.present, other.present)
-
 
 @dataclass(frozen=True)
 class Witnessed(AroundNoise):
@@ -141,8 +136,7 @@ def numbers(tree: Tree) -> Array:
     """The numbers of a release [d], of its own float type. Raises Refused for a type that is not looked into."""
     if tree.flat.dtype not in (torch.float32, torch.float64):
         raise Refused(f"its releases are {tree.flat.dtype}: float32 and float64 are looked into")
-    found: Array = tree.flat.detach().cpu().numpy()
-    return found
+    return tree.flat.detach().cpu().numpy()
 
 
 def deviations(release: Release) -> Array:
@@ -284,16 +278,6 @@ def by_weights(
 # The audit ------------------------------------------------------------------------------------------------
 
 
-class WitnessedRun(NamedTuple):
-    """One run: its noised releases by step, its final weights, its secret sums in order, its seeds and its coin."""
-
-    steps: list[Heard]
-    kept: Tree
-    given: list[Tensor]
-    known: SimpleNamespace
-    present: bool
-
-
 @dataclass
 class Attack:
     """What all runs of an audit share, and what has been decided so far.
@@ -327,44 +311,46 @@ class Attack:
             own = rehearsed(method, worlds, max(TIMES, math.ceil(REHEARSED / max(1, len(worlds.s)))), seed)
             rng = np.random.default_rng(self.seed % 2**63)
             self.images[name], self.first[name] = held(guesses(own, public_step(worlds)), own, rng), worlds
-        images = self.images[name]
-        if images and not worlds.same(self.first[name]):
+        images, first = self.images[name], self.first[name]
+        same = np.array_equal(worlds.absent, first.absent) and np.array_equal(worlds.present, first.present)
+        if images and not same:
             own = rehearsed(method, worlds, TIMES, derive("again", seed, len(self.releases.decided)))
             images = [image for image in images if never_wrong(image, own)]
         return [*images, End()]
 
-    def judge(self, run: WitnessedRun) -> None:
-        """Decide one run by all of its releases, and by its final weights alone.
+    def judge(self, steps: list[Heard], kept: Tree, given: list[Tensor], known: SimpleNamespace, present: bool) -> None:
+        """Decide one run by all of its noised releases, and by its final weights alone.
 
-        Raises Refused where the observer's sum is not the run's own to the bit: a bit decides here.
+        `given` are its secret sums in order, `known` its seeds, `present` its coin. Raises Refused where the observer's
+        sum is not the run's own to the bit: a bit decides here.
         """
-        self.coins.append(run.present)
-        can, sums = [True, True], iter(run.given)
-        for at in run.steps:
-            found = self.observer.worlds(at, run.known)
+        self.coins.append(present)
+        can, sums = [True, True], iter(given)
+        for at in steps:
+            found = self.observer.worlds(at, known)
             for release, (name, worlds) in zip(at.releases, found.items(), strict=True):
-                if not np.array_equal(next(sums).numpy(), worlds.present if run.present else worlds.absent):
+                if not np.array_equal(next(sums).numpy(), worlds.present if present else worlds.absent):
                     raise Refused("its sums are other ones when they are made again: the observer cannot know them")
                 images, y = self.holding(name, worlds), numbers(release.formatted)
                 for i, v in enumerate((worlds.absent, worlds.present)):
                     can[i] &= bool(possible(images, y, v, worlds.s).all())
                 self.moved |= not np.array_equal(worlds.absent, worlds.present)
         self.releases.add(*can)
-        if len(run.steps) > 1 or len(found) > 1:
+        if len(steps) > 1 or len(found) > 1:
             self.unseen = "there is more than one noised release in them"
         elif not self.unseen:
-            self._judge_weights(run, worlds, images)
+            self._judge_weights(at, kept, known.path, worlds, images)
 
-    def _judge_weights(self, run: WitnessedRun, worlds: Worlds, images: list[Image]) -> None:
-        o, (at,) = self.observer, run.steps
+    def _judge_weights(self, at: Heard, kept: Tree, path: int, worlds: Worlds, images: list[Image]) -> None:
+        o = self.observer
         begun = start(o.method, o.model, 1)
         denominator = o.method.sampler.denominator(o.pair.n_train, o.batch)
-        ending = Ending(o.method, o.model, begun.w, begun.parts, at.releases[0], denominator, run.known.path)
+        ending = Ending(o.method, o.model, begun.w, begun.parts, at.releases[0], denominator, path)
         line = ending.line(worlds.s, np.random.default_rng(self.seed % 2**63))
         if line is None:
             self.unseen = "they are not linear in the noised sum, each in its own number"
         else:
-            self.weights.add(*by_weights(ending, line, numbers(run.kept), worlds, images))
+            self.weights.add(*by_weights(ending, line, numbers(kept), worlds, images))
 
 
 def audit(method: Method, s: SupportSetting, sigma: float | None = None, task: AuditTask | None = None) -> Verdict:
@@ -374,62 +360,48 @@ def audit(method: Method, s: SupportSetting, sigma: float | None = None, task: A
     method claims nothing, where its sums cannot be made again to the bit, or where it writes a ledger that is not its
     plan.
     """
-    if not method.noise.private:
-        raise Refused("it trains without noise and claims no epsilon: there is nothing to audit")
+    needs_noise(method)
     if s.rate != 1:
         raise Refused(
             "the observer knows the batches, and a smaller epsilon is claimed for who does not: rate 1 is audited"
         )
     two = neighbours(method, task or s.trained())
-    n = two.n_train
-    sigma, accountant, price = claim(method, n, n, s.steps, s.epsilon, s.delta, sigma)
-    found = attacked(method, two, s, sigma)
-    return verdict(found, s, price, accountant)
+    claim = Claim.of(method, s, two.n_train, sigma)
+    return verdict(attacked(claim, two), claim)
 
 
-def attacked(method: Method, two: Neighbours, s: SupportSetting, sigma: float) -> Attack:
-    """`s.repeat` runs, judged. Raises Refused as `audit` does."""
-    n, asked = two.n_train, dataclasses.asdict(s)
-    planned = method.plan(sigma, n, n, s.steps)
-    model, schedule = copy.deepcopy(two.body), Schedule(s.steps, n, s.steps)
+def attacked(claim: Claim, two: Neighbours) -> Attack:
+    """The runs of a setting, judged. Raises Refused as `audit` does."""
+    method, s, model = claim.method, claim.setting, copy.deepcopy(two.body)
     witness = Witnessed(method.noise)
     watched = dataclasses.replace(method, noise=witness)
-    observer = SumObserver(method, two, model, sigma, n)
-    attack = Attack(observer, derive("support observer", describe(method), asked))
-    for seed in (derive("support", describe(method), asked, run) for run in range(s.repeat)):
+    observer = SumObserver(method, two, model, claim.sigma, claim.batch)
+    attack = Attack(observer, derive("support observer", describe(method), dataclasses.asdict(s)))
+    for seed in seeds("support", method, s):
         present = bool(Stream(seed, "coins", 0).uniform(1) < 0.5)
         witness.given.clear()
-        steps, ended = overheard(watched, Neighbour(two, present), model, sigma, schedule, seed)
-        if ended.ledger != planned:
-            raise Refused(f"the run charged {ended.ledger}, its plan says {planned}")
+        steps, ended = overheard(watched, Neighbour(two, present), model, claim.sigma, claim.schedule, seed)
+        claim.check(ended.ledger)
         kept = method.path.kept(ended.w, ended.parts.path)
-        attack.judge(WitnessedRun(steps, kept, witness.given, secrets(seed), present))
+        attack.judge(steps, kept, witness.given, secrets(seed), present)
     if not attack.moved:
         raise Refused("the example that was tried moves no release")
     return attack
 
 
-def verdict(attack: Attack, s: SupportSetting, price: Callable[[float], float], accountant: str) -> Verdict:
+def verdict(attack: Attack, claim: Claim) -> Verdict:
     """The bounds that the decisions give. The three share the level evenly, so that the largest holds too."""
-    o, inside, seen = attack.observer, np.array(attack.coins), attack.seen
-
-    def plan(multiplier: float) -> Ledger:
-        return o.method.plan(multiplier, o.pair.n_train, o.batch, s.steps)
-
+    s, inside, seen = claim.setting, np.array(attack.coins), attack.seen
     sample = Sample({name: np.array(t.decided, float) for name, t in seen.items()}, inside)
-    bounds = bound(
-        sample, dataclasses.replace(s, level=s.level * 2 / 3), plan, price, o.sigma, o.method, (RATES, TRADEOFF)
-    )
+    bounds = claim.bounds(sample, s.level * 2 / 3, (RATES, TRADEOFF))
     sure = {name: certainty(t, inside, s.delta, s.level / 3 / len(seen)) for name, t in seen.items()}
     best = max(sure, key=lambda name: sure[name])
     bounds[CERTAINTY] = {"epsilon": sure[best], "score": best}
     facts = attack.facts() | {
         "weights_unseen": attack.unseen,
         "images": {name: [*(i.name for i in images), End.name] for name, images in attack.images.items()},
-        "in": int(inside.sum()), "samples": len(inside), "n": o.pair.n_train, "batch": o.batch,
-        "sampling": o.method.sampler.distribution(o.pair.n_train, o.batch),
-    }  # fmt: skip
-    return Verdict(price(o.sigma), accountant, o.sigma, bounds, facts)
+    }
+    return claim.verdict(bounds, inside, facts)
 
 
 def certainty(tally: Tally, inside: Mask, delta: float, level: float) -> float:

@@ -1,21 +1,27 @@
-"""What audits share: their settings, the claim, the bounds that guesses of coins give, and the verdict."""
+"""What audits share: their settings, the claim, its runs, the bounds that guesses of coins give, and the verdict."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
 
 from harness.dp import cache
 from harness.dp.account import ACCOUNTANTS, Ledger
 from harness.dp.account import epsilon as cost
 from harness.dp.calibrate import calibrate
-from harness.dp.method import Method
+from harness.dp.method import Method, describe
+from harness.running.seeds import derive
+from harness.running.train import Data, Diverged, Progress, Schedule, start, train
 from harness.verify.audits.bounds import (
     CHOOSING,
-    Mistakes,
-    Rates,
     Sample,
     by_rates,
     by_tradeoff,
@@ -60,13 +66,16 @@ class AuditSetting:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an audit found. `bounds` are by instrument; all of them hold together, with confidence 1 - level."""
+    """What an audit found. `bounds` are by instrument; all of them hold together, with confidence 1 - level.
 
-    claimed: float
-    accountant: str
-    sigma: float
+    The last three are None of a method without noise, which claims nothing.
+    """
+
     bounds: dict[str, dict[str, Any]]
     planted: dict[str, Any]
+    claimed: float | None = None
+    accountant: str | None = None
+    sigma: float | None = None
 
     @property
     def audited(self) -> float:
@@ -81,61 +90,123 @@ class Verdict:
     @property
     def refuted(self) -> bool:
         """Whether the claim cannot be true."""
-        return self.audited > self.claimed
+        return self.claimed is not None and self.audited > self.claimed
 
 
-def claim(
-    method: Method, n: int, batch: int, steps: int, target: float, delta: float, sigma: float | None = None
-) -> tuple[float, str, Callable[[float], float]]:
-    """A noise multiplier (by default the one that runs would use), the accountant, and epsilon by it at a multiplier.
+@dataclass(frozen=True)
+class Claim:
+    """What a method says that runs of a setting cost on `n` examples, `batch` of them expected in a step.
 
-    The accountant is the one that ranks in records, on its own grid. Raises Refused where none knows the plan.
+    `accountant` is the one that ranks in records, on its own grid; `sigma` the noise multiplier of the runs.
     """
-    relation = method.sampler.relation
+
+    method: Method
+    setting: AuditSetting
+    n: int
+    batch: int
+    sigma: float
+    accountant: str
+
+    @classmethod
+    def of(cls, method: Method, s: AuditSetting, n: int, sigma: float | None = None) -> Claim:
+        """`sigma` is by default the one that runs would use. Raises Refused where no accountant knows the plan."""
+        batch, relation = max(1, round(s.rate * n)), method.sampler.relation
+        try:
+            if sigma is None:
+                folder = cache.root() / "calibration"
+                sigma = calibrate(method, n, batch, s.steps, s.epsilon, s.delta, cache=folder)
+            plan = method.plan(sigma, n, batch, s.steps)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        accountant = next((a for a in ACCOUNTANTS if math.isfinite(cost(plan, s.delta, relation, a))), None)
+        if accountant is None:
+            raise Refused(f"no accountant knows the events of its plan: {plan.composed()}")
+        return cls(method, s, n, batch, sigma, accountant)
+
+    @property
+    def schedule(self) -> Schedule:
+        """That of every run."""
+        return Schedule(self.setting.steps, self.batch, self.setting.steps)
+
+    def plan(self, sigma: float) -> Ledger:
+        """The ledger of a run at a noise multiplier."""
+        return self.method.plan(sigma, self.n, self.batch, self.setting.steps)
+
+    def price(self, sigma: float) -> float:
+        """Epsilon at a noise multiplier."""
+        return cost(self.plan(sigma), self.setting.delta, self.method.sampler.relation, self.accountant)
+
+    def check(self, ledger: Ledger) -> None:
+        """Raise Refused where a run wrote a ledger that is not its plan."""
+        if ledger != (planned := self.plan(self.sigma)):
+            raise Refused(f"the run charged {ledger}, its plan says {planned}")
+
+    def bounds(
+        self, sample: Sample, level: float, instruments: Collection[str] = INSTRUMENTS
+    ) -> dict[str, dict[str, Any]]:
+        """The bound of each instrument. They share the level evenly, so that the largest holds too."""
+        s, method = self.setting, self.method
+        level = level / len(instruments)
+        choosing, testing = sample.split(CHOOSING, s.seed)
+        if min(int(part.inside.sum()) for part in (choosing, testing)) < 1 or choosing.inside.all():
+            raise Refused(f"{len(sample)} coins are too few to choose a threshold and test it: toss 64 or more")
+
+        def found(name: str) -> dict[str, Any]:
+            if name == ONE_RUN:
+                return by_guesses(choosing, testing, s.delta, level)
+            if name == RATES:
+                limits, score = chosen(choosing, testing, [rates], lambda one: by_rates(one, s.delta), level)
+                epsilon = float(by_rates(limits, s.delta)[0])
+            else:
+                limits, score = chosen(choosing, testing, [rates, mistakes], lambda one: one.apart(), level)
+                relation, ceiling = method.sampler.relation, method.clip.ceiling
+                epsilon = by_tradeoff(self.plan, relation, self.sigma, ceiling, limits, s.delta, self.price)
+            below = {f"{key}_below": float(value[0]) for key, value in limits._asdict().items()}
+            return {"epsilon": epsilon, **below, "score": score}
+
+        return {name: found(name) for name in instruments}
+
+    def verdict(self, bounds: dict[str, dict[str, Any]], inside: NDArray[np.bool_], facts: dict[str, Any]) -> Verdict:
+        """What was found by coins that fell `inside`, with what else a record says of it."""
+        facts = facts | {
+            "in": int(inside.sum()), "samples": len(inside), "n": self.n, "batch": self.batch,
+            "sampling": self.method.sampler.distribution(self.n, self.batch),
+        }  # fmt: skip
+        return Verdict(bounds, facts, self.price(self.sigma), self.accountant, self.sigma)
+
+
+def by_guesses(choosing: Sample, testing: Sample, delta: float, level: float) -> dict[str, Any]:
+    """The bound of guesses, chosen on some of the coins and tested on the others."""
+    epsilon, guesses, right, score = guessed(choosing, testing, delta, level)
+    return {"epsilon": epsilon, "guesses": guesses, "correct": right, "score": score}
+
+
+# Runs -----------------------------------------------------------------------------------------------------
+
+
+def needs_noise(method: Method) -> None:
+    """Raise Refused where a method claims nothing."""
+    if not method.noise.private:
+        raise Refused("it trains without noise and claims no epsilon: there is nothing to audit")
+
+
+def seeds(what: str, method: Method, s: AuditSetting) -> list[int]:
+    """One for each run of an audit."""
+    asked = describe(method), dataclasses.asdict(s)
+    return [derive(what, *asked, run) for run in range(s.repeat)]
+
+
+def secrets(seed: int, what: str = "audit") -> SimpleNamespace:
+    """The seeds by role of a run that is named by a seed."""
+    return SimpleNamespace(**{role: derive(f"{what} {role}", seed) for role in ("sampling", "noise", "path")})
+
+
+def trained(
+    method: Method, model: nn.Module, data: Data, sigma: float, schedule: Schedule, secret: SimpleNamespace,
+    where: str,
+) -> Progress:  # fmt: skip
+    """One run from the start to its end. Raises Refused where the method cannot be trained so."""
     try:
-        if sigma is None:
-            sigma = calibrate(method, n, batch, steps, target, delta, cache=cache.root() / "calibration")
-        plan = method.plan(sigma, n, batch, steps)
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    accountant = next((a for a in ACCOUNTANTS if math.isfinite(cost(plan, delta, relation, a))), None)
-    if accountant is None:
-        raise Refused(f"no accountant knows the events of its plan: {plan.composed()}")
-    return sigma, accountant, lambda s: cost(method.plan(s, n, batch, steps), delta, relation, accountant)
-
-
-def bound(
-    sample: Sample,
-    s: AuditSetting,
-    plan: Callable[[float], Ledger],
-    price: Callable[[float], float],
-    sigma: float,
-    method: Method,
-    instruments: Collection[str] = INSTRUMENTS,
-) -> dict[str, dict[str, Any]]:
-    """The bound of each instrument. They share the level evenly, so that the largest holds too."""
-    level = s.level / len(instruments)
-    choosing, testing = sample.split(CHOOSING, s.seed)
-    if min(int(part.inside.sum()) for part in (choosing, testing)) < 1 or choosing.inside.all():
-        raise Refused(f"{len(sample)} coins are too few to choose a threshold and test it: toss 64 or more")
-
-    def one_run() -> dict[str, Any]:
-        epsilon, guesses, right, score = guessed(choosing, testing, s.delta, level)
-        return {"epsilon": epsilon, "guesses": guesses, "correct": right, "score": score}
-
-    def error_rates() -> dict[str, Any]:
-        found, score = chosen(choosing, testing, [rates], lambda found: by_rates(found, s.delta), level)
-        return {"epsilon": float(by_rates(found, s.delta)[0]), **_shown(found), "score": score}
-
-    def trade_off() -> dict[str, Any]:
-        found, score = chosen(choosing, testing, [rates, mistakes], lambda found: found.apart(), level)
-        relation, ceiling = method.sampler.relation, method.clip.ceiling
-        epsilon = by_tradeoff(plan, relation, sigma, ceiling, found, s.delta, price)
-        return {"epsilon": epsilon, **_shown(found), "score": score}
-
-    by_name = {ONE_RUN: one_run, RATES: error_rates, TRADEOFF: trade_off}
-    return {name: by_name[name]() for name in instruments}
-
-
-def _shown(found: Rates | Mistakes) -> dict[str, float]:
-    return {f"{name}_below": float(value[0]) for name, value in found._asdict().items()}
+        return train(method, model, data, sigma, schedule, secret, start(method, model, schedule.steps))
+    except (ValueError, RuntimeError, Diverged) as error:
+        raise Refused(f"it cannot be trained {where}: {error}") from error

@@ -117,8 +117,7 @@ def logit_attained(n: int, tau: float) -> float:
 def _weights(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     """Derivatives of the sum of InfoNCE losses by its logits [n, n]: softmax of the rows minus the identity."""
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
-    weights: NDArray[np.float64] = exponents / exponents.sum(axis=1, keepdims=True) - np.eye(len(logits))
-    return weights
+    return exponents / exponents.sum(axis=1, keepdims=True) - np.eye(len(logits))
 
 
 def logit_code(n: int, tau: float) -> float:

@@ -19,8 +19,7 @@ from harness.registry import did_you_mean
 from harness.suite.tables import Text, TomlTable
 from harness.suite.toml.reader import Reader, source
 from harness.verify.claims.accounts import ORDERS
-from harness.verify.claims.finding import NEAR, ROUNDED, Finding
-from harness.verify.claims.kinds import KINDS, PublishedClaim
+from harness.verify.claims.kinds import KINDS, NEAR, ROUNDED, Finding, PublishedClaim
 
 KIND = "claims"
 FILE, DOCUMENT = Path("suites/claims.toml"), Path("docs/claims.md")

@@ -19,12 +19,8 @@ from harness import registry
 from harness.dp.method import Method
 from harness.provenance.measure import Clock
 from harness.verify.conformance.adversary import adversarial
-from harness.verify.conformance.draws import steady_draws
-from harness.verify.conformance.engines import other_engines
 from harness.verify.conformance.identity import identified
-from harness.verify.conformance.later import within_sensitivity_much_later
 from harness.verify.conformance.ledger import amended, billed, calibrated
-from harness.verify.conformance.memory import forgetful, separately
 from harness.verify.conformance.neighbours import (
     equals_loop,
     replaced,
@@ -32,6 +28,7 @@ from harness.verify.conformance.neighbours import (
     within_sensitivity,
     within_sensitivity_float32,
     within_sensitivity_later,
+    within_sensitivity_much_later,
     within_sensitivity_sequence,
 )
 from harness.verify.conformance.noise import independent, noise_billed, noised
@@ -39,8 +36,8 @@ from harness.verify.conformance.options import other_options
 from harness.verify.conformance.replay import described, empty_step, microbatch_free, resumed, still, thread_free
 from harness.verify.conformance.rule import clip_rule
 from harness.verify.conformance.sampling import sampled, sampled_at_large
-from harness.verify.conformance.secrecy import poisoned, twins, twins_later
-from harness.verify.conformance.shapes import other_models, other_sizes
+from harness.verify.conformance.secrecy import forgetful, poisoned, separately, twins, twins_later
+from harness.verify.conformance.shapes import other_engines, other_models, other_sizes, steady_draws
 from harness.verify.conformance.subject import PROBLEMS, Check, Inapplicable, Subject, Violation, subject
 from harness.verify.conformance.subject import Toy as Toy
 from harness.verify.conformance.subject import toy_model as toy_model
@@ -70,7 +67,6 @@ WHERE: Mapping[Checking, str] = {
 }  # fmt: skip
 """Every check, and what decides its outcome: where to change a method that fails it."""
 CHECKS: tuple[Checking, ...] = tuple(WHERE)
-REFUSED = Check("the engine accepts a small problem", False, "", function="subject")
 
 
 class Named(NamedTuple):
@@ -86,28 +82,9 @@ def named(method: str) -> list[Named]:
 
     Raises registry.RegistryError where there is no such method.
     """
-    if not method.endswith(".py"):
-        entries = [registry.resolve("method", method)]
-    else:
-        registry.add_file(Path(method))
-        here = Path(method).resolve()
-        entries = [e for e in registry.index("method").values() if Path(e.file).resolve() == here]
+    single = not method.endswith(".py")
+    entries = [registry.resolve("method", method)] if single else registry.in_file("method", method)
     return [Named(entry.name, str(Path(entry.file).resolve()), registry.load(entry)()) for entry in entries]
-
-
-def check(method: str) -> list[Check]:
-    """Every check on one method, named as in the registry or by a file that registers one or more.
-
-    Raises registry.RegistryError where there is no such method.
-    """
-    return _lines(method, lambda one: examine(one.method, (one.name, one.file)))
-
-
-def _lines(method: str, run: Callable[[Named], list[Check]]) -> list[Check]:
-    """The lines that `run` gives of each method that a name or a file stands for; of several, headed by its name."""
-    found = named(method)
-    several = len(found) > 1
-    return [line._replace(name=f"{one.name}: {line.name}") if several else line for one in found for line in run(one)]
 
 
 def examine(method: Method, identity: tuple[str, str] | None = None) -> list[Check]:
@@ -122,24 +99,20 @@ def examine(method: Method, identity: tuple[str, str] | None = None) -> list[Che
 
 def refused(violation: Violation) -> Check:
     """The only line of a method that no problem suits."""
-    return REFUSED._replace(detail=f"{violation}; change Engine.accepts or the parts that it refuses")
+    detail = f"{violation}; change Engine.accepts or the parts that it refuses"
+    return Check("the engine accepts a small problem", False, detail, function="subject")
 
 
-def repeated(method: str, repeat: int, first: int = 1) -> list[Check]:
-    """The statistical checks alone, `repeat` times with fresh seeds, on the smallest problem that a method accepts.
+def rehearsed(method: Method, repeat: int) -> list[Check]:
+    """The statistical checks alone, with the seeds 1 to `repeat`, on the smallest problem accepted.
 
-    One line a method and check: how many repetitions failed, and the message of the first that did.
+    One line a check: how many repetitions failed, and the message of the first that did.
     """
-    return _lines(method, lambda one: rehearsed(one.method, repeat, first))
-
-
-def rehearsed(method: Method, repeat: int, first: int = 1) -> list[Check]:
-    """The statistical checks of a method value with the seeds `first` to `first + repeat - 1`."""
     try:
         plain = subject(method, sorted(PROBLEMS, key=lambda problem: math.prod(problem.shape)))
     except Violation as violation:
         return [refused(violation)]
-    seeds = range(first, first + repeat)
+    seeds = range(1, repeat + 1)
     rounds = [[verdict(each, dataclasses.replace(plain, seed=seed)) for each in STATISTICAL] for seed in seeds]
     return [_summed(lines, seeds) for lines in zip(*rounds, strict=True)]
 

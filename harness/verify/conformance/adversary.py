@@ -18,7 +18,7 @@ from torch import Tensor
 
 from harness.dp.loss import Batch
 from harness.dp.release import Relation
-from harness.running.train import Progress, start
+from harness.running.train import start
 from harness.verify.conformance.neighbours import moved
 from harness.verify.conformance.subject import STEPS, Subject, Violation
 
@@ -158,7 +158,8 @@ def extremes(s: Subject) -> Iterator[Pair]:
 
 def ratio(s: Subject, pair: Pair, relation: Relation, slack: float = 1e-6) -> float:
     """How far the releases of two neighbours lie apart, in sensitivities. Raises Violation above 1."""
-    x, at = pair.x.to(s.data.x.dtype), _at(s, pair.scale)
+    x, begun = pair.x.to(s.data.x.dtype), start(s.method, s.model, STEPS)
+    at = dataclasses.replace(begun, w=begun.w * pair.scale)
     ours = s.prepared(x[:-1], pair.y[:-1])
     if relation is Relation.ADD_OR_REMOVE:
         theirs = Batch(ours.x[:-1], ours.y[:-1])
@@ -167,15 +168,7 @@ def ratio(s: Subject, pair: Pair, relation: Relation, slack: float = 1e-6) -> fl
         keep = [*range(len(x) - 2), len(x) - 1]
         theirs = s.prepared(x[keep], pair.y[keep])
         story = "replacing an example"
-    story = f"under {relation.value}, at weights scaled by {pair.scale:.2g} and inputs of {_size(x)}, {story}"
+    size = f"up to {float(x.abs().nan_to_num(math.inf).max()):.2g}"
+    story = f"under {relation.value}, at weights scaled by {pair.scale:.2g} and inputs of {size}, {story}"
     a, b = (s.releases(batch, at=at, relation=relation) for batch in (ours, theirs))
     return moved(a, b, story, slack)
-
-
-def _size(x: Tensor) -> str:
-    return f"up to {float(x.abs().nan_to_num(math.inf).max()):.2g}"
-
-
-def _at(s: Subject, scale: float) -> Progress:
-    p = start(s.method, s.model, STEPS)
-    return dataclasses.replace(p, w=p.w * scale)

@@ -55,8 +55,7 @@ def elsewhere(file: str | None = None) -> dict[str, str]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ids cannot be made in another process: {done.stderr.strip()[-300:]}")
-    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(files: list[str]) -> None:

@@ -17,7 +17,9 @@ from harness.dp.loss import Batch
 from harness.dp.release import Relation, Release
 from harness.dp.tree import Tree
 from harness.running.train import Progress
-from harness.verify.conformance.subject import Contrast, Inapplicable, Subject, Toy, Violation
+from harness.verify.conformance.subject import SIGMA, Contrast, Inapplicable, Subject, Toy, Violation
+
+STEPS_ON = (9, 10, 99, 100, 1000, 10_000, 100_000)  # numbers handed to the engine
 
 
 def equals_loop(s: Subject) -> None:
@@ -69,9 +71,30 @@ def within_sensitivity_later(s: Subject) -> None:
     """nor does it after some steps of training"""
     s.noises()
     for p in s.reached[1::2]:
-        for scale in (1.0, 1e4):
-            story = f"after {p.step} steps, inputs times {scale:g}"
-            neighbours(s, s.data.x[:6] * scale, s.data.y[:6], story, at=p)
+        scaled(s, 6, f"after {p.step} steps, ", at=p)
+
+
+def within_sensitivity_much_later(s: Subject) -> None:
+    """nor does it at any step up to the 100,000th, and a release has the multiplier that its step plans"""
+    s.noises()
+    # Aged by empty batches, which are legal steps and cost next to nothing: all that counts steps counts them.
+    oldest = s.aged[-1]
+    for p in [*s.aged, *(dataclasses.replace(oldest, step=step) for step in STEPS_ON)]:
+        scaled(s, 3, f"at step {p.step}, ", at=p)
+        _planned(s, p)
+
+
+def _planned(s: Subject, p: Progress) -> None:
+    """Judge the multipliers of a step's releases."""
+    releases = s.releases(s.prepared(s.data.x[:3], s.data.y[:3]), at=p)
+    plan = s.method.engine.split(s.method.clip, SIGMA, p.step)
+    done = {name: r.sigma for name, r in releases.items()}
+    if done.keys() != plan.keys() or not all(math.isclose(done[name], plan[name]) for name in plan):
+        raise Violation(
+            f"at step {p.step} the releases have the multipliers {done}, the plan says {plan}: Engine.split must name"
+            " what every step releases",
+            evidence="the releases are not the plan's",
+        )
 
 
 def within_sensitivity_float32(s: Subject) -> None:
@@ -158,6 +181,12 @@ def neighbourhoods(data: Toy) -> Iterator[tuple[Tensor, Tensor, str]]:
         spoilt = x.clone()
         spoilt[2].view(-1)[0] = value
         yield spoilt, y, f"an example with an input of {value}"
+
+
+def scaled(s: Subject, count: int, story: str = "", at: Progress | None = None) -> None:
+    """`neighbours` of the first examples, as they are and enormous."""
+    for scale in (1.0, 1e4):
+        neighbours(s, s.data.x[:count] * scale, s.data.y[:count], f"{story}inputs times {scale:g}", at)
 
 
 def neighbours(

@@ -21,6 +21,7 @@ from harness.verify.conformance.subject import Noised, Subject, Violation
 
 LAGS = 8
 TAILS = (2.0, 3.0, 3.5, 4.0, 4.5, 5.0)  # standard deviations
+ALIKE = "noise every coordinate alike"
 WIDE, WIDE_DRAWS = 150_000, 10  # coordinates: more than any small model has
 
 
@@ -34,20 +35,21 @@ def noised(s: Subject) -> None:
             _follows(z.flatten(1), label, len(tensors), tests)
         _whole(drawn.z, drawn.z[::2], "noise", tests)  # every other draw is on zeros, where no digit is lost
     wide = s.wide_noise(WIDE, WIDE_DRAWS)
-    _whole(wide, wide, f"noise on {wide.shape[1]} coordinates", tests)
-    freedom, alike = len(wide), "noise every coordinate alike"
-    alarm(
-        chi_square(wide.square().sum(0), freedom, wide.shape[1]), tests,
-        f"noise on {wide.shape[1]} coordinates has another standard deviation in some: {alike}",
-    )  # fmt: skip
-    alarm(
-        chi_square(wide.sum(1).square().sum() / wide.shape[1], freedom), tests,
-        f"noise on {wide.shape[1]} coordinates is shared or mirrored among them: draw every one by itself",
-    )  # fmt: skip
-    alarm(
-        chi_square(wide.square().sum(), wide.numel()), tests,
-        f"noise on {wide.shape[1]} coordinates has {float(wide.square().mean().sqrt()):.4g} times its deviation",
-    )  # fmt: skip
+    draws, width = wide.shape
+    label = f"noise on {width} coordinates"
+    _whole(wide, wide, label, tests)
+    for p, wrong in (
+        (chi_square(wide.square().sum(0), draws, width), f"has another standard deviation in some: {ALIKE}"),
+        (
+            chi_square(wide.sum(1).square().sum() / width, draws),
+            "is shared or mirrored among them: draw every one by itself",
+        ),
+        (
+            chi_square(wide.square().sum(), wide.numel()),
+            f"has {float(wide.square().mean().sqrt()):.4g} times its deviation",
+        ),
+    ):
+        alarm(p, tests, f"{label} {wrong}")
 
 
 def _whole(z: Tensor, exact: Tensor, what: str, tests: int) -> None:
@@ -79,24 +81,17 @@ def _whole(z: Tensor, exact: Tensor, what: str, tests: int) -> None:
 def _follows(z: Tensor, label: str, tensors: int, tests: int) -> None:
     """Judge the noise [draws, coordinates] of one of so many tensors."""
     draws, width = z.shape
-    scale = float(z.square().mean().sqrt())
-    alarm(
-        chi_square(z.square().sum(), z.numel(), tensors), tests,
-        f"noise on {label} has {scale:.4g} times the standard deviation sigma * sensitivity",
-    )  # fmt: skip
-    alarm(
-        kolmogorov(z.flatten(), tensors), tests,
-        f"noise on {label} is not Gaussian: its distribution function is another one",
-    )  # fmt: skip
-    alike = "noise every coordinate alike"
-    alarm(
-        chi_square(z.square().sum(0), draws, tensors * width), tests,
-        f"noise on {label} has another standard deviation in some coordinates: {alike}",
-    )  # fmt: skip
-    alarm(
-        normal(z.sum(0) / math.sqrt(draws), tensors * width), tests,
-        f"noise on {label} has a mean in some coordinates: {alike}",
-    )  # fmt: skip
+    scale, squares, many = float(z.square().mean().sqrt()), z.square(), tensors * width
+    for p, wrong in (
+        (
+            chi_square(squares.sum(), z.numel(), tensors),
+            f"has {scale:.4g} times the standard deviation sigma * sensitivity",
+        ),
+        (kolmogorov(z.flatten(), tensors), "is not Gaussian: its distribution function is another one"),
+        (chi_square(squares.sum(0), draws, many), f"has another standard deviation in some coordinates: {ALIKE}"),
+        (normal(z.sum(0) / math.sqrt(draws), many), f"has a mean in some coordinates: {ALIKE}"),
+    ):
+        alarm(p, tests, f"noise on {label} {wrong}")
 
 
 def independent(s: Subject) -> None:

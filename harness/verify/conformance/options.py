@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +10,9 @@ from typing import Any
 
 from harness import registry
 from harness.dp.method import Method, describe
-from harness.registry.options import Parameter
+from harness.registry.options import Parameter, members
 from harness.verify.conformance.ledger import billed
-from harness.verify.conformance.neighbours import neighbours
+from harness.verify.conformance.neighbours import scaled
 from harness.verify.conformance.rule import ruled
 from harness.verify.conformance.subject import Inapplicable, Subject, Violation, subject
 
@@ -32,8 +32,10 @@ def other_options(s: Subject) -> None:
             continue
         seen += 1
         try:
-            for check in (_bounded, billed, _ruled):
-                check(other)
+            scaled(other, 3)
+            billed(other)
+            with contextlib.suppress(Inapplicable):
+                ruled(other, other.reached[::4])
         except Violation as violation:
             raise Violation(f"with {what}: {violation}", violation.evidence, violation.ratio) from None
     if not seen:
@@ -43,18 +45,6 @@ def other_options(s: Subject) -> None:
 def _bounding(method: Method) -> dict[str, Any]:
     """All that decides what is released and charged; not the optimizer, which sees public values alone."""
     return {name: part for name, part in describe(method).items() if name != "optimizer"}
-
-
-def _bounded(s: Subject) -> None:
-    for scale in (1.0, 1e4):
-        neighbours(s, s.data.x[:3] * scale, s.data.y[:3], f"inputs times {scale:g}")
-
-
-def _ruled(s: Subject) -> None:
-    try:
-        ruled(s, s.reached[::4])
-    except Inapplicable:
-        return
 
 
 def _variants(name: str, file: str) -> Iterator[tuple[str, Method]]:
@@ -75,13 +65,9 @@ def _variants(name: str, file: str) -> Iterator[tuple[str, Method]]:
 def others(parameter: Parameter) -> list[Any]:
     """Other values of an option: each of a choice, and numbers some way off."""
     default = parameter.default
-    names = [ast.unparse(one) for one in _alternatives(ast.parse(parameter.type, mode="eval").body)]
-    choices = [
-        ast.literal_eval(part)
-        for name in names if name.startswith("Literal[")
-        for part in _members(ast.parse(name, mode="eval").body)
-    ]  # fmt: skip
-    found: list[Any] = [choice for choice in choices if choice != default]
+    kinds = members(parameter.type)
+    names = [name for name, _ in kinds]
+    found: list[Any] = [choice for _, choices in kinds for choice in choices if choice != default]
     if "bool" in names:
         found.append(not default)
     elif isinstance(default, int | float) and not isinstance(default, bool):
@@ -91,15 +77,3 @@ def others(parameter: Parameter) -> list[Any]:
     if default is not None and "None" in names:
         found.append(None)
     return [value for value, _ in itertools.groupby(found) if value != default]
-
-
-def _alternatives(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp):
-        return [*_alternatives(node.left), *_alternatives(node.right)]
-    return [node]
-
-
-def _members(node: ast.expr) -> list[ast.expr]:
-    if not isinstance(node, ast.Subscript):
-        return []
-    return list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]

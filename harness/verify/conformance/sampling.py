@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NoOpDpEvent, PoissonSampledDpEvent, SampledWithoutReplacementDpEvent
 from scipy.special import bdtrc
@@ -151,13 +149,15 @@ def _members(indices: Tensor, n: int) -> Tensor:
     return counts
 
 
-@dataclass(frozen=True)
 class _Draws:
     """Membership less its `rate` [steps, 1], a block [steps, n] for each seed; `free`: batches have no fixed size."""
 
-    blocks: list[Tensor]
-    rate: Tensor
-    free: bool
+    def __init__(self, blocks: list[Tensor], rate: Tensor, free: bool) -> None:
+        self.blocks, self.rate, self.free = blocks, rate, free
+        self.off = torch.cat(blocks)
+        # Of one coin: its variance [steps], and the most that it may be off its mean by.
+        self.variance = (rate * (1 - rate)).squeeze(1)
+        self.largest = float(torch.maximum(rate, 1 - rate).max())
 
     def judge(self) -> None:
         """Raise Violation where the draws are not those of independent steps at this rate."""
@@ -167,36 +167,26 @@ class _Draws:
         self._pairs()
         self._lags()
 
-    @property
-    def _off(self) -> Tensor:
-        return torch.cat(self.blocks)
-
-    @property
-    def _variance(self) -> Tensor:
-        return (self.rate * (1 - self.rate)).squeeze(1)  # of one coin, [steps]
-
     def _rates(self) -> None:
-        off, variance = self._off, float(self._variance.sum())
-        n, largest = off.shape[1], float(torch.maximum(self.rate, 1 - self.rate).max())
-        single = bernstein(off.sum(0), variance, largest, n)
-        overall = bernstein(off.sum(), n * variance, largest) if self.free else 1.0
+        n, variance = self.off.shape[1], float(self.variance.sum())
+        single = bernstein(self.off.sum(0), variance, self.largest, n)
+        overall = bernstein(self.off.sum(), n * variance, self.largest) if self.free else 1.0
         for p in (single, overall):
             alarm(p, TESTS, "examples are drawn at another rate than the one charged")
 
     def _sizes(self) -> None:
         """The variance of batch sizes, m (1 - q), and how many batches are empty, (1 - q)^n of them."""
-        off, rate = self._off, self.rate.squeeze(1)
-        steps, n = off.shape
-        scaled = off.sum(1).square() / (n * self._variance)
-        excess = float(((1 - 6 * self._variance) / (n * self._variance)).clamp(min=0).max())
+        steps, n = self.off.shape
+        scaled = self.off.sum(1).square() / (n * self.variance)
+        excess = float(((1 - 6 * self.variance) / (n * self.variance)).clamp(min=0).max())
         shrink = 2 / (2 + excess)  # a sum of squares of binomial numbers, as chi square of the same variance
         alarm(
             chi_square(float(scaled.sum()) * shrink, steps * shrink), TESTS,
             f"batch sizes have {float(scaled.mean()):.2g} times the variance m (1 - q) of the Poisson sampling charged:"
             " toss an independent coin for each example",
         )  # fmt: skip
-        empty = (1 - rate) ** n
-        there = int(((off + self.rate).sum(1) < 0.5).sum())
+        empty = (1 - self.rate.squeeze(1)) ** n
+        there = int(((self.off + self.rate).sum(1) < 0.5).sum())
         alarm(
             bernstein(there - float(empty.sum()), float((empty * (1 - empty)).sum()), 1.0), TESTS,
             f"of {steps} batches {there} are empty, under the Poisson sampling charged it would be"
@@ -205,9 +195,8 @@ class _Draws:
 
     def _pairs(self) -> None:
         """Whether two examples come together, and whether two batches are alike."""
-        off, variance = self._off, self._variance
+        off, variance, largest = self.off, self.variance, self.largest**2
         steps, n = off.shape
-        largest = float(torch.maximum(self.rate, 1 - self.rate).max()) ** 2
         some = off[:, :: max(1, n // MOST)]
         examples = (some.T @ some).fill_diagonal_(0)
         alarm(
@@ -221,14 +210,13 @@ class _Draws:
         )  # fmt: skip
 
     def _lags(self) -> None:
-        n, variance = self._off.shape[1], float(self._variance.max())
-        largest = float(torch.maximum(self.rate, 1 - self.rate).max()) ** 2
+        n, variance = self.off.shape[1], float(self.variance.max())
         for lag in range(1, LAGS + 1):
             along = [block[lag:] * block[:-lag] for block in self.blocks if len(block) > lag]
             if along:
                 terms = torch.cat(along)
                 alarm(
-                    bernstein(terms.sum(), len(terms) * n * variance**2, largest), TESTS,
+                    bernstein(terms.sum(), len(terms) * n * variance**2, self.largest**2), TESTS,
                     f"batches {lag} steps apart depend on each other, as in shuffled epochs: draw each step afresh,"
                     " or charge without amplification",
                 )  # fmt: skip

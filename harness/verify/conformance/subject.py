@@ -131,19 +131,6 @@ PROBLEMS = (
 )
 
 
-def refusal(method: Method, model: nn.Module, data: Toy) -> str | None:
-    """Why `method` cannot be examined on a problem, by its own parts' account; None where it can."""
-    reason = method.engine.accepts(method.loss, method.clip, model)
-    if reason:
-        return reason
-    try:  # some things only a pass can show
-        s = Subject(method, model, data)
-        s.releases(s.prepared(data.x[:2], data.y[:2]))
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 # The subject ----------------------------------------------------------------------------------------------
 
 
@@ -291,9 +278,13 @@ def subject(method: Method, problems: Sequence[SmallProblem] = PROBLEMS) -> Subj
     """`method` on the first problem that its engine and loss accept. Raises Violation where they accept none."""
     reasons = []
     for problem in problems:
-        model, data = problem.model(), Toy(shape=problem.shape)
-        reason = refusal(method, model, data)
-        if reason is None:
-            return Subject(method, problem.model(), data)
+        s = Subject(method, problem.model(), Toy(shape=problem.shape))
+        reason = method.engine.accepts(method.loss, method.clip, s.model)
+        if not reason:
+            try:  # some things only a pass can show
+                s.releases(s.prepared(s.data.x[:2], s.data.y[:2]))
+                return dataclasses.replace(s, model=problem.model())
+            except ValueError as error:
+                reason = str(error)
         reasons.append(f"{problem.name}: {reason}")
     raise Violation("; ".join(reasons))

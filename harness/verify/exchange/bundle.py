@@ -123,27 +123,9 @@ def _folder(record: store.Record, private: bool, left_out: list[Broken]) -> dict
     files: dict[str, bytes] = {}
     folder = Path(record["path"]).parent
     for name in (RECORD, *SIDES):
-        path = folder / name
-        try:
-            if not stat.S_ISREG(path.lstat().st_mode):
-                left_out.append(Broken(path, "not a plain file"))
-                data = None
-            else:
-                data = content(path)
-        except FileNotFoundError:
-            data = None
-        except OSError as error:
-            left_out.append(Broken(path, f"cannot be read: {error.strerror}"))
-            data = None
-        reason = ""
-        try:
-            data = data if private or data is None else _published(record, name, data)
-        except (ValueError, RecursionError, StoreError) as error:
-            reason = f"not JSON: {error}"
-        # What is private of a file must not decide whether the rest of it is published.
-        reason = reason or ("" if data is None else _flaw(path, data) or _gives_away(name, data))
+        data, reason = _travelling(record, folder / name, private)
         if reason:
-            left_out.append(Broken(path, reason))
+            left_out.append(Broken(folder / name, reason))
         if data is not None and not reason:
             files[f"{folder.parent.name}/{folder.name}/{name}"] = data
         elif name == RECORD:
@@ -151,11 +133,25 @@ def _folder(record: store.Record, private: bool, left_out: list[Broken]) -> dict
     return files
 
 
-def _published(record: store.Record, name: str, data: bytes) -> bytes | None:
-    """What may be published of a file of a run; None where none of it may."""
-    if name == RECORD:
-        return store.encode(public.view(record), Path(record["path"]).parent.name)
-    return public.trace(record, data) if name == "trace.jsonl" else data
+def _travelling(record: store.Record, path: Path, private: bool) -> tuple[bytes | None, str]:
+    """What travels of a file of a run, None where nothing does; and what is wrong with it."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return None, "not a plain file"
+        data: bytes | None = content(path)
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        return None, f"cannot be read: {error.strerror}"
+    try:
+        if not private and path.name == RECORD:
+            data = store.encode(public.view(record), path.parent.name)
+        elif not private and path.name == "trace.jsonl" and data is not None:
+            data = public.trace(record, data)
+    except (ValueError, RecursionError, StoreError) as error:
+        return None, f"not JSON: {error}"
+    # What is private of a file must not decide whether the rest of it is published.
+    return data, "" if data is None else _flaw(path, data) or _gives_away(path.name, data)
 
 
 def _manifest(files: Mapping[str, bytes]) -> bytes:
@@ -377,8 +373,7 @@ def _listed(archive: zipfile.ZipFile, faults: list[Broken]) -> dict[str, Any]:
     if reason:
         faults.append(Broken(Path(MANIFEST), reason))
         return {}
-    files: dict[str, Any] = manifest["files"]
-    return files
+    return manifest["files"]
 
 
 def _unlisted(listed: object, data: bytes) -> str:

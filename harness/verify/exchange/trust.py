@@ -33,7 +33,7 @@ from harness.records.cell import Cell, canonical_json
 from harness.registry.parts import SLOTS
 from harness.running import run
 
-__all__ = ["WORD", "Examined", "examine"]
+__all__ = ["Examined", "examine"]
 
 TOLERANCE = 1e-5
 """Relative: by how much an epsilon may differ from that of the same ledger by another version of its accountant."""
@@ -44,8 +44,6 @@ MOST_EPSILON = 200.0
 """By RDP. Above it the other accountants take minutes and gigabytes, which a stranger's record is not worth."""
 _NAMED = re.compile(r"[a-z0-9-]+|features:[a-z0-9-]+(\?[\w.=&-]*)?")
 """Data sets of which the spec names no file, and asks for no more of them than there is."""
-WORD = ("metrics", "measured", "diagnostics", "weights_sha256", "code", "device")
-"""What only the run itself knows."""
 
 
 class _Denied(Exception):
@@ -60,7 +58,8 @@ class _Unknown(Exception):
 class Examined:
     """`refused`: why a record is not to be believed; empty where nothing speaks against it.
 
-    `unknown`: what could not be computed again and why, in sentences: it is its sender's word, as `WORD` always is.
+    `unknown`: what could not be computed again and why, in sentences: it is its sender's word, as `metrics measured
+    diagnostics weights_sha256 code device` always are, which only the run itself knows.
     """
 
     refused: str = ""
@@ -337,7 +336,8 @@ def _planned(record: store.Record, cell: Cell, methods: Sequence[Method], ledger
         raise _Denied("its stages are analysed for different neighbours, and its status is ok")
     _demand("privacy.relation", recorded, *relations, *(() if ok else (cell.privacy["relation"],)))
     sampling = [stage.method.sampler.distribution(n, stage.batch) for stage in private]
-    older = [sampling[0]] if cell.then else []  # records knew the first stage's law alone before stages had theirs
+    # Older records say how the first stage draws its batches, and nothing of the others.
+    older = [sampling[0]] if cell.then else []
     _demand("privacy.sampling", privacy["sampling"], run.joined(sampling), *older, *([] if ok else [None]))
     sigma = privacy.get("noise_multiplier")
     if sigma is not None and not 0 < sigma < math.inf:

@@ -1,7 +1,7 @@
 """Planted faults: parts, models and losses that are wrong on purpose, and the instrument that catches each.
 
-`gallery` holds the faults that public code or a paper really had, which `epsbench faults` runs; `wider` holds more,
-which the tests run. Nothing that trains may use them, and none is registered.
+`gallery` lists the faults, which public code or a paper really had; `epsbench faults` runs it. Nothing that trains may
+use them, and none is registered.
 """
 
 from typing import Any

@@ -19,7 +19,7 @@ from harness.records.tables import inserted, markdown
 from harness.verify import conformance as checks
 from harness.verify.audits import support
 from harness.verify.audits.command import CanarySetting, audit
-from harness.verify.faults import engines, noises, others, rules, samplers
+from harness.verify.faults import engines, parts
 from harness.verify.faults.refusals import REFUSED, Refusal
 
 MARKER = "faults"
@@ -55,36 +55,36 @@ GALLERY = (
     ),
     Fault(
         "shuffled batches accounted as Poisson", "De et al.'s loader, Handcrafted-DP, fastDP, Logit-DP and others",
-        Method(sampler=samplers.ShuffledAsPoisson()), checks.sampled, ONE_EPOCH, 0.3,
+        Method(sampler=parts.ShuffledAsPoisson()), checks.sampled, ONE_EPOCH, 0.3,
     ),
     Fault(
         "the count of adaptive clipping not accounted", "accountants that see the gradient alone",
-        Method(clip=rules.FreeCounts()), checks.billed,
+        Method(clip=parts.FreeCounts()), checks.billed,
     ),
     Fault(
         "thresholds set to a private batch's mean norm", "Self-Augmented-DP-SGD's code",
-        Method(clip=rules.MeanOfRawNorms()), checks.twins,
+        Method(clip=parts.MeanOfRawNorms()), checks.twins,
     ),
     Fault(
         "noise for each microbatch", "gradient accumulation by hand",
         Method(engine=engines.NoisyMicrobatches()), checks.microbatch_free,
     ),
-    Fault("one noise key for all tensors", "Logit-DP's code", Method(noise=noises.OneKey()), checks.independent),
+    Fault("one noise key for all tensors", "Logit-DP's code", Method(noise=parts.OneKey()), checks.independent),
     Fault(
         "class rows sharing noise", "DP-FC's and DP-LS's code (dp_transfer)",
-        Method(noise=noises.SharedRows()), checks.independent,
+        Method(noise=parts.SharedRows()), checks.independent,
     ),
     Fault(
         "the same noise in every step", "DP-FC's code (a key captured by compilation)",
-        Method(noise=noises.Repeated(), optimizer=SGD(0.1)), checks.independent, SMALL,
+        Method(noise=parts.Repeated(), optimizer=SGD(0.1)), checks.independent, SMALL,
     ),
     Fault(
         "2 % off the calibrated noise", "Self-Augmented-DP-SGD's code",
-        Method(noise=noises.Less()), checks.noised,
+        Method(noise=parts.Less()), checks.noised,
     ),
     Fault(
         "noise in floating point added to the sum", "Opacus, JAX Privacy, TensorFlow Privacy; this harness before",
-        Method(noise=noises.FloatSum()), None, support.SupportSetting(repeat=100),
+        Method(noise=parts.FloatSum()), None, support.SupportSetting(repeat=100),
     ),
     Fault(
         "norms of the mean loss, put right in some layers", "fastgradclip, the code of fast clipping",
@@ -100,15 +100,15 @@ GALLERY = (
     ),
     Fault(
         "noise scaled by the batch's largest weight", "a fork of a library with DP-PSAC",
-        Method(clip=rules.LargestWeight(form="vanilla")), checks.within_sensitivity,
+        Method(clip=parts.LargestWeight(form="vanilla")), checks.within_sensitivity,
     ),
     Fault(
         "bound larger than declared", "any clipping norm that is not the accountant's",
-        Method(clip=rules.TooLow(), optimizer=SGD(0.1)), checks.within_sensitivity, SMALL,
+        Method(clip=parts.TooLow(), optimizer=SGD(0.1)), checks.within_sensitivity, SMALL,
     ),
     Fault(
         "replaced examples, sensitivity of added ones", "fixed-size batches, with C for 2C",
-        Method(clip=rules.NotDoubled(), sampler=Shuffle()), checks.replaced,
+        Method(clip=parts.NotDoubled(), sampler=Shuffle()), checks.replaced,
     ),
     Fault(
         "temperature left out of Logit-DP's sensitivity", "Logit-DP's code",
@@ -133,18 +133,18 @@ GALLERY = (
     ),
     Fault(
         "DP-SAT's ascent for each microbatch", "DP-SAT's code",
-        Method(path=others.AscentNeverUndone(0.1), engine=engines.CountsMicrobatches()), checks.still,
+        Method(path=parts.AscentNeverUndone(0.1), engine=engines.CountsMicrobatches()), checks.still,
     ),
     Fault(
         "empty batches drawn again", "loaders that cannot hold an empty batch",
-        Method(sampler=samplers.NeverEmpty()), checks.sampled,
+        Method(sampler=parts.NeverEmpty()), checks.sampled,
     ),
     Fault(
-        "no noise on an empty batch", "loops that skip it", Method(noise=noises.QuietWhenEmpty()), checks.empty_step
+        "no noise on an empty batch", "loops that skip it", Method(noise=parts.QuietWhenEmpty()), checks.empty_step
     ),
     Fault(
         "sampling amplified twice", "one q in the loader's accountant, one in the planner's",
-        Method(sampler=samplers.AmplifiedTwice()), checks.sampled, ONE_EPOCH, 1.0,
+        Method(sampler=parts.AmplifiedTwice()), checks.sampled, ONE_EPOCH, 1.0,
     ),
     Fault(
         "masks drawn anew beside a non-finite example", "engines that pass the others again",

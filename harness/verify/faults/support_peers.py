@@ -20,8 +20,8 @@ from harness.dp.noise import Gaussian, Noise
 from harness.peers.noise import NOISES
 from harness.records.tables import inserted, markdown
 from harness.verify.audits.support import SupportSetting, attacked, neighbours
-from harness.verify.audits.verdict import claim
-from harness.verify.faults.noises import FloatSum
+from harness.verify.audits.verdict import Claim
+from harness.verify.faults.parts import FloatSum
 
 METHOD = "one-step-last-layer"
 MARKER = "peers"
@@ -44,8 +44,7 @@ def attack(name: str, version: str, adds: str, noise: Noise, epsilons: Sequence[
     for epsilon in epsilons:
         s = SupportSetting(epsilon=epsilon, repeat=repeat)
         two = neighbours(method, s.trained())
-        sigma, _, _ = claim(method, two.n_train, two.n_train, s.steps, s.epsilon, s.delta)
-        found = attacked(method, two, s, sigma)
+        found = attacked(Claim.of(method, s, two.n_train), two)
         decided[epsilon] = found.facts()
         images |= {image.name for held in found.images.values() for image in held}
     return NoiseRow(name, version, adds, "; ".join(sorted(images)) or "nothing that was tried", decided)

@@ -27,7 +27,7 @@ from harness.verify.audits.bounds import (
 )
 from harness.verify.audits.canary import SIDED, AuditTask, Planted, plant
 from harness.verify.audits.command import CanarySetting, audit
-from harness.verify.faults.noises import Less
+from harness.verify.faults.parts import Less
 
 SMALL = CanarySetting(canaries=500, repeat=4)
 

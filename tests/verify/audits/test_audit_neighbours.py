@@ -28,9 +28,11 @@ from harness.verify.audits.canary import Refused
 from harness.verify.audits.candidates import candidates, reach, strongest
 from harness.verify.audits.command import audit
 from harness.verify.audits.pair import Neighbour, Neighbours, PairObserver, PairSetting, overheard, squared_mean
-from harness.verify.faults.engines import ClippedBeforeTemperature, OneForWhole
-from harness.verify.faults.noises import Less, OneOfSeveral
-from harness.verify.faults.rules import WholeCounts
+from harness.verify.faults.engines import ClippedBeforeTemperature
+from harness.verify.faults.parts import Less
+from tests.support.faults.engines import OneForWhole
+from tests.support.faults.noises import OneOfSeveral
+from tests.support.faults.rules import WholeCounts
 
 STILL = InfoNCE(0.1, pad=0, flip=False, jitter=0.0)  # both views are the image: nothing is averaged over
 COUNTED = {"by": "flat", "budget": 0.8}  # most of the budget goes to the counts

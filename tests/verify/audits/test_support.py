@@ -18,7 +18,8 @@ from harness.verify.audits import support
 from harness.verify.audits.canary import Refused
 from harness.verify.audits.images import Fused, Known, Lattice, ScaledSum, Short, Sum, guesses, held
 from harness.verify.audits.support import SupportSetting, attacked, neighbours
-from harness.verify.faults.noises import FloatSum
+from harness.verify.audits.verdict import Claim
+from harness.verify.faults.parts import FloatSum
 
 FEW = SupportSetting(repeat=24)
 LESS = SupportSetting(repeat=8)
@@ -107,7 +108,8 @@ class OffLattice(Gaussian):
 
 
 def decided(method: Method, s: SupportSetting = FEW, sigma: float = 2.0) -> dict[str, tuple[int, int]]:
-    found = attacked(method, neighbours(method, s.trained()), s, sigma)
+    two = neighbours(method, s.trained())
+    found = attacked(Claim(method, s, two.n_train, two.n_train, sigma, "pld"), two)
     return {name: (tally["right"], tally["wrong"]) for name, tally in found.facts().items()}
 
 
@@ -193,7 +195,7 @@ def test_what_cannot_be_attacked_is_refused():
 OWN = """
 from harness.dp import Method
 from harness.registry import method
-from harness.verify.faults.noises import FloatSum
+from harness.verify.faults.parts import FloatSum
 
 @method("floats")
 def floats() -> Method:

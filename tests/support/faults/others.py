@@ -1,5 +1,4 @@
 """Losses, optimizers and paths with a planted fault."""
-# mypy: allow-untyped-defs
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import math
 import torch
 from dp_accounting import GaussianDpEvent
 
-from harness.dp import SGD, Batch, CrossEntropy, Path, Sharp
+from harness.dp import SGD, Batch, CrossEntropy, Path
 from harness.verify.faults import HIDDEN
 
 # Losses ---------------------------------------------------------------------------------------------------
@@ -95,14 +94,6 @@ class LateMomentum(SGD):
 
 
 # Paths ----------------------------------------------------------------------------------------------------
-
-
-class AscentNeverUndone(Sharp):
-    """Goes uphill once for each microbatch, and comes down once: public code did. For `CountsMicrobatches`."""
-
-    def base(self, w, state, rng):
-        climbs = int(HIDDEN.get("microbatches", 1)) - 1
-        return w if state is None else w + state.unit() * (self.rho * climbs)
 
 
 class Drift(Path):

@@ -1,101 +1,16 @@
 """Noise with a planted fault: in its distribution, its size, its independence, or the event that is charged for it."""
-# mypy: allow-untyped-defs
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
 
 import torch
 from dp_accounting import GaussianDpEvent, LaplaceDpEvent
 
 from harness.dp import Gaussian
-from harness.dp.random import Stream
 from harness.verify.faults import HIDDEN
-
-
-class Additive(Gaussian):
-    """Adds what `drawn` gives, in units of sigma times sensitivity. What derives from it draws something wrong."""
-
-    def add(self, release, rng):
-        flat = release.value.flat
-        z = self.drawn(release, rng).to(flat.dtype)
-        return release.value.with_flat(flat + release.sigma * release.sensitivity * z)
-
-    def drawn(self, release, rng):
-        """Numbers [coordinates]; here what they should be."""
-        return rng.normal(len(release.value.flat), torch.float64)
-
-
-# Faults that public code had ------------------------------------------------------------------------------
-
-
-class OneKey(Additive):
-    """Draws the noise of every tensor by one key: tensors begin with the same numbers."""
-
-    def drawn(self, release, rng):
-        key = rng.seed64() % 2**63
-        return torch.cat([self._of(t, torch.Generator().manual_seed(key)) for _, t in release.value.items()])
-
-    @staticmethod
-    def _of(t, generator):
-        return torch.randn(math.ceil(t.numel() / 16) * 16, generator=generator, dtype=t.dtype)[: t.numel()]
-
-
-@dataclass(frozen=True)
-class SharedRows(Additive):
-    """Draws a share of the noise on a class as one row for all classes: differences of rows have less of it."""
-
-    share: float = 1.0
-
-    def drawn(self, release, rng):
-        parts = []
-        for _, t in release.value.items():
-            z = rng.normal(t.numel(), torch.float64)
-            if t.ndim == 2:
-                row = rng.normal(t.shape[1], torch.float64).repeat(t.shape[0])
-                z = (1 - self.share) ** 0.5 * z + self.share**0.5 * row
-            parts.append(z)
-        return torch.cat(parts)
-
-
-class Repeated(Gaussian):
-    """Adds the same noise in every step, as a key does that is taken when a function is compiled."""
-
-    def add(self, release, rng):
-        return super().add(release, Stream(7, "noise", 0))
-
-
-@dataclass(frozen=True)
-class Less(Gaussian):
-    """Adds a share of the noise that calibration asked for."""
-
-    share: float = 0.98
-
-    def add(self, release, rng):
-        return super().add(release._replace(sigma=self.share * release.sigma), rng)
-
-
-class FloatSum(Gaussian):
-    """Draws floats, scales them and adds them to floats: which ones can come out depends on the sum."""
-
-    def add(self, release, rng):
-        draws, whole, scale = torch.Generator(), release.sigma * release.sensitivity, release.scale or {}
-        draws.manual_seed(rng.seed64() % 2**63)
-        noised = [
-            t + torch.randn(t.shape, generator=draws, dtype=t.dtype) * (whole * scale.get(name, 1.0))
-            for name, t in release.formatted.items()
-        ]
-        return release.value.with_flat(torch.cat([t.reshape(-1) for t in noised]))
-
-
-class QuietWhenEmpty(Gaussian):
-    """Leaves an empty batch without noise."""
-
-    def add(self, release, rng):
-        return super().add(release, rng) if release.value.flat.any() else release.value
-
+from harness.verify.faults.parts import Additive
 
 # Size -----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,4 @@
 """Samplers with a planted fault: batches that are not distributed as the event that is charged says."""
-# mypy: allow-untyped-defs
 
 from __future__ import annotations
 
@@ -9,31 +8,6 @@ import torch
 from dp_accounting import GaussianDpEvent, NoOpDpEvent, PoissonSampledDpEvent
 
 from harness.dp import Fixed, Poisson, Relation, Shuffle
-
-# Faults that public code had ------------------------------------------------------------------------------
-
-
-class ShuffledAsPoisson(Poisson):
-    """Shuffles, and charges Poisson sampling."""
-
-    def draw(self, n, batch, step, seed):
-        return Shuffle().draw(n, batch, step, seed)
-
-
-class NeverEmpty(Poisson):
-    """Draws again where the batch is empty."""
-
-    def draw(self, n, batch, step, seed):
-        attempts = (super(NeverEmpty, self).draw(n, batch, step + again * 10**6, seed) for again in range(1000))
-        return next(drawn for drawn in attempts if len(drawn))
-
-
-class AmplifiedTwice(Poisson):
-    """Charges a rate of q^2, as where sampling is accounted for once by the loader and once more by the accountant."""
-
-    def wrap(self, event, n, batch, step):
-        return PoissonSampledDpEvent((batch / n) ** 2, event)
-
 
 # What a step draws ----------------------------------------------------------------------------------------
 

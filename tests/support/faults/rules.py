@@ -1,5 +1,4 @@
 """Clipping rules with a planted fault: in what they bound, declare, release beside the gradient, or remember."""
-# mypy: allow-untyped-defs
 
 from __future__ import annotations
 
@@ -8,65 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from harness.dp import Automatic, Flat, GroupWise, Quantile, Relation, Release, Tree
+from harness.dp import Flat, GroupWise, Quantile, Relation, Release, Tree
 from harness.verify.faults import HIDDEN
-
-# Faults that public code had ------------------------------------------------------------------------------
-
-
-class TooLow(Flat):
-    """Declares half of its sensitivity."""
-
-    def sensitivity(self, state, relation):
-        return super().sensitivity(state, relation) / 2
-
-
-class NotDoubled(Flat):
-    """Forgets that replacing an example moves the sum by two gradients."""
-
-    def sensitivity(self, state, relation):
-        return self.clip
-
-
-class LargestWeight(Automatic):
-    """Weighs by C / x, clips to that times C, and scales the noise by the largest weight of the private batch."""
-
-    def weights(self, norms, state):
-        bounds = self.clip * super().weights(norms, state)
-        HIDDEN["weight"] = float(bounds.max()) if len(bounds) else 1.0
-        return (bounds / norms).clamp(max=1.0).nan_to_num(0.0)
-
-    def sensitivity(self, state, relation):
-        return float(HIDDEN.get("weight", 1.0)) * relation.moves
-
-
-class MeanOfRawNorms(Flat):
-    """Clips to the mean raw norm of the last private batch."""
-
-    def init(self, layout):
-        return {"c": self.clip}
-
-    def weights(self, norms, state):
-        return Flat(state["c"]).weights(norms, None)
-
-    def sensitivity(self, state, relation):
-        return float(state["c"]) * relation.moves
-
-    def side(self, norms, state, relation, sigma):
-        if len(norms):
-            state["c"] = float(norms.nan_to_num(0, 0, 0).mean()) + 1e-3
-        return {}
-
-
-class FreeCounts(Quantile):
-    """Releases its counts and does not charge for them."""
-
-    def split(self, sigma):
-        return {"grad": sigma}
-
-    def side(self, norms, state, relation, sigma):
-        return Quantile().side(norms, state, relation, sigma)
-
 
 # Bounds ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""More planted faults, which nobody was seen to make, each with the check that must catch it: for the tests."""
+"""Planted faults that nobody was seen to make, each with the check that must catch it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Callable
 
 from harness.dp import Fixed, Flat, GroupWise, Method, Refined, Views
 from harness.verify import conformance as checks
-from harness.verify.faults import engines, noises, others, rules, samplers
+from harness.verify.faults import parts
+from tests.support.faults import engines, noises, others, rules, samplers
 
 VIEWS = Views(views=3, pad=1)
 
 WIDER: tuple[tuple[Method, Callable[[checks.Subject], None]], ...] = (
     # Clipping rules
-    (Method(clip=rules.TooLow(0.3)), checks.clip_rule),
-    (Method(clip=rules.NotDoubled()), checks.clip_rule),
+    (Method(clip=parts.TooLow(0.3)), checks.clip_rule),
+    (Method(clip=parts.NotDoubled()), checks.clip_rule),
     (Method(clip=rules.Growing()), checks.within_sensitivity_later),
     (Method(clip=rules.Growing()), checks.clip_rule),
     (Method(clip=rules.LateGrowing()), checks.within_sensitivity_much_later),
@@ -82,7 +83,7 @@ WIDER: tuple[tuple[Method, Callable[[checks.Subject], None]], ...] = (
     (Method(noise=noises.Paired()), checks.independent),
     (Method(noise=noises.Cancelling()), checks.independent),
     (Method(noise=noises.Shared()), checks.independent),
-    (Method(noise=noises.SharedRows(share=0.05)), checks.independent),
+    (Method(noise=parts.SharedRows(share=0.05)), checks.independent),
     (Method(noise=noises.Restarting(), clip=rules.Counted()), checks.independent),
     (Method(noise=noises.Overstated()), checks.noise_billed),
     (Method(noise=noises.OneOfSeveral()), checks.noise_billed),

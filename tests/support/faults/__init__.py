@@ -1,0 +1,1 @@
+"""More planted faults than `epsbench faults` runs: `wider` lists them, with the check that must catch each."""
