@@ -86,7 +86,7 @@ def step(
         noise = rng.own(name, r, observed) if m.noise.private else rng.noise
         spread = m.noise.deviation(r, s.noise.get(name))
         deviations[name] = {tensor: one / denominator for tensor, one in spread.items()}
-        noised, kept[name] = m.noise.add(r, noise, s.noise.get(name))
+        noised, kept[name] = m.noise.publish(r, noise, s.noise.get(name))
         public[name] = r._replace(value=noised).formatted / denominator
     g = public.pop("grad")
     state = m.optimizer.receive(s.optimizer, public, deviations)

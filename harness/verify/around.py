@@ -28,8 +28,28 @@ class AroundNoise(Noise):
     def private(self) -> bool:
         return self.noise.private
 
-    def add(self, release: Release, rng: Stream) -> Tree:
-        return self.noise.add(release, rng)
+    @property
+    def remembers(self) -> bool:
+        return self.noise.remembers
+
+    @property
+    def separation(self) -> int:
+        return self.noise.separation
+
+    def separate(self, steps: int, separation: int) -> bool:
+        return self.noise.separate(steps, separation)
+
+    def init(self, steps: int, separation: int) -> Any:
+        return self.noise.init(steps, separation)
+
+    def publish(self, release: Release, rng: Stream, state: Any) -> tuple[Tree, Any]:
+        return self.noise.publish(release, rng, state)
+
+    def deviation(self, release: Release, state: Any = None) -> dict[str, float]:
+        return self.noise.deviation(release, state)
+
+    def covariance(self, steps: int, separation: int) -> Any:
+        return self.noise.covariance(steps, separation)
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:
         return self.noise.event(sigmas)

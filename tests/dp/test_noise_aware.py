@@ -37,7 +37,7 @@ def test_adambc_takes_the_variance_of_the_noise_out():
 def test_the_deviation_that_optimizers_are_given_is_that_of_the_noise():
     tree = Tree.of({"a": torch.zeros(50_000), "b": torch.zeros(50_000)})
     release, noise = Release(tree, 0.5, 3.0, {"a": 1.0, "b": 4.0}), Gaussian()
-    public, _ = noise.add(release, Stream(1, "test", 0))
+    public = noise.add(release, Stream(1, "test", 0))
     said = noise.deviation(release)
     assert {name: float(t.std()) for name, t in public.items()} == pytest.approx(said, rel=0.02)
 

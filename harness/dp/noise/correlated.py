@@ -75,7 +75,10 @@ class Correlated(Gaussian):
         """The standard deviation of (C^-1 Z)_t, the noise of step t."""
         raise NotImplementedError
 
-    def add(self, release: Release, rng: Stream, state: dict[str, Any] | None = None) -> tuple[Tree, dict[str, Any]]:
+    def add(self, release: Release, rng: Stream) -> Tree:
+        raise TypeError(f"{type(self).__name__} noise goes on from a state: call publish")
+
+    def publish(self, release: Release, rng: Stream, state: dict[str, Any] | None) -> tuple[Tree, dict[str, Any]]:
         if state is None:
             raise ValueError("a release that the first step did not have cannot have noise in common with it")
         value = release.value

@@ -51,12 +51,13 @@ class Noise:
         """
         return None
 
-    def add(self, release: Release, rng: Stream, state: Any = None) -> tuple[Tree, Any]:
-        """The public version of `release`, and the next state. `rng` gives fresh draws for every release of every step.
-
-        `state` is that of the release's name.
-        """
+    def add(self, release: Release, rng: Stream) -> Tree:
+        """The public version of `release`. `rng` gives fresh draws for every release of every step."""
         raise NotImplementedError
+
+    def publish(self, release: Release, rng: Stream, state: Any) -> tuple[Tree, Any]:
+        """The public version of `release`, and the next state of its name: for noise that remembers."""
+        return self.add(release, rng), state
 
     def deviation(self, release: Release, state: Any = None) -> dict[str, float]:
         """The standard deviation of what `add` adds to a number, by tensor: public, up to one part in a million."""
@@ -79,8 +80,8 @@ class NoNoise(Noise):
     def private(self) -> bool:
         return False
 
-    def add(self, release: Release, rng: Stream, state: Any = None) -> tuple[Tree, Any]:
-        return release.value, state
+    def add(self, release: Release, rng: Stream) -> Tree:
+        return release.value
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:
         return NonPrivateDpEvent()
@@ -103,19 +104,19 @@ class Gaussian(Noise):
         plain = release.sigma * release.sensitivity
         return {name: plain * (release.scale or {}).get(name, 1.0) for name in release.value.names}
 
-    def add(self, release: Release, rng: Stream, state: Any = None) -> tuple[Tree, Any]:
+    def add(self, release: Release, rng: Stream) -> Tree:
         if not (math.isfinite(release.sensitivity) and release.sensitivity > 0):
             raise ValueError(f"Gaussian noise needs a finite sensitivity, and this release has {release.sensitivity}")
         value = release.value
         points = grid(release.sigma, release.sensitivity, value.layout.numel)
         if release.scale is None:
-            return value.with_flat(rng.noised(value.flat, points, release.dtype)), state
+            return value.with_flat(rng.noised(value.flat, points, release.dtype))
         if not all(scale > 0 and math.isfinite(scale) for scale in release.scale.values()):
             raise ValueError(f"Gaussian noise needs positive, finite scales, and this release has {release.scale}")
         noised = [
             rng.noised(t.reshape(-1), points.in_units(release.scale[name]), release.dtype) for name, t in value.items()
         ]
-        return value.with_flat(torch.cat(noised)), state
+        return value.with_flat(torch.cat(noised))
 
     def event(self, sigmas: Iterable[float]) -> DpEvent:
         sigmas = list(sigmas)

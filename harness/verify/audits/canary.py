@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -374,10 +375,10 @@ class Overheard(AroundNoise):
 
     report: Callable[[Release], None]
 
-    def add(self, release: Release, rng: Stream) -> Tree:
-        public = self.noise.add(release, rng)
+    def publish(self, release: Release, rng: Stream, state: Any) -> tuple[Tree, Any]:
+        public, after = self.noise.publish(release, rng, state)
         self.report(release._replace(value=public.clone()))
-        return public
+        return public, after
 
 
 # Scores ---------------------------------------------------------------------------------------------------
@@ -389,6 +390,19 @@ class Projections(NamedTuple):
     values: Tensor
     lengths: Tensor
     rate: float
+
+
+def whitened(o: Projections, method: Method, n: int, batch: int) -> Projections:
+    """The same, where noise is correlated: of each step what is left once the noise of the others is taken out.
+
+    A step shows a deviation of 1 then, and a canary by as much more as the others tell of its noise.
+    """
+    if not method.noise.remembers:
+        return o
+    covariance = method.noise.covariance(len(o.values), method.sampler.separation(n, batch) or 1)
+    precision = torch.from_numpy(np.linalg.inv(covariance))
+    own = precision.diagonal().sqrt()[:, None]
+    return o._replace(values=precision @ o.values / own, lengths=o.lengths * own)
 
 
 def likelihood(o: Projections, relation: Relation) -> Tensor:

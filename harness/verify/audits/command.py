@@ -27,7 +27,17 @@ from harness.records import audits
 from harness.running.seeds import derive
 from harness.verify.audits import membership, pair, support
 from harness.verify.audits.bounds import Sample
-from harness.verify.audits.canary import OWN, SCORES, AuditTask, CanaryObserver, Planted, Projections, Refused, plant
+from harness.verify.audits.canary import (
+    OWN,
+    SCORES,
+    AuditTask,
+    CanaryObserver,
+    Planted,
+    Projections,
+    Refused,
+    plant,
+    whitened,
+)
 from harness.verify.audits.candidates import strongest
 from harness.verify.audits.membership import MembershipSetting
 from harness.verify.audits.pair import PairSetting
@@ -100,7 +110,7 @@ def overhear(claim: Claim, planted: Planted, seed: int) -> tuple[Projections, st
     # The distribution of batches is public.
     draws = [len(method.sampler.draw(n, claim.batch, t, 0)) / n for t in range(16)]
     seen = Projections(torch.stack(observer.values), torch.stack(observer.lengths), min(1.0, sum(draws) / 16))
-    return seen, progress.engine
+    return whitened(seen, method, n, claim.batch), progress.engine
 
 
 # The record -----------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from harness.dp.tree import Tree
 from harness.running.seeds import derive
 from harness.running.train import Progress, Schedule
 from harness.verify.audits.bounds import Sample
-from harness.verify.audits.canary import SCORES, AuditTask, Overheard, Projections, Refused, Watched
+from harness.verify.audits.canary import SCORES, AuditTask, Overheard, Projections, Refused, Watched, whitened
 from harness.verify.audits.verdict import (
     RATES,
     TRADEOFF,
@@ -325,7 +325,7 @@ def audit(
         claim.check(progress.ledger)
         readings = [observer.reading(at) for at in steps]
         values, lengths, reached = torch.tensor(readings, dtype=torch.float64).T[:, :, None]
-        observed = Projections(values, lengths, rate)
+        observed = whitened(Projections(values, lengths, rate), method, pair.n_train, claim.batch)
         for name, score in SCORES.items():
             scores[name].append(float(score(observed, method.sampler.relation)))
         reaches.append(reached.mean().item())

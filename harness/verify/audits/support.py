@@ -97,9 +97,9 @@ class Witnessed(AroundNoise):
 
     given: list[Tensor] = field(default_factory=list)
 
-    def add(self, release: Release, rng: Stream) -> Tree:
+    def publish(self, release: Release, rng: Stream, state: Any) -> tuple[Tree, Any]:
         self.given.append(release.value.flat.clone())
-        return self.noise.add(release, rng)
+        return self.noise.publish(release, rng, state)
 
 
 @dataclass
@@ -150,7 +150,8 @@ def rehearsed(method: Method, worlds: Worlds, times: int, seed: int) -> Known:
     stream, drawn, sums = Stream(seed, "rehearsal", 0), [], []
     for _ in range(times):
         for release in worlds.releases:
-            noised = method.noise.add(release._replace(value=release.value.clone()), stream)
+            given = release._replace(value=release.value.clone())
+            noised, _ = method.noise.publish(given, stream, method.noise.init(1, 1))
             drawn.append(numbers(release._replace(value=noised).formatted))
             sums.append(numbers(release.value))
     return Known(np.stack(drawn), np.stack(sums), worlds.s)

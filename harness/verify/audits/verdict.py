@@ -207,6 +207,7 @@ def trained(
 ) -> Progress:  # fmt: skip
     """One run from the start to its end. Raises Refused where the method cannot be trained so."""
     try:
-        return train(method, model, data, sigma, schedule, secret, start(method, model, schedule.steps))
+        apart = method.sampler.separation(data.n_train, schedule.batch) or 1
+        return train(method, model, data, sigma, schedule, secret, start(method, model, schedule.steps, apart))
     except (ValueError, RuntimeError, Diverged) as error:
         raise Refused(f"it cannot be trained {where}: {error}") from error

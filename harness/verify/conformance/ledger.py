@@ -9,7 +9,7 @@ from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from harness.dp import cache
 from harness.dp.account import ACCOUNTANTS, epsilon
 from harness.dp.calibrate import calibrate
-from harness.verify.conformance.subject import BATCH, DELTA, SIGMA, STEPS, N, Subject, Violation
+from harness.verify.conformance.subject import DELTA, SIGMA, STEPS, N, Subject, Violation
 
 TARGET = 3.0
 
@@ -26,7 +26,7 @@ def amended(s: Subject) -> None:
 
 def billed(s: Subject) -> None:
     """the ledger is the plan"""
-    ledger, plan = s.reached[-1].ledger, s.method.plan(SIGMA, N, BATCH, STEPS)
+    ledger, plan = s.reached[-1].ledger, s.method.plan(SIGMA, N, s.batch, STEPS)
     if ledger != plan:
         raise Violation(
             f"the run charged {ledger}, the plan says {plan}: Engine.split or Clip.split must name every release's"
@@ -38,7 +38,7 @@ def billed(s: Subject) -> None:
 def calibrated(s: Subject) -> None:
     """the calibrated noise meets the target and wastes under 1 %; a run charges no more"""
     m = s.method
-    some = m.plan(SIGMA, N, BATCH, STEPS)
+    some = m.plan(SIGMA, N, s.batch, STEPS)
     able = (name for name in ACCOUNTANTS if math.isfinite(epsilon(some, DELTA, m.sampler.relation, name)))
     name = next(able, None)  # the one that ranks; the others take seconds
     if not m.noise.private:
@@ -46,8 +46,8 @@ def calibrated(s: Subject) -> None:
             raise Violation("nothing is noised, and yet the epsilon is finite")
         return
     # Read from the cache that runs use, so that what it holds is checked too.
-    sigma = calibrate(m, N, BATCH, STEPS, TARGET, DELTA, cache=cache.root() / "calibration")
-    plan = m.plan(sigma, N, BATCH, STEPS)
+    sigma = calibrate(m, N, s.batch, STEPS, TARGET, DELTA, cache=cache.root() / "calibration")
+    plan = m.plan(sigma, N, s.batch, STEPS)
     name = name or next(iter(ACCOUNTANTS))
     spent = epsilon(plan, DELTA, m.sampler.relation, name)
     if not 0.99 * TARGET <= spent <= TARGET:

@@ -17,7 +17,7 @@ from harness.dp.release import Relation
 from harness.dp.tree import Tree
 from harness.running.train import Progress, read_checkpoint, start, step, write_checkpoint
 from harness.verify.conformance.neighbours import moved
-from harness.verify.conformance.subject import BATCH, SIGMA, STEPS, Alike, Inapplicable, Subject, Violation
+from harness.verify.conformance.subject import SIGMA, STEPS, Alike, Inapplicable, Subject, Violation
 
 
 def described(s: Subject) -> None:
@@ -75,7 +75,7 @@ def still(s: Subject) -> None:
         frozen = dataclasses.replace(s.method, optimizer=dataclasses.replace(optimizer, **stop))
     except ValueError as error:
         raise Inapplicable(f"its optimizer takes no learning rate of 0: {error}") from error
-    off = float((s.run(frozen).w - start(frozen, s.model, STEPS).w).norm())
+    off = float((s.run(frozen).w - start(frozen, s.model, STEPS, s.apart).w).norm())
     if off:
         raise Violation(
             f"with lr = 0 the weights move by {off:.1e}: something but the optimizer changes them",
@@ -86,12 +86,12 @@ def still(s: Subject) -> None:
 def empty_step(s: Subject) -> None:
     """an empty Poisson batch is a step like any other"""
     m = s.method
-    p = start(m, s.model, STEPS)
+    p = start(m, s.model, STEPS, s.apart)
     batch = s.prepared(s.data.x[:0], s.data.y[:0])
     w, parts = p.w, p.parts
     for t in range(STEPS):  # not one: a method that asks twice for a step moves nothing at first
         streams = Alike(Stream(1, "noise", t), Stream(1, "path", t))
-        done = step(m, s.model, w, batch, parts, SIGMA, BATCH, streams, t)
+        done = step(m, s.model, w, batch, parts, SIGMA, s.batch, streams, t)
         w, parts = done.w, done.parts
         if not w.flat.isfinite().all():
             raise Violation("an empty batch makes the weights non-finite")
@@ -109,7 +109,7 @@ def empty_step(s: Subject) -> None:
 
 def _noised(s: Subject, batch: Any) -> None:
     for name, r in s.releases(batch).items():
-        public = s.method.noise.add(r, Stream(1, "noise", 0))
+        public, _ = s.method.noise.publish(r, Stream(1, "noise", 0), s.method.noise.init(1, 1))
         if torch.equal(public.flat, r.value.flat):
             raise Violation(
                 f'the release "{name}" of an empty batch is not noised: an observer would know that it was empty',

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
-from dp_accounting import DpEvent, GaussianDpEvent, NoOpDpEvent, PoissonSampledDpEvent, SampledWithoutReplacementDpEvent
+from dp_accounting import (
+    DpEvent,
+    GaussianDpEvent,
+    NoOpDpEvent,
+    PoissonSampledDpEvent,
+    SampledWithoutReplacementDpEvent,
+    TruncatedSubsampledGaussianDpEvent,
+)
 from scipy.special import bdtrc
 from torch import Tensor
 
@@ -31,8 +41,13 @@ TESTS = (2 * len(SIZES) + 1) * (6 + LAGS) + 6
 def sampled(s: Subject) -> None:
     """batches are distributed as the event that the sampler charges: rate, independence, sizes, empty batches"""
     s.noises()
+    sampler, seeds = s.method.sampler, (11 + 2 * s.seed, 1_000_003 + 2 * s.seed)
     for n, batch in SIZES:
-        _follows(s.method.sampler, n, batch, (11 + 2 * s.seed, 1_000_003 + 2 * s.seed))
+        event = sampler.wrap(GIVEN, n, batch, 0)
+        if isinstance(event, TruncatedSubsampledGaussianDpEvent):
+            _cut_off(sampler, event, n, batch, seeds)
+        else:
+            _follows(sampler, n, batch, seeds)
 
 
 def sampled_at_large(s: Subject) -> None:
@@ -43,8 +58,11 @@ def sampled_at_large(s: Subject) -> None:
     events = [sampler.wrap(GIVEN, *SIZES[0], t) for t in range(CHARGED)]
     if any(event == GIVEN for event in events):
         raise Inapplicable("it claims no amplification")
+    if isinstance(events[0], TruncatedSubsampledGaussianDpEvent):
+        _fresh(sampler, seeds[0])
+        return
     free = [t for t, event in enumerate(events) if isinstance(event, NoOpDpEvent)]
-    for t in free[:50]:
+    for t in free[:50] if sampler.cycle(*SIZES[0]) == 1 else ():
         if len(sampler.draw(*SIZES[0], t, seeds[0])):
             raise Violation(f"step {t} draws examples and charges nothing: charge every step")
     for n, batch in SIZES:
@@ -101,6 +119,11 @@ def _sized(sampler: Sampler, seeds: tuple[int, int]) -> None:
 
 
 def _follows(sampler: Sampler, n: int, batch: int, seeds: tuple[int, int], count: int = DRAWN, first: int = 0) -> None:
+    if sampler.unfit(n, batch):
+        return
+    cycle = sampler.cycle(n, batch)
+    if sampler.amplifies and cycle > 1:
+        sampler, count, first = _Cycles(sampler, cycle), max(count // cycle, LAGS + 4), first // cycle
     given, steps = GIVEN, range(first, first + count)
     events = [sampler.wrap(given, n, batch, t) for t in steps]
     rates = [_rate(event, given, n, batch) for event in events]
@@ -123,6 +146,53 @@ def _follows(sampler: Sampler, n: int, batch: int, seeds: tuple[int, int], count
     if amplified.any():
         rate = torch.tensor([rate for rate in rates if rate is not None], dtype=torch.float64)[:, None]
         _Draws([run - rate for run in runs], torch.cat([rate] * 2), not forced.any()).judge()
+
+
+@dataclass(frozen=True)
+class _Cycles(Sampler):
+    """A sampler that charges one event for a cycle, by whole cycles: who is drawn in one, each example at most once."""
+
+    sampler: Sampler
+    length: int
+
+    def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
+        drawn = [self.sampler.draw(n, batch, self.length * step + i, seed) for i in range(self.length)]
+        again = [self.sampler.draw(n, batch, self.length * (step + 1) + i, seed) for i in range(self.length)]
+        for i, one in enumerate(drawn):
+            others = torch.cat([*again[:i], *again[i + 1 :]])
+            if torch.isin(one, others).any():
+                raise Violation("an example is used in another step of the next cycle: uses must be a cycle apart")
+        return torch.cat(drawn)
+
+    def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
+        events = [self.sampler.wrap(event, n, batch, self.length * step + i) for i in range(self.length)]
+        if not all(isinstance(one, NoOpDpEvent) for one in events[1:]):
+            raise Violation("a cycle is charged more than one event: say its length in Sampler.cycle")
+        return events[0]
+
+
+def _cut_off(
+    sampler: Sampler, event: TruncatedSubsampledGaussianDpEvent, n: int, batch: int, seeds: tuple[int, int]
+) -> None:
+    """Whether batches are those of Poisson sampling, cut off where the event says: by size, and by who is in."""
+    most, rate = event.truncated_batch_size, event.sampling_probability
+    drawn = [sampler.draw(n, batch, t, seed) for seed in seeds for t in range(DRAWN)]
+    sizes = torch.tensor([len(one) for one in drawn])
+    if (sizes > most).any() or event.dataset_size < n + 1 or not math.isclose(rate, batch / n):
+        raise Violation(f"batches of {int(sizes.max())} are drawn, and {event} is charged for {batch} of {n}")
+    for k in range(1, most + 1):
+        p = float(bdtrc(k - 1, n, rate))
+        alarm(
+            binomial(int((sizes >= k).sum()), len(sizes), p, most), TESTS,
+            f"of {len(sizes)} batches {int((sizes >= k).sum())} hold {k} examples or more, where Poisson sampling that"
+            f" is cut off at {most} has {p * len(sizes):.0f}",
+        )  # fmt: skip
+    counts = torch.bincount(torch.cat([_members(one, n).nonzero().squeeze(1) for one in drawn]), minlength=n).double()
+    mean = sum(float(bdtrc(k - 1, n, rate)) for k in range(1, most + 1)) / n
+    alarm(
+        bernstein((counts - len(drawn) * mean).abs(), len(drawn) * mean * (1 - mean), 1.0, n), TESTS,
+        "some examples are drawn more often than others: leave out any of a batch that is too large, at random",
+    )  # fmt: skip
 
 
 def _rate(event: DpEvent, given: DpEvent, n: int, batch: int) -> float | None:

@@ -17,7 +17,7 @@ from harness.dp.tree import Tree
 from harness.running.train import Diverged, Progress, start
 from harness.verify.around import AroundEngine, AroundNoise
 from harness.verify.conformance.replay import same
-from harness.verify.conformance.subject import STEPS, Subject, Violation
+from harness.verify.conformance.subject import STEPS, N, Subject, Violation
 
 LITTLE, LONG = 18, 40  # examples, so that batches of 16 hold most of them, and steps
 
@@ -25,16 +25,33 @@ LITTLE, LONG = 18, 40  # examples, so that batches of 16 hold most of them, and 
 def twins(s: Subject) -> None:
     """nothing but the noised releases depends on the data"""
     s.noises()
-    _alike(s, start(s.method, s.model, STEPS), STEPS)
+    _alike(s, start(s.method, s.model, STEPS, s.apart), STEPS)
+    for name, r in s.whole.items():
+        _blind_state(s, name, r)
+
+
+def _blind_state(s: Subject, name: str, release: Release) -> None:
+    """Whether what noise keeps follows from its stream alone: kept sums would outlive their release."""
+    noise, values = s.method.noise, (release.value, release.value * -3.0 + 1.0)
+    states = [noise.init(STEPS, s.apart) for _ in values]
+    for t in range(STEPS):
+        streams = [Stream(6, name, t) for _ in values]
+        pairs = zip(values, streams, states, strict=True)
+        states = [noise.publish(release._replace(value=v.clone()), rng, state)[1] for v, rng, state in pairs]
+        if not same(*states):
+            raise Violation(
+                f'the state of the noise on "{name}" depends on what is released: keep what was drawn, and no sum',
+                evidence="noise state differs",
+            )
 
 
 def twins_later(s: Subject) -> None:
     """nor does anything in the long run: over 40 steps, and after 119 and 1019"""
     s.noises()
-    small = copy.copy(s.data)
-    small.x, small.y, small.n_train = s.data.x[:LITTLE], s.data.y[:LITTLE], LITTLE
+    small, n = copy.copy(s.data), LITTLE if s.method.unfit(LITTLE, s.batch, LONG) is None else N
+    small.x, small.y, small.n_train = s.data.x[:n], s.data.y[:n], n
     little = dataclasses.replace(s, data=small)
-    _alike(little, start(s.method, s.model, LONG), LONG)
+    _alike(little, start(s.method, s.model, LONG, s.apart), LONG)
     for p in s.aged:
         _alike(little, p, p.step + 12)
 
@@ -65,7 +82,8 @@ def _alike(s: Subject, begun: Progress, until: int) -> None:
 
 
 def _public(s: Subject, p: Progress) -> dict[str, Any]:
-    states = {f"{name} state": copy.deepcopy(value) for name, value in p.parts._asdict().items()}
+    # The noise's own state is secret, and is looked at in `_forgetful_noise`.
+    states = {f"{name} state": copy.deepcopy(value) for name, value in p.parts._asdict().items() if name != "noise"}
     return {
         "sensitivities": dict(p.sensitivity), "charges": p.ledger.to_json(), "weights": p.w.clone(),
         "kept weights": s.method.path.kept(p.w, p.parts.path).clone(), **states
@@ -75,9 +93,9 @@ def _public(s: Subject, p: Progress) -> dict[str, Any]:
 class _Blind(AroundNoise):
     """Noise that never looks at the value: what is public does not depend on the data."""
 
-    def add(self, release: Release, rng: Stream) -> Tree:
+    def publish(self, release: Release, rng: Stream, state: Any) -> tuple[Tree, Any]:
         flat = release.value.flat
-        return release.value.with_flat(0.1 * rng.normal(len(flat), flat.dtype))
+        return release.value.with_flat(0.1 * rng.normal(len(flat), flat.dtype)), state
 
 
 def poisoned(s: Subject) -> None:
@@ -105,10 +123,11 @@ class _Poison(AroundEngine):
 class _Shred(AroundNoise):
     """Noise that ruins the private value as soon as the public one is made."""
 
-    def add(self, release: Release, rng: Stream) -> Tree:
-        public = self.noise.add(release, rng).clone()
+    def publish(self, release: Release, rng: Stream, state: Any) -> tuple[Tree, Any]:
+        public, after = self.noise.publish(release, rng, state)
+        public = public.clone()
         release.value.flat.fill_(math.nan)
-        return public
+        return public, after
 
 
 def forgetful(s: Subject) -> None:
@@ -135,8 +154,9 @@ def _drawn(s: Subject, releases: dict[str, Release]) -> dict[str, Tensor]:
     """Releases and their noised versions, by the same stream every time."""
     rng = Stream(5, "noise", 0)
     exact = {name: r.value.flat.clone() for name, r in releases.items()}
-    noised = {f"noise on {name}": s.method.noise.add(r, rng).flat.clone() for name, r in releases.items()}
-    return exact | noised
+    noise = s.method.noise
+    published = {name: noise.publish(r, rng, noise.init(1, 1))[0] for name, r in releases.items()}
+    return exact | {f"noise on {name}": tree.flat.clone() for name, tree in published.items()}
 
 
 def separately(s: Subject) -> None:

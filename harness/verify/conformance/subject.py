@@ -11,6 +11,7 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -165,6 +166,17 @@ class Subject:
     seed: int = 0
     identity: tuple[str, str] | None = None
 
+    @cached_property
+    def batch(self) -> int:
+        """The expected batch size, as large as the sampler can make it: the groups that it draws from may be many."""
+        fits = (batch for batch in (BATCH, BATCH // 2, BATCH // 4) if self.method.unfit(N, batch, STEPS) is None)
+        return next(fits, BATCH)
+
+    @property
+    def apart(self) -> int:
+        """How many steps apart an example is used."""
+        return self.method.sampler.separation(N, self.batch) or 1
+
     def prepared(self, x: Tensor, y: Tensor) -> Batch:
         """Examples as the loss wants them to be trained on, by the same draws every time."""
         return self.method.loss.prepare(Batch(x, y), Stream(1, "views", 0))
@@ -174,7 +186,7 @@ class Subject:
     ) -> dict[str, Release]:
         """The bounded releases of one prepared batch, at the start or `at` a later state."""
         m = method or self.method
-        p = at or start(m, self.model, STEPS)
+        p = at or start(m, self.model, STEPS, self.apart)
         probe = m.path.probe(p.w, p.parts.path)
         args = (probe, batch, p.parts.clip, SIGMA, relation or m.sampler.relation, p.step)
         return m.engine.bounded(m.loss, m.clip, self.model, *args).releases
@@ -205,18 +217,26 @@ class Subject:
             for key, r in releases.items()
             for name, shape in zip(r.value.names, r.value.layout.shapes, strict=True)
         ]
-        given = list(releases.values())
+        given, noise = list(releases.values()), self.method.noise
         zero = [r._replace(value=r.value.zeros_like()) for r in given]
         drawn: list[list[Tensor]] = [[] for _ in given]
+        states = [noise.init(DRAWS, self.apart) for _ in given]
         for t in range(DRAWS):
             rng = Stream(1 + self.seed, "noise", t)  # one stream for all releases of a step, as in training
             # every other step hands in zeros: noise depends on no value
-            for r, rows in zip(given if t % 2 else zero, drawn, strict=True):
-                rows.append(self.method.noise.add(r, rng).flat - r.value.flat)
+            for i, r in enumerate(given if t % 2 else zero):
+                # Noise that remembers is known by its stream, and two releases have noise of their own.
+                stream = rng.under(str(i)) if noise.remembers else rng
+                public, states[i] = noise.publish(r, stream, states[i])
+                drawn[i].append(public.flat - r.value.flat)
         z = [
             torch.stack(rows).double() * r.in_units(r.value.zeros_like() + 1.0).flat / (r.sigma * r.sensitivity)
             for r, rows in zip(given, drawn, strict=True)
         ]
+        if noise.remembers:
+            # By what it states it has in common with earlier steps, it is made independent.
+            factor = torch.from_numpy(np.linalg.cholesky(noise.covariance(DRAWS, self.apart)))
+            z = [torch.linalg.solve_triangular(factor, rows, upper=False) for rows in z]
         return Noised(torch.cat(z, 1), releases, blocks)
 
     def wide_noise(self, width: int, draws: int) -> Tensor:
@@ -229,14 +249,16 @@ class Subject:
         zero = r._replace(value=Tree.of(wide))
         rows = []
         for draw in range(draws):
-            noised = self.method.noise.add(zero, Stream(1 + self.seed, f"wide {name}", draw))
+            # Each a first step: nothing came before it.
+            state = self.method.noise.init(1, 1)
+            noised, _ = self.method.noise.publish(zero, Stream(1 + self.seed, f"wide {name}", draw), state)
             rows.append(zero.in_units(noised).flat.double() / (r.sigma * r.sensitivity))
         return torch.stack(rows)
 
     @cached_property
     def reached(self) -> list[Progress]:
         """The states that a short training passes through, from the start to its end."""
-        states = [start(self.method, self.model, STEPS)]
+        states = [start(self.method, self.model, STEPS, self.apart)]
         end = self.run(save=lambda p: states.append(dataclasses.replace(p, ledger=copy.deepcopy(p.ledger))))
         return [*states, end]
 
@@ -244,11 +266,11 @@ class Subject:
     def aged(self) -> list[Progress]:
         """The first weights, and the parts' states after `AGES` empty batches: steps like any other, and cheap."""
         m, empty = self.method, self.prepared(self.data.x[:0], self.data.y[:0])
-        first = start(m, self.model, AGES[-1] + STEPS)
+        first = start(m, self.model, AGES[-1] + STEPS, self.apart)
         w, parts, states = first.w, first.parts, []
         for t in range(AGES[-1]):
             streams = Alike(Stream(SEEDS.noise, "noise", t), Stream(SEEDS.path, "path", t))
-            done = step(m, self.model, w, empty, parts, SIGMA, BATCH, streams, t)
+            done = step(m, self.model, w, empty, parts, SIGMA, self.batch, streams, t)
             w, parts = done.w, done.parts
             if t + 1 in AGES:
                 states.append(Progress(t + 1, first.w, copy.deepcopy(parts)))
@@ -264,8 +286,8 @@ class Subject:
     ) -> Progress:
         """A short training, or its first steps."""
         m = method or self.method
-        schedule = Schedule(until, BATCH, 2, save_seconds=-1.0)
-        begun = progress or start(m, self.model, STEPS)
+        schedule = Schedule(until, self.batch, 2, save_seconds=-1.0)
+        begun = progress or start(m, self.model, STEPS, self.apart)
         return train(m, self.model, self.data, sigma, schedule, SEEDS, begun, streams=Alike, **hooks)
 
     def noises(self) -> None:

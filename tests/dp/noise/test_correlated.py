@@ -22,7 +22,7 @@ def released(noise, steps, separation, size, sigma=1.3, sensitivity=0.5, value=N
     state, rows = noise.init(steps, separation), []
     for t in range(steps):
         tree = Tree.of({"a": torch.zeros(size, dtype=torch.float64) if value is None else value[t]})
-        public, state = noise.add(Release(tree, sensitivity, sigma), Stream(1, "test", t), state)
+        public, state = noise.publish(Release(tree, sensitivity, sigma), Stream(1, "test", t), state)
         rows.append((public.flat - tree.flat) / (sigma * sensitivity))
     return torch.stack(rows)
 
@@ -146,8 +146,10 @@ def test_noise_is_in_units_of_a_tensor_and_does_not_look_at_values(noise):
     for t in range(6):
         tree = Tree.of({"a": torch.randn(40, generator=torch.Generator().manual_seed(t)), "b": torch.ones(3)})
         plain = Release(tree.zeros_like(), 1.0, 1.0)
-        zero, state = noise.add(plain, Stream(1, "test", t), state)
-        scaled, other = noise.add(plain._replace(value=tree, scale={"a": 4.0, "b": 1.0}), Stream(1, "test", t), other)
+        zero, state = noise.publish(plain, Stream(1, "test", t), state)
+        scaled, other = noise.publish(
+            plain._replace(value=tree, scale={"a": 4.0, "b": 1.0}), Stream(1, "test", t), other
+        )
         assert torch.allclose((scaled - tree)["a"], 4 * zero["a"], atol=1e-4)
         assert torch.allclose((scaled - tree)["b"], zero["b"], atol=1e-4)
     assert state.keys() == other.keys() and repr(state) == repr(other)
