@@ -57,7 +57,7 @@ def test_records_are_strict_json_and_sorted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"schema": SCHEMA + 1}, "update epsbench"), ({"status": "fine"}, "none of"), ({"metrics": None}, "metrics"),
+    [({"schema": SCHEMA + 1}, "update epsbench"), ({"status": "fine"}, "not one of"), ({"metrics": None}, "metrics"),
      ({"id": "0" * 12}, "not that of its folder")],
 )  # fmt: skip
 def test_what_is_not_a_record_is_not_written(tmp_path: Path, change: dict[str, Any], said: str) -> None:
