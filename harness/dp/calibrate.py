@@ -87,7 +87,10 @@ def calibrate_stages(
     known_before = _remembered(file, name) if file else None
     if known_before is not None:
         return known_before
-    if epsilon(ledger(LEAST), delta, relation, "rdp") <= target:
+    # RDP's epsilon is quick to compute and never below PLD's, so its multiplier brackets PLD's from above. From below,
+    # and where RDP does not know an event, we go by steps: at a multiplier far too small PLD's grid takes minutes.
+    quick = math.isfinite(epsilon(some, delta, relation, "rdp"))
+    if quick and epsilon(ledger(LEAST), delta, relation, "rdp") <= target:
         raise ValueError(
             f"epsilon = {target:g} at delta = {delta:g} is met with less noise than a multiplier of {LEAST}, the"
             " smallest that is looked for: write a smaller epsilon, or train without privacy"
@@ -105,9 +108,11 @@ def calibrate_stages(
         return float(calibrate_dp_mechanism(lambda: account, multiplier, target, delta, bracket, tol=tol))
 
     try:
-        # RDP's epsilon is quick to compute and never below PLD's, so its multiplier brackets PLD's from above. From
-        # below we go down by steps: at a multiplier far too small PLD's grid is so wide that it takes minutes.
-        if math.isinf(ceiling):
+        if not quick:
+            upper = next((sigma for k in range(40) if spent(sigma := 2.0**k) <= target), math.inf)
+            if math.isinf(upper):
+                raise mechanism_calibration.NoBracketIntervalFoundError
+        elif math.isinf(ceiling):
             upper = solve("rdp", LowerEndpointAndGuess(LEAST, 1.0), 1e-4 if known == "rdp" else 1e-2)
         elif tight:
             upper = ceiling

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from collections.abc import Sequence
 from operator import index
 from typing import Any
 
@@ -126,10 +127,6 @@ class Stream:
         self._block += tiles * BLOCKS
         return words
 
-    def blocks(self, numbers: Tensor) -> Tensor:
-        """The cipher's blocks of these `numbers` [N], int32 [N, 16]: always the same, whatever was drawn."""
-        return _blocks(self._key, numbers, numbers >> 32).T
-
     def words(self, n: int) -> Array:
         """Independent uniform words, uint32 [n]: for the whole state of a generator that is not ours."""
         return self._drawn(_tiles(n)).reshape(-1)[:n].numpy().view(np.uint32)
@@ -152,15 +149,26 @@ def cipher_words(key: tuple[int, ...], counter: int, tiles: int, device: torch.d
         if compiled is not None:
             return compiled
     low = torch.arange(tiles * BLOCKS, device=device) + (counter & 0xFFFFFFFF)
-    words = _blocks(key, low, (low >> 32) + (counter >> 32))
+    words = _blocks(_signed(key).to(device)[:, None], low, (low >> 32) + (counter >> 32))
     return words.view(16, tiles, BLOCKS).transpose(0, 1).contiguous()
 
 
-def _blocks(key: tuple[int, ...], low: Tensor, high: Tensor) -> Tensor:
-    """The words of the blocks whose numbers have these halves [N], as int32 [16, N]."""
-    fixed = np.array([*struct.unpack("<4I", b"expand 32-byte k"), *key], np.uint32).view(np.int32)
+def blocks(keys: Sequence[str], numbers: Tensor) -> Tensor:
+    """Blocks of these `numbers` [N] under several keys, int32 [keys, N, 16]: always the same, whatever was drawn."""
+    words = torch.stack([_signed(struct.unpack("<8I", bytes.fromhex(key))) for key in keys], 1).to(numbers.device)
+    low = numbers.repeat(len(keys))
+    return _blocks(words.repeat_interleave(len(numbers), 1), low, low >> 32).view(16, len(keys), -1).permute(1, 2, 0)
+
+
+def _signed(words: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.array(words, np.uint32).view(np.int32))
+
+
+def _blocks(key: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The words of the blocks whose numbers have these halves [N], as int32 [16, N]; `key` [8, N] or [8, 1]."""
     start = torch.zeros(16, len(low), dtype=torch.int32, device=low.device)
-    start[:12] = torch.from_numpy(fixed).to(low.device)[:, None]
+    start[:4] = _signed(struct.unpack("<4I", b"expand 32-byte k")).to(low.device)[:, None]
+    start[4:12] = key
     # Conversion to int32 keeps the lower half.
     start[12], start[13] = low.int(), high.int()
     a, b, c, d = (row.clone() for row in start.view(4, 4, -1))

@@ -205,7 +205,7 @@ def test_a_release_is_a_function_of_an_integer_sum(dtype):
     far = 2.0**50 * points.step
     value = torch.cat([torch.linspace(-3, 3, 997), torch.tensor([4 * far, -4 * far, far])]).to(dtype)
     k = (value.double() / points.step).round().clamp(-(2.0**50), 2.0**50)
-    numbers = Stream(1, "noise", 1)._integers(1000, "cpu") >> gaussian.FINE - points.bits
+    numbers = Stream(1, "noise", 1).integers(1000) >> gaussian.FINE - points.bits
     expected = ((k + numbers.double() + 0.5) * points.step).to(dtype)
     assert torch.equal(Stream(1, "noise", 1).noised(value, points), expected)
     # A cell of the grid is one point for the values in it.

@@ -13,6 +13,8 @@ from harness.dp import (
     SGD,
     Adam,
     Batch,
+    CrossEntropy,
+    Feedback,
     Flat,
     Full,
     Gaussian,
@@ -22,6 +24,7 @@ from harness.dp import (
     Plain,
     Poisson,
     Relation,
+    Shuffle,
     Tree,
     Unclipped,
     Vmap,
@@ -249,3 +252,69 @@ def test_a_continued_run_draws_the_masks_of_one_that_was_not_interrupted(tmp_pat
 
     whole = end(None)
     assert all(torch.equal(end(stop), whole) for stop in (1, 4, 8))
+
+
+class Decays(Loop):
+    """Releases with less and less noise."""
+
+    def split(self, clip, sigma, step=0):
+        return {"grad": sigma * 0.9**step}
+
+
+def test_a_cycle_is_charged_what_its_costliest_step_releases():
+    """Shuffling charges the first step of an epoch: methods that release more in a later one are refused."""
+    said = Method(engine=Decays(), sampler=Shuffle()).unfit(60, 20, 6)
+    assert said and "step 1 of Decays releases more, or with less noise" in said
+    with pytest.raises(Unserved, match="releases more"):
+        run(Method(engine=Decays(), sampler=Shuffle()), steps=6)
+    assert Method(engine=Decays(), sampler=Poisson()).unfit(60, 20, 6) is None
+    assert Method(engine=Loop(), sampler=Shuffle()).unfit(60, 20, 6) is None
+
+
+class Peeks(CrossEntropy):
+    """Judges by training examples."""
+
+    how = "batch"
+
+    def scores(self, model, data, device, split="test"):
+        x = data.batch(torch.arange(3))[0] if self.how == "batch" else data.x
+        return {"accuracy": float(model(x).mean()), "loss": 0.0}
+
+
+class Says(Peeks):
+    """And says so."""
+
+    @property
+    def probes(self):
+        return True
+
+
+@pytest.mark.parametrize("how", ["batch", "attribute"])
+def test_scores_can_read_no_training_example_unless_they_say_so(how, monkeypatch):
+    monkeypatch.setattr(Peeks, "how", how)
+    model = net()
+    w = start(Method(), model, 1).w
+    with pytest.raises(PermissionError, match=r"let Peeks\.probes be True"):
+        evaluate(model, w, Peeks(), Toy())
+    assert evaluate(model, w, Says(), Toy())["loss"] == 0.0
+
+
+class Remembers(nn.Module):
+    """Keeps the largest input that it saw in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.register_buffer("top", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.top.copy_(torch.maximum(self.top, x.abs().max()))
+        return self.net(x)
+
+
+@pytest.mark.parametrize("engine", [Whole(), Feedback(), Loop(), Vmap()], ids=lambda engine: type(engine).__name__)
+def test_every_engine_refuses_a_model_that_remembers_examples(engine):
+    method, model = Method(engine=engine, clip=Unclipped() if type(engine) is Feedback else Flat()), Remembers()
+    with pytest.raises(Unserved, match='"top"'):
+        train(method, model, Toy(), 1.0, Schedule(4, 20, 4), SEEDS, start(method, model, 4))

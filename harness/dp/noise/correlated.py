@@ -1,8 +1,8 @@
 """Gaussian noise that is correlated from step to step, so that its sums over steps are small.
 
 The noise of step t is s (C^-1 Z)_t: `harness.dp.noise.strategy` has the matrices. s is such that a use of an example
-costs what the noise multiplier says: a sampler charges one Gaussian for every `separation` steps, in which an example is
-used once, as for independent noise.
+costs what the noise multiplier says: a sampler charges one Gaussian for every `separation` steps, in which an example
+is used once, as for independent noise.
 
 *Exactly.* Noise on a grid must not be a sum of products of floats: the digits below the grid would tell earlier
 noise, and with it earlier sums. What is released at step t is k_t + w_t, integers: k_t the sum on its grid, w_t the
@@ -30,7 +30,7 @@ from harness.dp.gaussian import FINE, Grid, grid, on_grid
 from harness.dp.noise import strategy
 from harness.dp.noise.noise import Gaussian
 from harness.dp.noise.strategy import UNIT, Array
-from harness.dp.random import Stream
+from harness.dp.random import Stream, blocks
 from harness.dp.release import Release
 from harness.dp.tree import Tree
 
@@ -213,18 +213,18 @@ def _decided(c: Sequence[int], keys: Sequence[str], numbers: Sequence[Tensor], p
 
     That is u. 48 bits of each u are compared first, and all 512 where these do not decide.
     """
-    blocks = [Stream.of(key).under("below").blocks(places) for key in keys]
+    below = blocks([Stream.of(key).under("below").key for key in keys], places)
     total = torch.zeros_like(places)
     for one, n in zip(c, numbers, strict=True):
         total += one * n
     near = total + (1 << shift - 1) >> shift
     # By how much the total exceeds the boundary next to it, in units of 2^-48: below 2^61.
     above = (total - (near << shift)) << PART
-    for one, n, words in zip(c, numbers, blocks, strict=True):
+    for one, n, words in zip(c, numbers, below, strict=True):
         above += one * _first(words, n)
     found = torch.where(above < 0, near - 1, near)
     for i in (above.abs() <= 2 * sum(abs(one) for one in c)).nonzero().flatten().tolist():
-        digits = [exact(words[i].tolist(), int(n[i])) for n, words in zip(numbers, blocks, strict=True)]
+        digits = [exact(words[i].tolist(), int(n[i])) for n, words in zip(numbers, below, strict=True)]
         found[i] = math.floor(sum(one * digit for one, digit in zip(c, digits, strict=True)) / (1 << shift))
     return found
 

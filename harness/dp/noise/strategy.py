@@ -42,6 +42,8 @@ def banded(bands: int, steps: int) -> tuple[int, ...]:
     two uses of an example, that is its cost however often it is used. The first coefficient is 1.
     """
     bands = min(bands, steps)
+    if bands == 1:
+        return (UNIT,)
     weights = (steps - np.arange(steps)) / steps
 
     def objective(free: Array) -> tuple[float, Array]:
@@ -51,7 +53,7 @@ def banded(bands: int, steps: int) -> tuple[int, ...]:
         error, norm = float(weights @ sums**2), float(c @ c)
         # d sums / d c_k is minus the convolution of sums and inverse, k steps later.
         slope = lfilter([1.0], c, sums)
-        back = np.correlate(2 * weights * sums, slope, "full")[steps - 1 :] if bands > 1 else np.zeros(1)
+        back = np.correlate(2 * weights * sums, slope, "full")[steps - 1 :]
         return math.log(error * norm), -back[1:bands] / error + 2 * free / norm
 
     start = np.cumprod((np.arange(1, bands) - 0.5) / np.arange(1, bands))

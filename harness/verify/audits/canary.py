@@ -153,7 +153,7 @@ class Planted:
         """Flat inputs and labels. An absent canary's slot holds nothing, and the batch is shorter by it."""
         ordinary = len(self.task.x)
         slots = indices[indices >= ordinary] - ordinary
-        if self.relation is Relation.ADD_OR_REMOVE:
+        if self.relation is not Relation.REPLACE_ONE:
             slots = slots[self.coins[slots]]
         indices = indices[indices < ordinary]
         features = self.task.x[0].numel()
@@ -237,7 +237,7 @@ def _sided(method: Method, planted: Planted) -> Planted:
     release that is even in its features, so that none are looked for where it is never absent.
     """
     own = set(method.engine.split(method.clip, 1.0)) - set(method.clip.split(1.0))
-    if not own or planted.relation is not Relation.ADD_OR_REMOVE:
+    if not own or planted.relation is Relation.REPLACE_ONE:
         return planted
     few = dataclasses.replace(planted, coins=torch.ones(min(SIDED, planted.count), dtype=torch.bool))
     added: dict[Layout, list[tuple[Tensor, Tensor]]] = {}
@@ -418,7 +418,7 @@ def likelihood(o: Projections, relation: Relation) -> Tensor:
         quiet = torch.full_like(exponent, math.log1p(-o.rate))
         return torch.logaddexp(quiet, math.log(o.rate) + exponent)
 
-    steps = mixture(1.0) if relation is Relation.ADD_OR_REMOVE else mixture(1.0) - mixture(-1.0)
+    steps = mixture(1.0) if relation is not Relation.REPLACE_ONE else mixture(1.0) - mixture(-1.0)
     return steps.sum(0)
 
 

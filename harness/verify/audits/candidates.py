@@ -134,7 +134,7 @@ def candidates(relation: Relation, task: AuditTask) -> Iterator[Neighbours]:
         for name, x, y in targets(task):
             story = {"others": others, "target": name}
             pair = Neighbours(torch.cat([x, x_others]), torch.cat([y, y_others]), task.body, story=story)
-            if relation is Relation.ADD_OR_REMOVE:
+            if relation is not Relation.REPLACE_ONE:
                 yield pair
                 continue
             for label in {int(y), (int(y) + 1) % task.classes}:

@@ -36,7 +36,7 @@ from harness.verify.conformance.options import other_options
 from harness.verify.conformance.replay import described, empty_step, microbatch_free, resumed, still, thread_free
 from harness.verify.conformance.rule import clip_rule
 from harness.verify.conformance.sampling import sampled, sampled_at_large
-from harness.verify.conformance.secrecy import forgetful, poisoned, separately, twins, twins_later
+from harness.verify.conformance.secrecy import forgetful, judged, poisoned, separately, twins, twins_later
 from harness.verify.conformance.shapes import other_engines, other_models, other_sizes, steady_draws
 from harness.verify.conformance.subject import PROBLEMS, Check, Inapplicable, Subject, Violation, subject
 from harness.verify.conformance.subject import Toy as Toy
@@ -60,7 +60,7 @@ WHERE: Mapping[Checking, str] = {
     still: "Path, Optimizer.update", empty_step: "Engine.bounded, Noise.add", twins: _STATE,
     poisoned: "Clip.update, Optimizer.receive, Path", resumed: _STATE, within_sensitivity_much_later: _BOUND,
     twins_later: _STATE, forgetful: _STATE, separately: "Loss.prepare", steady_draws: "Engine.bounded",
-    other_engines: "Loss.per_example, Clip.weights",
+    other_engines: "Loss.per_example, Clip.weights", judged: "Loss.scores, Loss.probes",
     other_models: "Engine.bounded",
     other_sizes: "Engine.bounded", other_options: "Clip.sensitivity, Engine.split",
     sampled_at_large: "Sampler.draw, Sampler.wrap, Sampler.relation",

@@ -205,7 +205,7 @@ def neighbours(
     batch = s.prepared(x, y)  # before one is removed: what is drawn for the others does not depend on it
     whole = s.releases(batch, at=at)
     for i in range(len(y)) if only is None else only:
-        if s.method.sampler.relation is Relation.ADD_OR_REMOVE:
+        if s.method.sampler.relation is not Relation.REPLACE_ONE:
             keep = torch.arange(len(y)) != i
             other, what = Batch(batch.x[keep], batch.y[keep]), "removing one example"
         else:

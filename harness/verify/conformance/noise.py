@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import numpy as np
 import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from torch import Tensor
@@ -179,6 +181,29 @@ def noise_billed(s: Subject) -> None:
         _billed(s, declared, found)
     for sigmas in ([0.7], [3.0, 0.9], [2.0] * 3):
         _billed(s, sigmas, sigmas)
+    if s.method.noise.remembers:
+        _cycles(s)
+
+
+def _cycles(s: Subject) -> None:
+    """Whether an example that is used once in a cycle costs what a cycle is charged, by the covariance of the noise."""
+    apart, uses = s.apart, 6
+    precision = np.linalg.inv(s.method.noise.covariance(uses * apart, apart))
+    for first in range(apart):
+        used = precision[first::apart, first::apart]
+        worst = max(float(signs @ used @ signs) for signs in map(np.array, itertools.product((1.0, -1.0), repeat=uses)))
+        if not worst <= uses * (1 + 1e-9):
+            raise Violation(
+                f"{uses} uses of an example, {apart} steps apart from step {first}, cost as much as {worst:.4g}"
+                f" Gaussians of the noise multiplier, and {uses} are charged: scale the noise by what uses move C x",
+                evidence=f"{worst / uses:.3g} times the charge",
+            )
+        if s.method.sampler.amplifies and np.abs(used - np.diag(np.diag(used))).max() > 1e-9:
+            raise Violation(
+                f"uses of an example {apart} steps apart have noise in common, and each is charged as amplified by"
+                " itself: take no more bands than a cycle has steps",
+                evidence="noise in common",
+            )
 
 
 def _billed(s: Subject, sigmas: list[float], there: list[float]) -> None:

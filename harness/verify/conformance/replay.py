@@ -101,7 +101,7 @@ def empty_step(s: Subject) -> None:
         )
     if m.noise.private:
         _noised(s, batch)
-    if m.noise.private and m.sampler.relation is Relation.ADD_OR_REMOVE:
+    if m.noise.private and m.sampler.relation is not Relation.REPLACE_ONE:
         one = s.prepared(s.data.x[:1], s.data.y[:1])
         for at in s.reached[:2]:
             moved(s.releases(one, at=at), s.releases(batch, at=at), "removing the only example")

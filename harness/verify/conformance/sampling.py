@@ -76,7 +76,7 @@ def _exchanged(sampler: Sampler, seed: int) -> None:
     """Whether another example takes the place of one that is removed: that moves a release twice as far."""
     if sampler.relation is not Relation.ADD_OR_REMOVE:
         return
-    n, batch = SIZES[0]
+    n, batch = next(size for size in SIZES if not sampler.unfit(*size))
     sizes = {len(sampler.draw(m, batch, t, seed)) for m in (n, n - 1) for t in range(60)}
     if len(sizes) == 1:
         raise Violation(
@@ -87,7 +87,7 @@ def _exchanged(sampler: Sampler, seed: int) -> None:
 
 def _fresh(sampler: Sampler, seed: int) -> None:
     """Whether batches come again after some period: two of 400 examples are alike once in 10^81."""
-    n, batch = SIZES[0]
+    n, batch = LARGE if sampler.unfit(*SIZES[0]) else SIZES[0]
     seen: dict[tuple[int, ...], int] = {}
     for t in (0, *PERIODS):
         drawn = tuple(sampler.draw(n, batch, t, seed).tolist())

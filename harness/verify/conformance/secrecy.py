@@ -14,10 +14,10 @@ from harness.dp.loss import Batch
 from harness.dp.random import Stream
 from harness.dp.release import Bounded, Release
 from harness.dp.tree import Tree
-from harness.running.train import Diverged, Progress, start
+from harness.running.train import Diverged, Progress, evaluate, start
 from harness.verify.around import AroundEngine, AroundNoise
 from harness.verify.conformance.replay import same
-from harness.verify.conformance.subject import STEPS, N, Subject, Violation
+from harness.verify.conformance.subject import STEPS, Inapplicable, N, Subject, Violation
 
 LITTLE, LONG = 18, 40  # examples, so that batches of 16 hold most of them, and steps
 
@@ -96,6 +96,17 @@ class _Blind(AroundNoise):
     def publish(self, release: Release, rng: Stream, state: Any) -> tuple[Tree, Any]:
         flat = release.value.flat
         return release.value.with_flat(0.1 * rng.normal(len(flat), flat.dtype)), state
+
+
+def judged(s: Subject) -> None:
+    """scores follow from the weights and the split that is judged"""
+    s.noises()
+    if s.method.loss.probes:
+        raise Inapplicable("its loss says that it reads training examples, so that its scores are private")
+    try:
+        evaluate(s.model, start(s.method, s.model, STEPS, s.apart).w, s.method.loss, s.data)
+    except PermissionError as error:
+        raise Violation(str(error), evidence="training examples read") from error
 
 
 def poisoned(s: Subject) -> None:

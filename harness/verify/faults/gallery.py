@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.dp import SGD, Fixed, Flat, Method, Shuffle, Views
+from harness.dp import SGD, AdamBC, Cyclic, CyclicPoisson, Fixed, Flat, Method, Shuffle, Views
 from harness.dp.loss.contrast import InfoNCE
 from harness.provenance.measure import Clock
 from harness.records.tables import inserted, markdown
@@ -145,6 +145,30 @@ GALLERY = (
     Fault(
         "sampling amplified twice", "one q in the loader's accountant, one in the planner's",
         Method(sampler=parts.AmplifiedTwice()), checks.sampled, ONE_EPOCH, 1.0,
+    ),
+    Fault(
+        "a past term of correlated noise forgotten", "buffers that are one step too short",
+        Method(noise=parts.Forgotten(3), sampler=Cyclic()), checks.independent,
+    ),
+    Fault(
+        "correlated noise scaled as for one step", "columns of the strategy that are not normalised",
+        Method(noise=parts.NotNormalised(4), sampler=Cyclic()), checks.noise_billed,
+    ),
+    Fault(
+        "more bands than a cycle has steps", "BandMF under any Poisson sampling",
+        Method(noise=parts.AnyCycle(4), sampler=CyclicPoisson(2)), checks.noise_billed,
+    ),
+    Fault(
+        "private sums kept with the noise", "state that is restored from the released value",
+        Method(noise=parts.KeepsSums(3), sampler=Cyclic()), checks.twins,
+    ),
+    Fault(
+        "the noise's deviation measured on private gradients", "optimizers that estimate what is public",
+        Method(noise=parts.PrivateDeviation(), optimizer=AdamBC(0.01)), checks.twins,
+    ),
+    Fault(
+        "batches cut off, accounted as Poisson", "loaders with a largest batch",
+        Method(sampler=parts.CutOffAsPoisson(1.1)), checks.sampled_at_large,
     ),
     Fault(
         "masks drawn anew beside a non-finite example", "engines that pass the others again",

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 import torch
 from dp_accounting import PoissonSampledDpEvent
 
-from harness.dp import Automatic, Flat, Gaussian, Poisson, Quantile, Sharp, Shuffle
+from harness.dp import (
+    Automatic,
+    Banded,
+    BandedInverse,
+    Flat,
+    Gaussian,
+    Poisson,
+    Quantile,
+    Sharp,
+    Shuffle,
+    TruncatedPoisson,
+)
 from harness.dp.random import Stream
 from harness.verify.faults import HIDDEN
 
@@ -152,6 +163,44 @@ class QuietWhenEmpty(Gaussian):
         return super().add(release, rng) if release.value.flat.any() else release.value
 
 
+class Forgotten(Banded):
+    """Leaves out the oldest of the past terms."""
+
+    def drawn(self, rng, state, size, bits, device):
+        return super().drawn(rng, {**state, "c": state["c"][:-1]}, size, bits, device)
+
+
+class NotNormalised(BandedInverse):
+    """Scales its noise as if a use of an example moved one number of C x alone."""
+
+    def cost(self, steps, separation):
+        return 1.0
+
+
+class AnyCycle(Banded):
+    """Does not say how far apart it needs uses of an example to be."""
+
+    separation = 1
+
+    def separate(self, steps, separation):
+        return True
+
+
+class KeepsSums(Banded):
+    """Keeps the private sum of the last step in its state, with the past noise."""
+
+    def publish(self, release, rng, state):
+        public, after = super().publish(release, rng, state)
+        return public, {**after, "last": release.value.flat.clone()}
+
+
+class PrivateDeviation(Gaussian):
+    """Tells optimizers the deviation that the private gradients have."""
+
+    def deviation(self, release, state=None):
+        return {name: float(t.std()) for name, t in release.value.items()}
+
+
 # Samplers -------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +217,13 @@ class NeverEmpty(Poisson):
     def draw(self, n, batch, step, seed):
         attempts = (super(NeverEmpty, self).draw(n, batch, step + again * 10**6, seed) for again in range(1000))
         return next(drawn for drawn in attempts if len(drawn))
+
+
+class CutOffAsPoisson(TruncatedPoisson):
+    """Cuts batches off, and charges plain Poisson sampling."""
+
+    def wrap(self, event, n, batch, step):
+        return PoissonSampledDpEvent(batch / n, event)
 
 
 class AmplifiedTwice(Poisson):

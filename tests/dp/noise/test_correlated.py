@@ -12,7 +12,7 @@ from harness.dp import Banded, BandedInverse, Release, Tree, TreeAggregation
 from harness.dp.noise import correlated, strategy
 from harness.dp.noise.correlated import FINEST, exact
 from harness.dp.noise.strategy import UNIT
-from harness.dp.random import Stream
+from harness.dp.random import Stream, blocks
 
 KINDS = (Banded(4), BandedInverse(5), TreeAggregation())
 
@@ -123,7 +123,7 @@ def test_sums_of_numbers_drawn_again_are_rounded_exactly(part, monkeypatch):
         w, after = noise.drawn(stream, state, size, bits, torch.device("cpu"))
         state = {**state, **after, "t": t + 1}
     drawn = [Stream.of(key).integers(size) for key in keys]
-    below = [Stream.of(key).under("below").blocks(torch.arange(size)).tolist() for key in keys]
+    below = blocks([Stream.of(key).under("below").key for key in keys], torch.arange(size)).tolist()
     c = strategy.square_root(5)
     for i in range(size):
         total = sum(one * exact(words[i], int(z[i])) for one, z, words in zip(c, drawn, below, strict=True))
@@ -132,11 +132,11 @@ def test_sums_of_numbers_drawn_again_are_rounded_exactly(part, monkeypatch):
 
 def test_digits_below_a_number_fall_along_the_density():
     """The tilt is that of the normal density: by its slope, at places far out."""
-    blocks = Stream(1, "test", 0).blocks(torch.arange(4000)).tolist()
-    inside = [float(exact(words, 0) % 1) for words in blocks]
+    (drawn,) = blocks([Stream(1, "test", 0).key], torch.arange(4000)).tolist()
+    inside = [float(exact(words, 0) % 1) for words in drawn]
     assert np.mean(inside) == pytest.approx(0.5, abs=0.02) and np.var(inside) == pytest.approx(1 / 12, abs=0.005)
     # A number of 2^76 would have a density that falls by its whole height: u has a mean of 1/2 - 1/12.
-    tilted = [float(exact(words, 2**75) - 2**75) for words in blocks]
+    tilted = [float(exact(words, 2**75) - 2**75) for words in drawn]
     assert np.mean(tilted) == pytest.approx(0.5 - 1 / 24, abs=0.015)
 
 
