@@ -18,6 +18,8 @@ _WHERE = {
     "Loss": "loss.loss",
     "CrossEntropy": "loss.loss",
     "Views": "loss.loss",
+    "Focal": "loss.focal",
+    "Mixed": "loss.mixed",
     "InfoNCE": "loss.contrast",
     "Rotations": "loss.contrast",
     "Sigmoid": "loss.one_vs_all",

@@ -1,7 +1,7 @@
 """Finds parts by name: those that a suite may give a method in the place of its own (``with``).
 
-A slot is a part of a method that may be replaced (``clip path optimizer sampler noise``), or a wrapper around one that
-it has (``filter schedule average views``). Options are the fields of the part's dataclass. They are read from its
+A slot is a part of a method that may be replaced (``clip path optimizer sampler noise loss``), or a wrapper around one
+that it has (``filter schedule average views``). Options are the fields of the part's dataclass. They are read from its
 source text, as the registry reads signatures: checking names and options imports nothing. :func:`put` imports the
 parts.
 """
@@ -65,10 +65,15 @@ _CATALOGUE: Mapping[str, Mapping[str, str]] = {
         "banded-inverse": "noise.correlated.BandedInverse",
         "tree": "noise.correlated.TreeAggregation",
     },
+    "loss": {
+        "cross-entropy": "loss.loss.CrossEntropy",
+        "focal": "loss.focal.Focal",
+        "sigmoid": "loss.one_vs_all.Sigmoid",
+    },
     "filter": {"low-pass": "optimizer.filter.LowPass"},
     "schedule": dict.fromkeys(("constant", "cosine", "step"), "optimizer.optimizer.Scheduled"),
     "average": {"ema": "path.straight.EMA"},
-    "views": {"views": "loss.loss.Views"},
+    "views": {"views": "loss.loss.Views", "mixed": "loss.mixed.Mixed"},
 }
 # A wrapper's slot, to the part of the method that it wraps and the wrapper's field for it.
 _WRAPPERS: Mapping[str, tuple[str, str]] = {

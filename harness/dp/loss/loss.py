@@ -145,8 +145,8 @@ class Views(Loss):
         return Batch(cropped.unflatten(0, (len(batch), self.views)) if self.views > 1 else cropped, batch.y)
 
     def of(self, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
-        if self.views == 1:
+        if self.rows == 1:
             return super().of(model, batch)
         outputs = model(batch.x.flatten(0, 1))
-        targets = batch.y[:, None].expand(-1, self.views).reshape(-1)
-        return self.per_example(outputs, targets).unflatten(0, (len(batch), self.views)).mean(1)
+        targets = batch.y[:, None].expand(-1, self.rows).reshape(-1)
+        return self.per_example(outputs, targets).unflatten(0, (len(batch), self.rows)).mean(1)
