@@ -203,7 +203,7 @@ def test_no_neighbour_moves_a_release_beyond_its_sensitivity(positions, engine, 
                     assert torch.allclose(r.value.flat, base.releases[key].value.flat, rtol=1e-12), (name, key)
         neighbours = (
             [(one, base) for one in found.values()]
-            if relation is ADD
+            if relation is not REPLACE
             else [(one, other) for one in found.values() for other in found.values()]
         )
         assert set(base.releases) == set(rule.split(1.0))

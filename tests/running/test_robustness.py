@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 from harness import cli, report, suite
 from harness.records import description, store
 from harness.records.files import MOST_BYTES, Unwritable, dumps, lock, replace_file, sweep, unlock
+from harness.report import text
 from harness.running import child, jobs, launch, progress
 from tests.support import ROOT
 from tests.support.launching import Place
@@ -179,8 +180,9 @@ def test_a_record_is_used_or_quarantined_and_the_others_are_shown(
     with contained(home):
         commands(results, "status", f"show {good['id']}", f"show {bad.parent.name}", f"show {bad.parent.name} --json")
         assert cli.main(["merge", str(results), "--results", str(home / "all")]) in (cli.OK, cli.FAILED)
-        assert good["id"] in report.top_rows([]) + "".join(r["id"] for r in store.load(home / "all"))
-        report.top_rows(store.current(found))
+        assert good["id"] in [r["id"] for r in store.load(home / "all")]
+        text.top_rows(report.board("", "", []))
+        text.top_rows(report.board("", "", store.current(found)))
         for record in found:
             progress.result_line(progress.Outcome(jobs.Job(make_cell(), bad.parent), record))
             finished = description.Finished.read(Path(record["path"]).parent, private=True)

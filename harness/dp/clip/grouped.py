@@ -128,7 +128,6 @@ class GroupWise(Clip):
         given = self.thresholds or (self.clip / math.sqrt(len(sizes)),) * len(sizes)
         if len(given) != len(sizes):
             raise ValueError(f'{len(given)} thresholds for the {len(sizes)} groups that "{self.by}" makes here')
-        within_reach(threshold_of_a_group=min(given))
         return {"thresholds": tuple(given), "sizes": tuple(sizes)}
 
     def groups(self, layout: Layout) -> Mapping[str, int]:

@@ -14,7 +14,7 @@ from harness.registry.options import Parameter, members
 from harness.verify.conformance.ledger import billed
 from harness.verify.conformance.neighbours import scaled
 from harness.verify.conformance.rule import ruled
-from harness.verify.conformance.subject import Inapplicable, Subject, Violation, subject
+from harness.verify.conformance.subject import STEPS, Inapplicable, N, Subject, Violation, subject
 
 
 def other_options(s: Subject) -> None:
@@ -29,6 +29,8 @@ def other_options(s: Subject) -> None:
         try:
             other = subject(method)
         except Violation:  # no small problem suits these options
+            continue
+        if method.unfit(N, other.batch, STEPS):  # more groups than there are examples for, say
             continue
         seen += 1
         try:

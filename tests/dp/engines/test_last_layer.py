@@ -368,11 +368,11 @@ def test_moments_of_several_steps_are_averaged():
         public = {name: m.noise.add(r, Stream(t, name, t)) / 40 for name, r in released(m, model, batch).items()}
         seen.append(dict(public))
         g = public.pop("grad")
-        w, state = m.optimizer.update(g, m.optimizer.receive(state, public), g)
+        w, state = m.optimizer.update(g, m.optimizer.receive(state, public, {}), g)
     mean = {name: sum((one[name] for one in seen[1:]), seen[0][name]) / 3 for name in seen[0]}
     g = mean.pop("grad")
     alone = m.optimizer.init(g, 1)
-    again, _ = m.optimizer.update(g, m.optimizer.receive(alone, mean), g)
+    again, _ = m.optimizer.update(g, m.optimizer.receive(alone, mean, {}), g)
     assert torch.allclose(w.flat, again.flat)
 
 
@@ -405,9 +405,9 @@ def test_a_preconditioned_step_is_a_solve():
     w = Tree.of(dict(head(4, 3).named_parameters()))
     g = w.with_flat(torch.randn(w.layout.numel, generator=rng, dtype=torch.float64))
     optimizer = Preconditioned(lr=0.3, reg=0.2)
-    state = optimizer.receive(None, {"gram": Tree.of({"gram": packed(noisy)})})
+    state = optimizer.receive(None, {"gram": Tree.of({"gram": packed(noisy)})}, {})
     new, after = optimizer.update(g, state, w)
-    assert optimizer.receive(after, {}) is after
+    assert optimizer.receive(after, {}, {}) is after
     rows = torch.cat([g["1.weight"], g["1.bias"][:, None]], 1)
     system = projected(noisy) + 0.2 * torch.eye(5)
     expected = -0.3 * torch.linalg.solve(system, rows.T).T
