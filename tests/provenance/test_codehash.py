@@ -183,11 +183,13 @@ def test_what_a_file_of_the_user_imports_is_followed(tmp_path: Path, monkeypatch
 
 def test_a_method_of_this_project_depends_on_the_mathematics_and_on_no_other_method() -> None:
     found = codehash.hashes(codehash.closure(["methods.dp_sgd"]))
-    assert {"methods/dp_sgd.py", "harness/dp/clip/flat.py", "harness/dp/noise.py"} <= set(found)
+    assert {"methods/dp_sgd.py", "harness/dp/clip/flat.py", "harness/dp/noise/noise.py"} <= set(found)
     assert {"harness/dp/random.py", "harness/dp/native/gaussian.c", "harness/dp/native/vector.h"} <= set(found)
     assert [name for name in found if name.startswith("methods/")] == ["methods/dp_sgd.py"]
     assert not {
         "harness/registry/registry.py",
         "harness/dp/engines/taped/ghost.py",
         "harness/dp/clip/scaling.py",
+        "harness/dp/noise/correlated.py",
+        "harness/dp/noise/strategy.py",
     } & set(found)

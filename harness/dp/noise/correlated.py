@@ -28,8 +28,8 @@ from torch import Tensor
 
 from harness.dp.gaussian import FINE, Grid, grid, on_grid
 from harness.dp.noise import strategy
-from harness.dp.noise.noise import Gaussian
-from harness.dp.noise.strategy import UNIT, Array
+from harness.dp.noise.noise import Array, Gaussian
+from harness.dp.noise.strategy import UNIT
 from harness.dp.random import Stream, blocks
 from harness.dp.release import Release
 from harness.dp.tree import Tree

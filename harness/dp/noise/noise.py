@@ -12,10 +12,11 @@ import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 
 from harness.dp.gaussian import grid
-from harness.dp.noise.strategy import Array
 from harness.dp.random import Stream
 from harness.dp.release import Release
 from harness.dp.tree import Tree
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.signal import lfilter
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+from harness.dp.noise.noise import Array
 
 UNIT = 1 << 10
 
