@@ -119,7 +119,8 @@ def mean_interval(values: Iterable[float], least: float = 0.0) -> Interval | Non
     mean = math.fsum(x) / n
     if n == 1:
         return Interval(mean, None, None, 1)
-    variance = max(least, math.fsum((v - mean) ** 2 for v in x) / (n - 1))
+    # A product, which is infinite where a power would raise: damaged numbers have no finite interval.
+    variance = max(least, math.fsum((v - mean) * (v - mean) for v in x) / (n - 1))
     half = _quantile(n - 1) * math.sqrt(variance / n)
     return Interval(mean, mean - half, mean + half, n)
 
