@@ -36,6 +36,7 @@ _WHERE = {
     "Noise": "noise",
     "NoNoise": "noise",
     "Gaussian": "noise",
+    "Correlated": "noise",
     "Banded": "noise",
     "BandedInverse": "noise",
     "TreeAggregation": "noise",

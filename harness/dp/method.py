@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dp_accounting import DpEvent
+from dp_accounting import DpEvent, GaussianDpEvent, NoOpDpEvent
 
 from harness.dp.account import Ledger
 from harness.dp.clip import Clip, Flat
@@ -18,6 +19,9 @@ from harness.dp.noise import Gaussian, Noise
 from harness.dp.optimizer import SGD, Optimizer
 from harness.dp.path import Path
 from harness.dp.sampler import Poisson, Sampler
+
+CHARGED = 3000
+"""Steps of which it is looked at whether they are charged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +45,15 @@ class Method:
             return reason
         noise, sampler = type(self.noise).__name__, type(self.sampler).__name__
         apart, needed = self.sampler.separation(n, batch), min(self.noise.separation, steps)
-        cycle = self.sampler.cycle(n, batch)
-        for step in range(steps if cycle > 1 else 0):
-            if self._precision(step) > self._precision(step - step % cycle) * (1 + 1e-12):
-                return (
-                    f"{sampler} sampling charges a cycle of {cycle} steps what its first one releases, and step {step}"
-                    f" of {type(self.engine).__name__} releases more, or with less noise: take a sampler that charges"
-                    " each step (poisson, fixed, full)"
-                )
+        probe = GaussianDpEvent(1.0)
+        free = (isinstance(self.sampler.wrap(probe, n, batch, t), NoOpDpEvent) for t in range(min(steps, CHARGED)))
+        if self.sampler.cycle(n, batch) == 1 and any(free):
+            return f"{sampler} sampling leaves steps free: say in its `cycle` how many steps one event is charged for"
+        if self.noise.remembers and len({self._split(step) for step in range(steps)}) > 1:
+            return (
+                f"{noise} noise goes on from step to step, and {type(self.engine).__name__} releases other things, or"
+                " with other multipliers, in some steps: take noise that is afresh in every step"
+            )
         if apart is None and self.noise.remembers:
             return f"{noise} noise needs to know how many steps apart an example is used, and {sampler} does not say"
         if apart is not None and needed > apart:
@@ -57,7 +62,7 @@ class Method:
                 f" {batch} of {n} keeps them {apart} apart: write a separation of {apart} or less for the noise, or"
                 " take another sampler"
             )
-        if self.sampler.amplifies and not self.noise.separate(steps, apart or 1):
+        if self.sampler.amplifies(n, batch) and not self.noise.separate(steps, apart or 1):
             return (
                 f"{sampler} sampling amplifies privacy where uses of an example have no noise in common, and those of"
                 f" {noise} noise have: take a sampler that claims no amplification (cyclic), or banded noise"
@@ -67,13 +72,20 @@ class Method:
     def event(self, sigma: float, n: int, batch: int, step: int) -> DpEvent:
         """What one step will be charged: the noise's event on all releases, amended by the path, amplified by the
         sampler. Known before any data is seen."""
-        event = self.path.amend(self.noise.event(self.engine.split(self.clip, sigma, step).values()))
+        event = self.path.amend(self.noise.event(self.charged(sigma, n, batch, step)))
         return self.sampler.wrap(event, n, batch, step)
 
-    def _precision(self, step: int) -> float:
-        """Of all that a step releases: the sum of its multipliers' ^-2, at one that every clipping rule serves."""
-        multipliers = self.engine.split(self.clip, min(1.0, self.clip.ceiling / 2), step)
-        return sum(sigma**-2 for sigma in multipliers.values())
+    def _split(self, step: int) -> tuple[Any, ...]:
+        """What a step releases, and with which multipliers, at two that every clipping rule serves."""
+        most = min(1.0, self.clip.ceiling / 2)
+        return tuple(tuple(self.engine.split(self.clip, sigma, step).items()) for sigma in (most, most / 3))
+
+    def charged(self, sigma: float, n: int, batch: int, step: int) -> tuple[float, ...]:
+        """The multipliers that a step is charged for: its own, or those of the costliest step of a cycle it begins."""
+        cycle = self.sampler.cycle(n, batch)
+        steps = range(step, step + cycle) if cycle > 1 and step % cycle == 0 else (step,)
+        found = (tuple(self.engine.split(self.clip, sigma, one).values()) for one in steps)
+        return max(found, key=lambda multipliers: sum(one**-2 if one else math.inf for one in multipliers))
 
     def plan(self, sigma: float, n: int, batch: int, steps: int) -> Ledger:
         """The ledger that `steps` steps will have written. Calibration solves on it; a run must match it."""

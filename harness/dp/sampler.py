@@ -12,10 +12,12 @@ import torch
 from dp_accounting import (
     DpEvent,
     GaussianDpEvent,
+    NonPrivateDpEvent,
     NoOpDpEvent,
     PoissonSampledDpEvent,
     SampledWithoutReplacementDpEvent,
     TruncatedSubsampledGaussianDpEvent,
+    UnsupportedDpEvent,
 )
 from torch import Tensor
 
@@ -32,13 +34,16 @@ class Sampler:
         """The neighbouring relation under which `wrap` is sound."""
         return Relation.ADD_OR_REMOVE
 
-    @property
-    def amplifies(self) -> bool:
-        """Whether `wrap` charges less than the mechanism costs those who know who is in a batch."""
-        return False
+    def amplifies(self, n: int, batch: int) -> bool:
+        """Whether `wrap` charges anything but the event of the mechanism itself: who is in a batch must be secret."""
+        event = GaussianDpEvent(1.0)
+        return self.wrap(event, n, batch, 0) != event
 
     def cycle(self, n: int, batch: int) -> int:
-        """For how many steps one event is charged, that of the first: an example is used in one of them at most."""
+        """For how many steps one event is charged, at the first of them: an example is used in one of them at most.
+
+        A sampler that leaves steps free says how long its cycles are: what they are charged is the costliest step's.
+        """
         return 1
 
     def separation(self, n: int, batch: int) -> int | None:
@@ -70,10 +75,6 @@ class Sampler:
 class Poisson(Sampler):
     """Every example is in with probability q = batch / n, independently of all else. A batch may be empty."""
 
-    @property
-    def amplifies(self) -> bool:
-        return True
-
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
         return _tossed(n, batch, step, seed)
 
@@ -87,10 +88,6 @@ class Poisson(Sampler):
 @dataclass(frozen=True)
 class Fixed(Sampler):
     """A uniformly random subset of exactly `batch` examples, drawn afresh each step. Replace-one neighbours."""
-
-    @property
-    def amplifies(self) -> bool:
-        return True
 
     @property
     def relation(self) -> Relation:
@@ -197,10 +194,6 @@ class CyclicPoisson(Sampler):
         if self.groups < 1:
             raise ValueError(f"groups must be 1 or more, and is {self.groups}")
 
-    @property
-    def amplifies(self) -> bool:
-        return True
-
     def cycle(self, n: int, batch: int) -> int:
         return self.groups
 
@@ -241,13 +234,10 @@ class TruncatedPoisson(Sampler):
         if not self.cap > 0:
             raise ValueError(f"cap must be positive, and is {self.cap}")
 
-    @property
-    def amplifies(self) -> bool:
-        return True
-
     def most(self, n: int, batch: int) -> int:
         """The largest batch."""
-        return min(n, max(1, math.floor(self.cap * batch)))
+        # Batches of one at most, nearly all cut, cost more than what is charged.
+        return min(n, max(2, math.floor(self.cap * batch)))
 
     def draw(self, n: int, batch: int, step: int, seed: int) -> Tensor:
         drawn, most = _tossed(n, batch, step, seed), self.most(n, batch)
@@ -258,8 +248,8 @@ class TruncatedPoisson(Sampler):
     def wrap(self, event: DpEvent, n: int, batch: int, step: int) -> DpEvent:
         if isinstance(event, GaussianDpEvent):
             return TruncatedSubsampledGaussianDpEvent(n + 1, batch / n, self.most(n, batch), event.noise_multiplier)
-        # Nothing is known of other mechanisms, and nothing is claimed.
-        return event
+        # A cut moves a sum twice as far, and of other mechanisms nothing is known then.
+        return event if isinstance(event, NonPrivateDpEvent) else UnsupportedDpEvent()
 
     def distribution(self, n: int, batch: int) -> str:
         return f"Poisson, q = {batch / n:.6g}, batches of {self.most(n, batch)} at most"

@@ -81,6 +81,8 @@ def step(
         m.loss, m.clip, model, probe, batch, s.clip, sigma, m.sampler.relation, number
     )
     # Raw values die here. Noise may leave them in the format of the sum; weights divide them in their own.
+    if m.noise.remembers and releases.keys() != s.noise.keys():
+        raise ValueError(f"noise of {', '.join(s.noise)} goes on, and this step releases {', '.join(releases)}")
     public, kept, deviations = {}, dict(s.noise), {}
     for name, r in wanted(releases, w).items():
         noise = rng.own(name, r, observed) if m.noise.private else rng.noise
@@ -224,10 +226,13 @@ def train(
         fill(device, Stream(seeds.path, "dropout", p.step))
         noise, path = Stream(seeds.noise, f"noise of {method.engine.role}", p.step), Stream(seeds.path, "path", p.step)
         done = step(method, model, p.w, batch, p.parts, sigma, denominator, streams(noise, path), p.step)
-        if cycle > 1 and done.sigmas != (planned := tuple(method.engine.split(method.clip, sigma, p.step).values())):
-            # The ledger has nothing of a step that is free.
-            raise RuntimeError(f"step {p.step} released with multipliers {done.sigmas}, and {planned} were planned")
-        p.ledger.add(event_of(method, done.sigmas, n, schedule.batch, p.step))
+        sigmas = done.sigmas
+        if cycle > 1:
+            # The ledger has nothing of a step that is free, and of the first what the costliest is planned to release.
+            if sigmas != (planned := tuple(method.engine.split(method.clip, sigma, p.step).values())):
+                raise RuntimeError(f"step {p.step} released with multipliers {sigmas}, and {planned} were planned")
+            sigmas = method.charged(sigma, n, schedule.batch, p.step)
+        p.ledger.add(event_of(method, sigmas, n, schedule.batch, p.step))
         p.w, p.parts, p.step = done.w, done.parts, p.step + 1
         p.sensitivity, p.engine, p.microbatch = (done.sensitivity, done.observed.engine, done.observed.microbatch)
         losses.append(done.observed.losses.sum())

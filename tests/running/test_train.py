@@ -12,8 +12,11 @@ from harness.dp import (
     EMA,
     SGD,
     Adam,
+    Banded,
     Batch,
     CrossEntropy,
+    Cyclic,
+    CyclicPoisson,
     Feedback,
     Flat,
     Full,
@@ -254,21 +257,70 @@ def test_a_continued_run_draws_the_masks_of_one_that_was_not_interrupted(tmp_pat
     assert all(torch.equal(end(stop), whole) for stop in (1, 4, 8))
 
 
-class Decays(Loop):
+class Paced(Loop):
+    """Releases with multipliers of its own."""
+
+    def bounded(self, loss, clip, model, w, batch, state, sigma, relation, step=0):
+        own = self.split(clip, sigma, step)["grad"]
+        return super().bounded(loss, clip, model, w, batch, state, own, relation, step)
+
+
+class Decays(Paced):
     """Releases with less and less noise."""
 
     def split(self, clip, sigma, step=0):
         return {"grad": sigma * 0.9**step}
 
 
-def test_a_cycle_is_charged_what_its_costliest_step_releases():
-    """Shuffling charges the first step of an epoch: methods that release more in a later one are refused."""
-    said = Method(engine=Decays(), sampler=Shuffle()).unfit(60, 20, 6)
-    assert said and "step 1 of Decays releases more, or with less noise" in said
-    with pytest.raises(Unserved, match="releases more"):
-        run(Method(engine=Decays(), sampler=Shuffle()), steps=6)
-    assert Method(engine=Decays(), sampler=Poisson()).unfit(60, 20, 6) is None
-    assert Method(engine=Loop(), sampler=Shuffle()).unfit(60, 20, 6) is None
+class Later(Paced):
+    """Releases what costs more only where the noise is large: a multiplier that does not scale."""
+
+    def split(self, clip, sigma, step=0):
+        return {"grad": sigma if step % 2 == 0 else (0.5 * sigma**-2 + 0.5) ** -0.5}
+
+
+@pytest.mark.parametrize("engine", [Decays(), Later()], ids=lambda engine: type(engine).__name__)
+@pytest.mark.parametrize("sampler", [Shuffle(), Cyclic(), CyclicPoisson(3)], ids=lambda one: type(one).__name__)
+def test_a_cycle_is_charged_what_its_costliest_step_releases(engine, sampler):
+    method, n, batch = Method(engine=engine, sampler=sampler), 60, 20
+    for sigma in (0.5, 4.0):
+        plan = [event for event, count in method.plan(sigma, n, batch, 6) for _ in range(count)]
+        for first in (0, 3):
+            event = getattr(plan[first], "event", plan[first])
+            least = min(engine.split(None, sigma, t)["grad"] for t in range(first, first + 3))
+            assert event == GaussianDpEvent(least)
+    p = run(method, steps=6, sigma=2.0)
+    assert p.ledger == method.plan(2.0, 60, 10, 6)
+
+
+def test_what_correlated_noise_was_not_begun_for_is_refused():
+    """Other multipliers, releases that come and go, and more steps than what its uses cost is known for."""
+    method = Method(noise=Banded(3), sampler=Cyclic())
+    assert "afresh in every step" in Method(engine=Decays(), noise=Banded(3), sampler=Cyclic()).unfit(60, 20, 6)
+    model = net()
+    p = train(method, model, Toy(), 1.0, Schedule(6, 20, 6), SEEDS, start(method, model, 6, 3))
+    with pytest.raises(ValueError, match="begun for 6 steps"):
+        train(method, model, Toy(), 1.0, Schedule(9, 20, 9), SEEDS, p)
+    half = train(method, model, Toy(), 1.0, Schedule(3, 20, 3), SEEDS, start(method, model, 6, 3))
+    with pytest.raises(ValueError, match=r"with a multiplier of 1\.0, cannot go on"):
+        train(method, model, Toy(), 2.0, Schedule(6, 20, 6), SEEDS, half)
+
+
+class Idle(Shuffle):
+    """Does not say for how many steps it charges."""
+
+    def cycle(self, n, batch):
+        return 1
+
+    def draw(self, n, batch, step, seed):
+        return Shuffle().draw(n, batch, step, seed)
+
+    def wrap(self, event, n, batch, step):
+        return Shuffle().wrap(event, n, batch, step)
+
+
+def test_a_sampler_that_leaves_steps_free_says_how_long_its_cycles_are():
+    assert "leaves steps free" in Method(sampler=Idle()).unfit(60, 20, 6)
 
 
 class Peeks(CrossEntropy):

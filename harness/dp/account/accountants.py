@@ -17,6 +17,7 @@ from dp_accounting import (
     DpEvent,
     GaussianDpEvent,
     NeighboringRelation,
+    NonPrivateDpEvent,
     NoOpDpEvent,
     PoissonSampledDpEvent,
     PrivacyAccountant,
@@ -43,6 +44,10 @@ ROUNDING = 2.0**-48
 may hide as much of the tail: over 60 times the largest error found beside sums that keep their digits there."""
 
 
+_ANY_RELATION = (GaussianDpEvent, NoOpDpEvent, NonPrivateDpEvent, ComposedDpEvent, SelfComposedDpEvent)
+"""Events that mean the same under any relation."""
+
+
 class Unproved(ArithmeticError):
     """An accountant knows every event and yet has no number: what went wrong."""
 
@@ -65,6 +70,10 @@ class Pld(PLDAccountant):
         if sampled and self._stated is not Relation.ADD_OR_REMOVE:
             return self.CompositionErrorDetails(
                 invalid_event=event, error_message="Poisson sampling needs add-or-remove"
+            )
+        if self._stated is not Relation.ADD_OR_REMOVE and not isinstance(event, _ANY_RELATION):
+            return self.CompositionErrorDetails(
+                invalid_event=event, error_message=f"nothing is known of it under {self._stated.value}"
             )
         if do_compose and isinstance(event, GaussianDpEvent) and event.noise_multiplier > 0:
             return self._compose(event.noise_multiplier / math.sqrt(count), 1.0, 1)

@@ -81,10 +81,15 @@ class Correlated(Gaussian):
     def publish(self, release: Release, rng: Stream, state: dict[str, Any] | None) -> tuple[Tree, dict[str, Any]]:
         if state is None:
             raise ValueError("a release that the first step did not have cannot have noise in common with it")
+        if state["t"] >= state["steps"] or release.sigma != state.get("sigma", release.sigma):
+            raise ValueError(
+                f"noise that was begun for {state['steps']} steps, with a multiplier of {state.get('sigma')}, cannot go"
+                f" on in step {state['t']} with {release.sigma}: what its uses of an example cost is known for those"
+            )
         value = release.value
         points = grid(release.sigma * state["cost"], release.sensitivity, value.layout.numel, FINEST)
         numbers, after = self.drawn(rng, state, value.layout.numel, points.bits, value.flat.device)
-        return noised(release, numbers, points), {**state, **after, "t": state["t"] + 1}
+        return noised(release, numbers, points), {**state, **after, "t": state["t"] + 1, "sigma": release.sigma}
 
     def drawn(
         self, rng: Stream, state: dict[str, Any], size: int, bits: int, device: torch.device

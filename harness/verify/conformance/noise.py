@@ -19,7 +19,7 @@ from harness.verify.conformance.evidence import (
     kolmogorov,
     normal,
 )
-from harness.verify.conformance.subject import Noised, Subject, Violation
+from harness.verify.conformance.subject import N, Noised, Subject, Violation
 
 LAGS = 8
 TAILS = (2.0, 3.0, 3.5, 4.0, 4.5, 5.0)  # standard deviations
@@ -198,7 +198,7 @@ def _cycles(s: Subject) -> None:
                 f" Gaussians of the noise multiplier, and {uses} are charged: scale the noise by what uses move C x",
                 evidence=f"{worst / uses:.3g} times the charge",
             )
-        if s.method.sampler.amplifies and np.abs(used - np.diag(np.diag(used))).max() > 1e-9:
+        if s.method.sampler.amplifies(N, s.batch) and np.abs(used - np.diag(np.diag(used))).max() > 1e-9:
             raise Violation(
                 f"uses of an example {apart} steps apart have noise in common, and each is charged as amplified by"
                 " itself: take no more bands than a cycle has steps",

@@ -122,7 +122,7 @@ def _follows(sampler: Sampler, n: int, batch: int, seeds: tuple[int, int], count
     if sampler.unfit(n, batch):
         return
     cycle = sampler.cycle(n, batch)
-    if sampler.amplifies and cycle > 1:
+    if sampler.amplifies(n, batch) and cycle > 1:
         sampler, count, first = _Cycles(sampler, cycle), max(count // cycle, LAGS + 4), first // cycle
     given, steps = GIVEN, range(first, first + count)
     events = [sampler.wrap(given, n, batch, t) for t in steps]

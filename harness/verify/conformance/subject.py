@@ -24,6 +24,7 @@ from harness.running.train import Progress, Schedule, Streams, start, step, trai
 
 N, BATCH, STEPS, SIGMA, DELTA = 48, 16, 8, 1.5, 1e-5
 AGES = (119, 1019)  # in steps, of what counts them: the next is one of every tenth, twentieth and so on
+AFTER = 64  # steps that are taken then, at most
 DRAWS = 2000  # of noise: a correlation of 0.2 between two coordinates, or of 0.01 between all, stands out
 SEEDS = SimpleNamespace(sampling=101, noise=202, path=303)
 
@@ -266,7 +267,7 @@ class Subject:
     def aged(self) -> list[Progress]:
         """The first weights, and the parts' states after `AGES` empty batches: steps like any other, and cheap."""
         m, empty = self.method, self.prepared(self.data.x[:0], self.data.y[:0])
-        first = start(m, self.model, AGES[-1] + STEPS, self.apart)
+        first = start(m, self.model, AGES[-1] + AFTER, self.apart)
         w, parts, states = first.w, first.parts, []
         for t in range(AGES[-1]):
             streams = Alike(Stream(SEEDS.noise, "noise", t), Stream(SEEDS.path, "path", t))
