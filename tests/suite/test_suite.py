@@ -478,7 +478,7 @@ def test_options_read_from_source_are_the_fields_of_the_class(slot: str, name: s
         assert fields.pop("decay")
     assert {key: p.default for key, p in entry.parameters.items()} == {k: f.default for k, f in fields.items()}
     made = describe(parts.combine(Method(), {slot: name}))
-    wrapped = {"schedule": "optimizer", "average": "path", "views": "loss"}.get(slot, slot)
+    wrapped = {"schedule": "optimizer", "filter": "optimizer", "average": "path", "views": "loss"}.get(slot, slot)
     assert made[wrapped]["type"] == entry.function
     assert {key: one for key, one in made.items() if key != wrapped} == {
         key: one for key, one in describe(Method()).items() if key != wrapped
@@ -558,8 +558,8 @@ on."*" = { with = { clip = "flat" } }
 """
     )
     assert problems(text) == [
-        '16: "with" has no part "clpi"; it has clip, path, optimizer, sampler, schedule, average, views. '
-        'Did you mean "clip"?',
+        '16: "with" has no part "clpi"; it has clip, path, optimizer, sampler, noise, loss, filter, schedule, average, '
+        'views. Did you mean "clip"?',
         '17: no clip is called "automatc"; there are flat, automatic, psac, psasc, group-wise, quantile, refined. '
         'Did you mean "automatic"?',
         '18: path "sharp" has no parameter "alnog"; it has rho, along. Did you mean "along"?',

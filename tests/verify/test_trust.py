@@ -187,8 +187,8 @@ FORGED: dict[str, tuple[Callable[[], store.Record], Callable[[store.Record], obj
     "a place that no cell has": (genuine, _set("cell.extra", 1), "something that no run has: extra"),
     "a little less noise": (genuine, lambda r: _fainter(r), "privacy.planned"),
     "a part that no method has": (
-        genuine, lambda r: (_set("cell.method.with", {"noise": "NoNoise"})(r), r.update(named(r))),
-        "cell.method.with has a part that no method has: noise",
+        genuine, lambda r: (_set("cell.method.with", {"engine": "Loop"})(r), r.update(named(r))),
+        "cell.method.with has a part that no method has: engine",
     ),
     "accuracy": (genuine, _set("metrics.accuracy", 1.01), "metrics.accuracy is 1.01"),
     "fewer examples": (

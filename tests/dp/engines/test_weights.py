@@ -16,8 +16,7 @@ from harness.dp.engines.pairs import Pairs
 from harness.dp.engines.whole import Whole
 from harness.dp.loss import Loss
 from harness.dp.loss.contrast import InfoNCE
-from harness.running.train import evaluate
-from harness.verify.audits.membership import evaluated
+from harness.running.train import evaluate, evaluating
 
 
 class Net(nn.Module):
@@ -126,7 +125,8 @@ def test_layers_folded_for_evaluation_are_those_of_the_run_and_leave_no_trace() 
     before = {name: t.clone() for name, t in model.state_dict().items()}
     x, y = Rows().batch(torch.arange(6))
     expected = model.base(x) + x @ w["a"].T @ w["b"].T
-    outputs = evaluated(model, w, x)
+    with evaluating(model, w):
+        outputs = model(x)
     torch.testing.assert_close(outputs, expected)
     found = evaluate(model, w, CrossEntropy(), Rows())
     assert found["loss"] == pytest.approx(float(F.cross_entropy(expected, y)))
