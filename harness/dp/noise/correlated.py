@@ -187,8 +187,12 @@ class BandedInverse(Correlated):
 
     def cost(self, steps: int, separation: int) -> float:
         column = _inverse(strategy.square_root(self.bands), steps)
-        uses = -(-steps // separation)
-        return strategy.sensitivity(column, steps, separation) / math.sqrt(uses) * (1 + 1e-12)
+        # A last cycle that is cut short adds a whole use and moves little: before it, uses cost more by charge.
+        whole = steps // separation * separation or steps
+        costs = (
+            strategy.sensitivity(column[:t], t, separation) / math.sqrt(-(-t // separation)) for t in (steps, whole)
+        )
+        return max(costs) * (1 + 1e-12)
 
     def init(self, steps: int, separation: int) -> dict[str, Any]:
         return {**super().init(steps, separation), "keys": ()}
