@@ -20,7 +20,7 @@ class LowPass(Optimizer):
         f_t = sum of b_k g_{t-k} - sum of a_k f_{t-k}
 
     divided by what it would make of a constant 1 since the first step: without this the first steps would be short. It
-    is made of what was released, and costs no privacy. The optimizer is told the deviation of a single gradient's
+    is made of what was released, and costs no privacy. The optimizer is given the deviation of a single gradient's
     noise, not of the filtered one.
     """
 
